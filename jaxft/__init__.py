@@ -1,0 +1,1 @@
+"""Staged fine-tuning for JAX: which layers train, at which rate, in each stage."""

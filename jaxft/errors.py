@@ -1,0 +1,21 @@
+"""What a user can get wrong. Each error names the thing, the place and the way out."""
+
+
+class JaxftError(ValueError):
+    """The base of every error that a user's input can cause; scripts print it without a traceback."""
+
+
+class PatternError(JaxftError):
+    """A pattern selects nothing, or can never be reached."""
+
+
+class RecipeError(JaxftError):
+    """A recipe, or the run it should start or continue, does not hold together."""
+
+
+class WeightsError(JaxftError):
+    """A weights file does not fit the network."""
+
+
+class DataError(JaxftError):
+    """A data source is missing, empty, or holds something unreadable."""
