@@ -2,7 +2,7 @@
 
 
 class JaxftError(ValueError):
-    """The base of every error that a user's input can cause; scripts print it without a traceback."""
+    """Base of all errors that a user can cause; scripts print it without a traceback."""
 
 
 class PatternError(JaxftError):

@@ -1,0 +1,69 @@
+"""The boundary between a network and everything else: pure functions on plain trees."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import jax
+
+Tree = Any
+"""Nested dicts with string keys and arrays at the leaves."""
+
+NormMode = Literal["running", "batch"]
+"""`running`: normalise with the running statistics and leave them as they are.
+`batch`: normalise with the batch's statistics and move the running ones towards them."""
+
+Norms = NormMode | Mapping[str, NormMode]
+"""One mode for the whole network, or one for each norm layer by its path (`layer4.0.bn1`)."""
+
+
+class Model(Protocol):
+    """A network as the trainer sees it.
+
+    `params` are what a gradient can reach; `stats` are the running statistics of the norm
+    layers. Both are nested dicts with string keys whose dotted paths name the network's
+    parts as PyTorch does, down to the module (`layer4.0.conv1.kernel`).
+    """
+
+    @property
+    def name(self) -> str:
+        """What the registry calls this network."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The network's steps, from input to output; the last one is the head."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """The path of the classifier's parameters, e.g. `fc`."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        ...
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """Fresh `(params, stats)`, float32."""
+        ...
+
+    def apply(
+        self,
+        params: Tree,
+        stats: Tree,
+        inputs: jax.Array,
+        *,
+        norms: Norms,
+        mask: jax.Array | None = None,
+        first: str | None = None,
+        last: str | None = None,
+    ) -> tuple[jax.Array, Tree]:
+        """Runs the blocks `first` to `last` (inclusive; all of them by default).
+
+        `inputs` are images `[b h w c]`, RGB and normalised, or the output of the block before
+        `first`. Rows where `mask` `[b]` is False are padding: they enter no statistics.
+        Returns the output of `last` (logits `[b k]` for the head) and the new `stats`, which
+        are `stats` itself wherever `norms` says `running`.
+        """
+        ...
