@@ -1,1 +1,52 @@
 """Staged fine-tuning for JAX: which layers train, at which rate, in each stage."""
+
+from importlib import import_module
+from typing import Any
+
+from jaxft.errors import DataError, JaxftError, LabelError, PatternError, RecipeError, WeightsError
+from jaxft.labels import FROZEN, combine, label, partition, paths, summary
+from jaxft.optim import SGD, Adam, AdamW, carry, multi_transform
+from jaxft.stages import EarlyStop, Stage, StagePlan, plan
+
+# What labels a tree must not import what trains a ResNet: the rest comes when asked for.
+_LAZY = {
+    "Recipe": "jaxft.recipe",
+    "finetune": "jaxft.train",
+    "data": None,
+    "models": None,
+    "weights": None,
+}
+
+__all__ = [  # in the order in which one meets them
+    "label",
+    "partition",
+    "combine",
+    "paths",
+    "summary",
+    "multi_transform",
+    "carry",
+    "FROZEN",
+    "Stage",
+    "EarlyStop",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "plan",
+    "StagePlan",
+    "JaxftError",
+    "PatternError",
+    "LabelError",
+    "RecipeError",
+    "WeightsError",
+    "DataError",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _LAZY[name]
+    return (
+        import_module(f"jaxft.{name}") if module is None else getattr(import_module(module), name)
+    )

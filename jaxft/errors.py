@@ -19,3 +19,7 @@ class WeightsError(JaxftError):
 
 class DataError(JaxftError):
     """A data source is missing, empty, or holds something unreadable."""
+
+
+class LabelError(JaxftError):
+    """A label tree does not fit the parameters or the transforms."""

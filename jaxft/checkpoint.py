@@ -1,0 +1,76 @@
+"""Checkpoints by Orbax, and nothing else knows Orbax.
+
+One folder a checkpoint, named by the global step, written in the background. Each holds the
+`progress` (JSON) and the arrays it speaks of, as items that can be restored one by one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxft.labels import Tree
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last one on its way out.
+
+    The newest two are kept: while one is being written the other is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._manager.close()  # an asynchronous write that nobody waits for is lost
+
+    def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, Tree]) -> None:
+        """Starts to write the checkpoint of `step`; `progress` must be JSON.
+
+        `arrays` may be donated as soon as this returns.
+        """
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        saved = self._manager.save(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonSave(dict(progress)), **items)
+        )
+        if not saved:  # Orbax declines a step that is not after its newest, without a word
+            raise RuntimeError(f"{self.folder}: step {step} is not after {self.latest_step()}.")
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return self.folder / str(step)
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """The `progress` of the checkpoint of `step`; it says what structure the arrays have."""
+        items = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+        )
+        return dict(items["progress"])
+
+    def restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
+        """The arrays of the checkpoint of `step`, which must have exactly the structure of `like`.
+
+        `like` may hold `jax.ShapeDtypeStruct` leaves.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in like}

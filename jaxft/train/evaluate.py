@@ -1,0 +1,44 @@
+"""Evaluation: every example counts once, whatever the batch size."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxft.data import Batch, Preprocessing
+from jaxft.labels import Tree
+from jaxft.models import Model
+from jaxft.train.step import Tally, tally
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over a set of examples: cross entropy in nats, accuracy from 0 to 1."""
+
+    loss: float
+    accuracy: float
+
+    def better_than(self, other: "Score", monitor: str) -> bool:
+        """Strictly better by `accuracy` or `loss`; every number is better than NaN."""
+        sign = -1 if monitor == "loss" else 1
+        mine, theirs = sign * getattr(self, monitor), sign * getattr(other, monitor)
+        return mine > theirs or (math.isnan(theirs) and not math.isnan(mine))
+
+
+def score(tallies: Iterable[Tally]) -> Score:
+    """The means of many batches' sums; added on the host in float64."""
+    loss, correct, examples = np.sum(np.asarray(jax.device_get(list(tallies)), np.float64), axis=0)
+    return Score(loss=float(loss / examples), accuracy=float(correct / examples))
+
+
+def eval_step(model: Model, preprocessing: Preprocessing) -> Callable[[Tree, Tree, Batch], Tally]:
+    """The jitted evaluation of one batch, with running statistics."""
+
+    def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
+        images = preprocessing.normalize(batch.image)
+        logits, _ = model.apply(params, stats, images, norms="running")
+        return tally(logits, batch)
+
+    return jax.jit(step)

@@ -1,0 +1,162 @@
+"""A whole run: everything is opened and checked, then stage follows stage, then hand back."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxft import data, models, weights
+from jaxft.checkpoint import Checkpoints
+from jaxft.labels import Tree
+from jaxft.optim import carry
+from jaxft.recipe import Recipe, resolve
+from jaxft.report.console import Console
+from jaxft.report.metrics import MetricsLog
+from jaxft.stages import plan
+from jaxft.train.evaluate import Score, eval_step
+from jaxft.train.progress import Progress
+from jaxft.train.stage import Run, Snapshot, train_stage
+from jaxft.train.workdir import check, claim
+from jaxft.weights.locate import locate
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with.
+
+    Attributes:
+      score: by validation, of the weights handed back.
+      weights: the torch-named safetensors file; `model.json` lies beside it.
+      checkpoint: the last checkpoint's folder.
+      from_scratch: the score of the same network from random weights, if the recipe asks.
+    """
+
+    score: Score
+    weights: Path
+    checkpoint: Path
+    from_scratch: Score | None = None
+
+
+def finetune(
+    recipe: Recipe, workdir: str | os.PathLike[str], *, console: Console | None = None
+) -> Result:
+    """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
+
+    A run killed at any moment and called again ends bit-identically to one that was not.
+
+    Raises:
+      JaxftError: anything wrong with recipe, data, weights or folder, before training starts.
+    """
+    recipe, workdir, console = resolve(recipe), Path(workdir), console or Console()
+    check(workdir, recipe)
+    splits = data.open_source(recipe.data, shots=recipe.shots, seed=recipe.seed)
+    model = models.create(
+        recipe.model,
+        num_classes=len(splits.train.classes),
+        stride_in_1x1=recipe.stride_in_1x1,
+    )
+    params, stats = _start(recipe, model)
+    plans = plan(recipe.stages, params)
+    console.say(_prologue(recipe, splits, params))
+
+    with claim(workdir, recipe), Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        with MetricsLog(workdir, step=step or 0) as metrics:
+            evaluator = eval_step(model, recipe.preprocessing)
+            run = Run(recipe, model, splits, plans, evaluator, checkpoints, metrics, console)
+            if step is None:
+                progress = Progress.at_start(0, 0, run.evaluate(params, stats))
+                current = best = Snapshot(params, stats, _fresh(run, 0, params))
+            else:
+                progress, current, best = _resume(run, step, params, stats)
+            progress, current = _train_stages(run, progress, current, best)
+        handed_on = progress.handed_on(plans[-1].stage)
+        exported = _export(run, current, handed_on, workdir)
+    result = Result(handed_on, exported, checkpoints.path(progress.step))
+    if recipe.from_scratch:
+        console.say("\nFor comparison, the same network from random weights:")
+        scratch = dataclasses.replace(
+            recipe, weights=None, stages=recipe.from_scratch, from_scratch=()
+        )
+        other = finetune(scratch, workdir / "from_scratch", console=console)
+        result = dataclasses.replace(result, from_scratch=other.score)
+    return result
+
+
+def _start(recipe: Recipe, model: models.Model) -> tuple[Tree, Tree]:
+    key = jax.random.key(recipe.seed)
+    if recipe.weights is None:
+        return model.init(key)
+    return weights.load(locate(recipe.weights), model, head=recipe.head, key=key)
+
+
+def _train_stages(
+    run: Run, progress: Progress, current: Snapshot, best: Snapshot
+) -> tuple[Progress, Snapshot]:
+    while True:
+        if not progress.ended:
+            progress, current = train_stage(run, progress, current, best)
+        following = progress.stage + 1
+        if following == len(run.plans):
+            return progress, current
+        stage = run.plans[progress.stage].stage
+        progress = Progress.at_start(following, progress.step, progress.handed_on(stage))
+        opt_state = _fresh(run, following, current.params)
+        if run.plans[following].stage.carry == "keep":
+            opt_state = carry(current.opt_state, opt_state)
+        current = best = current._replace(opt_state=opt_state)
+
+
+def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, Snapshot, Snapshot]:
+    """The arrays of a checkpoint, in the structure of the stage that wrote it."""
+    fields = run.checkpoints.progress(step)
+    scores = {name: Score(**fields[name]) for name in ("score", "best")}
+    progress = Progress(**{**fields, **scores})
+    stage = run.plans[progress.stage].stage
+    run.console.say(
+        f"Going on from step {step}: stage {stage.name!r}, "
+        f"{'ended' if progress.ended else 'after'} epoch {progress.epoch} of {stage.epochs}."
+    )
+    opt_state = jax.eval_shape(lambda: _fresh(run, progress.stage, params))
+    like = Snapshot(params, stats, opt_state)._asdict()
+    if not progress.ended:
+        like["best"] = dict(like)
+    arrays = run.checkpoints.restore(step, like)
+    best = Snapshot(**arrays.pop("best")) if "best" in arrays else Snapshot(**arrays)
+    return progress, Snapshot(**arrays), best
+
+
+def _fresh(run: Run, stage: int, params: Tree) -> Tree:
+    return run.plans[stage].transform(run.recipe.optimizer).init(params)
+
+
+def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:
+    """Writes `model.safetensors` (torch's names) and what one must know to use it."""
+    path = workdir / "model.safetensors"
+    weights.save(path, run.model, final.params, final.stats)
+    description: Mapping[str, object] = {
+        "model": run.recipe.model,
+        "stride_in_1x1": run.recipe.stride_in_1x1,
+        "classes": run.splits.train.classes,
+        "preprocessing": dataclasses.asdict(run.recipe.preprocessing),
+        "score": dataclasses.asdict(score),
+    }
+    partial = workdir / "model.json.partial"
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    partial.replace(workdir / "model.json")
+    return path
+
+
+def _prologue(recipe: Recipe, splits: data.Splits, params: Tree) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = jax.devices()[0]
+    return (
+        f"{recipe.model}: {count:,} parameters, {recipe.weights or 'random weights'}\n"
+        f"{recipe.data}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
+        f"{len(splits.train.classes)} classes\n"
+        f"{len(jax.devices())} {device.platform} device(s)"
+    )

@@ -1,0 +1,177 @@
+"""One stage: epochs of steps, each followed by validation and a checkpoint."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft import data
+from jaxft.checkpoint import Checkpoints
+from jaxft.data import Batch, Splits
+from jaxft.labels import Tree, combine, partition
+from jaxft.models import Model
+from jaxft.recipe import Recipe
+from jaxft.report.console import Console
+from jaxft.report.metrics import MetricsLog
+from jaxft.stages import StagePlan
+from jaxft.train.evaluate import Score, score
+from jaxft.train.norms import norm_modes
+from jaxft.train.progress import Progress
+from jaxft.train.step import Tally, TrainState, train_step
+
+
+class Snapshot(NamedTuple):
+    """All arrays of a run at one moment: full parameters, statistics, optimizer state."""
+
+    params: Tree
+    stats: Tree
+    opt_state: optax.OptState
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first stage to the last."""
+
+    recipe: Recipe
+    model: Model
+    splits: Splits
+    plans: tuple[StagePlan, ...]
+    eval_step: Callable[[Tree, Tree, Batch], Tally]
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    console: Console
+
+    def evaluate(self, params: Tree, stats: Tree) -> Score:
+        """The score on the validation images, each counted once."""
+        batches = data.eval_batches(
+            self.splits.val,
+            self.recipe.preprocessing,
+            batch_size=self.recipe.batch_size,
+            workers=self.recipe.workers,
+        )
+        with closing(batches):
+            return score([self.eval_step(params, stats, batch) for batch in batches])
+
+
+def train_stage(
+    run: Run, progress: Progress, current: Snapshot, best: Snapshot
+) -> tuple[Progress, Snapshot]:
+    """Trains from `progress` to the stage's end; returns its last progress and what it hands on.
+
+    `current` and `best` are the arrays at `progress` and at the stage's best epoch so far.
+    """
+    plan, recipe = run.plans[progress.stage], run.recipe
+    norms = norm_modes(current.params, current.stats, plan.labels)
+    transform = plan.transform(recipe.optimizer)
+    step = train_step(run.model, transform, recipe.preprocessing, norms)
+    steps = data.steps_per_epoch(run.splits.train, recipe.batch_size)
+
+    title = f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}"
+    run.console.stage(plan, title, current.params, norms)
+    if progress.epoch == 0:
+        run.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
+
+    trainable, frozen = partition(current.params, plan.labels)
+    # The step donates its state, so what must outlive it is copied out of it.
+    state = _copy(TrainState(trainable, current.stats, current.opt_state))
+    batches = data.train_batches(
+        run.splits.train,
+        recipe.preprocessing,
+        augment=recipe.augment,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        stage=progress.stage,
+        first_epoch=progress.epoch,
+        epochs=plan.stage.epochs,
+        workers=recipe.workers,
+    )
+    with closing(batches):
+        while not progress.ended:
+            started = time.perf_counter()
+            state, trained = _train_epoch(
+                run, progress.epoch + 1, step, state, frozen, batches, steps
+            )
+            current = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
+            validated = run.evaluate(current.params, current.stats)
+            progress = progress.after_epoch(plan.stage, steps, validated)
+            improved = progress.best_epoch == progress.epoch
+            if improved:
+                best = Snapshot(combine(_copy(state.trainable), frozen), *_copy(state[1:]))
+            _record(run, progress, trained, time.perf_counter() - started, improved)
+            if progress.ended and plan.stage.hand_on == "best":
+                current = best
+            _save(run, progress, current, best)
+    run.console.say("\n" + _epilogue(plan, progress))
+    return progress, current
+
+
+def _train_epoch(
+    run: Run,
+    epoch: int,
+    step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Tally]],
+    state: TrainState,
+    frozen: Tree,
+    batches: Iterator[Batch],
+    steps: int,
+) -> tuple[TrainState, Score]:
+    tallies: list[Tally] = []
+    with run.console.epoch(epoch, steps) as bar:
+        for _ in range(steps):
+            state, sums = step(state, frozen, next(batches))
+            if tallies:  # at most one step in flight: the host must not race ahead of the device
+                jax.block_until_ready(tallies[-1])
+            tallies.append(sums)
+            bar.advance(score([sums]).loss if bar.shown else float("nan"))
+    return state, score(tallies)
+
+
+def _record(run: Run, progress: Progress, trained: Score, seconds: float, improved: bool) -> None:
+    plan = run.plans[progress.stage]
+    run.console.epoch_row(
+        progress.epoch,
+        trained.loss,
+        progress.score.loss,
+        progress.score.accuracy,
+        seconds,
+        "best" if improved else "",
+    )
+    run.metrics.write(
+        {
+            "stage": plan.stage.name,
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "val_loss": progress.score.loss,
+            "val_accuracy": progress.score.accuracy,
+            "rates": dict(plan.rates),
+            "seconds": seconds,
+        }
+    )
+
+
+def _save(run: Run, progress: Progress, current: Snapshot, best: Snapshot) -> None:
+    arrays = current._asdict()
+    if not progress.ended:  # what an ended stage hands on is all that matters of it
+        arrays["best"] = best._asdict()
+    run.checkpoints.save(progress.step, dataclasses.asdict(progress), arrays)
+
+
+def _epilogue(plan: StagePlan, progress: Progress) -> str:
+    sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
+    if plan.stage.hand_on == "last":
+        return sentence + f"Its last epoch goes on (accuracy {progress.score.accuracy:.4f})."
+    accuracy = f"accuracy {progress.best.accuracy:.4f}"
+    if progress.best_epoch == 0:
+        return sentence + f"No epoch improved on its start, which goes on ({accuracy})."
+    return sentence + f"Epoch {progress.best_epoch} was its best and goes on ({accuracy})."
+
+
+def _copy(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)

@@ -1,0 +1,46 @@
+"""A run's folder: whose it is, and that one process at a time works in it."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxft import recipe as recipes
+from jaxft.errors import RecipeError
+from jaxft.recipe import Recipe
+
+
+def check(workdir: Path, recipe: Recipe) -> None:
+    """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
+    if workdir.exists() and not workdir.is_dir():
+        raise RecipeError(f"{workdir} is a file; --workdir must name a folder.")
+    saved = workdir / "recipe.yaml"
+    if saved.exists():
+        before = recipes.read(saved)
+        if changed := recipes.differences(before, recipe):
+            raise RecipeError(
+                f"{workdir} holds a run of another recipe:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another --workdir, or delete this one to start over."
+            )
+    elif workdir.is_dir() and any(p.name != "lock" for p in workdir.iterdir()):
+        raise RecipeError(f"{workdir} is not empty and holds no run; choose another --workdir.")
+
+
+@contextmanager
+def claim(workdir: Path, recipe: Recipe) -> Iterator[None]:
+    """Makes the folder this recipe's, and this process the only one in it, for the time of the run.
+
+    Raises:
+      RecipeError: see `check`; or another process is at work there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
+        except BlockingIOError:
+            raise RecipeError(f"another process is training in {workdir}.") from None
+        check(workdir, recipe)
+        if not (workdir / "recipe.yaml").exists():
+            recipes.save(recipe, workdir / "recipe.yaml")
+        yield

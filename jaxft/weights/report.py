@@ -1,0 +1,58 @@
+"""What does not fit between a file and a network, all at once and in a few lines."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from jaxft.weights.names import TorchTensor
+
+_SHOWN = 8  # of each kind of mismatch
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The dtypes, as safetensors calls them, that can become float32 weights."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def mismatch(
+    wanted: Mapping[str, TorchTensor], found: Mapping[str, Entry], head: str
+) -> str | None:
+    """None where every tensor fits, both ways; otherwise a report that ends with a way out."""
+    missing = wanted.keys() - found.keys()
+    extra = found.keys() - wanted.keys()
+    both = wanted.keys() & found.keys()
+    reshaped = {name for name in both if found[name].shape != wanted[name].shape}
+    retyped = {name for name in both if found[name].dtype not in FLOATS}
+    wrong = missing | extra | reshaped | retyped
+    if not wrong:
+        return None
+    fit = len(both - reshaped - retyped)
+    sections = (
+        ("missing", [f"{n} {list(wanted[n].shape)}" for n in sorted(missing)]),
+        ("not in the network", [f"{n} {list(found[n].shape)}" for n in sorted(extra)]),
+        (
+            "of another shape",
+            [f"{n} {list(found[n].shape)}, not {list(wanted[n].shape)}" for n in sorted(reshaped)],
+        ),
+        ("not floating point", [f"{n} {found[n].dtype}" for n in sorted(retyped)]),
+    )
+    lines = [f"{fit} of the network's {len(wanted)} tensors fit."]
+    for title, entries in sections:
+        if entries:
+            lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in _bounded(entries))]
+    if all(name.startswith(f"{head}.") for name in wrong):
+        lines.append('  Only the head differs. For a new one, ask for head="fresh".')
+    elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
+        lines.append("  The file plainly holds another architecture.")
+    return "\n".join(lines)
+
+
+def _bounded(entries: list[str]) -> Iterable[str]:
+    yield from entries[:_SHOWN]
+    if len(entries) > _SHOWN:
+        yield f"... and {len(entries) - _SHOWN} more"

@@ -1,0 +1,46 @@
+"""Writes a network's trees as a torch-named safetensors file."""
+
+import os
+from os import PathLike
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors import numpy as safetensors
+
+from jaxft.errors import WeightsError
+from jaxft.models.model import Model, Tree
+from jaxft.weights.names import torch_tensors
+
+
+def save(path: str | PathLike[str], model: Model, params: Tree, stats: Tree) -> None:
+    """Writes `params` and `stats` with torch's names and layouts, in their own dtypes.
+
+    The file appears whole or not at all, over any older one. `torch.load_state_dict` takes it as
+    it is (`num_batches_tracked` aside), and so does `load`, bit for bit. Raises WeightsError
+    where the trees are not the model's, OSError where the folder cannot be written.
+    """
+    path = Path(path)
+    trees = (params, stats)
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    if jax.tree.map(jnp.shape, trees) != jax.tree.map(jnp.shape, expected):
+        raise WeightsError(
+            f"cannot write {path}: these params and stats are not those of a {model.name} "
+            f"with {model.num_classes} classes"
+        )
+    tensors = jax.tree.leaves(torch_tensors(*expected))
+    arrays = jax.device_get(jax.tree.leaves(trees))
+    named = {t.name: t.to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+    content = safetensors.save(named, {"format": "pt", "model": model.name})
+
+    # In the same folder, so that the replacement is one step of the file system. Not
+    # safetensors' own `save_file`: that leaves the file readable by its owner alone.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

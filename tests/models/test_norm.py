@@ -1,0 +1,121 @@
+"""BatchNorm against torch's formulas, written out in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.models.norm import BatchNorm
+
+SHAPE = (4, 3, 2, 5)
+X = np.random.default_rng(0).normal(2.0, 3.0, SHAPE)
+SCALE, BIAS, MEAN, VAR = np.random.default_rng(1).uniform(0.5, 2.0, (4, SHAPE[-1]))
+
+
+def norm(dtype=jnp.float32) -> BatchNorm:
+    layer = BatchNorm(SHAPE[-1])
+    for name, value in (("scale", SCALE), ("bias", BIAS), ("mean", MEAN), ("var", VAR)):
+        setattr(layer, name, type(getattr(layer, name))(jnp.asarray(value, dtype)))
+    return layer
+
+
+def expected(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, running mean and running variance, by torch's documentation."""
+    kept = x[rows].reshape(-1, x.shape[-1])
+    mean, biased, n = kept.mean(0), kept.var(0), len(kept)
+    y = SCALE * (x - mean) / np.sqrt(biased + 1e-5) + BIAS
+    return y, 0.9 * MEAN + 0.1 * mean, 0.9 * VAR + 0.1 * biased * n / (n - 1)
+
+
+MASKS = {
+    "no mask": None,
+    "whole batch": [True, True, True, True],
+    "padded at the end": [True, True, True, False],
+    "holes": [False, True, False, True],
+    "one row": [False, False, True, False],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_batch_mode_is_torchs(mask, jit):
+    def run(x, mask):
+        layer = norm()
+        return layer(x, "batch", mask), layer.mean[...], layer.var[...]
+
+    rows = np.ones(4, bool) if mask is None else np.array(mask)
+    x = np.where(rows[:, None, None, None], X, 1e6)  # what padding holds must not matter
+    run = jax.jit(run) if jit else run
+    y, mean, var = run(jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(rows))
+    y_, mean_, var_ = expected(x, rows)
+    np.testing.assert_allclose(y[rows], y_[rows], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mean, mean_, rtol=1e-6)
+    np.testing.assert_allclose(var, var_, rtol=1e-6)
+
+
+def test_running_mode_is_torchs_and_touches_nothing():
+    layer = norm()
+    before = layer.mean[...], layer.var[...]
+    y = layer(jnp.asarray(X, jnp.float32), "running")
+    np.testing.assert_allclose(
+        y, SCALE * (X - MEAN) / np.sqrt(VAR + 1e-5) + BIAS, rtol=1e-5, atol=1e-5
+    )
+    assert layer.mean[...] is before[0]
+    assert layer.var[...] is before[1]
+
+
+@pytest.mark.parametrize("rows", [[False] * 4, [True, False, False, False]], ids=["none", "one"])
+def test_too_few_values_teach_nothing(rows):
+    layer = norm()
+    x = jnp.asarray(X, jnp.float32)[:, :1, :1]  # one value a row
+    y = layer(x, "batch", jnp.array(rows))
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(layer.mean[...], MEAN.astype(np.float32))
+    np.testing.assert_array_equal(layer.var[...], VAR.astype(np.float32))
+
+
+def test_gradients_ignore_padding():
+    def loss(x, mask):
+        y = norm()(x, "batch", mask)
+        return jnp.where(mask[:, None, None, None], jnp.sin(y), 0).sum()
+
+    mask = jnp.array([True, True, True, False])
+    x = jnp.asarray(X, jnp.float32)
+    gradient = jax.grad(loss)(x, mask)
+    alone = jax.grad(loss)(x[:3], mask[:3])
+    np.testing.assert_allclose(gradient[:3], alone, atol=1e-6)
+    np.testing.assert_array_equal(gradient[3], 0)
+
+
+def test_half_precision_inputs_keep_float32_statistics():
+    layer = norm()
+    x = jnp.asarray(X, jnp.bfloat16)
+    y = layer(x, "batch")
+    y_, mean_, var_ = expected(np.asarray(x, np.float64), np.ones(4, bool))
+    assert (y.dtype, layer.mean[...].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float64), y_, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
+def test_float64_is_not_narrowed():
+    with jax.enable_x64(True):
+        layer = norm(jnp.float64)
+        y = layer(jnp.asarray(X), "batch")
+        assert y.dtype == layer.var[...].dtype == jnp.float64
+        for ours, theirs in zip(
+            (y, layer.mean[...], layer.var[...]), expected(X, np.ones(4, bool)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+BAD = {
+    "unknown mode": (X, "eval", "'running' or 'batch', not 'eval'"),
+    "one value per channel": (X[:1, :1, :1], "batch", "more than one value"),
+}
+
+
+@pytest.mark.parametrize(("x", "mode", "message"), BAD.values(), ids=BAD)
+def test_errors(x, mode, message):
+    with pytest.raises(ValueError, match=message):
+        norm()(jnp.asarray(x, jnp.float32), mode)

@@ -1,0 +1,198 @@
+"""Patterns, label trees, and the two halves they cut."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxft
+from jaxft import LabelError, PatternError
+from jaxft.labels import leaf_labels, match
+
+
+def tree(*names):
+    """Nested dicts with a one-element array at each dotted name."""
+    root = {}
+    for name in names:
+        *parents, leaf = name.split(".")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = np.zeros(1)
+    return root
+
+
+RESNET = tree(
+    "conv1.kernel",
+    "bn1.scale",
+    "layer1.0.bn1.scale",
+    "layer1.0.conv1.kernel",
+    "layer2.0.downsample.1.scale",
+    "layer2.1.bn1.scale",
+    "fc.bias",
+    "fc.kernel",
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("fc", {"fc.bias", "fc.kernel"}),
+        ("fc.bias", {"fc.bias"}),
+        ("*", set(jaxft.paths(RESNET))),
+        ("**", set(jaxft.paths(RESNET))),
+        ("conv1", {"conv1.kernel"}),  # a segment from the root, not any part of the path
+        ("**.conv1", {"conv1.kernel", "layer1.0.conv1.kernel"}),
+        ("**.bn*", {"bn1.scale", "layer1.0.bn1.scale", "layer2.1.bn1.scale"}),
+        ("layer*.0", {p for p in jaxft.paths(RESNET) if re.match(r"layer\d\.0\.", p)}),
+        ("layer[2-4].1", {"layer2.1.bn1.scale"}),
+        ("**.scale", {p for p in jaxft.paths(RESNET) if p.endswith("scale")}),
+        (re.compile(r".*\.bias"), {"fc.bias"}),
+        (lambda path, leaf: path.startswith("layer2") and leaf.ndim == 1,
+         {"layer2.0.downsample.1.scale", "layer2.1.bn1.scale"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_pattern_selects(pattern, expected):
+    labels = jaxft.label(RESNET, {pattern: "x"})
+    chosen = zip(jaxft.paths(RESNET), jax.tree.leaves(labels), strict=True)
+    assert {path for path, label in chosen if label == "x"} == expected
+
+
+def test_first_match_wins_and_the_rest_is_frozen():
+    labels = jaxft.label(RESNET, {"fc.bias": "bias", "fc": "head"})
+    assert labels["fc"] == {"bias": "bias", "kernel": "head"}
+    assert labels["conv1"] == {"kernel": "frozen"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "message"),
+    [
+        ({"layer5": "x"}, PatternError, "'layer5' matches no parameter.*Did you mean 'layer"),
+        ({"*": "a", "fc": "b"}, PatternError, "'fc' is never reached: '\\*' before it"),
+        ({"nope": "a", "*": "b", "fc": "c"}, PatternError, "(?s)'nope' matches no.*'fc' is never"),
+        ({"fc..bias": "x"}, PatternError, "empty segment"),
+        ({"": "x"}, PatternError, "empty segment"),
+        ({3: "x"}, PatternError, "3 is no pattern"),
+        ({"fc": None}, LabelError, "must be strings, not None for 'fc'"),
+    ],
+    ids=str,
+)
+def test_wrong_rules(rules, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        jaxft.label(RESNET, rules)
+
+
+def test_unmatched_pattern_lists_what_there_is():
+    with pytest.raises(
+        PatternError, match=r"Parameters: bn1\.\* \(1\)  conv1\.\* \(1\)  fc\.\* \(2\)"
+    ):
+        jaxft.label(RESNET, {"head": "x"})
+
+
+class Layer(NamedTuple):
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def test_paths_are_the_same_for_dicts_lists_tuples_and_haiku_names():
+    leaf = np.zeros(1)
+    expected = ["block.0.bias", "block.0.kernel"]
+    assert jaxft.paths({"block": {"0": {"bias": leaf, "kernel": leaf}}}) == expected
+    assert jaxft.paths({"block": [{"bias": leaf, "kernel": leaf}]}) == expected
+    assert jaxft.paths({"block/~/0": {"bias": leaf, "kernel": leaf}}) == expected
+    assert jaxft.paths({"block": [Layer(leaf, leaf)]}) == expected[::-1]
+
+
+def test_flax_boxes_add_no_segment():
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    state = nnx.state({"fc": layer}, nnx.Param)
+    assert set(jaxft.paths(state)) == {"fc.kernel", "fc.bias"}
+    labels = jaxft.label(state, {"fc.bias": "bias"})
+    assert jax.tree.structure(labels) == jax.tree.structure(state)
+    trainable, frozen = jaxft.partition(state, labels)
+    assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(frozen)) == 1
+
+
+def test_partition_leaves_holes():
+    params = {"a": np.ones(2), "b": [np.ones(3), np.ones(4)]}
+    trainable, frozen = jaxft.partition(params, {"a": "x", "b": ["frozen", "y"]})
+    assert trainable["a"] is params["a"]
+    assert trainable["b"] == [None, params["b"][1]]
+    assert frozen["a"] is None
+    assert frozen["b"] == [params["b"][0], None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"a": "x"}, "without a label: b.0, b.1"),
+        ({"a": "x", "b": ["x", "x"], "c": "x"}, "labels of no parameter: c"),
+        ({"a": "x", "b": ("x", "x")}, "its containers are of other types"),
+        ({"a": None, "b": ["x", "x"]}, "without a label: a"),
+        ({"a": 1, "b": ["x", "x"]}, "must be strings, not 1 for a"),
+    ],
+    ids=str,
+)
+def test_partition_refuses_other_structures(labels, message):
+    with pytest.raises(LabelError, match=message):
+        jaxft.partition({"a": np.ones(2), "b": [np.ones(3), np.ones(4)]}, labels)
+
+
+def test_combine_refuses_overlap():
+    with pytest.raises(LabelError, match=r"b\.0 is held by 2 parts"):
+        jaxft.combine({"b": [1, None]}, {"b": [2, 3]})
+
+
+trees = st.recursive(
+    st.integers().map(lambda i: np.array([i])),
+    lambda children: (
+        st.lists(children, min_size=1, max_size=3)
+        | st.dictionaries(st.sampled_from("abcd"), children, min_size=1, max_size=3)
+        | st.tuples(children, children)
+    ),
+    max_leaves=8,
+)
+
+
+@given(trees, st.data())
+def test_combine_inverts_partition(params, data):
+    names = data.draw(st.lists(st.sampled_from(["frozen", "x", "y"]), min_size=8, max_size=8))
+    count = len(jax.tree.leaves(params))
+    labels = jax.tree.unflatten(jax.tree.structure(params), names[:count])
+    assert leaf_labels(params, labels) == names[:count]
+    halves = jaxft.partition(params, labels)
+    whole = jaxft.combine(*halves)
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (whole, params)), strict=True))
+
+
+segments = st.sampled_from(["a", "b", "ab", "0", "1"])
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "b", "a*", "?", "*", "**", "[ab]", "[01]"]), min_size=1, max_size=4
+    ),
+    st.sets(st.lists(segments, min_size=4, max_size=4).map(".".join), min_size=1, max_size=6),
+)
+def test_patterns_agree_with_a_regular_expression(pattern, names):
+    glob = {"*": "[^.]*", "**": None, "?": "[^.]", "a*": "a[^.]*"}
+    regex = "".join(r"(?:[^.]+\.)*" if s == "**" else glob.get(s, s) + r"\." for s in pattern)
+    params = tree(*names)
+    chosen, _ = match(params, [".".join(pattern)])
+    for path, index in zip(jaxft.paths(params), chosen, strict=True):
+        expected = re.match(regex, path + ".") is not None
+        assert (index == 0) == expected, path
+
+
+def test_summary_is_a_table():
+    params = {"conv": {"kernel": np.zeros((3, 3))}, "fc": {"bias": np.zeros(3)}}
+    text = jaxft.summary(params, jaxft.label(params, {"fc": "head"}))
+    assert text.splitlines()[1].split() == ["head", "1", "3", "25.0%", "fc"]
+    assert text.splitlines()[-1].split() == ["total", "2", "12", "100.0%"]

@@ -1,0 +1,175 @@
+"""Optimizers against torch's formulas, multi_transform's checks, and carrying state over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxft
+from jaxft import SGD, Adam, AdamW, LabelError, Stage
+from jaxft.optim import rated
+
+RATE, STEPS = 0.1, 6
+
+
+def gradient(step):
+    return np.cos(np.arange(4) + 0.7 * step)
+
+
+def torch_sgd(p, *, momentum=0.0, nesterov=False, weight_decay=0.0):
+    buffer = None
+    for step in range(STEPS):
+        g = gradient(step) + weight_decay * p
+        buffer = g if buffer is None else momentum * buffer + g
+        p = p - RATE * (g + momentum * buffer if nesterov else buffer)
+    return p
+
+
+def torch_adam(p, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False):
+    m = v = 0.0
+    for step in range(STEPS):
+        if decoupled:
+            p = p * (1 - RATE * weight_decay)
+        g = gradient(step) + (0.0 if decoupled else weight_decay * p)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        m_hat, v_hat = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+        p = p - RATE * m_hat / (np.sqrt(v_hat) + eps)
+    return p
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"),
+    [
+        (SGD(), lambda p: torch_sgd(p)),
+        (SGD(momentum=0.9), lambda p: torch_sgd(p, momentum=0.9)),
+        (SGD(momentum=0.9, nesterov=True), lambda p: torch_sgd(p, momentum=0.9, nesterov=True)),
+        (SGD(momentum=0.9, weight_decay=0.01), lambda p: torch_sgd(p, momentum=0.9, weight_decay=0.01)),
+        (Adam(), lambda p: torch_adam(p)),
+        (Adam(b1=0.8, weight_decay=0.1), lambda p: torch_adam(p, b1=0.8, weight_decay=0.1)),
+        (AdamW(), lambda p: torch_adam(p, weight_decay=1e-2, decoupled=True)),
+        (AdamW(weight_decay=0.3), lambda p: torch_adam(p, weight_decay=0.3, decoupled=True)),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, SGD | Adam | AdamW) else "",
+)  # fmt: skip
+def test_optimizers_follow_torchs_formulas(optimizer, reference):
+    start = np.linspace(-1, 1, 4)
+    with jax.enable_x64(True):
+        transform, params = rated(optimizer, RATE), jnp.asarray(start)
+        state = transform.init(params)
+        for step in range(STEPS):
+            updates, state = transform.update(jnp.asarray(gradient(step)), state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, reference(start), rtol=1e-12)
+
+
+PARAMS = {"body": {"kernel": jnp.arange(3.0)}, "head": {"kernel": jnp.arange(2.0)}}
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ({}, r"without a transform \['x'\]"),
+        ({"x": optax.sgd(1.0), "y": optax.sgd(1.0)}, r"without a label \['y'\]"),
+        ({"x": optax.sgd(1.0), "frozen": optax.sgd(1.0)}, "'frozen' is reserved"),
+    ],
+)
+def test_multi_transform_names_what_does_not_agree(transforms, message):
+    with pytest.raises(LabelError, match=message):
+        jaxft.multi_transform(transforms, jaxft.label(PARAMS, {"head": "x"}))
+
+
+def test_multi_transform_takes_full_and_halved_gradients():
+    labels = jaxft.label(PARAMS, {"head": "x"})
+    transform = jaxft.multi_transform({"x": optax.sgd(0.5)}, labels)
+    state = transform.init(PARAMS)
+    full = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = transform.update(full, state, PARAMS)
+    np.testing.assert_array_equal(updates["body"]["kernel"], 0)
+    half, _ = jaxft.partition(full, labels)
+    trainable, _ = jaxft.partition(PARAMS, labels)
+    halved, _ = transform.update(half, state, trainable)
+    assert halved["body"]["kernel"] is None
+    np.testing.assert_array_equal(halved["head"]["kernel"], updates["head"]["kernel"])
+
+
+def test_multi_transform_does_not_call_a_callable_label_tree():
+    @jax.tree_util.register_pytree_node_class
+    class Module:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __call__(self):
+            raise AssertionError("a label tree is no function")
+
+        def tree_flatten(self):
+            return (self.kernel,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    module = Module(jnp.ones(2))
+    transform = jaxft.multi_transform({"x": optax.sgd(1.0)}, jaxft.label(module, {"*": "x"}))
+    updates, _ = transform.update(module, transform.init(module), module)
+    np.testing.assert_array_equal(updates.kernel, -1)
+
+
+def two_stages(optimizer, carry):
+    """Three steps on the head, then three on everything; torch's way, by hand, is the reference."""
+    head = Stage("head", {"head": 0.1}, epochs=1)
+    plans = jaxft.plan([head, Stage("all", {"head": 0.1, "body": 0.01}, epochs=1)], PARAMS)
+    params, state = PARAMS, None
+    for k, plan in enumerate(plans):
+        transform = plan.transform(optimizer)
+        fresh = transform.init(params)
+        state = jaxft.carry(state, fresh) if k and carry == "keep" else fresh
+        for step in range(3):
+            gradients = jax.tree.map(lambda p: jnp.cos(p + step + 3 * k), PARAMS)  # noqa: B023
+            gradients, _ = jaxft.partition(gradients, plan.labels)
+            trainable, frozen = jaxft.partition(params, plan.labels)
+            updates, state = transform.update(gradients, state, trainable)
+            params = jaxft.combine(optax.apply_updates(trainable, updates), frozen)
+    return params, state
+
+
+def test_keep_goes_on_with_the_moments_and_newcomers_start_afresh():
+    """`keep` equals one Adam for each group from the step in which it joined."""
+
+    def alone(name, rate, first_step):
+        transform, params = rated(Adam(), rate), PARAMS[name]["kernel"]
+        state = transform.init(params)
+        for step in range(first_step, 6):
+            gradients = jnp.cos(PARAMS[name]["kernel"] + step)
+            updates, state = transform.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    params, state = two_stages(Adam(), "keep")
+    np.testing.assert_allclose(params["head"]["kernel"], alone("head", 0.1, 0), rtol=1e-6)
+    np.testing.assert_allclose(params["body"]["kernel"], alone("body", 0.01, 3), rtol=1e-6)
+    counts = {
+        group: int(state.inner_states[group].inner_state["rule"][0].count)
+        for group in ("head", "body")
+    }
+    assert counts == {"head": 6, "body": 3}
+
+
+def test_reset_starts_everyone_afresh():
+    _, state = two_stages(Adam(), "reset")
+    assert int(state.inner_states["head"].inner_state["rule"][0].count) == 3
+
+
+def test_a_changed_optimizer_starts_afresh():
+    plan = jaxft.plan([Stage("all", {"*": 0.1}, epochs=1)], PARAMS)[0]
+    old, new = (plan.transform(o).init(PARAMS) for o in (Adam(), SGD(momentum=0.9)))
+    assert jax.tree.structure(jaxft.carry(old, new)) == jax.tree.structure(new)
+
+
+def test_frozen_groups_hold_no_state():
+    plans = jaxft.plan([Stage("head", {"head": 0.1}, 1), Stage("all", {"*": 0.1}, 1)], PARAMS)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(plan.transform(SGD(momentum=0.9)).init(PARAMS)))
+        for plan in plans
+    ]
+    assert sizes == [2, 5]

@@ -1,0 +1,110 @@
+"""Stages, and how they compile to groups and label trees."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxft
+from jaxft import EarlyStop, PatternError, RecipeError, Stage
+from jaxft.labels import leaf_labels
+
+PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}
+
+
+def test_groups_are_the_common_refinement():
+    plans = jaxft.plan(
+        [
+            Stage("head", {"fc": 1e-3}, epochs=1),
+            Stage("late", {"fc.bias": 1e-2, "fc": 1e-3, "late": 1e-4}, epochs=1),
+            Stage("all", {"fc": 1e-4, "*": 1e-5}, epochs=1),
+        ],
+        PARAMS,
+    )
+    assert [plan.labels["fc"] for plan in plans] == [{"kernel": "fc", "bias": "fc.bias"}] * 3
+    assert [plan.labels["late"]["kernel"] for plan in plans] == ["frozen", "late", "late"]
+    assert [plan.labels["stem"]["kernel"] for plan in plans] == ["frozen", "frozen", "*"]
+    assert [dict(plan.rates) for plan in plans] == [
+        {"fc.bias": 1e-3, "fc": 1e-3},
+        {"fc.bias": 1e-2, "fc": 1e-3, "late": 1e-4},
+        {"fc.bias": 1e-4, "fc": 1e-4, "late": 1e-5, "*": 1e-5},
+    ]
+
+
+def test_groups_of_one_word_are_numbered():
+    params = {"frozen": np.zeros(1), "a": np.zeros(1)}
+    plans = jaxft.plan([Stage("x", {"frozen": 1.0}, 1), Stage("y", {"*": 1.0}, 1)], params)
+    assert plans[1].labels == {"frozen": "frozen#2", "a": "*"}
+    assert plans[0].labels == {"frozen": "frozen#2", "a": "frozen"}
+
+
+patterns = st.lists(
+    st.sampled_from(["*", "stem", "late", "fc", "*.bias", "fc.bias", "late.kernel"]),
+    min_size=1, max_size=4, unique=True,
+)  # fmt: skip
+
+
+@given(st.lists(patterns, min_size=1, max_size=4))
+def test_groups_partition_the_parameters_and_refine_every_stage(stages):
+    written = [
+        Stage(f"s{k}", {p: 0.1 * (i + 1) for i, p in enumerate(names)}, epochs=1)
+        for k, names in enumerate(stages)
+    ]
+    try:
+        plans = jaxft.plan(written, PARAMS)
+    except PatternError:  # shadowed patterns were drawn
+        return
+    columns = list(zip(*(leaf_labels(PARAMS, plan.labels) for plan in plans), strict=True))
+    rates = [
+        tuple(plan.rates.get(name) for plan, name in zip(plans, column, strict=True))
+        for column in columns
+    ]
+    for column in columns:
+        assert len(set(column) - {"frozen"}) <= 1  # one group for life
+    for a, b, rate_a, rate_b in zip(columns, columns[1:], rates, rates[1:], strict=False):
+        assert (a == b) == (rate_a == rate_b)  # one group exactly where every stage agrees
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, "its name is empty"),
+        ({"train": {}}, "trains nothing"),
+        ({"train": {"fc": -1.0}}, "rate of 'fc' is -1.0"),
+        ({"train": {"fc": 0.0}}, "rate of 'fc' is 0.0"),
+        ({"train": {"fc": float("nan")}}, "rate of 'fc' is nan"),
+        ({"train": {"fc": 1.0, "late": float("inf")}}, "rate of 'late' is inf"),
+        ({"epochs": 0}, "0 epochs"),
+        ({"epochs": 0, "train": {}}, "trains nothing.*; it has 0 epochs"),
+    ],
+    ids=str,
+)
+def test_wrong_stages(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        Stage(**{"name": "x", "train": {"fc": 1.0}, "epochs": 1, **fields})
+
+
+def test_wrong_patience():
+    with pytest.raises(RecipeError, match="patience is 0"):
+        EarlyStop(patience=0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "message"),
+    [
+        ([], RecipeError, "at least one stage"),
+        ([("a", "fc"), ("a", "*")], RecipeError, r"\['a'\] occur more than once"),
+        ([("a", "fcc"), ("b", "stm")], PatternError,
+         "(?s)stage 'a': pattern 'fcc'.*Did you mean 'fc'.*stage 'b': pattern 'stm'.*'stem'"),
+    ],
+    ids=["none", "duplicate", "unmatched"],
+)  # fmt: skip
+def test_wrong_plans(stages, error, message):
+    with pytest.raises(error, match=message):
+        jaxft.plan([Stage(name, {pattern: 1.0}, 1) for name, pattern in stages], PARAMS)
+
+
+def test_a_plan_needs_only_shapes():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert jaxft.plan([Stage("a", {"fc": 1.0}, 1)], shapes)[0].labels["fc"]["bias"] == "fc"
