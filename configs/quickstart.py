@@ -1,6 +1,6 @@
 """The quick start: a small ResNet that knows the digits 0-4 learns 5-9 from few labels.
 
-    python scripts/finetune.py configs/quickstart.py --workdir runs/quickstart
+python scripts/finetune.py configs/quickstart.py --workdir runs/quickstart
 """
 
 from jaxft import Adam, Recipe, Stage

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
+from jax.typing import ArrayLike
 
 Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
@@ -55,7 +56,7 @@ class Model(Protocol):
         inputs: jax.Array,
         *,
         norms: Norms,
-        mask: jax.Array | None = None,
+        mask: ArrayLike | None = None,
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:

@@ -4,13 +4,14 @@ Of NNX this uses `graphdef`, `state`, `merge`, `eval_shape` and `to_pure_dict`. 
 and optimizers are never needed, because every jax transform sees arrays in dicts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxft.models.model import Norms, Tree
 
@@ -75,7 +76,7 @@ class NNXModel:
         inputs: jax.Array,
         *,
         norms: Norms,
-        mask: jax.Array | None = None,
+        mask: ArrayLike | None = None,
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
@@ -88,7 +89,7 @@ class NNXModel:
         self._check_norms(norms)
         module: Any = nnx.merge(self._abstract[0], _inside(params), _inside(stats))
         output = module(inputs, norms=norms, mask=mask, blocks=blocks)
-        if set([norms] if isinstance(norms, str) else norms.values()) == {"running"}:
+        if "batch" not in ([norms] if isinstance(norms, str) else norms.values()):
             return output, stats
         return output, _outside(nnx.state(module, nnx.BatchStat))
 
@@ -136,7 +137,7 @@ def _inside(tree: Tree) -> Tree:
     return _rekey(tree, lambda key: int(key) if key.isdecimal() else key)
 
 
-def _rekey(tree: Tree, rename: Any) -> Tree:
+def _rekey(tree: Tree, rename: Callable[[Any], str | int]) -> Tree:
     if not isinstance(tree, dict):
         return tree
     return {rename(key): _rekey(value, rename) for key, value in tree.items()}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxft.models.model import NormMode
 
@@ -23,7 +24,7 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
-    def __call__(self, x: jax.Array, mode: NormMode, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: NormMode, mask: ArrayLike | None = None) -> jax.Array:
         """`x` `[b h w c]` normalised, in its own dtype.
 
         In mode `batch`, rows where `mask` `[b]` is False enter neither the statistics nor their
@@ -42,13 +43,13 @@ class BatchNorm(nnx.Module):
         return y.astype(x.dtype)
 
     def _batch_statistics(
-        self, x: jax.Array, mask: jax.Array | None
+        self, x: jax.Array, mask: ArrayLike | None
     ) -> tuple[jax.Array, jax.Array]:
         """Mean and biased variance of the batch; moves the running ones towards them."""
         b, h, w, _ = x.shape
         if mask is None and b * h * w < 2:
             raise ValueError("batch statistics need more than one value per channel")
-        rows = jnp.ones(b, bool) if mask is None else mask
+        rows = jnp.ones(b, bool) if mask is None else jnp.asarray(mask)
         where = rows[:, None, None, None]
         count = rows.sum(dtype=x.dtype) * (h * w)
 

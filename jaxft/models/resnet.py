@@ -8,11 +8,12 @@ and the thinner CIFAR one of the same paper's section 4.2. Activations are `[b h
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxft.models.model import NormMode, Norms
 from jaxft.models.norm import BatchNorm
@@ -91,7 +92,7 @@ class BasicBlock(nnx.Module):
         if config.layout == "imagenet" and (stride != 1 or c_in != width):
             self.downsample = projection(c_in, width, stride, rngs)
 
-    def __call__(self, x: jax.Array, mode: Mode, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride width]`."""
         y = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
         y = self.bn2(self.conv2(y), mode("bn2"), mask)
@@ -119,7 +120,7 @@ class Bottleneck(nnx.Module):
         if stride != 1 or c_in != c_out:
             self.downsample = projection(c_in, c_out, stride, rngs)
 
-    def __call__(self, x: jax.Array, mode: Mode, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride 4*width]`."""
         y = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
         y = nnx.relu(self.bn2(self.conv2(y), mode("bn2"), mask))
@@ -134,9 +135,9 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         block = Bottleneck if config.bottleneck else BasicBlock
-        self.layout = config.layout
+        self.imagenet = config.layout == "imagenet"
         c = config.widths[0]
-        self.conv1 = Conv(3, c, 7, 2, rngs=rngs) if self._large else Conv(3, c, 3, rngs=rngs)
+        self.conv1 = Conv(3, c, 7, 2, rngs=rngs) if self.imagenet else Conv(3, c, 3, rngs=rngs)
         self.bn1 = BatchNorm(c)
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             layer = []
@@ -158,7 +159,7 @@ class ResNet(nnx.Module):
         x: jax.Array,
         *,
         norms: Norms,
-        mask: jax.Array | None,
+        mask: ArrayLike | None,
         blocks: Sequence[str],
     ) -> jax.Array:
         """The output of the last of `blocks`, given the input `x` of the first.
@@ -176,13 +177,9 @@ class ResNet(nnx.Module):
                     x = block(x, below(mode, f"{name}.{i}"), mask)
         return x
 
-    @property
-    def _large(self) -> bool:
-        return self.layout == "imagenet"
-
-    def _stem(self, x: jax.Array, mode: Mode, mask: jax.Array | None) -> jax.Array:
+    def _stem(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
-        return max_pool(x) if self._large else x
+        return max_pool(x) if self.imagenet else x
 
 
 def projection(c_in: int, c_out: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
@@ -190,7 +187,7 @@ def projection(c_in: int, c_out: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List([Conv(c_in, c_out, 1, stride, rngs=rngs), BatchNorm(c_out)])
 
 
-def project(downsample: nnx.List, x: jax.Array, mode: Mode, mask: jax.Array | None) -> jax.Array:
+def project(downsample: nnx.List, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
     """Applies a `projection`."""
     conv, norm = downsample
     return norm(conv(x), mode("downsample.1"), mask)
@@ -217,7 +214,9 @@ def below(mode: Mode, prefix: str) -> Mode:
 def uniform_init(bound: float) -> jax.nn.initializers.Initializer:
     """Uniform in +-`bound`, as `torch.nn.Linear` draws both weight and bias."""
 
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):  # type: ignore[no-untyped-def]
+    def init(
+        key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
+    ) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

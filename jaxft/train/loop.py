@@ -156,7 +156,7 @@ def _prologue(recipe: Recipe, splits: data.Splits, params: Tree) -> str:
     device = jax.devices()[0]
     return (
         f"{recipe.model}: {count:,} parameters, {recipe.weights or 'random weights'}\n"
-        f"{recipe.data}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
-        f"{len(splits.train.classes)} classes\n"
+        f"{recipe.data}: {len(splits.train):,} images to train on, "
+        f"{len(splits.val):,} to validate, {len(splits.train.classes)} classes\n"
         f"{len(jax.devices())} {device.platform} device(s)"
     )

@@ -9,6 +9,8 @@ from jaxft import recipe as recipes
 from jaxft.errors import RecipeError
 from jaxft.recipe import Recipe
 
+_MADE_FIRST = {"lock", "recipe.yaml.partial"}  # what a run killed at birth leaves
+
 
 def check(workdir: Path, recipe: Recipe) -> None:
     """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
@@ -23,7 +25,7 @@ def check(workdir: Path, recipe: Recipe) -> None:
                 + "\n  ".join(changed)
                 + "\nChoose another --workdir, or delete this one to start over."
             )
-    elif workdir.is_dir() and any(p.name != "lock" for p in workdir.iterdir()):
+    elif workdir.is_dir() and {p.name for p in workdir.iterdir()} - _MADE_FIRST:
         raise RecipeError(f"{workdir} is not empty and holds no run; choose another --workdir.")
 
 
@@ -34,8 +36,12 @@ def claim(workdir: Path, recipe: Recipe) -> Iterator[None]:
     Raises:
       RecipeError: see `check`; or another process is at work there.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as lock:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("w")
+    except OSError as error:
+        raise RecipeError(f"{workdir} cannot be written: {error.strerror}.") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
         except BlockingIOError:

@@ -88,10 +88,8 @@ def test_two_runs_of_blocks_are_one(trees, images, norms, jit, cut):
 
 
 def test_a_run_moves_its_own_statistics_only(trees, images):
-    middle, stats = run(trees, images, norms="batch", last="layer1")
+    _, stats = run(trees, images, norms="batch", last="layer1")
     assert changed(trees[1], stats) == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
-    _, stats = run(trees, middle, norms="batch", first="head")
-    assert changed(trees[1], stats) == set()
 
 
 def test_running_statistics_are_returned_as_they_are(trees, images):

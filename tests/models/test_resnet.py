@@ -39,7 +39,9 @@ def ours(case: str) -> dict[str, np.ndarray]:
         run = jax.jit(partial(model.apply, norms="batch"))
         logits, stats = run(params, stats, images(sides[0], batch=4))
         tensors = jax.tree.leaves(torch_tensors({}, stats))
-        running = {t.name: x for t, x in zip(tensors, jax.tree.leaves(stats), strict=True)}
+        running = {
+            t.name: np.asarray(x) for t, x in zip(tensors, jax.tree.leaves(stats), strict=True)
+        }
         outputs |= record_golden.digest(logits, running)
     return outputs
 

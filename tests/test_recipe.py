@@ -1,0 +1,104 @@
+"""Recipes: read from Python and YAML, saved, compared, and refused."""
+
+import dataclasses
+import re
+
+import pytest
+
+from jaxft import SGD, Adam, AdamW, EarlyStop, Recipe, RecipeError, Stage
+from jaxft.recipe import differences, read, resolve, save
+
+RECIPE = Recipe(
+    model="resnet18",
+    data="folder:ants",
+    weights="resnet18.safetensors",
+    stages=(
+        Stage("head", train={"fc": 1e-3}, epochs=5, until=EarlyStop("loss", patience=2)),
+        Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        dataclasses.replace(RECIPE, optimizer=SGD()),
+        dataclasses.replace(RECIPE, optimizer=Adam(weight_decay=1e-4), resize_size=None),
+        dataclasses.replace(RECIPE, optimizer=AdamW(), from_scratch=RECIPE.stages[:1], shots=3),
+    ],
+    ids=["plain", "sgd", "adam", "scratch"],
+)
+def test_yaml_gives_back_an_equal_recipe(recipe, tmp_path):
+    save(recipe, tmp_path / "recipe.yaml")
+    assert read(tmp_path / "recipe.yaml") == recipe
+    assert resolve(recipe) == recipe
+
+
+def test_python_files_define_recipe(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from jaxft import *\n"
+        "recipe = Recipe(model='resnet18', data='digits', stages=(Stage('a', {'*': 1.0}, 1),))\n"
+    )
+    assert read(config).stages == (Stage("a", {"*": 1.0}, 1),)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("absent.py", None, "absent.py: no such recipe"),
+        ("empty.py", "", "empty.py defines no recipe"),
+        ("broken.yaml", "a: [", "broken.yaml is no YAML"),
+        ("list.yaml", "- 1", "list.yaml: "),
+        ("wrong.yaml", "model: 3\nbacth: 4\n",
+         "(?s)model: Input should be a valid string.*data: Field required.*bacth: Unexpected"),
+        ("stage.yaml", "model: m\ndata: d\nstages: [{name: a, train: {fc: -1}, epochs: 1}]",
+         "stages.0: Value error, stage 'a': the rate of 'fc' is -1"),
+    ],
+)  # fmt: skip
+def test_unreadable_recipes(name, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0, "workers": 0}, "batch_size, workers must be at least 1"),
+        ({"std": (1.0, 0.0, 1.0)}, "std is"),
+        ({"stages": ()}, "at least one stage"),
+        ({"stages": RECIPE.stages[:1] * 2}, "'head'"),
+        ({"from_scratch": RECIPE.stages[:1] * 2}, "'head'"),
+    ],
+    ids=str,
+)
+def test_wrong_values(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        dataclasses.replace(RECIPE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": "many"}, "batch_size: Input should be a valid integer"),
+        ({"augment": "mixup"}, "augment: Input should be 'none', 'crop_flip' or 'shift'"),
+        ({"stages": (Stage("a", {re.compile("fc"): 1.0}, 1),)}, "patterns are strings"),
+    ],
+    ids=["type", "choice", "pattern"],
+)
+def test_resolve_refuses_what_cannot_be_saved(fields, message):
+    recipe = object.__new__(Recipe)  # as a config may, circumvent what __post_init__ can see
+    for field in dataclasses.fields(Recipe):
+        object.__setattr__(recipe, field.name, fields.get(field.name, getattr(RECIPE, field.name)))
+    with pytest.raises(RecipeError, match=message):
+        resolve(recipe)
+
+
+def test_differences_name_fields_that_train_differently():
+    other = dataclasses.replace(RECIPE, batch_size=64, workers=7)
+    assert differences(RECIPE, other) == ["batch_size: 32 -> 64"]
+    assert differences(RECIPE, RECIPE) == []

@@ -1,0 +1,120 @@
+"""The command line as a user meets it: one clear error, and nothing half-written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def finetune(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/finetune.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+
+
+def image_folder(root):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ants", "bees"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = rng.integers(0, 256, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def empty_class(root):
+    for path in (root / "val" / "bees").iterdir():
+        path.unlink()
+
+
+def text_as_image(root):
+    (root / "train" / "ants" / "1.jpg").write_text("no image")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--stages.0.epochs", "0"], "it has 0 epochs"),
+        (["--stages.0.train.fc", "-1"], "rate of 'fc' is -1.0"),
+        (["--bacth-size", "3"], "--batch-size"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--model", "cifar_resnet9"], "RecipeError: .*cifar_resnet8"),
+        (["--model", "cifar_resnet20"], "WeightsError: .*"),
+        (["--weights", "nowhere.safetensors"], "WeightsError: .*nowhere.safetensors"),
+        (["--weights", "asset:nothing"], "WeightsError: asset:nothing: no such asset.*digits_0to4"),
+        (["--data", "digits:7-11"], "DataError: "),
+        (["--data", "folder:nowhere"], "DataError: .*nowhere"),
+        (["--shots", "1000"], "DataError: shots=1000"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options(options, expected, tmp_path):
+    done = finetune("configs/quickstart.py", "--workdir", tmp_path / "run", *options)
+    assert done.returncode != 0
+    assert re.search(expected, done.stdout + done.stderr), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [(empty_class, "val/bees"), (text_as_image, "train/ants/1.jpg")],
+    ids=["empty_class", "text_as_image"],
+)
+def test_bad_folders(damage, expected, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    damage(folder)
+    done = finetune(
+        "configs/quickstart.py", "--workdir", tmp_path / "run", "--data", f"folder:{folder}"
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("DataError: ")
+    assert expected in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_pattern_names_stage_and_near_misses(tmp_path):
+    config = tmp_path / "config.py"
+    text = (ROOT / "configs/quickstart.py").read_text()
+    config.write_text(text.replace('"layer3"', '"layer5"'))
+    done = finetune(config, "--workdir", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.startswith("PatternError: stage 'late': pattern 'layer5' matches no param")
+    assert "Did you mean 'layer3'?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_trains_end_to_end(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from jaxft import Recipe, Stage\n"
+        "recipe = Recipe(model='cifar_resnet8', data='folder:nowhere', image_size=16,\n"
+        "    resize_size=20, batch_size=3, stages=(Stage('all', {'*': 1e-3}, 1),))\n"
+    )
+    done = finetune(config, "--workdir", tmp_path / "run", "--data", f"folder:{folder}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.replace(str(tmp_path), "").splitlines())) <= 80
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_help_tells_of_every_field():
+    assert "CONFIG --workdir DIR" in finetune("--help").stdout
+    done = finetune("configs/quickstart.py", "--workdir", "unused", "--help")
+    assert done.returncode == 0
+    assert "--batch-size INT" in done.stdout
+    assert "--stages.1.train.layer3 FLOAT" in done.stdout

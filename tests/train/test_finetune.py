@@ -1,0 +1,223 @@
+"""Whole runs on the digits: what they leave behind, and that a killed one ends like an unbroken."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models, weights
+from jaxft.checkpoint import Checkpoints
+from jaxft.recipe import read, save
+from jaxft.report.console import Console
+from jaxft.train.evaluate import eval_step, score
+from jaxft.train.workdir import claim
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Recipe(
+    model="cifar_resnet8",
+    weights="asset:digits_0to4",
+    data="digits:5-9",
+    shots=6,
+    optimizer=Adam(),
+    batch_size=8,
+    augment="shift",
+    image_size=8,
+    resize_size=None,
+    stages=(
+        Stage("head", {"fc": 1e-2}, epochs=2),
+        Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep"),
+        Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
+    ),
+)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return workdir, finetune(RECIPE, workdir, console=QUIET)
+
+
+def rows(workdir):
+    return [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(workdir):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(workdir)]
+
+
+def test_what_a_run_leaves_behind(unbroken):
+    workdir, result = unbroken
+    assert {path.name for path in workdir.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock",
+        "model.safetensors", "model.json",
+    }  # fmt: skip
+    assert read(workdir / "recipe.yaml") == RECIPE
+    assert [(row["stage"], row["epoch"], row["step"]) for row in rows(workdir)] == [
+        ("head", 1, 4), ("head", 2, 8),
+        ("late", 1, 12), ("late", 2, 16), ("late", 3, 20),
+        ("all", 1, 24), ("all", 2, 28),
+    ]  # fmt: skip
+    assert rows(workdir)[2]["rates"] == {"fc": 1e-3, "layer3": 1e-3}
+    assert result.checkpoint == workdir / "checkpoints" / "28"
+    assert result.checkpoint.is_dir()
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_what_it_exports_scores_what_it_says(unbroken):
+    workdir, result = unbroken
+    described = json.loads((workdir / "model.json").read_text())
+    assert described["classes"] == ["5", "6", "7", "8", "9"]
+    assert described["preprocessing"]["image_size"] == 8
+    assert described["score"] == dataclasses.asdict(result.score)
+    model = models.create("cifar_resnet8", num_classes=5)
+    params, stats = weights.load(result.weights, model)
+    source = data.open_source("digits:5-9", shots=6, seed=0).val
+    batches = data.eval_batches(source, RECIPE.preprocessing, batch_size=64, workers=1)
+    evaluate = eval_step(model, RECIPE.preprocessing)
+    again = score([evaluate(params, stats, batch) for batch in batches])
+    assert again.accuracy == result.score.accuracy
+    assert again.loss == pytest.approx(result.score.loss, rel=1e-5)
+
+
+def test_a_finished_run_is_not_run_again(unbroken):
+    workdir, result = unbroken
+    before = (workdir / "metrics.jsonl").read_text()
+    assert finetune(RECIPE, workdir, console=QUIET) == result
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_kill_9_in_the_second_stage_changes_nothing(unbroken, tmp_path):
+    """Killed twice in mid-epoch, then finished: bit-identical to the unbroken run."""
+    workdir, _ = unbroken
+    save(RECIPE, tmp_path / "recipe.yaml")
+    killed = tmp_path / "killed"
+    script = [sys.executable, ROOT / "scripts/finetune.py", tmp_path / "recipe.yaml"]
+    command = [*script, "--workdir", killed]
+    for row in ("      1 ", "      2 "):  # of the second stage
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        ) as process:
+            seen = []
+            for line in process.stdout:
+                seen.append(line)
+                if "Stage 2 of 3" in "".join(seen) and line.startswith(row):
+                    process.send_signal(signal.SIGKILL)
+                    break
+            assert process.wait() == -signal.SIGKILL, "".join(seen)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Going on from step" in done.stdout
+    assert "Stage 1 of 3" not in done.stdout
+    expected, found = (load_file(run / "model.safetensors") for run in (workdir, killed))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert without_seconds(killed) == without_seconds(workdir)
+
+
+@pytest.mark.parametrize("step", [4, 8, 12, 24])
+def test_a_lost_newest_checkpoint_costs_only_its_epoch(step, unbroken, tmp_path, monkeypatch):
+    """A run that dies right after writing a checkpoint, at every kind of place."""
+    workdir, result = unbroken
+
+    class KilledError(Exception):
+        pass
+
+    real = Checkpoints.save
+
+    def save_and_die(self, at, *args):
+        real(self, at, *args)
+        if at == step:
+            raise KilledError
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(KilledError):
+        finetune(RECIPE, tmp_path / "run", console=QUIET)
+    monkeypatch.undo()
+    again = finetune(RECIPE, tmp_path / "run", console=QUIET)
+    assert again.score == result.score
+    assert again.weights.read_bytes() == result.weights.read_bytes()
+    assert without_seconds(tmp_path / "run") == without_seconds(workdir)
+
+
+def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):
+    stages = (
+        Stage("head", {"fc": 1e-2}, epochs=1),
+        Stage("ruin", {"*": 10.0}, epochs=5, until=EarlyStop(patience=2)),
+    )
+    broken = finetune(dataclasses.replace(RECIPE, stages=stages), tmp_path / "a", console=QUIET)
+    assert [row["stage"] for row in rows(tmp_path / "a")] == ["head", "ruin", "ruin"]
+    head = finetune(dataclasses.replace(RECIPE, stages=stages[:1]), tmp_path / "b", console=QUIET)
+    assert broken.score == head.score
+    assert broken.weights.read_bytes() == head.weights.read_bytes()
+
+
+def test_from_scratch_is_a_run_of_its_own(tmp_path):
+    once = (Stage("once", {"fc": 1e-3}, epochs=1),)
+    recipe = dataclasses.replace(RECIPE, stages=once, from_scratch=once)
+    result = finetune(recipe, tmp_path / "run", console=QUIET)
+    assert result.from_scratch is not None
+    assert read(tmp_path / "run" / "from_scratch" / "recipe.yaml").weights is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 4}, "another recipe:\n  batch_size: 8 -> 4\n"),
+        ({"stages": RECIPE.stages[:2]}, "another recipe:\n  stages: "),
+    ],
+    ids=str,
+)
+def test_another_recipes_workdir_is_refused(fields, message, unbroken):
+    workdir, _ = unbroken
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(RecipeError, match=message):
+        finetune(dataclasses.replace(RECIPE, **fields), workdir, console=QUIET)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_second_process_is_refused(tmp_path):
+    errors = []
+
+    def second():
+        try:
+            finetune(RECIPE, tmp_path / "run", console=QUIET)
+        except RecipeError as error:
+            errors.append(str(error))
+
+    with claim(tmp_path / "run", RECIPE):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert errors == [f"another process is training in {tmp_path / 'run'}."]
+
+
+@pytest.mark.parametrize("kind", ["file", "foreign", "unwritable"])
+def test_unusable_workdirs(kind, tmp_path):
+    workdir = tmp_path / "run"
+    if kind == "file":
+        workdir.write_text("")
+        message = "is a file"
+    elif kind == "foreign":
+        workdir.mkdir()
+        (workdir / "thesis.tex").write_text("")
+        message = "is not empty and holds no run"
+    else:
+        workdir = Path("/proc/nowhere")
+        message = "cannot be written"
+    with pytest.raises(RecipeError, match=message):
+        finetune(RECIPE, workdir, console=QUIET)
+
+
+def test_prefetched_batches_end_with_the_run(unbroken):
+    assert not [t for t in threading.enumerate() if "grain" in t.name.lower()]
+    assert jax.devices()  # and the process goes on

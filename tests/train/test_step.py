@@ -1,0 +1,126 @@
+"""The training step: what it may touch, what it must not cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import SGD, Adam, Stage, models, partition, plan
+from jaxft.data import Batch, Preprocessing
+from jaxft.labels import combine, leaf_labels
+from jaxft.train.evaluate import Score, eval_step, score
+from jaxft.train.norms import norm_modes
+from jaxft.train.step import Tally, TrainState, train_step
+
+MODEL = models.create("cifar_resnet8", num_classes=5)
+PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
+STAGES = [
+    Stage("head", {"fc": 0.1}, 1),
+    Stage("late", {"fc": 0.1, "layer3": 0.01}, 1),
+    Stage("all", {"fc": 0.1, "layer3": 0.01, "*": 0.001}, 1),
+]
+
+
+def batch(size=8, real=None, seed=0, side=8):
+    rng = np.random.default_rng(seed)
+    real = size if real is None else real
+    image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+    target = rng.integers(0, 5, size).astype(np.int32)
+    mask = np.arange(size) < real
+    image[~mask], target[~mask] = 0, 0
+    return Batch(image, target, mask)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return MODEL.init(jax.random.key(0))
+
+
+def prepare(start, stage, optimizer):
+    params, stats = start
+    stage_plan = plan(STAGES, params)[stage]
+    norms = norm_modes(params, stats, stage_plan.labels)
+    transform = stage_plan.transform(optimizer)
+    trainable, frozen = partition(params, stage_plan.labels)
+    state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
+    return train_step(MODEL, transform, PREPROCESSING, norms), state, frozen, stage_plan
+
+
+@pytest.mark.parametrize("optimizer", [SGD(momentum=0.9, weight_decay=0.1), Adam()], ids=repr)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_frozen_parameters_and_statistics_stay_bit_identical(stage, optimizer, start):
+    params, stats = start
+    step, state, frozen, stage_plan = prepare(start, stage, optimizer)
+    for seed in range(3):
+        state, _ = step(state, frozen, batch(seed=seed))
+    after = combine(state.trainable, frozen)
+    named = zip(
+        leaf_labels(params, stage_plan.labels),
+        jax.tree.leaves(params),
+        jax.tree.leaves(after),
+        strict=True,
+    )
+    for label, old, new in named:
+        assert np.array_equal(old, new) == (label == "frozen")
+    trained_norms = {
+        layer
+        for layer, mode in norm_modes(params, stats, stage_plan.labels).items()
+        if mode == "batch"
+    }
+    assert {0: 0, 1: 2, 2: 7}[stage] == len(trained_norms)
+    for path, old in jax.tree_util.tree_leaves_with_path(stats):
+        layer = ".".join(key.key for key in path[:-1])
+        new = state.stats
+        for key in path:
+            new = new[key.key]
+        assert np.array_equal(old, new) == (layer not in trained_norms), layer
+
+
+def flops(compiled):
+    return compiled.compile().cost_analysis()["flops"]
+
+
+def test_a_head_step_costs_little_more_than_a_forward_pass(start):
+    params, stats = start
+    images = batch(side=32)
+    step, state, frozen, _ = prepare(start, 0, SGD(momentum=0.9))
+    forward = flops(eval_step(MODEL, PREPROCESSING).lower(params, stats, images))
+    head = flops(step.lower(state, frozen, images))
+    assert forward < head < 1.03 * forward
+
+
+def test_each_stage_costs_more_than_the_one_before(start):
+    costs = []
+    for stage in range(3):
+        step, state, frozen, _ = prepare(start, stage, SGD(momentum=0.9))
+        costs.append(flops(step.lower(state, frozen, batch(side=32))))
+    assert costs[0] < 0.75 * costs[1] < 0.75 * costs[2]
+
+
+def test_padding_changes_nothing(start):
+    """A padded batch trains like the smaller one it stands for: parameters and statistics."""
+    step, state, frozen, _ = prepare(start, 2, SGD())
+    padded, sums = step(state, frozen, batch(size=8, real=5))
+    step, state, frozen, _ = prepare(start, 2, SGD())
+    short = Batch(*(rows[:5] for rows in batch(size=8, real=5)))
+    exact, exact_sums = step(state, frozen, short)
+    assert int(sums.examples) == int(exact_sums.examples) == 5
+    for a, b in zip(*map(jax.tree.leaves, (padded, exact)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_score_counts_each_example_once():
+    tallies = [
+        Tally(np.float32(8), np.int32(3), np.int32(4)),
+        Tally(np.float32(2), np.int32(1), np.int32(1)),
+    ]
+    assert score(tallies) == Score(loss=2.0, accuracy=0.8)
+
+
+def test_evaluation_leaves_padding_out(start):
+    evaluate = eval_step(MODEL, PREPROCESSING)
+    padded = evaluate(*start, batch(size=8, real=5))
+    short = evaluate(*start, Batch(*(rows[:5] for rows in batch(size=8, real=5))))
+    assert int(padded.examples) == 5
+    assert int(padded.correct) == int(short.correct)
+    np.testing.assert_allclose(padded.loss, short.loss, rtol=1e-5)

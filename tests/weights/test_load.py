@@ -1,0 +1,160 @@
+"""Strict loading: what fits is bit-exact, what does not is said all at once."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxft.errors import WeightsError
+from jaxft.models import create
+from jaxft.weights import load, save
+
+MODEL = create("cifar_resnet8", num_classes=5)
+SHARED = Path(__file__).parents[2].parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """Trees without equal leaves."""
+    params, stats = MODEL.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten((params, stats))
+    return structure.unflatten([leaf + 0.01 * i for i, leaf in enumerate(leaves)])
+
+
+@pytest.fixture(scope="module")
+def tensors(trees, tmp_path_factory) -> dict[str, np.ndarray]:
+    """A file's content that fits `MODEL`."""
+    path = tmp_path_factory.mktemp("weights") / "fits.safetensors"
+    save(path, MODEL, *trees)
+    return load_file(path)
+
+
+def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_round_trip_is_bit_exact(trees, tmp_path):
+    save(tmp_path / "w", MODEL, *trees)
+    loaded = load(tmp_path / "w", MODEL)
+    assert_identical(loaded, trees)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.float64])
+def test_other_floats_become_float32(dtype, tensors, trees, tmp_path):
+    path = write(tmp_path / "w", {n: x.astype(dtype) for n, x in tensors.items()})
+    loaded = load(path, MODEL)
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
+    rounded = [np.asarray(x).astype(dtype).astype(np.float32) for x in jax.tree.leaves(trees)]
+    assert_identical(loaded, jax.tree.unflatten(jax.tree.structure(trees), rounded))
+
+
+def test_batch_counters_are_passed_over(tensors, trees, tmp_path):
+    counters = {f"{n}.num_batches_tracked": np.array(7) for n in ("bn1", "layer1.0.bn1")}
+    assert_identical(load(write(tmp_path / "w", tensors | counters), MODEL), trees)
+
+
+HEADS = {
+    "same": {},
+    "other classes": {"fc.weight": np.ones((9, 64), "f4"), "fc.bias": np.ones(9, "f4")},
+    "none": {"fc.weight": None, "fc.bias": None},
+    "other layers": {"fc.0.weight": np.ones((3, 64), "f4"), "fc.bias": None},
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_fresh_head(head, tensors, trees, tmp_path):
+    content = {n: x for n, x in (tensors | head).items() if x is not None}
+    key = jax.random.key(3)
+    loaded = load(write(tmp_path / "w", content), MODEL, head="fresh", key=key)
+    expected = trees[0] | {"fc": MODEL.init(key)[0]["fc"]}, trees[1]
+    assert_identical(loaded, expected)
+
+
+def test_fresh_head_leaves_the_body_strict(tensors, tmp_path):
+    content = {n: x for n, x in tensors.items() if n not in ("bn1.bias", "fc.bias")}
+    with pytest.raises(WeightsError, match=r"missing \(1\):\n    bn1\.bias"):
+        load(write(tmp_path / "w", content), MODEL, head="fresh")
+
+
+# Changes to a file that fits, and what the error must say.
+MISFITS = {
+    "missing": ({"conv1.weight": None}, ["36 of the network's 37", "conv1.weight [16, 3, 3, 3]"]),
+    "extra": ({"neck.bias": np.ones(3, "f4")}, ["not in the network (1)", "neck.bias [3]"]),
+    "shape": ({"bn1.bias": np.ones(3, "f4")}, ["another shape (1)", "bn1.bias [3], not [16]"]),
+    "hwio": ({"conv1.weight": np.ones((3, 3, 3, 16), "f4")}, ["[3, 3, 3, 16], not [16, 3, 3, 3]"]),
+    "integers": ({"bn1.bias": np.ones(16, "i4")}, ["not floating point (1)", "bn1.bias I32"]),
+    "all at once": (
+        {"conv1.weight": None, "x": np.ones(2, "f4"), "fc.bias": np.ones(9, "f4")},
+        ["35 of", "missing (1)", "not in the network (1)", "another shape (1)"],
+    ),
+    "head": (HEADS["other classes"], ["fc.weight [9, 64], not [5, 64]", 'head="fresh"']),
+    "no head": (HEADS["none"], ["fc.weight [5, 64]", 'head="fresh"']),
+    "many extra": (
+        {f"block{i:02}.weight": np.ones(1, "f4") for i in range(60)},
+        ["not in the network (60)", "block07", "... and 52 more", "another architecture"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), MISFITS.values(), ids=MISFITS)
+def test_misfits_are_reported(changes, said, tensors, tmp_path):
+    content = {n: x for n, x in (tensors | changes).items() if x is not None}
+    path = write(tmp_path / "w", content)
+    with pytest.raises(WeightsError) as raised:
+        load(path, MODEL)
+    message = str(raised.value)
+    for words in (str(path), MODEL.name, *said):
+        assert words in message
+    assert ('head="fresh"' in message) == ('head="fresh"' in said)
+    assert ("another architecture" in message) == ("another architecture" in said)
+
+
+def test_another_architecture_is_a_short_report(tensors, tmp_path):
+    with pytest.raises(WeightsError, match="0 of the network's 267") as raised:
+        load(write(tmp_path / "w", tensors), create("resnet50"))
+    assert "plainly holds another architecture" in str(raised.value)
+    assert len(str(raised.value).splitlines()) < 40
+
+
+@pytest.mark.parametrize("content", [None, "folder", b"", b"PK\x03\x04 a zip of tensors" * 9])
+def test_unreadable_files(content, tmp_path):
+    path = tmp_path / "w"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(WeightsError, match=str(path)):
+        load(path, MODEL)
+
+
+def test_unknown_head_option(tmp_path):
+    with pytest.raises(ValueError, match="'new'"):
+        load(tmp_path / "w", MODEL, head="new")
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared ImageNet weights")
+def test_imagenet_weights(tmp_path):
+    tool = SHARED / "tools" / "expand_resnet50.py"
+    spec = importlib.util.spec_from_file_location("expand_resnet50", tool)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with np.load(SHARED / "weights" / "resnet50_imagenet_int8.npz") as packed:
+        state = module.expand(packed)
+    path = write(tmp_path / "resnet50.safetensors", state)
+    params, stats = load(path, create("resnet50", stride_in_1x1=True))
+    np.testing.assert_array_equal(params["fc"]["kernel"], state["fc.weight"].T)
+    variance = state["layer4.0.downsample.1.running_var"]
+    np.testing.assert_array_equal(stats["layer4"]["0"]["downsample"]["1"]["var"], variance)
+    with pytest.raises(WeightsError, match="does not fit resnet18"):
+        load(path, create("resnet18"))

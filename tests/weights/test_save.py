@@ -1,0 +1,68 @@
+"""What a saved file looks like to torch, and that there is never half of one."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from jaxft.errors import WeightsError
+from jaxft.models import create
+from jaxft.weights import load, save
+
+MODEL = create("cifar_resnet8", num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return MODEL.init(jax.random.key(0))
+
+
+def test_names_and_layouts_are_torchs(trees, tmp_path):
+    params, stats = trees
+    ours = {
+        "conv1.weight": np.transpose(params["conv1"]["kernel"], (3, 2, 0, 1)),
+        "layer2.0.conv1.weight": np.transpose(
+            params["layer2"]["0"]["conv1"]["kernel"], (3, 2, 0, 1)
+        ),
+        "layer3.0.bn2.weight": params["layer3"]["0"]["bn2"]["scale"],
+        "layer3.0.bn2.bias": params["layer3"]["0"]["bn2"]["bias"],
+        "layer3.0.bn2.running_mean": stats["layer3"]["0"]["bn2"]["mean"],
+        "layer3.0.bn2.running_var": stats["layer3"]["0"]["bn2"]["var"],
+        "fc.weight": params["fc"]["kernel"].T,
+        "fc.bias": params["fc"]["bias"],
+    }
+    save(tmp_path / "w", MODEL, params, stats)
+    with safe_open(tmp_path / "w", framework="np") as file:
+        assert file.metadata() == {"format": "pt", "model": "cifar_resnet8"}
+        assert len(file.keys()) == len(jax.tree.leaves(trees))
+        for name, array in ours.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+def test_a_failed_save_leaves_the_old_file(trees, tmp_path, monkeypatch):
+    path = tmp_path / "w"
+    save(path, MODEL, *trees)
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(path, MODEL, *jax.tree.map(lambda x: x + 1, trees))
+    jax.tree.map(np.testing.assert_array_equal, load(path, MODEL), trees)
+    assert os.listdir(tmp_path) == ["w"]
+
+
+def test_others_may_read_it_as_any_file(trees, tmp_path):
+    (tmp_path / "any").touch()
+    save(tmp_path / "w", MODEL, *trees)
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_trees_of_another_network_are_refused(trees, tmp_path):
+    other = create("cifar_resnet8", num_classes=6)
+    with pytest.raises(WeightsError, match="cifar_resnet8 with 6 classes"):
+        save(tmp_path / "w", other, *trees)
+    assert not os.listdir(tmp_path)
