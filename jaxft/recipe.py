@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import yaml
 
+from jaxft import atomic
 from jaxft.data import Augment, Preprocessing
 from jaxft.errors import RecipeError
 from jaxft.optim import SGD, Optimizer
@@ -101,10 +102,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Writes a recipe as YAML that `read` takes back as an equal one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(_fields(recipe), sort_keys=False))
-    partial.replace(path)
+    atomic.write(Path(path), yaml.safe_dump(_fields(recipe), sort_keys=False))
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -148,7 +148,8 @@ class CosineAnnealingLR(_Checked, Schedule):
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
         """eta_min + (lr - eta_min)·(1 + cos(π·t/t_max))/2."""
         end = self.t_max or total
-        return _anneal("cos", lr, self.eta_min, left=(end - _float(t)) / end)
+        back_and_forth = end - abs(end - jnp.asarray(t) % (2 * end))
+        return _through([lr, self.eta_min], [end], back_and_forth, "cos")
 
 
 @dataclass(frozen=True)
@@ -355,21 +356,16 @@ class ReduceLROnPlateau(_Checked):
         return lr
 
 
-def _through(knots: Sequence[float], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:
+def _through(knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:
     """From the first knot at time 0 to each next one at its end; the last one ever after."""
     t, value = _float(t), _float(knots[-1])
     segments = list(zip((0.0, *ends), ends, knots, knots[1:], strict=False))
     for start, end, a, b in reversed(segments):
-        left = (end - t) / max(end - start, 1e-9)  # a segment may be empty
-        value = jnp.where(t <= end, _anneal(shape, a, b, left), value)
+        left, done = (x / max(end - start, 1e-9) for x in (end - t, t - start))  # may be empty
+        if shape == "cos":  # (1 ± cos(π·done))/2, in a form that keeps its digits near 0
+            left, done = jnp.sin(pi / 2 * left) ** 2, jnp.sin(pi / 2 * done) ** 2
+        value = jnp.where(t <= end, a * left + b * done, value)
     return value
-
-
-def _anneal(shape: Shape, start: Number, end: Number, left: jax.Array) -> jax.Array:
-    """Between start and end, with the fraction `left` (1 to 0) of the way still to go."""
-    # The cosine's (1 + cos(π·(1 - left)))/2, in a form that keeps its digits where it nears 0.
-    weight = jnp.sin(pi / 2 * left) ** 2 if shape == "cos" else left
-    return end + (start - end) * weight
 
 
 def _power(gamma: float, n: Time) -> jax.Array:

@@ -44,7 +44,7 @@ def torch_adam(p, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decoupled=Fal
         (SGD(), lambda p: torch_sgd(p)),
         (SGD(momentum=0.9), lambda p: torch_sgd(p, momentum=0.9)),
         (SGD(momentum=0.9, nesterov=True), lambda p: torch_sgd(p, momentum=0.9, nesterov=True)),
-        (SGD(momentum=0.9, weight_decay=0.1), lambda p: torch_sgd(p, momentum=0.9, weight_decay=0.1)),
+        (SGD(weight_decay=0.1), lambda p: torch_sgd(p, weight_decay=0.1)),
         (Adam(), lambda p: torch_adam(p)),
         (Adam(b1=0.8, weight_decay=0.1), lambda p: torch_adam(p, b1=0.8, weight_decay=0.1)),
         (AdamW(), lambda p: torch_adam(p, weight_decay=1e-2, decoupled=True)),

@@ -8,6 +8,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from jaxft import atomic
+
 
 class MetricsLog:
     """The records of one run, continued after `step`: rows of later steps are dropped.
@@ -20,9 +22,7 @@ class MetricsLog:
         self._path = workdir / "metrics.jsonl"
         rows = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [row for row in rows if _step(row) <= step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(row + "\n" for row in kept))
-        partial.replace(self._path)
+        atomic.write(self._path, "".join(row + "\n" for row in kept))
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsLog":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import data, models, weights
+from jaxft import atomic, data, models, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.labels import Tree
 from jaxft.optim import carry
@@ -145,9 +145,7 @@ def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:
         "preprocessing": dataclasses.asdict(run.recipe.preprocessing),
         "score": dataclasses.asdict(score),
     }
-    partial = workdir / "model.json.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n")
-    partial.replace(workdir / "model.json")
+    atomic.write(workdir / "model.json", json.dumps(description, indent=2) + "\n")
     return path
 
 

@@ -9,8 +9,6 @@ from jaxft import recipe as recipes
 from jaxft.errors import RecipeError
 from jaxft.recipe import Recipe
 
-_MADE_FIRST = {"lock", "recipe.yaml.partial"}  # what a run killed at birth leaves
-
 
 def check(workdir: Path, recipe: Recipe) -> None:
     """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
@@ -25,8 +23,14 @@ def check(workdir: Path, recipe: Recipe) -> None:
                 + "\n  ".join(changed)
                 + "\nChoose another --workdir, or delete this one to start over."
             )
-    elif workdir.is_dir() and {p.name for p in workdir.iterdir()} - _MADE_FIRST:
+    elif workdir.is_dir() and any(_visible(workdir)):
         raise RecipeError(f"{workdir} is not empty and holds no run; choose another --workdir.")
+
+
+def _visible(folder: Path) -> list[str]:
+    """What lies there, but for what a run leaves that is killed at birth."""
+    names = [path.name for path in folder.iterdir()]
+    return [name for name in names if name != "lock" and not name.startswith(".")]
 
 
 @contextmanager

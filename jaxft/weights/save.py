@@ -1,6 +1,5 @@
 """Writes a network's trees as a torch-named safetensors file."""
 
-import os
 from os import PathLike
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from safetensors import numpy as safetensors
 
+from jaxft import atomic
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
 from jaxft.weights.names import torch_tensors
@@ -31,16 +31,5 @@ def save(path: str | PathLike[str], model: Model, params: Tree, stats: Tree) -> 
     tensors = jax.tree.leaves(torch_tensors(*expected))
     arrays = jax.device_get(jax.tree.leaves(trees))
     named = {t.name: t.to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
-    content = safetensors.save(named, {"format": "pt", "model": model.name})
-
-    # In the same folder, so that the replacement is one step of the file system. Not
-    # safetensors' own `save_file`: that leaves the file readable by its owner alone.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Not safetensors' own `save_file`: that leaves the file readable by its owner alone.
+    atomic.write(path, safetensors.save(named, {"format": "pt"}))

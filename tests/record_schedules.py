@@ -1,0 +1,85 @@
+"""Records torch's learning rates and momenta for tests/test_schedules.py.
+
+    python tests/record_schedules.py
+
+Needs torch; recorded with torch 2.13.0.
+"""
+
+import dataclasses
+
+import numpy as np
+import test_schedules as tests
+import torch
+from torch.optim import lr_scheduler
+
+from jaxft.schedules import ReduceLROnPlateau, Warmup
+
+
+def optimizer(rule):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in tests.RATES]
+    return torch.optim.SGD(groups, momentum=0.5) if rule == "sgd" else torch.optim.Adam(groups)
+
+
+def scheduler(schedule, optimizer, total):
+    """Torch's own; what the schedule leaves at its default is left to torch's default."""
+    if isinstance(schedule, Warmup):
+        rise = {"start_factor": schedule.start_factor, "total_iters": schedule.length}
+        parts = [
+            lr_scheduler.LinearLR(optimizer, **rise),
+            scheduler(schedule.then, optimizer, total - schedule.length),
+        ]
+        return lr_scheduler.SequentialLR(optimizer, parts, milestones=[schedule.length])
+    name = type(schedule).__name__
+    given = {
+        field.name: getattr(schedule, field.name)
+        for field in dataclasses.fields(schedule)
+        if field.name != "by" and getattr(schedule, field.name) != field.default
+    }
+    if name == "CosineAnnealingLR":
+        given["T_max"] = given.pop("t_max", total)
+    if name == "PolynomialLR":
+        given.setdefault("total_iters", total)
+    if name == "OneCycleLR":
+        given = {"total_steps": total, "max_lr": list(tests.RATES), **given}
+    if name == "Constant":
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return getattr(lr_scheduler, name)(optimizer, **given)
+
+
+def closed_form(schedule, total, rule):
+    """Each step's rate of each group and momentum, [time, 3]."""
+    optim, rows = optimizer(rule), []
+    torchs = scheduler(schedule, optim, total)
+    for t in range(total):
+        group = optim.param_groups[0]
+        momentum = group["momentum"] if rule == "sgd" else group["betas"][0]
+        rows.append([*(group["lr"] for group in optim.param_groups), momentum])
+        optim.step()
+        if t + 1 < total:
+            torchs.step()
+    return np.array(rows, np.float64)
+
+
+def plateau(schedule: ReduceLROnPlateau, values):
+    """Rates [epoch, group] after each epoch's value."""
+    optim, rates = optimizer("sgd"), []
+    torchs = scheduler(schedule, optim, None)
+    for value in values:
+        torchs.step(value)
+        rates.append([group["lr"] for group in optim.param_groups])
+    return rates
+
+
+def record() -> dict[str, np.ndarray]:
+    recorded = {}
+    for name, (schedule, total) in tests.CLOSED_FORMS.items():
+        sgd, adam = (closed_form(schedule, total, rule) for rule in ("sgd", "adam"))
+        np.testing.assert_array_equal(sgd[:, :2], adam[:, :2])
+        recorded[name] = np.column_stack([sgd, adam[:, 2]])
+    for name, (schedule, values) in tests.PLATEAUS.items():
+        recorded[name] = np.array(plateau(schedule, values), np.float64)
+    return recorded
+
+
+if __name__ == "__main__":
+    np.savez_compressed(tests.GOLDEN, **record())
