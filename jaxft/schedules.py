@@ -65,10 +65,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "in [0, 1]": ("end_factor pct_start cut_frac", lambda x: 0 <= x <= 1),
     "in [0, 1)": ("base_momentum max_momentum", lambda x: 0 <= x < 1),
     "three of [0, 1)": ("moms", lambda x: len(x) == 3 and all(0 <= m < 1 for m in x)),
-    "a tuple of increasing times from 1": (
-        "milestones",
-        lambda x: x == tuple(sorted(set(x))) and min(x, default=0) >= 1,
-    ),
+    "a rising tuple, from 1": ("milestones", lambda x: x == tuple(sorted({*x})) and x[:1] > (0,)),
     "a schedule in closed form": ("then", lambda x: isinstance(x, Schedule)),
     "'epoch' or 'step'": ("by", lambda x: x in ("epoch", "step")),
     "'cos' or 'linear'": ("anneal_strategy", lambda x: x in ("cos", "linear")),
@@ -85,16 +82,12 @@ class Constant(_Checked, Schedule):
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
         """The base rate."""
-        return _float(lr)
+        return jnp.full_like(_float(t), lr)
 
 
 @dataclass(frozen=True)
 class StepLR(_Checked, Schedule):
-    """`torch.optim.lr_scheduler.StepLR`: times gamma every `step_size`.
-
-    >>> [f"{StepLR(7).rate(0.1, t, total=20):.4f}" for t in (0, 6, 7, 14)]
-    ['0.1000', '0.1000', '0.0100', '0.0010']
-    """
+    """`torch.optim.lr_scheduler.StepLR`: times gamma every step_size."""
 
     step_size: int
     gamma: float = 0.1
@@ -255,8 +248,8 @@ class OneCycleLR(_Checked, Schedule):
 class FastaiOneCycle(_Checked, Schedule):
     """fastai's `fit_one_cycle`: like OneCycleLR, but each step stands at t/total.
 
-    The base rate is the maximum, reached at pct_start·total; the last step, total - 1, is just
-    short of the end. `moms` are the momenta at start, peak and end.
+    The base rate is the maximum; the last step does not quite reach the end. `moms` are the
+    momenta at start, peak and end.
     """
 
     pct_start: float = 0.25
@@ -315,10 +308,8 @@ class ReduceLROnPlateau(_Checked):
     """`torch.optim.lr_scheduler.ReduceLROnPlateau`: times factor after patience + 1 bad epochs.
 
     >>> plateau = ReduceLROnPlateau(patience=0)
-    >>> state = plateau.start()
-    >>> for loss in (1.0, 0.5, 0.5):
-    ...     state = plateau.after_epoch(state, loss)
-    >>> plateau.rate(1.0, state)
+    >>> state = plateau.after_epoch(plateau.start(), 0.5)
+    >>> plateau.rate(1.0, plateau.after_epoch(state, 0.5))
     0.1
     """
 
@@ -358,10 +349,13 @@ class ReduceLROnPlateau(_Checked):
 
 def _through(knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:
     """From the first knot at time 0 to each next one at its end; the last one ever after."""
-    t, value = _float(t), _float(knots[-1])
+    t = _float(t)
+    value = jnp.full_like(t, knots[-1])
     segments = list(zip((0.0, *ends), ends, knots, knots[1:], strict=False))
     for start, end, a, b in reversed(segments):
-        left, done = (x / max(end - start, 1e-9) for x in (end - t, t - start))  # may be empty
+        if start >= end:  # a phase of no length: its neighbours meet there
+            continue
+        left, done = (end - t) / (end - start), (t - start) / (end - start)
         if shape == "cos":  # (1 ± cos(π·done))/2, in a form that keeps its digits near 0
             left, done = jnp.sin(pi / 2 * left) ** 2, jnp.sin(pi / 2 * done) ** 2
         value = jnp.where(t <= end, a * left + b * done, value)

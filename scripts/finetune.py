@@ -34,6 +34,9 @@ def main(arguments: list[str]) -> None:
         result = finetune(recipe, known.workdir)
     except JaxftError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
     print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")
     if result.from_scratch:
         print(f"From scratch:       {result.from_scratch.accuracy:.4f}")

@@ -5,10 +5,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
-from rich import box
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import NormMode
@@ -23,47 +28,45 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = Terminal(quiet=quiet, highlight=False)
 
-    def say(self, text: str) -> None:
-        """One line, as it is."""
-        self._out.print(text, markup=False, soft_wrap=True)
+    def say(self, text: str, style: str | None = None) -> None:
+        """Prose, wrapped at the width of the terminal."""
+        self._out.print(text, markup=False, style=style)
+
+    def row(self, text: str, style: str | None = None) -> None:
+        """A line of a table, as wide as it is."""
+        self._out.print(text.rstrip(), markup=False, style=style, soft_wrap=True)
 
     def stage(
         self, plan: StagePlan, title: str, params: Tree, norms: Mapping[str, NormMode]
     ) -> None:
         """The table of a stage: who trains, how fast, and what its norm layers use."""
         labels = leaf_labels(params, plan.labels)
-        sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-        total = sum(sizes)
-        modes: dict[str, Counter[str]] = {}
-        for path, label in zip(paths(params), labels, strict=True):
-            layer, _, leaf = path.rpartition(".")
-            if layer in norms and leaf == "scale":
+        sizes, modes = Counter[str](), dict[str, Counter[str]]()
+        for path, label, leaf in zip(paths(params), labels, jax.tree.leaves(params), strict=True):
+            sizes[label] += leaf.size
+            layer, _, name = path.rpartition(".")
+            if layer in norms and name == "scale":  # each norm layer has one
                 modes.setdefault(label, Counter())[norms[layer]] += 1
 
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-        table.add_column("group", overflow="fold")
-        for heading in ("parameters", "share", "rate"):
-            table.add_column(heading, justify="right")
-        table.add_column("norm statistics")
-        for group in dict.fromkeys([*plan.rates, *sorted(set(labels) - {FROZEN}), FROZEN]):
-            count = sum(s for s, label in zip(sizes, labels, strict=True) if label == group)
-            if not count:
-                continue
+        groups = [*plan.rates, *([FROZEN] if FROZEN in sizes else [])]
+        width = max(map(len, groups))
+        line = f"  {{:{width}}}  {{:>12}}  {{:>7}}  {{:>9}}  {{}}"
+        self.say(f"\n{title}", style="bold")
+        self.row("\n" + line.format("group", "parameters", "share", "rate", "norm statistics"))
+        for group in groups:
+            share = sizes[group] / sizes.total()
             rate = f"{plan.rates[group]:g}" if group in plan.rates else "-"
-            shown = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
-            style = "dim" if group == FROZEN else None
-            table.add_row(
-                group, f"{count:,}", f"{count / total:.1%}", rate, shown or "-", style=style
-            )
-        self._out.print(table)
+            used = ", ".join(f"{mode} ({n} layers)" for mode, n in modes.get(group, {}).items())
+            cells = (group, f"{sizes[group]:,}", f"{share:.1%}", rate, used or "-")
+            self.row(line.format(*cells), style="dim" if group == FROZEN else None)
         heads = ("epoch", "train loss", "val loss", "accuracy", "seconds", "")
-        self.say(EPOCH_ROW.format(*heads).rstrip())
+        self.row("\n" + EPOCH_ROW.format(*heads))
 
     @contextmanager
     def epoch(self, epoch: int, steps: int) -> Iterator["Bar"]:
         """A bar over the steps of an epoch, on a terminal only; it leaves nothing behind."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("  epoch {task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}"),
@@ -71,7 +74,7 @@ class Console:
         )
         shown = self._out.is_terminal and not self._out.quiet
         with Progress(*columns, console=self._out, transient=True, disable=not shown) as progress:
-            yield Bar(progress, progress.add_task(f"epoch {epoch}", total=steps, loss=float("nan")))
+            yield Bar(progress, progress.add_task(str(epoch), total=steps, loss=float("nan")))
 
     def epoch_row(
         self,
@@ -82,7 +85,7 @@ class Console:
         seconds: float | None,
         remark: str = "",
     ) -> None:
-        """A row of the stage's growing table."""
+        """A row of the stage's growing table; epoch 0 is the stage's start."""
         cells = (
             epoch or "start",
             "-" if train_loss is None else f"{train_loss:.4f}",
@@ -91,13 +94,13 @@ class Console:
             "-" if seconds is None else f"{seconds:.1f}",
             remark,
         )
-        self.say(EPOCH_ROW.format(*cells).rstrip())
+        self.row(EPOCH_ROW.format(*cells))
 
 
 class Bar:
     """The progress of one epoch."""
 
-    def __init__(self, progress: Progress, task: object) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     @property
@@ -107,4 +110,4 @@ class Bar:
 
     def advance(self, loss: float) -> None:
         """One step further."""
-        self._progress.update(self._task, advance=1, loss=loss)  # type: ignore[arg-type]
+        self._progress.update(self._task, advance=1, loss=loss)

@@ -151,10 +151,10 @@ def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:
 
 def _prologue(recipe: Recipe, splits: data.Splits, params: Tree) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    device = jax.devices()[0]
+    devices = jax.devices()
     return (
-        f"{recipe.model}: {count:,} parameters, {recipe.weights or 'random weights'}\n"
-        f"{recipe.data}: {len(splits.train):,} images to train on, "
-        f"{len(splits.val):,} to validate, {len(splits.train.classes)} classes\n"
-        f"{len(jax.devices())} {device.platform} device(s)"
+        f"{recipe.model}, {count:,} parameters, from {recipe.weights or 'random weights'}\n"
+        f"{recipe.data}: {len(splits.train):,} images to train on, {len(splits.val):,} to "
+        f"validate, {len(splits.train.classes)} classes\n"
+        f"on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
     )

@@ -55,8 +55,12 @@ class Run:
             batch_size=self.recipe.batch_size,
             workers=self.recipe.workers,
         )
+        tallies: list[Tally] = []
         with closing(batches):
-            return score([self.eval_step(params, stats, batch) for batch in batches])
+            for batch in batches:
+                tallies.append(self.eval_step(params, stats, batch))
+                jax.block_until_ready(tallies[-2:-1])  # as in training
+        return score(tallies)
 
 
 def train_stage(
@@ -72,7 +76,10 @@ def train_stage(
     step = train_step(run.model, transform, recipe.preprocessing, norms)
     steps = data.steps_per_epoch(run.splits.train, recipe.batch_size)
 
-    title = f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}"
+    title = (
+        f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}, "
+        f"{'at most ' if plan.stage.until else ''}{plan.stage.epochs} epochs of {steps} steps"
+    )
     run.console.stage(plan, title, current.params, norms)
     if progress.epoch == 0:
         run.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
@@ -124,9 +131,8 @@ def _train_epoch(
     with run.console.epoch(epoch, steps) as bar:
         for _ in range(steps):
             state, sums = step(state, frozen, next(batches))
-            if tallies:  # at most one step in flight: the host must not race ahead of the device
-                jax.block_until_ready(tallies[-1])
             tallies.append(sums)
+            jax.block_until_ready(tallies[-2:-1])  # else the host fills the device's memory ahead
             bar.advance(score([sums]).loss if bar.shown else float("nan"))
     return state, score(tallies)
 
