@@ -1,7 +1,15 @@
-"""Ants and bees: an ImageNet ResNet-50, head first, then layer4.
+"""Ants and bees: an ImageNet ResNet-50, its head first, then layer4.
 
-    python scripts/finetune.py configs/hymenoptera_resnet50.py --workdir runs/hymenoptera \
-        --data folder:PATH/TO/hymenoptera --weights resnet50_imagenet.safetensors
+    python scripts/finetune.py configs/hymenoptera_resnet50.py --workdir runs/hymenoptera \\
+        --data folder:PATH/hymenoptera --weights PATH/resnet50_imagenet.safetensors
+
+The data are those of PyTorch's transfer-learning tutorial (244 images to train on, 153 to
+validate), or any folder with train/<class>/ and val/<class>/. The weights are a ResNet-50 with
+its strides in the 1x1 convolutions; for torchvision's add `--stride-in-1x1 False`. Frozen layers
+normalise with running statistics (norm mode B).
+
+Measured with seed 0 on 2 CPU cores: accuracy 0.980 after 3 min 45 s. The head alone reaches it;
+layer4 does not improve on it (0.967), so that stage hands on what it got.
 """
 
 from jaxft import SGD, Recipe, Stage

@@ -15,6 +15,11 @@ import orbax.checkpoint as ocp
 from jaxft.labels import Tree
 
 
+def exist(folder: Path) -> bool:
+    """Whether the folder holds a whole checkpoint."""
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one on its way out.
 

@@ -62,6 +62,8 @@ class Recipe:
         low = [f for f in ("batch_size", "image_size", "workers") if getattr(self, f) < 1]
         if low:
             raise RecipeError(f"{', '.join(low)} must be at least 1.")
+        if self.seed < 0:
+            raise RecipeError(f"seed is {self.seed}; it must not be negative.")
         if not all(s > 0 for s in self.std):
             raise RecipeError(f"std is {self.std}; each must be positive.")
         check_stages(self.stages)

@@ -38,17 +38,14 @@ def main() -> None:
         recipe = Recipe(
             model="cifar_resnet8",
             data=f"folder:{scratch}/images",
-            optimizer=SGD(momentum=0.9, weight_decay=5e-4),
+            optimizer=SGD(momentum=0.9, weight_decay=5e-3),
             batch_size=64,
             augment="shift",
             image_size=8,
             resize_size=None,
             mean=(0.3, 0.3, 0.3),
             std=(0.38, 0.38, 0.38),
-            stages=(
-                Stage("fast", train={"*": 0.05}, epochs=12),
-                Stage("slow", train={"*": 0.005}, epochs=4, carry="keep"),
-            ),
+            stages=(Stage("pretrain", train={"*": 0.05}, epochs=25),),
         )
         result = finetune(recipe, Path(scratch, "run"))
         asset = Path(jaxft.__file__).parent / "assets" / "digits_0to4.safetensors"

@@ -69,6 +69,7 @@ def test_unreadable_recipes(name, text, message, tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 0, "workers": 0}, "batch_size, workers must be at least 1"),
+        ({"seed": -1}, "seed is -1"),
         ({"std": (1.0, 0.0, 1.0)}, "std is"),
         ({"stages": ()}, "at least one stage"),
         ({"stages": RECIPE.stages[:1] * 2}, "'head'"),

@@ -88,9 +88,7 @@ def test_bad_folders(damage, expected, tmp_path):
     folder = image_folder(tmp_path / "images")
     damage(folder)
     config = small_config(tmp_path)
-    done = finetune(
-        config, "--workdir", tmp_path / "run", "--data", f"folder:{folder}"
-    )
+    done = finetune(config, "--workdir", tmp_path / "run", "--data", f"folder:{folder}")
     assert done.returncode != 0
     assert done.stderr.startswith("DataError: ")
     assert expected in done.stderr

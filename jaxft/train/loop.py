@@ -61,7 +61,9 @@ def finetune(
     )
     params, stats = _start(recipe, model)
     plans = plan(recipe.stages, params)
-    console.say(_prologue(recipe, splits, params))
+    if recipe.from_scratch:
+        plan(recipe.from_scratch, params)  # its patterns must not fail after hours of the others
+    console.row(_prologue(recipe, splits, params))
 
     with claim(workdir, recipe), Checkpoints(workdir / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()

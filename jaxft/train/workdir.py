@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxft import checkpoint
 from jaxft import recipe as recipes
 from jaxft.errors import RecipeError
 from jaxft.recipe import Recipe
@@ -16,8 +17,8 @@ def check(workdir: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{workdir} is a file; --workdir must name a folder.")
     saved = workdir / "recipe.yaml"
     if saved.exists():
-        before = recipes.read(saved)
-        if changed := recipes.differences(before, recipe):
+        changed = recipes.differences(recipes.read(saved), recipe)
+        if changed and checkpoint.exist(workdir / "checkpoints"):  # else there is nothing to lose
             raise RecipeError(
                 f"{workdir} holds a run of another recipe:\n  "
                 + "\n  ".join(changed)
@@ -51,6 +52,5 @@ def claim(workdir: Path, recipe: Recipe) -> Iterator[None]:
         except BlockingIOError:
             raise RecipeError(f"another process is training in {workdir}.") from None
         check(workdir, recipe)
-        if not (workdir / "recipe.yaml").exists():
-            recipes.save(recipe, workdir / "recipe.yaml")
+        recipes.save(recipe, workdir / "recipe.yaml")
         yield

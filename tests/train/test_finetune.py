@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models, weights
+from jaxft import (
+    Adam,
+    DataError,
+    EarlyStop,
+    PatternError,
+    Recipe,
+    RecipeError,
+    Stage,
+    data,
+    finetune,
+    models,
+    weights,
+)
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import read, save
 from jaxft.report.console import Console
@@ -199,6 +211,22 @@ def test_a_second_process_is_refused(tmp_path):
         thread.start()
         thread.join()
     assert errors == [f"another process is training in {tmp_path / 'run'}."]
+
+
+def test_a_folder_without_a_checkpoint_is_free(tmp_path):
+    """A run that failed at its first image must not bar the way to the corrected recipe."""
+    once = dataclasses.replace(RECIPE, stages=(Stage("once", {"fc": 1e-3}, epochs=1),))
+    with pytest.raises(DataError, match="8"):
+        finetune(dataclasses.replace(once, image_size=16), tmp_path / "run", console=QUIET)
+    finetune(once, tmp_path / "run", console=QUIET)
+    assert read(tmp_path / "run" / "recipe.yaml") == once
+
+
+def test_patterns_of_the_comparison_fail_before_any_training(tmp_path):
+    wrong = dataclasses.replace(RECIPE, from_scratch=(Stage("x", {"layer9": 1.0}, 1),))
+    with pytest.raises(PatternError, match="layer9"):
+        finetune(wrong, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "foreign", "unwritable"])
