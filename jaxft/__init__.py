@@ -3,7 +3,15 @@
 from importlib import import_module
 from typing import Any
 
-from jaxft.errors import DataError, JaxftError, LabelError, PatternError, RecipeError, WeightsError
+from jaxft.errors import (
+    CheckpointError,
+    DataError,
+    JaxftError,
+    LabelError,
+    PatternError,
+    RecipeError,
+    WeightsError,
+)
 from jaxft.labels import FROZEN, combine, label, partition, paths, summary
 from jaxft.optim import SGD, Adam, AdamW, carry, multi_transform
 from jaxft.stages import EarlyStop, Stage, StagePlan, plan
@@ -39,6 +47,7 @@ __all__ = [  # in the order in which one meets them
     "RecipeError",
     "WeightsError",
     "DataError",
+    "CheckpointError",
     *_LAZY,
 ]
 

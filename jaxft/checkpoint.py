@@ -1,7 +1,8 @@
 """Checkpoints by Orbax, and nothing else knows Orbax.
 
-One folder a checkpoint, named by the global step, written in the background. Each holds the
-`progress` (JSON) and the arrays it speaks of, as items that can be restored one by one.
+One folder a checkpoint, named by the global step, written in the background. Each holds a
+`header` (JSON: the run's progress, and the layout of the arrays) and the arrays, as items that
+can be restored one by one.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
 
 
@@ -49,8 +51,9 @@ class Checkpoints:
         `arrays` may be donated as soon as this returns.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        header = {"progress": dict(progress), "layout": _layout(arrays)}
         saved = self._manager.save(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonSave(dict(progress)), **items)
+            step, args=ocp.args.Composite(header=ocp.args.JsonSave(header), **items)
         )
         if not saved:  # Orbax declines a step that is not after its newest, without a word
             raise RuntimeError(f"{self.folder}: step {step} is not after {self.latest_step()}.")
@@ -65,17 +68,35 @@ class Checkpoints:
 
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress` of the checkpoint of `step`; it says what structure the arrays have."""
-        items = self._manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )
-        return dict(items["progress"])
+        return dict(self._header(step)["progress"])
+
+    def _header(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(header=ocp.args.JsonRestore())
+        return dict(self._manager.restore(step, args=args)["header"])
 
     def restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
-        """The arrays of the checkpoint of `step`, which must have exactly the structure of `like`.
+        """The arrays of the checkpoint of `step`, in exactly the structure of `like`.
 
-        `like` may hold `jax.ShapeDtypeStruct` leaves.
+        `like` may hold `jax.ShapeDtypeStruct` leaves. Raises CheckpointError with all that is
+        missing, extra, or of another shape or type.
         """
+        saved, wanted = self._header(step)["layout"], _layout(like)
+        if saved != wanted:
+            other = [
+                f"{path}: {saved.get(path, 'missing')}, not {wanted.get(path, 'in the run')}"
+                for path in [*wanted, *(saved.keys() - wanted.keys())]
+                if saved.get(path) != wanted.get(path)
+            ]
+            more = f"\n  and {len(other) - 8} more" if len(other) > 8 else ""
+            raise CheckpointError(
+                f"{self.path(step)} does not fit this run:\n  " + "\n  ".join(other[:8]) + more
+            )
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
         items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: restored[name] for name in like}
+
+
+def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
+    keyed, _ = jax.tree_util.tree_flatten_with_path(dict(arrays))
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in keyed}

@@ -17,6 +17,10 @@ class WeightsError(JaxftError):
     """A weights file does not fit the network."""
 
 
+class CheckpointError(JaxftError):
+    """A checkpoint does not hold what the run needs."""
+
+
 class DataError(JaxftError):
     """A data source is missing, empty, or holds something unreadable."""
 

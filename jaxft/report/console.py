@@ -1,5 +1,6 @@
 """What a run says on the terminal: a table before each stage, a row an epoch, a sentence after."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class Console:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prose, wrapped at the width of the terminal."""
-        self._out.print(text, markup=False, style=style)
+        self.row(textwrap.fill(text, self._out.width), style)
 
     def row(self, text: str, style: str | None = None) -> None:
         """A line of a table, as wide as it is."""
@@ -51,7 +52,7 @@ class Console:
         groups = [*plan.rates, *([FROZEN] if FROZEN in sizes else [])]
         width = max(map(len, groups))
         line = f"  {{:{width}}}  {{:>12}}  {{:>7}}  {{:>9}}  {{}}"
-        self.say(f"\n{title}", style="bold")
+        self.row(f"\n{title}", style="bold")
         self.row("\n" + line.format("group", "parameters", "share", "rate", "norm statistics"))
         for group in groups:
             share = sizes[group] / sizes.total()

@@ -80,7 +80,7 @@ def finetune(
         exported = _export(run, current, handed_on, workdir)
     result = Result(handed_on, exported, checkpoints.path(progress.step))
     if recipe.from_scratch:
-        console.say("\nFor comparison, the same network from random weights:")
+        console.row("\nFor comparison, the same network from random weights:")
         scratch = dataclasses.replace(
             recipe, weights=None, stages=recipe.from_scratch, from_scratch=()
         )

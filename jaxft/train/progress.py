@@ -44,7 +44,7 @@ class Progress:
         if stage.until and epoch - best_epoch >= stage.until.patience:
             ended = f"{monitor} has not improved for {epoch - best_epoch} epochs"
         elif epoch >= stage.epochs:
-            ended = f"it has trained all its {stage.epochs} epochs"
+            ended = f"{epoch} of {stage.epochs} epochs done"
         return dataclasses.replace(
             self,
             epoch=epoch,

@@ -114,7 +114,8 @@ def train_stage(
             if progress.ended and plan.stage.hand_on == "best":
                 current = best
             _save(run, progress, current, best)
-    run.console.say("\n" + _epilogue(plan, progress))
+    run.console.row("")
+    run.console.say(_epilogue(plan, progress))
     return progress, current
 
 

@@ -23,16 +23,16 @@ def follow(stage, start, values, field):
 @pytest.mark.parametrize(
     ("until", "field", "start", "values", "best_epoch", "ended"),
     [
-        (None, "accuracy", 0.5, [0.6, 0.7, 0.65], 2, "all its 3 epochs"),
-        (None, "accuracy", 0.9, [0.6, 0.7, 0.65], 0, "all its 3 epochs"),
+        (None, "accuracy", 0.5, [0.6, 0.7, 0.65], 2, "3 of 3 epochs done"),
+        (None, "accuracy", 0.9, [0.6, 0.7, 0.65], 0, "3 of 3 epochs done"),
         (None, "accuracy", 0.5, [0.7, 0.7], 1, ""),  # a tie is no improvement
         (None, "accuracy", 0.7, [0.7], 0, ""),
-        (None, "accuracy", NAN, [NAN, 0.1, NAN], 2, "all its 3 epochs"),
+        (None, "accuracy", NAN, [NAN, 0.1, NAN], 2, "3 of 3 epochs done"),
         (EarlyStop(patience=2), "accuracy", 0.5, [0.6, 0.6, 0.5], 1, "has not improved for 2"),
         (EarlyStop(patience=1), "accuracy", 0.5, [0.5], 0, "has not improved for 1"),
         (EarlyStop(patience=1), "accuracy", 0.5, [NAN], 0, "has not improved for 1"),
         (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.9], 1, "has not improved for 2"),
-        (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, "all its 3 epochs"),
+        (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, "3 of 3 epochs done"),
         (EarlyStop("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
     ],
 )  # fmt: skip
