@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from jaxft.carryover import carry
 from jaxft.errors import (
     CheckpointError,
     DataError,
@@ -12,9 +13,11 @@ from jaxft.errors import (
     RecipeError,
     WeightsError,
 )
+from jaxft.groups import StagePlan, plan
 from jaxft.labels import FROZEN, combine, label, partition, paths, summary
-from jaxft.optim import SGD, Adam, AdamW, carry, multi_transform
-from jaxft.stages import EarlyStop, Stage, StagePlan, plan
+from jaxft.optim import SGD, Adam, AdamW, RMSprop, multi_transform
+from jaxft.plateau import ReduceLROnPlateau
+from jaxft.stages import EarlyStop, Stage, Update
 
 # What labels a tree must not import what trains a ResNet: the rest comes when asked for.
 _LAZY = {
@@ -35,10 +38,13 @@ __all__ = [  # in the order in which one meets them
     "carry",
     "FROZEN",
     "Stage",
+    "Update",
     "EarlyStop",
     "SGD",
     "Adam",
     "AdamW",
+    "RMSprop",
+    "ReduceLROnPlateau",
     "plan",
     "StagePlan",
     "JaxftError",

@@ -1,30 +1,40 @@
-"""Optimizers as torch defines them, one per group, and their state across re-labelling."""
+"""Optimizers as torch defines them, each group at a rate of its own, as one multi_transform."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree, same_structure
+from jaxft.labels import FROZEN, Tree
+from jaxft.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.schedules import ClosedForm
 
 
 @dataclass(frozen=True)
 class SGD:
-    """`torch.optim.SGD`: decay joins the gradient, the rate stays outside the momentum buffer."""
+    """`torch.optim.SGD`: decay joins the gradient, the rate stays outside the momentum buffer.
+
+    With `decay_vectors=False` (here and below) the decay spares one-dimensional parameters:
+    biases, and the scales of norm layers.
+    """
 
     momentum: float = 0.0
+    dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    decay_vectors: bool = True
     rule: Literal["sgd"] = "sgd"
 
-    def direction(self) -> optax.GradientTransformation:
-        """The update before the learning rate is applied."""
-        steps = [optax.add_decayed_weights(self.weight_decay)] if self.weight_decay else []
-        if self.momentum:
-            steps.append(optax.trace(decay=self.momentum, nesterov=self.nesterov))
+    def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
+        """The update before the rate is applied; a schedule may overrule the momentum."""
+        steps = _decay(self.weight_decay, self.decay_vectors)
+        if self.momentum or momentum is not None:
+            decay = self.momentum if momentum is None else momentum
+            steps.append(_momentum(decay, self.dampening, self.nesterov))
         return optax.chain(*steps) if steps else optax.identity()
 
 
@@ -36,12 +46,14 @@ class Adam:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay_vectors: bool = True
     rule: Literal["adam"] = "adam"
 
-    def direction(self) -> optax.GradientTransformation:
-        """The update before the learning rate is applied."""
-        decay = [optax.add_decayed_weights(self.weight_decay)] if self.weight_decay else []
-        return optax.chain(*decay, optax.scale_by_adam(self.b1, self.b2, self.eps))
+    def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
+        """The update before the rate is applied; a schedule may overrule b1."""
+        b1: Any = self.b1 if momentum is None else momentum
+        adam = optax.scale_by_adam(b1, self.b2, self.eps)
+        return optax.chain(*_decay(self.weight_decay, self.decay_vectors), adam)
 
 
 @dataclass(frozen=True)
@@ -52,27 +64,129 @@ class AdamW:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-2
+    decay_vectors: bool = True
     rule: Literal["adamw"] = "adamw"
 
-    def direction(self) -> optax.GradientTransformation:
-        """The update before the learning rate is applied."""
-        adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
-        return optax.chain(adam, optax.add_decayed_weights(self.weight_decay))
+    def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
+        """The update before the rate is applied; a schedule may overrule b1."""
+        b1: Any = self.b1 if momentum is None else momentum
+        adam = optax.scale_by_adam(b1, self.b2, self.eps)
+        return optax.chain(adam, *_decay(self.weight_decay, self.decay_vectors))
 
 
-Optimizer = SGD | Adam | AdamW
+@dataclass(frozen=True)
+class RMSprop:
+    """`torch.optim.RMSprop`: alpha averages the squares; eps and the rate as torch places them."""
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+    weight_decay: float = 0.0
+    decay_vectors: bool = True
+    rule: Literal["rmsprop"] = "rmsprop"
+
+    def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
+        """The update before the rate is applied; a schedule may overrule the momentum."""
+        scale = optax.scale_by_stddev if self.centered else optax.scale_by_rms
+        scaled = scale(self.alpha, self.eps, eps_in_sqrt=False)
+        buffer = SGD(self.momentum).direction(momentum)
+        return optax.chain(*_decay(self.weight_decay, self.decay_vectors), scaled, buffer)
 
 
-def rated(optimizer: Optimizer, rate: float) -> optax.GradientTransformation:
-    """One group's transform: the rule and its rate, kept apart so that `carry` can tell them."""
-    return optax.named_chain(
-        ("rule", optimizer.direction()), ("rate", optax.scale_by_learning_rate(rate))
-    )
+Optimizer = SGD | Adam | AdamW | RMSprop
+"""The optimizers that a recipe can name."""
+
+if TYPE_CHECKING:
+    Rule: TypeAlias = Optimizer | optax.GradientTransformation
+    """One of ours, or any optax transform that gives the update before the rate is applied
+    (`optax.scale_by_lion()`, not `optax.lion(1e-4)`)."""
+else:
+    Rule = Optimizer  # all that a saved recipe can hold: there is no YAML for functions
+
+
+class GroupState(NamedTuple):
+    """The state of one group: what a next stage may carry on, and what begins with the stage."""
+
+    rule: optax.OptState
+    """Moments and their count."""
+    position: jax.Array
+    """Steps since the stage's start, int32."""
+    plateau: PlateauState | None
+    """Of a ReduceLROnPlateau only."""
+
+
+def group_transform(
+    rule: Rule,
+    lr: float,
+    schedule: ClosedForm | ReduceLROnPlateau,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+) -> optax.GradientTransformation:
+    """One group's transform: `rule`'s direction times minus the rate that `schedule` gives.
+
+    Rule and schedule keep states of their own, so that `carry` can take the one and leave the
+    other: a schedule starts with its stage.
+    """
+
+    length = {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
+
+    def direction(position: jax.Array | int) -> optax.GradientTransformation:
+        if isinstance(rule, optax.GradientTransformation):
+            return rule
+        if isinstance(schedule, ReduceLROnPlateau):
+            return rule.direction()
+        return rule.direction(
+            schedule.momentum(*_time(schedule, position, epochs, steps_per_epoch))
+        )
+
+    def init(params: Tree) -> GroupState:
+        plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
+        return GroupState(
+            rule=direction(0).init(params),
+            position=jnp.zeros([], jnp.int32),
+            plateau=plateau and plateau.as_arrays(),
+        )
+
+    def update(
+        gradients: Tree, state: GroupState, params: Tree | None = None
+    ) -> tuple[Tree, GroupState]:
+        updates, moments = direction(state.position).update(gradients, state.rule, params)
+        rate = group_rate(lr, schedule, state, **length)
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, GroupState(moments, state.position + 1, state.plateau)
+
+    return optax.GradientTransformation(init, update)
+
+
+def group_rate(
+    lr: float,
+    schedule: ClosedForm | ReduceLROnPlateau,
+    state: GroupState,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+) -> jax.Array:
+    """The learning rate of a group's next step."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        assert state.plateau is not None
+        return schedule.rate(lr, state.plateau)
+    return schedule.rate(lr, *_time(schedule, state.position, epochs, steps_per_epoch))
+
+
+def _time(
+    schedule: ClosedForm, position: jax.Array | int, epochs: int, steps_per_epoch: int
+) -> tuple[jax.Array | int, int]:
+    """A position and the stage's length in the schedule's unit."""
+    if schedule.by == "epoch":
+        return position // steps_per_epoch, epochs
+    return position, epochs * steps_per_epoch
 
 
 def multi_transform(
     transforms: Mapping[str, optax.GradientTransformation], labels: Tree
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`optax.multi_transform` that freezes what is labelled `frozen` and checks both sides.
 
     Initialise it with the full parameters; update it with gradients of the trainable half
@@ -80,14 +194,21 @@ def multi_transform(
 
     Raises:
       LabelError: a label without a transform, or a transform without a label.
+
+    >>> labels = {"body": "frozen", "head": "head"}
+    >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
+    >>> params = {"body": jnp.ones(()), "head": jnp.ones(())}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> {name: float(update) for name, update in updates.items()}
+    {'body': 0.0, 'head': -0.5}
     """
-    used = dict.fromkeys(jax.tree.leaves(labels))
-    missing = [name for name in used if name != FROZEN and name not in transforms]
-    unused = [name for name in transforms if name not in used]
+    used = dict.fromkeys(jax.tree.leaves(labels, is_leaf=lambda label: label is None))
+    if wrong := [label for label in used if type(label) is not str]:
+        raise LabelError(f"labels must be strings, not {wrong[0]!r}.")
+    missing = [label for label in used if label != FROZEN and label not in transforms]
+    unused = [label for label in transforms if label not in used]
     if FROZEN in transforms:
-        raise LabelError(
-            f"{FROZEN!r} is reserved: what it labels does not train. Rename the group."
-        )
+        raise LabelError(f"{FROZEN!r} is reserved: what it labels does not train. Rename it.")
     if missing or unused:
         raise LabelError(
             f"labels and transforms do not agree: labels without a transform {missing}, "
@@ -97,21 +218,44 @@ def multi_transform(
     return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
 
 
-def carry(old: optax.OptState, new: optax.OptState) -> optax.OptState:
-    """The new stage's state, with the rules' state of all groups that go on training.
+def _decay(weight_decay: float, vectors: bool) -> list[optax.GradientTransformation]:
+    """Adds weight_decay times the parameter to the update; nothing for no decay."""
 
-    Like torch's `add_param_group`: who stays keeps moments and count, who joins starts afresh.
-    Only the rule is carried, never the rate's position: a schedule starts with its stage. A
-    group whose optimizer has changed starts afresh too.
+    def add(updates: Tree, params: Tree) -> Tree:
+        return jax.tree.map(
+            lambda u, p: u + weight_decay * p if vectors or jnp.ndim(p) > 1 else u, updates, params
+        )
 
-    Args:
-      old: the state of the stage that ends, of a `multi_transform` over `rated` groups.
-      new: the fresh state of the stage that begins.
-    """
-    states = dict(new.inner_states)
-    for group in states.keys() & old.inner_states.keys() - {FROZEN}:
-        before, fresh = old.inner_states[group].inner_state, states[group].inner_state
-        if same_structure(before["rule"], fresh["rule"]):
-            kept = type(fresh)({**fresh, "rule": before["rule"]})
-            states[group] = states[group]._replace(inner_state=kept)
-    return new._replace(inner_states=states)
+    return [optax.stateless(add)] if weight_decay else []
+
+
+class DampenedState(NamedTuple):
+    """A momentum buffer and whether it holds a gradient yet."""
+
+    buffer: Tree
+    started: jax.Array
+
+
+def _momentum(
+    decay: float | jax.Array, dampening: float, nesterov: bool
+) -> optax.GradientTransformation:
+    """Torch's momentum; its first step is the gradient itself, dampened only from then on."""
+    if not dampening:
+        return optax.trace(decay, nesterov)
+
+    def init(params: Tree) -> DampenedState:
+        return DampenedState(jax.tree.map(jnp.zeros_like, params), jnp.zeros([], bool))
+
+    def update(
+        gradients: Tree, state: DampenedState, params: Tree | None = None
+    ) -> tuple[Tree, DampenedState]:
+        share = jnp.where(state.started, 1 - dampening, 1.0)
+        buffer = jax.tree.map(
+            lambda g, b: decay * b + share.astype(g.dtype) * g, gradients, state.buffer
+        )
+        updates = buffer
+        if nesterov:
+            updates = jax.tree.map(lambda g, b: g + decay * b, gradients, buffer)
+        return updates, DampenedState(buffer, jnp.ones([], bool))
+
+    return optax.GradientTransformation(init, update)

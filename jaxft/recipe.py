@@ -114,10 +114,13 @@ def resolve(recipe: Recipe) -> Recipe:
       RecipeError: a field of a wrong type, or a pattern that YAML cannot hold.
     """
     for stage in (*recipe.stages, *recipe.from_scratch):
-        if wrong := [pattern for pattern in stage.train if not isinstance(pattern, str)]:
+        rules = [stage.optimizer, *(getattr(u, "optimizer", None) for u in stage.train.values())]
+        wrong = [pattern for pattern in stage.train if not isinstance(pattern, str)]
+        wrong += [rule for rule in rules if not isinstance(rule, Optimizer | None)]
+        if wrong:
             raise RecipeError(
                 f"stage {stage.name!r}: {wrong[0]!r} cannot be saved with the run; a recipe's "
-                "patterns are strings. (jaxft.plan takes any pattern.)"
+                "patterns are strings, its optimizers jaxft's. (jaxft.plan takes any.)"
             )
     return _validated(_fields(recipe), source="recipe")
 

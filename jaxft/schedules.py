@@ -1,13 +1,13 @@
 """Learning-rate schedules in closed form: torch's, fastai's and ULMFiT's, from a stage's start.
 
 A schedule is a value without a state: an interrupted run changes nothing, and a new stage starts
-it anew. ReduceLROnPlateau alone depends on what validation says, and keeps a state on the host.
+it anew. (ReduceLROnPlateau, which depends on what validation says, is in `plateau`.)
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, inf, log, pi
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Schedule(Protocol):
         return None
 
 
-class _Checked:
+class Checked:
     """A dataclass whose fields obey the rules of their names; RecipeError tells all that do not."""
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 @dataclass(frozen=True)
-class Constant(_Checked, Schedule):
+class Constant(Checked, Schedule):
     """The base rate throughout."""
 
     by: Unit = "epoch"
@@ -86,7 +86,7 @@ class Constant(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class StepLR(_Checked, Schedule):
+class StepLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.StepLR`: times gamma every step_size."""
 
     step_size: int
@@ -99,7 +99,7 @@ class StepLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class MultiStepLR(_Checked, Schedule):
+class MultiStepLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.MultiStepLR`: times gamma at each milestone."""
 
     milestones: tuple[int, ...]
@@ -112,7 +112,7 @@ class MultiStepLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class ExponentialLR(_Checked, Schedule):
+class ExponentialLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.ExponentialLR`: times gamma each time."""
 
     gamma: float
@@ -124,7 +124,7 @@ class ExponentialLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class CosineAnnealingLR(_Checked, Schedule):
+class CosineAnnealingLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.CosineAnnealingLR`: half a cosine from lr to eta_min at t_max.
 
     Without t_max that is the stage's end, which its last epoch does not quite reach. After t_max
@@ -146,7 +146,7 @@ class CosineAnnealingLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class PolynomialLR(_Checked, Schedule):
+class PolynomialLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.PolynomialLR`: to 0 at total_iters (else the stage's end)."""
 
     total_iters: int | None = None
@@ -160,7 +160,7 @@ class PolynomialLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class LinearLR(_Checked, Schedule):
+class LinearLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.LinearLR`: from one factor to another, then constant."""
 
     start_factor: float = 1 / 3
@@ -174,7 +174,7 @@ class LinearLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class Warmup(_Checked, Schedule):
+class Warmup(Checked, Schedule):
     """A linear rise to lr, and any schedule that starts after it, in that schedule's unit.
 
     Torch's `SequentialLR([LinearLR(start_factor, total_iters=length), then], [length])`.
@@ -207,7 +207,7 @@ class Warmup(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class OneCycleLR(_Checked, Schedule):
+class OneCycleLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.OneCycleLR`: up to lr and down to next to nothing (Smith 2018).
 
     The base rate is the maximum. `three_phase` comes down the way it went up before it goes on
@@ -245,7 +245,7 @@ class OneCycleLR(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class FastaiOneCycle(_Checked, Schedule):
+class FastaiOneCycle(Checked, Schedule):
     """fastai's `fit_one_cycle`: like OneCycleLR, but each step stands at t/total.
 
     The base rate is the maximum; the last step does not quite reach the end. `moms` are the
@@ -269,7 +269,7 @@ class FastaiOneCycle(_Checked, Schedule):
 
 
 @dataclass(frozen=True)
-class SlantedTriangular(_Checked, Schedule):
+class SlantedTriangular(Checked, Schedule):
     """A short linear rise from lr/ratio to lr and a long fall (ULMFiT, Howard and Ruder 2018).
 
     The fall takes the rest, total - cut, as in the authors' code. The paper has
@@ -292,59 +292,6 @@ ClosedForm = (
     | Warmup | OneCycleLR | FastaiOneCycle | SlantedTriangular
 )  # fmt: skip
 """The schedules that a recipe can name."""
-
-
-class PlateauState(NamedTuple):
-    """A ReduceLROnPlateau's counts: bad epochs in a row, epochs still to ignore, reductions."""
-
-    best: float
-    bad: int = 0
-    cooldown: int = 0
-    reductions: int = 0
-
-
-@dataclass(frozen=True)
-class ReduceLROnPlateau(_Checked):
-    """`torch.optim.lr_scheduler.ReduceLROnPlateau`: times factor after patience + 1 bad epochs.
-
-    >>> plateau = ReduceLROnPlateau(patience=0)
-    >>> state = plateau.after_epoch(plateau.start(), 0.5)
-    >>> plateau.rate(1.0, plateau.after_epoch(state, 0.5))
-    0.1
-    """
-
-    mode: Literal["min", "max"] = "min"
-    factor: float = 0.1
-    patience: int = 10
-    threshold: float = 1e-4
-    threshold_mode: Literal["rel", "abs"] = "rel"
-    cooldown: int = 0
-    min_lr: float = 0.0
-    eps: float = 1e-8
-
-    def start(self) -> PlateauState:
-        """The state before the first epoch."""
-        return PlateauState(best=inf if self.mode == "min" else -inf)
-
-    def after_epoch(self, state: PlateauState, value: float) -> PlateauState:
-        """The state after an epoch with this value of the metric; NaN is a bad one."""
-        best, bad, cooldown, reductions = state
-        sign = 1 if self.mode == "max" else -1
-        margin = sign * self.threshold
-        bar = best * (1 + margin) if self.threshold_mode == "rel" else best + margin
-        best, bad = (float(value), 0) if sign * value > sign * bar else (best, bad + 1)
-        if cooldown:
-            cooldown, bad = cooldown - 1, 0
-        if bad > self.patience:
-            cooldown, bad, reductions = self.cooldown, 0, reductions + 1
-        return PlateauState(best, bad, cooldown, reductions)
-
-    def rate(self, lr: float, state: PlateauState) -> float:
-        """A group's learning rate; each reduction stops at min_lr and is skipped if within eps."""
-        for _ in range(state.reductions):
-            reduced = max(lr * self.factor, self.min_lr)
-            lr = reduced if lr - reduced > self.eps else lr
-        return lr
 
 
 def _through(knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:

@@ -12,7 +12,8 @@ import test_schedules as tests
 import torch
 from torch.optim import lr_scheduler
 
-from jaxft.schedules import ReduceLROnPlateau, Warmup
+from jaxft.plateau import ReduceLROnPlateau
+from jaxft.schedules import Warmup
 
 
 def optimizer(rule):

@@ -3,10 +3,35 @@
 import dataclasses
 import re
 
+import optax
 import pytest
 
-from jaxft import SGD, Adam, AdamW, EarlyStop, Recipe, RecipeError, Stage
+from jaxft import (
+    SGD,
+    Adam,
+    AdamW,
+    EarlyStop,
+    Recipe,
+    RecipeError,
+    ReduceLROnPlateau,
+    RMSprop,
+    Stage,
+    Update,
+)
 from jaxft.recipe import differences, read, resolve, save
+from jaxft.schedules import (
+    Constant,
+    CosineAnnealingLR,
+    ExponentialLR,
+    FastaiOneCycle,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    SlantedTriangular,
+    StepLR,
+    Warmup,
+)
 
 RECIPE = Recipe(
     model="resnet18",
@@ -15,6 +40,30 @@ RECIPE = Recipe(
     stages=(
         Stage("head", train={"fc": 1e-3}, epochs=5, until=EarlyStop("loss", patience=2)),
         Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
+        Stage(
+            "all",
+            train={
+                "fc": Update(1e-3, OneCycleLR(pct_start=0.25), AdamW(), weight_decay=0.1),
+                "layer4": Update(1e-4, ReduceLROnPlateau("max", patience=2)),
+                "*": 1e-5,
+            },
+            epochs=9,
+            schedule=Warmup(2, then=CosineAnnealingLR()),
+            optimizer=RMSprop(centered=True),
+        ),
+        *(
+            Stage(repr(s), {"*": 1.0}, 1, schedule=s)
+            for s in (
+                Constant(),
+                StepLR(7),
+                MultiStepLR((3, 5)),
+                ExponentialLR(0.9),
+                PolynomialLR(),
+                LinearLR(),
+                FastaiOneCycle(),
+                SlantedTriangular(),
+            )
+        ),
     ),
 )
 
@@ -88,8 +137,9 @@ def test_wrong_values(fields, message):
         ({"batch_size": "many"}, "batch_size: Input should be a valid integer"),
         ({"augment": "mixup"}, "augment: Input should be 'none', 'crop_flip' or 'shift'"),
         ({"stages": (Stage("a", {re.compile("fc"): 1.0}, 1),)}, "patterns are strings"),
+        ({"stages": (Stage("a", {"fc": 1.0}, 1, optimizer=optax.identity()),)}, "optimizers jaxft"),
     ],
-    ids=["type", "choice", "pattern"],
+    ids=["type", "choice", "pattern", "optimizer"],
 )
 def test_resolve_refuses_what_cannot_be_saved(fields, message):
     recipe = object.__new__(Recipe)  # as a config may, circumvent what __post_init__ can see

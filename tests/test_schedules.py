@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft.errors import RecipeError
+from jaxft.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.schedules import (
     Constant,
     CosineAnnealingLR,
@@ -18,9 +19,7 @@ from jaxft.schedules import (
     LinearLR,
     MultiStepLR,
     OneCycleLR,
-    PlateauState,
     PolynomialLR,
-    ReduceLROnPlateau,
     SlantedTriangular,
     StepLR,
     Warmup,
@@ -149,9 +148,10 @@ def test_torchs_rates_and_momenta(golden, name, x64, rtol):
 def test_torchs_plateau(golden, name):
     plateau, values = PLATEAUS[name]
     state, rates = plateau.start(), []
-    for value in values:
-        state = plateau.after_epoch(state, value)
-        rates.append([plateau.rate(lr, state) for lr in RATES])
+    with jax.enable_x64(True):
+        for value in values:
+            state = plateau.after_epoch(state, value)
+            rates.append([plateau.rate(lr, state) for lr in RATES])
     np.testing.assert_array_equal(rates, golden[name])
 
 

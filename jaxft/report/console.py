@@ -4,6 +4,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import jax
 from rich.console import Console as Terminal
@@ -16,9 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import NormMode
-from jaxft.stages import StagePlan
 
 EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
 
@@ -49,17 +50,23 @@ class Console:
             if layer in norms and name == "scale":  # each norm layer has one
                 modes.setdefault(label, Counter())[norms[layer]] += 1
 
-        groups = [*plan.rates, *([FROZEN] if FROZEN in sizes else [])]
-        width = max(map(len, groups))
-        line = f"  {{:{width}}}  {{:>12}}  {{:>7}}  {{:>9}}  {{}}"
+        updates = plan.updates()
+        rows = [("group", "parameters", "share", "rate", "schedule", "norm statistics")]
+        for group in [*updates, *([FROZEN] if FROZEN in sizes else [])]:
+            rate, schedule = "-", "-"
+            if group in updates:
+                rate = f"{updates[group].lr:g}"
+                schedule = type(updates[group].schedule).__name__
+            used = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
+            share = f"{sizes[group] / sizes.total():.1%}"
+            rows.append((group, f"{sizes[group]:,}", share, rate, schedule, used or "-"))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        line = "  {:{}}  {:>{}}  {:>{}}  {:>{}}  {:{}}  {:{}}"
         self.row(f"\n{title}", style="bold")
-        self.row("\n" + line.format("group", "parameters", "share", "rate", "norm statistics"))
-        for group in groups:
-            share = sizes[group] / sizes.total()
-            rate = f"{plan.rates[group]:g}" if group in plan.rates else "-"
-            used = ", ".join(f"{mode} ({n} layers)" for mode, n in modes.get(group, {}).items())
-            cells = (group, f"{sizes[group]:,}", f"{share:.1%}", rate, used or "-")
-            self.row(line.format(*cells), style="dim" if group == FROZEN else None)
+        self.row("")
+        for row in rows:
+            cells = chain.from_iterable(zip(row, widths, strict=True))
+            self.row(line.format(*cells), style="dim" if row[0] == FROZEN else None)
         heads = ("epoch", "train loss", "val loss", "accuracy", "seconds", "")
         self.row("\n" + EPOCH_ROW.format(*heads))
 

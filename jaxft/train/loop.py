@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 
 from jaxft import atomic, data, models, weights
+from jaxft.carryover import carry_with_remarks
 from jaxft.checkpoint import Checkpoints
+from jaxft.groups import plan
 from jaxft.labels import Tree
-from jaxft.optim import carry
 from jaxft.recipe import Recipe, resolve
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
-from jaxft.stages import plan
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.progress import Progress
 from jaxft.train.stage import Run, Snapshot, train_stage
@@ -107,9 +107,9 @@ def _train_stages(
             return progress, current
         stage = run.plans[progress.stage].stage
         progress = Progress.at_start(following, progress.step, progress.handed_on(stage))
-        opt_state = _fresh(run, following, current.params)
-        if run.plans[following].stage.carry == "keep":
-            opt_state = carry(current.opt_state, opt_state)
+        opt_state, remarks = _next_state(run, following, current.opt_state, current.params)
+        for remark in remarks:
+            run.console.say(remark)
         current = best = current._replace(opt_state=opt_state)
 
 
@@ -123,7 +123,7 @@ def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, S
         f"Going on from step {step}: stage {stage.name!r}, "
         f"{'ended' if progress.ended else 'after'} epoch {progress.epoch} of {stage.epochs}."
     )
-    opt_state = jax.eval_shape(lambda: _fresh(run, progress.stage, params))
+    opt_state = jax.eval_shape(lambda: _state_at(run, progress.stage, params))
     like = Snapshot(params, stats, opt_state)._asdict()
     if not progress.ended:
         like["best"] = dict(like)
@@ -133,7 +133,23 @@ def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, S
 
 
 def _fresh(run: Run, stage: int, params: Tree) -> Tree:
-    return run.plans[stage].transform(run.recipe.optimizer).init(params)
+    return run.transform(stage).init(params)
+
+
+def _next_state(run: Run, stage: int, state: Tree, params: Tree) -> tuple[Tree, list[str]]:
+    """The optimizer's state at a stage's start, given that at the end of the one before."""
+    plan, fresh = run.plans[stage], _fresh(run, stage, params)
+    if plan.stage.carry == "reset":
+        return fresh, []
+    return carry_with_remarks(state, fresh, park=plan.park)
+
+
+def _state_at(run: Run, stage: int, params: Tree) -> Tree:
+    """A state of a stage's structure, with what is parked: as if all stages before had run."""
+    state = _fresh(run, 0, params)
+    for k in range(1, stage + 1):
+        state, _ = _next_state(run, k, state, params)
+    return state
 
 
 def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:

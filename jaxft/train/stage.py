@@ -14,12 +14,12 @@ import optax
 from jaxft import data
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Batch, Splits
+from jaxft.groups import StagePlan
 from jaxft.labels import Tree, combine, partition
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
-from jaxft.stages import StagePlan
 from jaxft.train.evaluate import Score, score
 from jaxft.train.norms import norm_modes
 from jaxft.train.progress import Progress
@@ -47,6 +47,16 @@ class Run:
     metrics: MetricsLog
     console: Console
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every training image once."""
+        return data.steps_per_epoch(self.splits.train, self.recipe.batch_size)
+
+    def transform(self, stage: int) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of a stage."""
+        plan, optimizer = self.plans[stage], self.recipe.optimizer
+        return plan.transform(optimizer, steps_per_epoch=self.steps_per_epoch)
+
     def evaluate(self, params: Tree, stats: Tree) -> Score:
         """The score on the validation images, each counted once."""
         batches = data.eval_batches(
@@ -72,9 +82,8 @@ def train_stage(
     """
     plan, recipe = run.plans[progress.stage], run.recipe
     norms = norm_modes(current.params, current.stats, plan.labels)
-    transform = plan.transform(recipe.optimizer)
+    transform, steps = run.transform(progress.stage), run.steps_per_epoch
     step = train_step(run.model, transform, recipe.preprocessing, norms)
-    steps = data.steps_per_epoch(run.splits.train, recipe.batch_size)
 
     title = (
         f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}, "
@@ -101,16 +110,19 @@ def train_stage(
     with closing(batches):
         while not progress.ended:
             started = time.perf_counter()
+            rates = plan.rates_at(state.opt_state, steps_per_epoch=steps)
             state, trained = _train_epoch(
                 run, progress.epoch + 1, step, state, frozen, batches, steps
             )
+            validated = run.evaluate(combine(state.trainable, frozen), state.stats)
+            opt_state = plan.after_epoch(state.opt_state, **dataclasses.asdict(validated))
+            state = state._replace(opt_state=opt_state)
             current = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
-            validated = run.evaluate(current.params, current.stats)
             progress = progress.after_epoch(plan.stage, steps, validated)
             improved = progress.best_epoch == progress.epoch
             if improved:
                 best = Snapshot(combine(_copy(state.trainable), frozen), *_copy(state[1:]))
-            _record(run, progress, trained, time.perf_counter() - started, improved)
+            _record(run, progress, trained, rates, time.perf_counter() - started, improved)
             if progress.ended and plan.stage.hand_on == "best":
                 current = best
             _save(run, progress, current, best)
@@ -138,7 +150,14 @@ def _train_epoch(
     return state, score(tallies)
 
 
-def _record(run: Run, progress: Progress, trained: Score, seconds: float, improved: bool) -> None:
+def _record(
+    run: Run,
+    progress: Progress,
+    trained: Score,
+    rates: dict[str, float],
+    seconds: float,
+    improved: bool,
+) -> None:
     plan = run.plans[progress.stage]
     run.console.epoch_row(
         progress.epoch,
@@ -157,7 +176,7 @@ def _record(run: Run, progress: Progress, trained: Score, seconds: float, improv
             "train_accuracy": trained.accuracy,
             "val_loss": progress.score.loss,
             "val_accuracy": progress.score.accuracy,
-            "rates": dict(plan.rates),
+            "rates": rates,  # of the epoch's first step
             "seconds": seconds,
         }
     )

@@ -21,6 +21,7 @@ from jaxft import (
     PatternError,
     Recipe,
     RecipeError,
+    ReduceLROnPlateau,
     Stage,
     data,
     finetune,
@@ -30,6 +31,7 @@ from jaxft import (
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import read, save
 from jaxft.report.console import Console
+from jaxft.schedules import CosineAnnealingLR
 from jaxft.train.evaluate import eval_step, score
 from jaxft.train.workdir import claim
 
@@ -79,7 +81,7 @@ def test_what_a_run_leaves_behind(unbroken):
         ("late", 1, 12), ("late", 2, 16), ("late", 3, 20),
         ("all", 1, 24), ("all", 2, 28),
     ]  # fmt: skip
-    assert rows(workdir)[2]["rates"] == {"fc": 1e-3, "layer3": 1e-3}
+    assert rows(workdir)[2]["rates"] == pytest.approx({"fc": 1e-3, "layer3": 1e-3})
     assert result.checkpoint == workdir / "checkpoints" / "28"
     assert result.checkpoint.is_dir()
     assert any((workdir / "tensorboard").iterdir())
@@ -136,14 +138,12 @@ def test_kill_9_in_the_second_stage_changes_nothing(unbroken, tmp_path):
     assert without_seconds(killed) == without_seconds(workdir)
 
 
-@pytest.mark.parametrize("step", [4, 8, 12, 24])
-def test_a_lost_newest_checkpoint_costs_only_its_epoch(step, unbroken, tmp_path, monkeypatch):
-    """A run that dies right after writing a checkpoint, at every kind of place."""
-    workdir, result = unbroken
+class KilledError(Exception):
+    """Stands for a SIGKILL."""
 
-    class KilledError(Exception):
-        pass
 
+def run_and_die(recipe, workdir, step, monkeypatch):
+    """A run that dies right after it began to write the checkpoint of `step`."""
     real = Checkpoints.save
 
     def save_and_die(self, at, *args):
@@ -151,14 +151,42 @@ def test_a_lost_newest_checkpoint_costs_only_its_epoch(step, unbroken, tmp_path,
         if at == step:
             raise KilledError
 
-    monkeypatch.setattr(Checkpoints, "save", save_and_die)
-    with pytest.raises(KilledError):
-        finetune(RECIPE, tmp_path / "run", console=QUIET)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(KilledError):
+            finetune(recipe, workdir, console=QUIET)
+
+
+@pytest.mark.parametrize("step", [4, 8, 12, 24])
+def test_a_lost_newest_checkpoint_costs_only_its_epoch(step, unbroken, tmp_path, monkeypatch):
+    workdir, result = unbroken
+    run_and_die(RECIPE, tmp_path / "run", step, monkeypatch)
     again = finetune(RECIPE, tmp_path / "run", console=QUIET)
     assert again.score == result.score
     assert again.weights.read_bytes() == result.weights.read_bytes()
     assert without_seconds(tmp_path / "run") == without_seconds(workdir)
+
+
+def test_schedules_and_parked_states_survive(tmp_path, monkeypatch):
+    """A group that sits a stage out, a rate that falls by step, and one that validation lowers."""
+    both = {"fc": 1e-2, "layer3": 1e-2}
+    plateau = ReduceLROnPlateau(patience=0, threshold=1e3, factor=0.5)
+    recipe = dataclasses.replace(
+        RECIPE,
+        stages=(
+            Stage("both", both, 1, carry="keep"),
+            Stage("out", {"fc": 1e-2}, 2, schedule=CosineAnnealingLR(by="step"), carry="keep"),
+            Stage("back", both, 3, schedule=plateau, carry="keep"),
+        ),
+    )
+    whole = finetune(recipe, tmp_path / "whole", console=QUIET)
+    found = [row["rates"]["fc"] for row in rows(tmp_path / "whole")]
+    assert found == pytest.approx([1e-2, 1e-2, 0.5e-2, 1e-2, 0.5e-2, 0.25e-2])
+    for step in (4, 8, 12, 20):
+        run_and_die(recipe, tmp_path / "run", step, monkeypatch)
+    again = finetune(recipe, tmp_path / "run", console=QUIET)
+    assert again.weights.read_bytes() == whole.weights.read_bytes()
+    assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
 
 
 def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):

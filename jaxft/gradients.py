@@ -1,0 +1,66 @@
+"""What is done to gradients between `jax.grad` and the optimizer.
+
+Each of these reads every gradient it gets. Give them the trainable half alone (`partition`):
+then they cannot bring back the backward pass through what is frozen. For the same reason an
+average of the weights (`optax.incremental_update`) should be one of the trainable half.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.labels import Tree
+
+T = TypeVar("T")
+
+
+def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
+    """`torch.nn.utils.clip_grad_norm_`: times min(1, max_norm / (norm + 1e-6)).
+
+    Returns `(gradients, norm)`, the norm being that of all leaves before clipping.
+
+    >>> clipped, norm = clip({"a": jnp.array([3.0, 4.0]), "b": None}, max_norm=1.0)
+    >>> float(norm), clipped["a"].round(3).tolist()
+    (5.0, [0.6000000238418579, 0.800000011920929])
+    """
+    norm = optax.tree.norm(gradients)
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), norm
+
+
+def accumulate(value_and_grad: Callable[[Any], T], batches: Any) -> T:
+    """The mean of `value_and_grad(batch)` over the leading axis of `batches`, one at a time.
+
+    Takes the memory of one batch for the work of many. Equal batch sizes make the mean that of
+    the whole; the statistics of norm layers are still each batch's own.
+
+    >>> accumulate(lambda x: (x.sum(), {"w": x}), jnp.array([[1.0], [3.0]]))[1]["w"].tolist()
+    [2.0]
+    """
+    count = jax.tree.leaves(batches)[0].shape[0]
+    shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: T, batch: Any) -> tuple[T, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(batch)), None
+
+    total, _ = jax.lax.scan(add, zeros, batches)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def if_finite(gradients: Tree, new: T, old: T) -> tuple[T, jax.Array]:
+    """`new` if all gradients are finite, else `old`: a step that would poison is not taken.
+
+    Returns `(new or old, finite)`; the two are pytrees of one structure, such as parameters and
+    optimizer state.
+
+    >>> state, finite = if_finite({"a": jnp.array(jnp.nan)}, new=jnp.ones(()), old=jnp.zeros(()))
+    >>> float(state), bool(finite)
+    (0.0, False)
+    """
+    leaves = [jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]
+    finite = jnp.stack(leaves).all()
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite
