@@ -5,7 +5,11 @@ One folder a checkpoint, named by the global step, written in the background. Ea
 can be restored one by one.
 """
 
-from collections.abc import Mapping
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +19,8 @@ import orbax.checkpoint as ocp
 
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
+
+_OVERHEAD = 2**20  # bytes a checkpoint takes beside its arrays, generously
 
 
 def exist(folder: Path) -> bool:
@@ -43,18 +49,23 @@ class Checkpoints:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._manager.close()  # an asynchronous write that nobody waits for is lost
+        with self._failing_clearly():
+            self._manager.close()  # an asynchronous write that nobody waits for is lost
 
     def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, Tree]) -> None:
         """Starts to write the checkpoint of `step`; `progress` must be JSON.
 
         `arrays` may be donated as soon as this returns.
         """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(arrays))) + _OVERHEAD
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:  # a write that fails half-way is safe too, but loud
+            raise self._failure(f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free")
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         header = {"progress": dict(progress), "layout": _layout(arrays)}
-        saved = self._manager.save(
-            step, args=ocp.args.Composite(header=ocp.args.JsonSave(header), **items)
-        )
+        args = ocp.args.Composite(header=ocp.args.JsonSave(header), **items)
+        with self._failing_clearly():
+            saved = self._manager.save(step, args=args)
         if not saved:  # Orbax declines a step that is not after its newest, without a word
             raise RuntimeError(f"{self.folder}: step {step} is not after {self.latest_step()}.")
 
@@ -69,6 +80,23 @@ class Checkpoints:
     def progress(self, step: int) -> dict[str, Any]:
         """The `progress` of the checkpoint of `step`; it says what structure the arrays have."""
         return dict(self._header(step)["progress"])
+
+    @contextmanager
+    def _failing_clearly(self) -> Iterator[None]:
+        """Turns what a background write fails with, now or earlier, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            # What hangs on the failed write complains of it on its way out, at length.
+            logging.getLogger("asyncio").disabled = True
+            cause = re.search("No space left on device|Permission denied", str(error))
+            raise self._failure(cause[0] if cause else str(error)) from error
+
+    def _failure(self, cause: str) -> CheckpointError:
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.folder}: {cause}. All up to step "
+            f"{self.latest_step()} is safe; the same command goes on from there once there is room."
+        )
 
     def _header(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(header=ocp.args.JsonRestore())

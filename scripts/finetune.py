@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
         result = finetune(recipe, known.workdir)
-    except JaxftError as error:
+    except (JaxftError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)

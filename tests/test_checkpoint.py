@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, and safe from the step that overwrites its own buffers."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,30 @@ def test_the_newest_two_are_kept(tmp_path):
         for number in (1, 2, 3):
             checkpoints.save(number, {}, {"params": PARAMS})
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_a_full_disk_is_known_before_writing(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {}, {"params": PARAMS})
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(
+            CheckpointError, match=r"needs 1 MiB, and 0 MiB are free. All up to step"
+        ):
+            checkpoints.save(2, {}, {"params": PARAMS})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
+def test_a_write_that_fails_is_an_error_and_costs_nothing_older(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {}, {"params": PARAMS})
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(CheckpointError, match=r"No space left on device. All up to step 1 is"):
+            checkpoints.save(2, {}, {"params": PARAMS})
 
 
 def test_a_step_that_is_not_later_is_refused(tmp_path):
