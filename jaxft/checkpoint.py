@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ def exist(folder: Path) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last one on its way out.
+    """The checkpoints of one run; to be closed (`contextlib.closing`).
 
     The newest two are kept: while one is being written the other is whole.
     """
@@ -40,17 +39,10 @@ class Checkpoints:
             folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Waits for the last write: an asynchronous one that nobody waits for is lost."""
         with self._failing_clearly():
-            self._manager.close()  # an asynchronous write that nobody waits for is lost
+            self._manager.close()
 
     def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, Tree]) -> None:
         """Starts to write the checkpoint of `step`; `progress` must be JSON.

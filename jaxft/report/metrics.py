@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -25,15 +24,8 @@ class MetricsLog:
         atomic.write(self._path, "".join(row + "\n" for row in kept))
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Writes out what TensorBoard has not got yet."""
         self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def finetune(
         plan(recipe.from_scratch, params)  # its patterns must not fail after hours of the others
     console.row(_prologue(recipe, splits, params))
 
-    with claim(workdir, recipe), Checkpoints(workdir / "checkpoints") as checkpoints:
+    with claim(workdir, recipe), closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step()
-        with MetricsLog(workdir, step=step or 0) as metrics:
+        with closing(MetricsLog(workdir, step=step or 0)) as metrics:
             evaluator = eval_step(model, recipe.preprocessing)
             run = Run(recipe, model, splits, plans, evaluator, checkpoints, metrics, console)
             if step is None:
