@@ -1,0 +1,153 @@
+"""Records parameters that torch trains in stages, for tests/test_trajectories.py.
+
+    python tests/record_trajectories.py
+
+Needs torch; recorded with torch 2.13.0, in float64.
+"""
+
+import dataclasses
+
+import numpy as np
+import record_schedules
+import test_trajectories as tests
+import torch
+
+from jaxft.plateau import ReduceLROnPlateau
+from jaxft.schedules import FastaiOneCycle, SlantedTriangular
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def make_optimizer(rule, groups):
+    """Torch's optimizer of our name; weight decay is set per group, for `decay_vectors`."""
+    options = dataclasses.asdict(rule)
+    kind, _, _ = (options.pop(name) for name in ("rule", "decay_vectors", "weight_decay"))
+    if kind.startswith("adam"):
+        options["betas"] = (options.pop("b1"), options.pop("b2"))
+    return OPTIMIZERS[kind](groups, **options)
+
+
+def make_groups(rule, params, stage):
+    """Torch's param groups: one for each of ours, and for vectors that shall not decay."""
+    groups = []
+    for name, parameters in params.items():
+        for vectors in (False, True):
+            members = [p for p in parameters.values() if (p.ndim == 1) == vectors]
+            decay = 0.0 if vectors and not rule.decay_vectors else rule.weight_decay
+            lr = stage.train.get(name, 0.0)
+            if members:
+                groups.append({"params": members, "lr": lr, "weight_decay": decay, "name": name})
+    return groups
+
+
+def record(case):
+    """The flat parameters at the end of every stage."""
+    rule, schedule, carry, trains, max_norm = tests.CASES[case]
+    params = {
+        name: {k: torch.nn.Parameter(torch.tensor(v)) for k, v in block.items()}
+        for name, block in tests.start().items()
+    }
+    optimizer, ends = None, []
+    for k, stage in enumerate(tests.stages(schedule, carry, trains)):
+        active = [name for name in params if name in stage.train]
+        for name, block in params.items():
+            for p in block.values():
+                p.requires_grad_(name in active)
+                p.grad = None  # a re-frozen parameter has no gradient and is passed over
+        groups = make_groups(rule, {name: params[name] for name in active}, stage)
+        if optimizer is None or carry == "reset":
+            optimizer = make_optimizer(rule, groups)
+        else:
+            known = {group["name"] for group in optimizer.param_groups}
+            for group in groups:
+                if group["name"] not in known:
+                    optimizer.add_param_group(group)
+        for group in optimizer.param_groups:
+            group["lr"] = stage.train.get(group["name"], 0.0)
+            group.pop("initial_lr", None)
+        by, follow = make_scheduler(rule, schedule, optimizer, stage)
+        for step in range(tests.STEPS):
+            optimizer.zero_grad()
+            loss(params, k * tests.STEPS + step).backward()
+            if max_norm:
+                members = [p for name in active for p in params[name].values()]
+                torch.nn.utils.clip_grad_norm_(members, max_norm)
+            optimizer.step()
+            if by == "step" and step + 1 < tests.STEPS:
+                follow()
+            elif by == "epoch" and (step + 1) % tests.STEPS_PER_EPOCH == 0:
+                epoch = (step + 1) // tests.STEPS_PER_EPOCH
+                follow(tests.VALIDATION[k][epoch - 1])
+        ends.append(flat(params))
+    return np.stack(ends)
+
+
+def make_scheduler(rule, schedule, optimizer, stage):
+    """What moves the rates of this stage: its unit, and a function to call after each."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        options = dataclasses.asdict(schedule)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+        return "epoch", plateau.step
+    total = stage.epochs if schedule.by == "epoch" else tests.STEPS
+    if isinstance(schedule, FastaiOneCycle | SlantedTriangular):
+        return "step", by_formula(rule, schedule, optimizer, total)
+    # OneCycleLR insists on setting rates of groups that do not train: their maximum is any number.
+    scheduler = record_schedules.scheduler(schedule, optimizer, total)
+    return schedule.by, lambda *_: scheduler.step()
+
+
+def by_formula(rule, schedule, optimizer, total):
+    """Fastai's and ULMFiT's schedules have no torch class: their formulas, set by hand."""
+    base = [group["lr"] for group in optimizer.param_groups]
+    t = 0
+
+    def place():
+        for lr, group in zip(base, optimizer.param_groups, strict=True):
+            if isinstance(schedule, SlantedTriangular):
+                cut = int(total * 0.1)
+                p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / 0.1 - 1))
+                group["lr"] = lr * (1 + p * 31) / 32
+                continue
+            rise = t / total < 0.25
+            done = t / total / 0.25 if rise else (t / total - 0.25) / 0.75
+            weight = (1 - np.cos(np.pi * done)) / 2
+            start, end = (lr / 25, lr) if rise else (lr, lr / 1e5)
+            group["lr"] = start + (end - start) * weight
+            start, end = (0.95, 0.85) if rise else (0.85, 0.95)
+            momentum = start + (end - start) * weight
+            if rule.rule == "sgd":
+                group["momentum"] = momentum
+            else:
+                group["betas"] = (momentum, group["betas"][1])
+
+    def follow(*_):
+        nonlocal t
+        t += 1
+        place()
+
+    place()
+    return follow
+
+
+def loss(params, step):
+    x, y = (torch.tensor(array) for array in tests.batch(step))
+    for name in ("body", "late"):
+        x = torch.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+    return ((x @ params["head"]["kernel"] + params["head"]["bias"] - y) ** 2).mean()
+
+
+def flat(params):
+    return np.concatenate([
+        params[name][leaf].detach().numpy().ravel()
+        for name in sorted(params)
+        for leaf in sorted(params[name])
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    np.savez_compressed(tests.GOLDEN, **{case: record(case) for case in tests.CASES})

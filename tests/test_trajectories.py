@@ -1,0 +1,178 @@
+"""Whole staged trainings against torch's, recorded in float64: each optimizer, each schedule.
+
+Three stages of ten steps, groups that thaw in between (or sit a stage out), a rate for each.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxft
+from jaxft import SGD, Adam, AdamW, ReduceLROnPlateau, RMSprop, Stage, gradients
+from jaxft.schedules import (
+    Constant,
+    CosineAnnealingLR,
+    ExponentialLR,
+    FastaiOneCycle,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    SlantedTriangular,
+    StepLR,
+    Warmup,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "trajectories.npz"
+STEPS, STEPS_PER_EPOCH = 10, 2
+VALIDATION = [[1.0, 0.5, 0.6, 0.5, 0.4], [0.4, 0.4, 0.3, 0.35, 0.3], [0.2, 0.3, 0.1, 0.1, 0.1]]
+
+THAWING = ({"head": 0.1}, {"head": 0.05, "late": 0.02}, {"head": 0.02, "late": 0.01, "body": 0.005})
+SITTING_OUT = (
+    {"head": 0.1, "late": 0.02},
+    {"head": 0.05},
+    {"late": 0.02, "head": 0.02, "body": 0.01},
+)
+
+MOMENTUM = SGD(momentum=0.9)
+OPTIMIZERS = {
+    "sgd": SGD(),
+    "sgd, momentum": MOMENTUM,
+    "sgd, dampening": SGD(momentum=0.9, dampening=0.3),
+    "sgd, nesterov": SGD(momentum=0.8, nesterov=True),
+    "sgd, decay": SGD(momentum=0.9, weight_decay=0.1),
+    "sgd, decay of matrices": SGD(momentum=0.9, weight_decay=0.1, decay_vectors=False),
+    "adam": Adam(),
+    "adam, decay": Adam(b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
+    "adamw": AdamW(),
+    "adamw, decay of matrices": AdamW(weight_decay=0.3, decay_vectors=False),
+    "rmsprop": RMSprop(),
+    "rmsprop, momentum": RMSprop(alpha=0.9, momentum=0.7, weight_decay=0.05),
+    "rmsprop, centered": RMSprop(centered=True, eps=1e-4),
+}
+SCHEDULES = {
+    "step": StepLR(2, gamma=0.5),
+    "step by step": StepLR(3, gamma=0.7, by="step"),
+    "milestones": MultiStepLR((1, 3), gamma=0.3),
+    "exponential": ExponentialLR(0.8),
+    "cosine": CosineAnnealingLR(),
+    "cosine by step": CosineAnnealingLR(eta_min=1e-3, by="step"),
+    "polynomial": PolynomialLR(power=2.0),
+    "linear": LinearLR(total_iters=3),
+    "warm-up": Warmup(2, then=CosineAnnealingLR()),
+    "one-cycle": OneCycleLR(pct_start=0.45),
+    "fastai": FastaiOneCycle(),
+    "ulmfit": SlantedTriangular(),
+    "plateau": ReduceLROnPlateau(patience=0, factor=0.5, cooldown=1),
+}
+CASES = {  # name: optimizer, schedule, carry, what trains, max_norm
+    f"{name}, {carry}": (rule, Constant(), carry, THAWING, None)
+    for name, rule in OPTIMIZERS.items()
+    for carry in ("keep", "reset")
+}
+CASES |= {
+    f"{name}, sitting out": (rule, Constant(), "keep", SITTING_OUT, None)
+    for name, rule in OPTIMIZERS.items()
+}
+CASES |= {
+    f"{name}, {carry}": (MOMENTUM, schedule, carry, THAWING, None)
+    for name, schedule in SCHEDULES.items()
+    for carry in ("keep", "reset")
+}
+CASES |= {
+    f"{name}, adam": (Adam(), SCHEDULES[name], "keep", THAWING, None)
+    for name in ("cosine by step", "one-cycle", "fastai", "plateau")
+}
+CASES |= {"clipped": (MOMENTUM, Constant(), "keep", THAWING, 0.2)}
+
+
+def stages(schedule, carry, trains):
+    return [
+        Stage(str(k), rates, epochs=STEPS // STEPS_PER_EPOCH, schedule=schedule, carry=carry)
+        for k, rates in enumerate(trains)
+    ]
+
+
+def start():
+    """A network of two tanh layers and a head, numpy float64."""
+    rng = np.random.default_rng(0)
+    shapes = {"body": (3, 4), "late": (4, 4), "head": (4, 2)}
+    return {
+        name: {"kernel": rng.normal(size=shape) / 2, "bias": rng.normal(size=shape[1:]) / 4}
+        for name, shape in shapes.items()
+    }
+
+
+def batch(step):
+    """Inputs [5 3] and targets [5 2] of a step of the whole run."""
+    rng = np.random.default_rng([1, step])
+    return rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+
+
+def loss(params, x, y):
+    for name in ("body", "late"):
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+    return jnp.mean((x @ params["head"]["kernel"] + params["head"]["bias"] - y) ** 2)
+
+
+def train(case):
+    """Our parameters at the end of every stage, as the recorder lays them out."""
+    rule, schedule, carry, trains, max_norm = CASES[case]
+    params, state, ends = jax.tree.map(jnp.asarray, start()), None, []
+    for k, plan in enumerate(jaxft.plan(stages(schedule, carry, trains), params)):
+        transform = plan.transform(rule, steps_per_epoch=STEPS_PER_EPOCH)
+        fresh = transform.init(params)
+        keep = k > 0 and carry == "keep"
+        state = jaxft.carry(state, fresh, park=plan.park) if keep else fresh
+        trainable, frozen = jaxft.partition(params, plan.labels)
+
+        @jax.jit
+        def step(trainable, state, x, y, frozen=frozen, transform=transform):
+            grads = jax.grad(lambda t: loss(jaxft.combine(t, frozen), x, y))(trainable)
+            if max_norm:
+                grads, _ = gradients.clip(grads, max_norm)
+            updates, state = transform.update(grads, state, trainable)
+            return optax.apply_updates(trainable, updates), state
+
+        for i in range(STEPS):
+            trainable, state = step(trainable, state, *batch(k * STEPS + i))
+            if (i + 1) % STEPS_PER_EPOCH == 0:
+                state = plan.after_epoch(state, loss=VALIDATION[k][i // STEPS_PER_EPOCH])
+        params = jaxft.combine(trainable, frozen)
+        ends.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)]))
+    return np.stack(ends)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as recorded:
+        return dict(recorded)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_torchs(case, golden):
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(train(case), golden[case], rtol=1e-10)
+
+
+def test_every_case_moves_what_it_trains_and_nothing_else(golden):
+    assert golden.keys() == CASES.keys()
+    first = np.concatenate(
+        [start()[b][leaf].ravel() for b in sorted(start()) for leaf in ("bias", "kernel")]
+    )
+    body = first.size - 2 * 5 - 4 * 5  # sorted first
+    for case, ends in golden.items():
+        assert (ends[:2, :body] == first[:body]).all(), case
+        assert (ends[2, :body] != first[:body]).all(), case
+
+
+def test_the_recording_is_torchs(golden):
+    pytest.importorskip("torch")
+    from record_trajectories import record
+
+    for case in CASES:
+        np.testing.assert_allclose(record(case), golden[case], rtol=1e-12, err_msg=case)
