@@ -36,6 +36,11 @@ class Model(Protocol):
         ...
 
     @property
+    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
+        """The patterns that select each block's parameters, in the order of `blocks`."""
+        ...
+
+    @property
     def head(self) -> str:
         """The path of the classifier's parameters, e.g. `fc`."""
         ...

@@ -25,6 +25,11 @@ class Config(Protocol):
         ...
 
     @property
+    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
+        """See `Model.block_patterns`."""
+        ...
+
+    @property
     def head(self) -> str:
         """See `Model.head`."""
         ...
@@ -53,6 +58,11 @@ class NNXModel:
     def blocks(self) -> tuple[str, ...]:
         """The network's steps, from input to output."""
         return self.config.blocks
+
+    @property
+    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
+        """The patterns that select each block's parameters."""
+        return self.config.block_patterns
 
     @property
     def head(self) -> str:

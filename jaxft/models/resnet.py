@@ -47,6 +47,11 @@ class ResNetConfig:
         return ("stem", *(f"layer{i + 1}" for i in range(len(self.depths))), "head")
 
     @property
+    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
+        """The patterns that select each block's parameters, in the order of `blocks`."""
+        return (("conv1", "bn1"), *((layer,) for layer in self.blocks[1:-1]), (self.head,))
+
+    @property
     def head(self) -> str:
         """The path of the classifier."""
         return "fc"

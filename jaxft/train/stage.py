@@ -145,8 +145,8 @@ def _train_epoch(
         for _ in range(steps):
             state, sums = step(state, frozen, next(batches))
             tallies.append(sums)
-            jax.block_until_ready(tallies[-2:-1])  # else the host fills the device's memory ahead
-            bar.advance(score([sums]).loss if bar.shown else float("nan"))
+            before = jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
+            bar.advance(score(before).loss if before and bar.shown else float("nan"))
     return state, score(tallies)
 
 
