@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from jaxft import gradients, methods, schedules
 from jaxft.carryover import carry
 from jaxft.errors import (
     CheckpointError,
@@ -54,8 +55,15 @@ __all__ = [  # in the order in which one meets them
     "WeightsError",
     "DataError",
     "CheckpointError",
+    "gradients",
+    "methods",
+    "schedules",
     *_LAZY,
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

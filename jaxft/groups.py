@@ -119,6 +119,7 @@ def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
         labels = [FROZEN if s[k] is None else groups[s] for s in signatures]
         park = _parked(stages, patterns, k)
         plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park))
+        plans[-1].updates()  # what cannot be resolved is an error now, not when its stage begins
     return tuple(plans)
 
 

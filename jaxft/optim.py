@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree
+from jaxft.labels import FROZEN, Tree, leaf_labels
 from jaxft.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.schedules import ClosedForm
 
@@ -193,7 +193,8 @@ def multi_transform(
     (`None` where frozen) or of everything.
 
     Raises:
-      LabelError: a label without a transform, or a transform without a label.
+      LabelError: a label without a transform, or a transform without a label; and from `init`,
+        parameters of another structure than the labels.
 
     >>> labels = {"body": "frozen", "head": "head"}
     >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
@@ -202,7 +203,7 @@ def multi_transform(
     >>> {name: float(update) for name, update in updates.items()}
     {'body': 0.0, 'head': -0.5}
     """
-    used = dict.fromkeys(jax.tree.leaves(labels, is_leaf=lambda label: label is None))
+    used = dict.fromkeys(jax.tree.leaves(labels))
     if wrong := [label for label in used if type(label) is not str]:
         raise LabelError(f"labels must be strings, not {wrong[0]!r}.")
     missing = [label for label in used if label != FROZEN and label not in transforms]
@@ -215,7 +216,13 @@ def multi_transform(
             f"transforms without a label {unused}."
         )
     # A label tree can be callable (a module of strings), and optax would call it.
-    return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
+    whole = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
+
+    def init(params: Tree) -> optax.OptState:
+        leaf_labels(params, labels)
+        return whole.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, whole.update)
 
 
 def _decay(weight_decay: float, vectors: bool) -> list[optax.GradientTransformation]:

@@ -41,7 +41,11 @@ def scheduler(schedule, optimizer, total):
     if name == "PolynomialLR":
         given.setdefault("total_iters", total)
     if name == "OneCycleLR":
-        given = {"total_steps": total, "max_lr": [group["lr"] for group in optimizer.param_groups], **given}
+        given = {
+            "total_steps": total,
+            "max_lr": [group["lr"] for group in optimizer.param_groups],
+            **given,
+        }
     if name == "Constant":
         return lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return getattr(lr_scheduler, name)(optimizer, **given)

@@ -3,13 +3,26 @@
 import re
 from pathlib import Path
 
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
+import jaxft
 from jaxft.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = {
+    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+}
+FIVE_LINES, *FRAMEWORKS = EXAMPLES["Freezing in five lines"]
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -20,16 +33,48 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_library_example_trains_the_head_alone():
     names = {}
-    exec(EXAMPLES[0], names)
+    exec(EXAMPLES["In your own JAX code"][0], names)
     assert (names["params"]["body"]["kernel"] == 1).all()
     assert (names["params"]["head"]["kernel"] != 1).all()
 
 
+def moved(before, after):
+    """The roots of the parameters that are not bit-identical."""
+    named = zip(
+        *map(jaxft.paths, (before, after)), *map(jax.tree.leaves, (before, after)), strict=True
+    )
+    changed = []
+    for path, same_path, old, new in named:
+        assert path == same_path
+        changed += [] if np.array_equal(old, new) else [path.split(".")[0]]
+    return set(changed)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=["dict", "linen", "nnx", "haiku", "equinox"])
+def test_five_lines_freeze_in_every_framework(framework):
+    assert len(FIVE_LINES.splitlines()) == 5
+    x = jax.random.normal(jax.random.key(7), (5, 4))
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "jaxft": jaxft, "x": x}
+    names |= {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx}
+    exec(framework, names)
+    before = names["params"]
+    exec(FIVE_LINES, names)
+    half = optax.apply_updates(names["trainable"], names["updates"])
+    after = jaxft.combine(half, names["frozen"])
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert moved(before, after) == {"head"}
+
+    exec(EXAMPLES["Stages in your own loop"][0], names)
+    assert moved(before, names["params"]) == {"body", "head"}
+    states = names["opt_state"].inner_states
+    counts = {name: int(states[name].inner_state.rule[0].count) for name in ("head", "*")}
+    assert counts == {"head": 50, "*": 30}
+
+
 def test_the_recipe_example_is_a_recipe():
     names = {}
-    exec(EXAMPLES[1], names)
+    exec(EXAMPLES["From the command line"][0], names)
     assert isinstance(names["recipe"], Recipe)
-    assert len(EXAMPLES) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

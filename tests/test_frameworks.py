@@ -1,0 +1,174 @@
+"""Any framework's parameters: one network, the same paths; labels in the parameters' structure."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.core import freeze
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxft
+from jaxft import Adam, Stage
+
+X = jax.random.normal(jax.random.key(7), (8, 4))
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Dense(3, name="body")(x))
+        return nn.Dense(2, name="head", kernel_init=nn.with_partitioning(nn.initializers.ones, ()))(
+            x
+        )
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(4, 3, rngs=rngs)
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.body(x)))
+
+
+class EquinoxNet(eqx.Module):
+    body: eqx.nn.Linear
+    head: eqx.nn.Linear
+    activation: object  # a leaf that is no array
+
+    def __call__(self, x):
+        return self.head(self.activation(self.body(x)))
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+class Net(NamedTuple):
+    body: Layer
+    head: Layer
+
+
+def haiku_net(x):
+    return hk.Linear(2, name="head")(jnp.tanh(hk.Linear(3, name="body")(x)))
+
+
+def plain():
+    kernels = {"body": jnp.ones((4, 3)), "head": jnp.ones((3, 2))}
+    return {name: {"kernel": k, "bias": jnp.zeros(k.shape[1])} for name, k in kernels.items()}
+
+
+def apply_plain(params):
+    x = jnp.tanh(X @ params["body"]["kernel"] + params["body"]["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def as_dict(net):
+    return {name: layer._asdict() for name, layer in net._asdict().items()}
+
+
+def networks():
+    """name: (params, apply)."""
+    key = jax.random.key(0)
+    net = plain()
+    tuples = Net(Layer(**net["body"]), Layer(**net["head"]))
+    linen = LinenNet().init(key, X)["params"]  # one of its kernels is boxed
+    haiku = hk.without_apply_rng(hk.transform(haiku_net))
+    module = NNXNet(nnx.Rngs(0))
+    graph, state = nnx.split(module, nnx.Param)
+    layers = (eqx.nn.Linear(4, 3, key=key), eqx.nn.Linear(3, 2, key=key))
+    equinox = EquinoxNet(*layers, jnp.tanh)
+    arrays, static = eqx.partition(equinox, eqx.is_array)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(net, NamedSharding(mesh, PartitionSpec()))
+
+    def apply_linen(params):
+        return LinenNet().apply({"params": params}, X)
+
+    return {
+        "dict": (net, apply_plain),
+        "named tuples": (tuples, lambda p: apply_plain(as_dict(p))),
+        "sharded": (sharded, apply_plain),
+        "linen": (linen, apply_linen),
+        "linen, frozen dict": (freeze(linen), apply_linen),
+        "nnx, state": (state, lambda p: nnx.merge(graph, p)(X)),
+        "nnx, module": (module, lambda p: p(X)),
+        "nnx, pure dict": (nnx.to_pure_dict(state), lambda p: nnx.merge(graph, p)(X)),
+        "haiku": (haiku.init(key, X), lambda p: haiku.apply(p, X)),
+        "equinox": (arrays, lambda p: jax.vmap(eqx.combine(p, static))(X)),
+        "equinox, whole": (equinox, lambda p: jax.vmap(p)(X)),
+    }
+
+
+LEAVES = {"haiku": ("w", "b"), "equinox": ("weight", "bias")}
+NETWORKS = networks()
+frameworks = pytest.mark.parametrize("name", NETWORKS)
+
+
+@frameworks
+def test_the_same_network_has_the_same_paths(name):
+    kernel, bias = LEAVES.get(name.split(",")[0], ("kernel", "bias"))
+    expected = {f"{layer}.{leaf}" for layer in ("body", "head") for leaf in (kernel, bias)}
+    assert set(jaxft.paths(NETWORKS[name][0])) - {"activation"} == expected
+
+
+@frameworks
+def test_labels_have_the_parameters_structure_and_optax_takes_them(name):
+    params, apply = NETWORKS[name]
+    labels = jaxft.label(params, {"head": "head"})
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
+    transforms = {"head": optax.sgd(0.1), "frozen": optax.set_to_zero()}
+    plain = optax.multi_transform(transforms, lambda _: labels)
+    ours = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
+    trainable, frozen = jaxft.partition(params, labels)
+    grads = jax.grad(lambda half: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2))(trainable)
+    found = [tx.update(grads, tx.init(params), trainable)[0] for tx in (plain, ours)]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@frameworks
+def test_three_steps_leave_the_frozen_leaves_bit_identical(name):
+    params, apply = NETWORKS[name]
+    (plan,) = jaxft.plan([Stage("head", {"head": 0.1}, epochs=1)], params)
+    transform = plan.transform(Adam())
+    trainable, frozen = jaxft.partition(params, plan.labels)
+    state = transform.init(params)
+    for _ in range(3):
+        grads = jax.grad(lambda half: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2))(trainable)
+        updates, state = transform.update(grads, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    after = jaxft.combine(trainable, frozen)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    leaves = zip(jaxft.paths(params), *map(jax.tree.leaves, (params, after)), strict=True)
+    for path, old, new in leaves:
+        same = old is new if callable(old) else np.array_equal(old, new)
+        assert same == (not path.startswith("head")), path
+        if name == "sharded":
+            assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+@frameworks
+def test_shapes_alone_are_labelled_alike(name):
+    params, _ = NETWORKS[name]
+    arrays = eqx.filter(params, eqx.is_array)
+    shapes = jax.eval_shape(lambda: arrays)
+    labels = jaxft.label(shapes, {"head": "head"})
+    assert jax.tree.leaves(labels) == jax.tree.leaves(jaxft.label(arrays, {"head": "head"}))
+    assert "head" in jaxft.summary(shapes, labels)
+    plan = jaxft.plan([Stage("all", {"*": 0.1}, 1)], shapes)[0]
+    jax.eval_shape(plan.transform(Adam()).init, shapes)
+
+
+def test_lists_are_paths_too():
+    params = [{"kernel": jnp.ones(2)}, [jnp.ones(1), jnp.ones(3)]]
+    assert jaxft.paths(params) == ["0.kernel", "1.0", "1.1"]
+    assert jaxft.label(params, {"1.1": "x"}) == [{"kernel": "frozen"}, ["frozen", "x"]]

@@ -1,0 +1,31 @@
+"""Who labels trees must not pay for what trains ResNets."""
+
+import subprocess
+import sys
+
+import jaxft
+
+LIGHT = ["labels", "optim", "stages", "schedules", "plateau", "groups", "carryover", "gradients"]
+HEAVY = {
+    "flax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
+    "rich", "pydantic", "tyro", "haiku", "equinox",
+}  # fmt: skip
+
+
+def test_the_light_modules_import_jax_and_optax_alone():
+    code = "; ".join(["import sys, jaxft", *(f"import jaxft.{name}" for name in LIGHT)])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    roots = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"jax", "optax"} <= roots
+    assert roots & HEAVY == set()
+
+
+def test_the_rest_comes_when_asked_for():
+    assert set(jaxft.__all__) <= set(dir(jaxft))
+    for name in jaxft.__all__:
+        assert getattr(jaxft, name) is not None

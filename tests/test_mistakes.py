@@ -1,0 +1,120 @@
+"""Mistakes with labels, stages and transforms: one error each, that names the thing."""
+
+import math
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxft
+from jaxft import LabelError, PatternError, RecipeError, Stage, Update
+
+PARAMS = {name: {"kernel": jnp.ones(2)} for name in ("stem", "layer4", "fc")}
+LABELS = jaxft.label(PARAMS, {"fc": "head"})
+
+
+def plan(*stages):
+    return jaxft.plan(stages, PARAMS)
+
+
+def stage(train, name="late", **fields):
+    return Stage(name, train, **{"epochs": 1, **fields})
+
+
+MISTAKES = {
+    "typo": (
+        lambda: plan(stage({"layer5": 0.1})),
+        PatternError,
+        r"stage 'late': pattern 'layer5' matches no parameter.\n  Did you mean 'layer4'\?  "
+        r"Parameters: fc.\* \(1\)  layer4.\* \(1\)  stem.\* \(1\)",
+    ),
+    "shadowed pattern": (
+        lambda: plan(stage({"*": 0.1, "fc": 0.2})),
+        PatternError,
+        r"stage 'late': pattern 'fc' is never reached: '\*' before it takes all that it matches. "
+        "Put the more specific pattern first.",
+    ),
+    "label without a transform": (
+        lambda: jaxft.multi_transform({}, LABELS),
+        LabelError,
+        r"labels without a transform \['head'\]",
+    ),
+    "transform without a label": (
+        lambda: jaxft.multi_transform({"head": optax.sgd(1.0), "haed": optax.sgd(1.0)}, LABELS),
+        LabelError,
+        r"transforms without a label \['haed'\]",
+    ),
+    "reserved label": (
+        lambda: jaxft.multi_transform({"head": optax.sgd(1.0), "frozen": optax.sgd(1.0)}, LABELS),
+        LabelError,
+        "'frozen' is reserved: what it labels does not train. Rename it.",
+    ),
+    "None among the labels": (
+        lambda: jaxft.multi_transform({"head": optax.sgd(1.0)}, {**LABELS, "stem": None}).init(
+            PARAMS
+        ),
+        LabelError,
+        "another structure than the parameters; without a label: stem.kernel",
+    ),
+    "None as a label": (
+        lambda: jaxft.label(PARAMS, {"fc": None}),
+        LabelError,
+        "labels must be strings, not None for 'fc'",
+    ),
+    "tree of another structure": (
+        lambda: jaxft.partition(PARAMS, {"stem": LABELS["stem"], "fc": LABELS["fc"]}),
+        LabelError,
+        r"another structure than the parameters; without a label: layer4.kernel. "
+        r"Build it with jaxft.label\(params, ...\)",
+    ),
+    "duplicate stage name": (
+        lambda: plan(stage({"fc": 0.1}), stage({"layer4": 0.1})),
+        RecipeError,
+        r"stage names must be unique; \['late'\] occur more than once",
+    ),
+    "stage that trains nothing": (
+        lambda: plan(stage({})),
+        RecipeError,
+        "stage 'late': it trains nothing; name a pattern and a rate",
+    ),
+    "negative rate": (
+        lambda: plan(stage({"fc": -0.1})),
+        RecipeError,
+        "stage 'late': the rate of 'fc' is -0.1; it must be a positive, finite number",
+    ),
+    "NaN for a rate": (
+        lambda: plan(stage({"fc": Update(math.nan)})),
+        RecipeError,
+        "stage 'late': the rate of 'fc' is nan",
+    ),
+    "rate that is no number": (
+        lambda: plan(stage({"fc": "fast"})),
+        RecipeError,
+        "stage 'late': the rate of 'fc' is fast",
+    ),
+    "decay for a foreign optimizer": (
+        lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}, optimizer=optax.identity())),
+        RecipeError,
+        "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_error_that_names_it(mistake):
+    make, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(PatternError) as caught:
+        plan(
+            stage({"fd": 0.1, "layer5": 0.1}, name="first"),
+            stage({"*": 0.1, "stem": 0.1}, name="second"),
+        )
+    assert [line.split(".")[0] for line in str(caught.value).splitlines() if "stage" in line] == [
+        "stage 'first': pattern 'fd' matches no parameter",
+        "stage 'first': pattern 'layer5' matches no parameter",
+        "stage 'second': pattern 'stem' is never reached: '*' before it takes all that it matches",
+    ]
