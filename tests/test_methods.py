@@ -1,0 +1,214 @@
+"""Ready-made plans against stages worked out by hand."""
+
+import re
+
+import jax
+import pytest
+
+import jaxft
+from jaxft import SGD, Adam, AdamW, RecipeError, Stage
+from jaxft.labels import FROZEN, leaf_labels
+from jaxft.methods import (
+    discriminative,
+    full,
+    gradual_unfreeze,
+    layer_decay,
+    linear_probe_then_finetune,
+    surgical,
+    ulmfit,
+)
+from jaxft.models import create, names
+from jaxft.schedules import Constant, CosineAnnealingLR, FastaiOneCycle, SlantedTriangular
+
+BLOCKS = [("stem", "norm"), "body", "fc"]
+MOMENTUM = SGD(momentum=0.9)
+ULMFIT = {
+    "schedule": SlantedTriangular(cut_frac=0.1, ratio=32.0),
+    "optimizer": Adam(b1=0.7, b2=0.99),
+    "hand_on": "last",
+    "carry": "keep",
+}
+FASTAI = {
+    "optimizer": AdamW(b1=0.9, b2=0.99, eps=1e-5, weight_decay=0.01, decay_vectors=False),
+    "hand_on": "last",
+}
+RISE = FastaiOneCycle(pct_start=0.99, div=25.0, div_final=1e5, moms=(0.95, 0.85, 0.95))
+CYCLE = FastaiOneCycle(pct_start=0.3, div=5.0, div_final=1e5, moms=(0.95, 0.85, 0.95))
+
+BY_HAND = {
+    "full": (
+        full(0.1, epochs=3),
+        [Stage("all", {"*": 0.1}, 3)],
+    ),
+    "layer decay": (
+        layer_decay(BLOCKS, 0.8, 0.5, epochs=3),
+        [Stage("all", {"fc": 0.8, "body": 0.4, "stem": 0.2, "norm": 0.2}, 3)],
+    ),
+    "layer decay of 1 is one rate": (
+        layer_decay(BLOCKS, 0.8, 1, epochs=3),
+        [Stage("all", {"fc": 0.8, "body": 0.8, "stem": 0.8, "norm": 0.8}, 3)],
+    ),
+    "surgical": (
+        surgical(BLOCKS, "norm", 1e-3, epochs=15),
+        [Stage("norm", {"stem": 1e-3, "norm": 1e-3}, 15, optimizer=Adam(weight_decay=1e-4))],
+    ),
+    "linear probe": (
+        linear_probe_then_finetune(BLOCKS, 1e-2, 1e-4, probe_epochs=5),
+        [
+            Stage("probe", {"fc": 1e-2}, 5, None, MOMENTUM),
+            Stage("all", {"*": 1e-4}, 20, CosineAnnealingLR(), MOMENTUM),
+        ],
+    ),
+    "gradual": (
+        gradual_unfreeze(BLOCKS, 1.0, epochs=2, factor=10),
+        [
+            Stage("fc", {"fc": 1.0}, 2, carry="keep"),
+            Stage("body", {"fc": 1.0, "body": 0.1}, 2, carry="keep"),
+            Stage(
+                "stem+norm", {"fc": 1.0, "body": 0.1, "stem": 0.01, "norm": 0.01}, 2, carry="keep"
+            ),
+        ],
+    ),
+    "gradual, two at once": (
+        gradual_unfreeze(["a", "b", "c"], 2.6, epochs=1, at_once=2),
+        [
+            Stage("b+c", {"c": 2.6, "b": 1.0}, 1, carry="keep"),
+            Stage("a", {"c": 2.6, "b": 1.0, "a": 1 / 2.6}, 1, carry="keep"),
+        ],
+    ),
+    "ulmfit": (
+        ulmfit(["a", "b", "c"], epochs=50),
+        [
+            Stage("c", {"c": 0.01}, 1, **ULMFIT),
+            Stage("b", {"c": 0.01, "b": 0.01 / 2.6}, 1, **ULMFIT),
+            Stage("a", {"c": 0.01, "b": 0.01 / 2.6, "a": 0.01 / 6.76}, 50, **ULMFIT),
+        ],
+    ),
+    "discriminative": (
+        discriminative(BLOCKS, epochs=5, norms=["**.bn"]),
+        [
+            Stage("head", {"fc": 2e-3, "**.bn": 2e-4}, 1, RISE, **FASTAI),
+            Stage(
+                "all", {"fc": 1e-3, "body": 1e-4, "stem": 1e-5, "norm": 1e-5}, 5, CYCLE, **FASTAI
+            ),
+        ],
+    ),
+    "fields replace the method's own": (
+        ulmfit(["b", "c"], epochs=2, schedule=Constant(), carry="reset"),
+        [
+            Stage("c", {"c": 0.01}, 1, Constant(), Adam(b1=0.7, b2=0.99), hand_on="last"),
+            Stage(
+                "b", {"c": 0.01, "b": 0.01 / 2.6}, 2, Constant(), Adam(b1=0.7, b2=0.99),
+                hand_on="last",
+            ),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "by_hand"), BY_HAND.values(), ids=BY_HAND)
+def test_stages(stages, by_hand):
+    assert type(stages) is tuple
+    for stage, expected in zip(stages, by_hand, strict=True):
+        assert list(stage.train) == list(expected.train)
+        assert stage.train == pytest.approx(expected.train, rel=1e-12)
+        assert vars(stage) | {"train": None} == vars(expected) | {"train": None}
+
+
+RESNET = create("resnet18")
+ORDER = RESNET.block_patterns
+PARAMS, _ = jax.eval_shape(RESNET.init, jax.random.key(0))
+PATHS = jaxft.paths(PARAMS)
+NORMS = ("**.bn*", "**.downsample.1")
+
+# The blocks that train in each stage, as first and last of stem, layer1 to layer4, head.
+ON_A_RESNET = {
+    "full": (full(1.0, epochs=1), [(0, 5)]),
+    "layer decay": (layer_decay(ORDER, 1.0, 0.75, epochs=1), [(0, 5)]),
+    "surgical": (surgical(ORDER, "layer2", 1.0, epochs=1), [(2, 2)]),
+    "linear probe": (
+        linear_probe_then_finetune(ORDER, 1.0, 1.0, probe_epochs=1), [(5, 5), (0, 5)]
+    ),
+    "gradual": (gradual_unfreeze(ORDER, 1.0, epochs=1), [(i, 5) for i in (5, 4, 3, 2, 1, 0)]),
+    "ulmfit": (ulmfit(ORDER, epochs=1), [(i, 5) for i in (5, 4, 3, 2, 1, 0)]),
+    "discriminative": (
+        discriminative(["*", ("layer3", "layer4"), "fc"], epochs=1), [(5, 5), (0, 5)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "trains"), ON_A_RESNET.values(), ids=ON_A_RESNET)
+def test_what_trains_in_a_resnet(stages, trains):
+    for plan, (first, last) in zip(jaxft.plan(stages, PARAMS), trains, strict=True):
+        roots = {pattern for block in ORDER[first : last + 1] for pattern in block}
+        expected = [path.split(".")[0] in roots for path in PATHS]
+        assert [name != FROZEN for name in leaf_labels(PARAMS, plan.labels)] == expected
+
+
+def test_fastai_trains_the_norms_beside_the_head():
+    head, every = jaxft.plan(discriminative(ORDER, epochs=1, norms=NORMS), PARAMS)
+    trained = zip(PATHS, leaf_labels(PARAMS, head.labels), strict=True)
+    vectors = [path for path in PATHS if path.endswith(("scale", "bias"))]
+    assert [path for path, name in trained if name != FROZEN] == sorted(["fc.kernel", *vectors])
+    assert FROZEN not in leaf_labels(PARAMS, every.labels)
+
+
+@pytest.mark.parametrize("name", names())
+def test_block_patterns_cover_each_parameter_once(name):
+    model = create(name)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    assert len(model.block_patterns) == len(model.blocks)
+    assert model.block_patterns[-1] == (model.head,)
+    patterns = [pattern for block in model.block_patterns for pattern in block]
+    covered = jax.tree.map(
+        lambda *hits: len(hits) - hits.count(FROZEN),
+        *(jaxft.label(params, {pattern: "hit"}) for pattern in patterns),
+    )
+    assert set(jax.tree.leaves(covered)) == {1}
+
+
+ERRORS = {
+    "no blocks": (lambda: surgical([], "fc", 1.0, epochs=1), "surgical: blocks is []"),
+    "one string": (lambda: layer_decay("fc", 1.0, 0.5, epochs=1), "blocks is 'fc'; it must be 2"),
+    "empty block": (lambda: ulmfit(["a", ()], epochs=1), "blocks is ['a', ()]; it must be 2 or"),
+    "twice": (lambda: ulmfit(["fc", ("a", "fc")], epochs=1), "blocks has 'fc' more than once"),
+    "no such block": (
+        lambda: surgical(["a", "fc"], "b", 1.0, epochs=1),
+        "surgical: block 'b' is none of blocks ['a', 'fc']",
+    ),
+    "one block to decay": (lambda: layer_decay(["a"], 1.0, 0.5, epochs=1), "layer_decay: blocks"),
+    "one block to probe": (
+        lambda: linear_probe_then_finetune(["a"], 1.0, 1.0, probe_epochs=1),
+        "linear_probe_then_finetune: blocks is ['a']; it must be 2 or more",
+    ),
+    "one block to thaw": (lambda: gradual_unfreeze(["a"], 1.0, epochs=1), "gradual_unfreeze: blo"),
+    "one slice": (lambda: discriminative(["a"], epochs=1), "discriminative: blocks is ['a']"),
+    "decay 0": (lambda: layer_decay(BLOCKS, 1.0, 0, epochs=1), "decay is 0; it must be above 0"),
+    "decay 1.1": (lambda: layer_decay(BLOCKS, 1.0, 1.1, epochs=1), "decay is 1.1; it must be abo"),
+    "factor": (lambda: ulmfit(BLOCKS, epochs=1, factor=0.4), "factor is 0.4; it must be at least"),
+    "at once": (
+        lambda: gradual_unfreeze(BLOCKS, 1.0, epochs=1, at_once=0),
+        "at_once is 0; it must be at least 1",
+    ),
+    "slice": (
+        lambda: discriminative(BLOCKS, float("nan"), -1.0, epochs=1),
+        "low is nan; it must be positive and finite; high is -1.0; it must be positive and finite",
+    ),
+    "epochs": (lambda: full(1.0, epochs=0), "stage 'all': it has 0 epochs"),
+    "epochs of the last stage": (lambda: ulmfit(BLOCKS, epochs=0), "'stem+norm': it has 0 epochs"),
+    "head epochs": (
+        lambda: discriminative(BLOCKS, epochs=1, head_epochs=0),
+        "stage 'head': it has 0 epochs",
+    ),
+    "rate": (lambda: gradual_unfreeze(BLOCKS, -1.0, epochs=1), "the rate of 'fc' is -1.0"),
+    "all at once": (
+        lambda: layer_decay(["a", "a"], 1.0, 2, epochs=1),
+        "layer_decay: decay is 2; it must be above 0 and at most 1; blocks has 'a' more than once.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(build, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        build()
