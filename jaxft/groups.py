@@ -97,6 +97,15 @@ def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
     Raises:
       RecipeError: no stages, or two of one name.
       PatternError: patterns that match nothing or are shadowed, in all stages at once.
+
+    >>> params = {"stem": 0.0, "layer4": 0.0, "fc": 0.0}
+    >>> head, late = plan(
+    ...     [Stage("head", {"fc": 1e-3}, 5), Stage("late", {"fc": 1e-3, "*": 1e-4}, 5)], params
+    ... )
+    >>> head.labels
+    {'fc': 'fc', 'layer4': 'frozen', 'stem': 'frozen'}
+    >>> late.labels, late.rates
+    ({'fc': 'fc', 'layer4': '*', 'stem': '*'}, {'fc': 0.001, '*': 0.0001})
     """
     check_stages(stages)
     chosen, complaints = [], []

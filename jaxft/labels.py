@@ -36,6 +36,9 @@ def paths(params: Tree) -> list[str]:
     The same network has the same paths in every framework: list indices, attributes and dict
     keys are all segments, Haiku's `block/~/conv` is `block.conv`, and the boxes in which Flax
     wraps an array (`nnx.Variable`, `nn.Partitioned`) add no segment of their own.
+
+    >>> paths({"layer1": [{"kernel": 0.0}], "fc/~/out": {"w": 0.0}})
+    ['fc.out.w', 'layer1.0.kernel']
     """
     keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box)
     return [_dotted(path) for path, leaf in keyed for _ in jax.tree.leaves(leaf)]
@@ -103,6 +106,9 @@ def partition(params: Tree, labels: Tree) -> tuple[Tree, Tree]:
 
     Raises:
       LabelError: `labels` has another structure than `params`.
+
+    >>> partition({"conv": 1.0, "fc": 2.0}, {"conv": "frozen", "fc": "head"})
+    ({'conv': None, 'fc': 2.0}, {'conv': 1.0, 'fc': None})
     """
     frozen = [name == FROZEN for name in leaf_labels(params, labels)]
     leaves = jax.tree.leaves(params)
@@ -119,6 +125,9 @@ def combine(*parts: Tree) -> Tree:
 
     Raises:
       LabelError: two parts hold the same leaf.
+
+    >>> combine({"conv": None, "fc": 2.0}, {"conv": 1.0, "fc": None})
+    {'conv': 1.0, 'fc': 2.0}
     """
 
     def pick(path: Any, *leaves: Any) -> Any:

@@ -61,6 +61,15 @@ class Stage:
         counts: a stage that never improves hands on what it got) or from its `last`.
       carry: `reset` starts every group's optimizer afresh, like a new torch optimizer; `keep`
         keeps that of groups which have trained before, like `add_param_group`.
+
+    >>> from jaxft import Adam, schedules
+    >>> stage = Stage(
+    ...     "late",
+    ...     train={"fc": 1e-3, "layer4": Update(1e-4, optimizer=Adam())},
+    ...     epochs=10,
+    ...     schedule=schedules.CosineAnnealingLR(),
+    ...     until=EarlyStop("accuracy", patience=3),
+    ... )
     """
 
     name: str
