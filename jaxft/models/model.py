@@ -17,18 +17,8 @@ Norms = NormMode | Mapping[str, NormMode]
 """One mode for the whole network, or one for each norm layer by its path (`layer4.0.bn1`)."""
 
 
-class Model(Protocol):
-    """A network as the trainer sees it.
-
-    `params` are what a gradient can reach; `stats` are the running statistics of the norm
-    layers. Both are nested dicts with string keys whose dotted paths name the network's
-    parts as PyTorch does, down to the module (`layer4.0.conv1.kernel`).
-    """
-
-    @property
-    def name(self) -> str:
-        """What the registry calls this network."""
-        ...
+class Outline(Protocol):
+    """What is known of a network without any array."""
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -48,6 +38,20 @@ class Model(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of logits."""
+        ...
+
+
+class Model(Outline, Protocol):
+    """A network as the trainer sees it.
+
+    `params` are what a gradient can reach; `stats` are the running statistics of the norm
+    layers. Both are nested dicts with string keys whose dotted paths name the network's
+    parts as PyTorch does, down to the module (`layer4.0.conv1.kernel`).
+    """
+
+    @property
+    def name(self) -> str:
+        """What the registry calls this network."""
         ...
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:

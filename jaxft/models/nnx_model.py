@@ -7,37 +7,13 @@ and optimizers are never needed, because every jax transform sees arrays in dict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxft.models.model import Norms, Tree
-
-
-class Config(Protocol):
-    """What a module is built from: hashable, and it knows the module's outline."""
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """See `Model.blocks`."""
-        ...
-
-    @property
-    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """See `Model.block_patterns`."""
-        ...
-
-    @property
-    def head(self) -> str:
-        """See `Model.head`."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """See `Model.num_classes`."""
-        ...
+from jaxft.models.model import Norms, Outline, Tree
 
 
 @dataclass(frozen=True)
@@ -46,13 +22,13 @@ class NNXModel:
 
     The module's parameters are `nnx.Param`, its running statistics `nnx.BatchStat` called `mean`
     and `var`, and its call is `module(x, norms=..., mask=..., blocks=...)`, where `blocks` is the
-    run of `config.blocks` to apply. Equal models have equal hashes: a model can be a static
-    argument.
+    run of `config.blocks` to apply. `config` is hashable, and equal models have equal hashes: a
+    model can be a static argument.
     """
 
     name: str
     module: type[nnx.Module]
-    config: Config
+    config: Outline
 
     @property
     def blocks(self) -> tuple[str, ...]:
