@@ -40,8 +40,10 @@ def paths(params: Tree) -> list[str]:
     >>> paths({"layer1": [{"kernel": 0.0}], "fc/~/out": {"w": 0.0}})
     ['fc.out.w', 'layer1.0.kernel']
     """
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box)
-    return [_dotted(path) for path, leaf in keyed for _ in jax.tree.leaves(leaf)]
+    flatten = jax.tree_util.tree_flatten_with_path
+    nodes, _ = flatten(params, is_leaf=_is_box)
+    # A box's own key ("value") is the first below it; an array has none.
+    return [_dotted(path + below[1:]) for path, node in nodes for below, _ in flatten(node)[0]]
 
 
 def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) -> Tree:
@@ -147,10 +149,10 @@ def leaf_labels(params: Tree, labels: Tree) -> list[str]:
     Raises:
       LabelError: `labels` has another structure than `params`, or a label is not a string.
     """
-    found = dict(zip(paths(labels), jax.tree.leaves(labels), strict=True))
-    expected = paths(params)
-    missing = [path for path in expected if path not in found]
-    extra = [path for path in found if path not in set(expected)]
+    expected, found = paths(params), paths(labels)
+    wanted, given = set(expected), set(found)
+    missing = [path for path in expected if path not in given]
+    extra = [path for path in found if path not in wanted]
     if missing or extra or not same_structure(labels, params):
         raise LabelError(
             "the label tree has another structure than the parameters"
@@ -159,9 +161,11 @@ def leaf_labels(params: Tree, labels: Tree) -> list[str]:
             + ("" if missing or extra else "; its containers are of other types")
             + ". Build it with jaxft.label(params, ...)."
         )
-    if wrong := [f"{name!r} for {path}" for path, name in found.items() if type(name) is not str]:
+    names = jax.tree.leaves(labels)  # by position: Haiku's a/b and a/~/b share a path
+    named = zip(expected, names, strict=True)
+    if wrong := [f"{name!r} for {path}" for path, name in named if type(name) is not str]:
         raise LabelError(f"labels must be strings, not {_some(wrong)}.")
-    return [found[path] for path in expected]
+    return names
 
 
 def summary(params: Tree, labels: Tree) -> str:
@@ -212,8 +216,9 @@ def show(pattern: Pattern) -> str:
 def _dotted(path: tuple[Any, ...]) -> str:
     segments = []
     for key in path:
-        # DictKey and FlattenedIndexKey have a key, SequenceKey an idx, GetAttrKey a name.
-        name = next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a))
+        # DictKey and FlattenedIndexKey have a key, SequenceKey an idx, GetAttrKey a name; a
+        # container of the user's own may have anything.
+        name = next((getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)), key)
         segments += [part for part in str(name).split("/") if part != "~"]  # Haiku's module names
     return ".".join(segments)
 

@@ -75,11 +75,16 @@ def as_dict(net):
     return {name: layer._asdict() for name, layer in net._asdict().items()}
 
 
+def from_lists(net):
+    return {name: {"kernel": kernel, "bias": bias} for name, (kernel, (bias,)) in net.items()}
+
+
 def networks():
     """name: (params, apply)."""
     key = jax.random.key(0)
     net = plain()
     tuples = Net(Layer(**net["body"]), Layer(**net["head"]))
+    lists = {name: [layer["kernel"], [layer["bias"]]] for name, layer in net.items()}
     linen = LinenNet().init(key, X)["params"]  # one of its kernels is boxed
     haiku = hk.without_apply_rng(hk.transform(haiku_net))
     module = NNXNet(nnx.Rngs(0))
@@ -96,6 +101,7 @@ def networks():
     return {
         "dict": (net, apply_plain),
         "named tuples": (tuples, lambda p: apply_plain(as_dict(p))),
+        "nested lists": (lists, lambda p: apply_plain(from_lists(p))),
         "sharded": (sharded, apply_plain),
         "linen": (linen, apply_linen),
         "linen, frozen dict": (freeze(linen), apply_linen),
@@ -108,7 +114,7 @@ def networks():
     }
 
 
-LEAVES = {"haiku": ("w", "b"), "equinox": ("weight", "bias")}
+LEAVES = {"haiku": ("w", "b"), "equinox": ("weight", "bias"), "nested lists": ("0", "1.0")}
 NETWORKS = networks()
 frameworks = pytest.mark.parametrize("name", NETWORKS)
 
@@ -126,7 +132,8 @@ def test_labels_have_the_parameters_structure_and_optax_takes_them(name):
     labels = jaxft.label(params, {"head": "head"})
     assert jax.tree.structure(labels) == jax.tree.structure(params)
     transforms = {"head": optax.sgd(0.1), "frozen": optax.set_to_zero()}
-    plain = optax.multi_transform(transforms, lambda _: labels)
+    # As it is, but for a module of strings: optax would call it.
+    plain = optax.multi_transform(transforms, (lambda _: labels) if callable(labels) else labels)
     ours = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
     trainable, frozen = jaxft.partition(params, labels)
     grads = jax.grad(lambda half: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2))(trainable)
@@ -168,7 +175,58 @@ def test_shapes_alone_are_labelled_alike(name):
     jax.eval_shape(plan.transform(Adam()).init, shapes)
 
 
+def test_lists_of_layers_have_the_same_paths():
+    layers = nnx.List([nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2)])
+    state = nnx.state(nnx.Dict(blocks=layers), nnx.Param)
+    kernel = {"kernel": jnp.ones((2, 2))}
+    trees = {"blocks": [kernel, kernel]}, nnx.Dict(blocks=layers), state, nnx.to_pure_dict(state)
+    haiku = {"blocks/0": kernel, "blocks/~/1": kernel}
+    for tree in (*trees, haiku):
+        assert jaxft.paths(tree) == ["blocks.0.kernel", "blocks.1.kernel"]
+        labels = jaxft.label(tree, {"blocks.1": "x"})
+        assert jax.tree.leaves(labels) == ["frozen", "x"]
+        assert jax.tree.structure(labels) == jax.tree.structure(tree)
+
+
 def test_lists_are_paths_too():
     params = [{"kernel": jnp.ones(2)}, [jnp.ones(1), jnp.ones(3)]]
     assert jaxft.paths(params) == ["0.kernel", "1.0", "1.1"]
     assert jaxft.label(params, {"1.1": "x"}) == [{"kernel": "frozen"}, ["frozen", "x"]]
+
+
+def test_a_box_around_a_tree_adds_no_segment_and_hides_none():
+    state = nnx.state(nnx.Dict(lora=nnx.Param({"a": jnp.ones(1), "b": [jnp.ones(2)]})))
+    assert jaxft.paths(state) == ["lora.a", "lora.b.0"]
+    labels = jaxft.label(state, {"lora.b": "x"})
+    assert jax.tree.leaves(labels) == ["frozen", "x"]
+    assert jax.tree.structure(labels) == jax.tree.structure(state)
+
+
+def test_labels_go_by_position_where_two_haiku_modules_share_a_path():
+    class Twice(hk.Module):
+        def __init__(self):
+            super().__init__(name="net")
+            self.first = hk.Linear(3, name="linear")  # net/~/linear
+
+        def __call__(self, x):
+            return hk.Linear(2, name="linear")(self.first(x))  # net/linear
+
+    params = hk.transform(lambda x: Twice()(x)).init(jax.random.key(0), X)
+    labels = {"net/linear": {"w": "frozen", "b": "frozen"}}
+    labels["net/~/linear"] = {"w": "head", "b": "head"}
+    trainable, frozen = jaxft.partition(params, labels)
+    assert trainable == {**params, "net/linear": {"w": None, "b": None}}
+    assert frozen == {**params, "net/~/linear": {"w": None, "b": None}}
+
+
+def test_a_container_of_ones_own_may_have_keys_of_any_kind():
+    @jax.tree_util.register_pytree_with_keys_class
+    class Pair(list):
+        def tree_flatten_with_keys(self):
+            return (("left", self[0]), ("right", self[1])), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(children)
+
+    assert jaxft.paths(Pair([jnp.ones(1), {"w": jnp.ones(1)}])) == ["left", "right.w"]

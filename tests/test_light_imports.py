@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import jaxft
 
 LIGHT = ["labels", "optim", "stages", "schedules", "plateau", "groups", "carryover", "gradients"]
@@ -29,3 +31,8 @@ def test_the_rest_comes_when_asked_for():
     assert set(jaxft.__all__) <= set(dir(jaxft))
     for name in jaxft.__all__:
         assert getattr(jaxft, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'jaxft' has no attribute 'finetunes'"):
+        _ = jaxft.finetunes

@@ -82,10 +82,15 @@ MISTAKES = {
         RecipeError,
         "stage 'late': the rate of 'fc' is -0.1; it must be a positive, finite number",
     ),
+    "rate of zero": (
+        lambda: plan(stage({"fc": 0.0})),
+        RecipeError,
+        "stage 'late': the rate of 'fc' is 0.0; it must be a positive, finite number",
+    ),
     "NaN for a rate": (
         lambda: plan(stage({"fc": Update(math.nan)})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is nan",
+        "stage 'late': the rate of 'fc' is nan; it must be a positive, finite number",
     ),
     "rate that is no number": (
         lambda: plan(stage({"fc": "fast"})),
@@ -95,7 +100,14 @@ MISTAKES = {
     "decay for a foreign optimizer": (
         lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}, optimizer=optax.identity())),
         RecipeError,
-        "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform",
+        "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform: put the "
+        "decay into that.",
+    ),
+    "decay for a foreign optimizer of last resort": (
+        lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}))[0].transform(optax.identity()),
+        RecipeError,
+        "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform: put the "
+        "decay into that.",
     ),
 }
 

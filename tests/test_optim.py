@@ -68,6 +68,19 @@ def test_optimizers_follow_torchs_formulas(optimizer, reference):
         np.testing.assert_allclose(params, reference(start), rtol=1e-12)
 
 
+def test_a_foreign_rule_takes_our_rates():
+    plan = jaxft.plan([Stage("all", {"*": 1e-2}, 1, optimizer=optax.scale_by_lion())], PARAMS)[0]
+    found = []
+    for transform in (plan.transform(), optax.lion(1e-2, weight_decay=0.0)):
+        state, params = transform.init(PARAMS), PARAMS
+        for step in range(3):
+            gradients = jax.tree.map(lambda p: jnp.sin(p + step), PARAMS)  # noqa: B023
+            updates, state = transform.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        found.append(params)
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 PARAMS = {"body": {"kernel": jnp.arange(3.0)}, "head": {"kernel": jnp.arange(2.0)}}
 
 
