@@ -211,10 +211,9 @@ def multi_transform(
     if FROZEN in transforms:
         raise LabelError(f"{FROZEN!r} is reserved: what it labels does not train. Rename it.")
     if missing or unused:
-        raise LabelError(
-            f"labels and transforms do not agree: labels without a transform {missing}, "
-            f"transforms without a label {unused}."
-        )
+        sides = {"labels without a transform": missing, "transforms without a label": unused}
+        wrong = [f"{what} {names}" for what, names in sides.items() if names]
+        raise LabelError(f"{'; '.join(wrong)}. Every label but {FROZEN!r} takes one transform.")
     # A label tree can be callable (a module of strings), and optax would call it.
     whole = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
 
