@@ -1,4 +1,4 @@
-"""Records parameters that torch trains in stages, for tests/test_trajectories.py.
+"""Records parameters and losses of torch training in stages, for tests/test_trajectories.py.
 
     python tests/record_trajectories.py
 
@@ -46,13 +46,13 @@ def make_groups(rule, params, stage):
 
 
 def record(case):
-    """The flat parameters at the end of every stage."""
+    """A row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = tests.CASES[case]
     params = {
         name: {k: torch.nn.Parameter(torch.tensor(v)) for k, v in block.items()}
         for name, block in tests.start().items()
     }
-    optimizer, ends = None, []
+    optimizer, rows = None, []
     for k, stage in enumerate(tests.stages(schedule, carry, trains)):
         active = [name for name in params if name in stage.train]
         for name, block in params.items():
@@ -71,9 +71,12 @@ def record(case):
             group["lr"] = stage.train.get(group["name"], 0.0)
             group.pop("initial_lr", None)
         by, follow = make_scheduler(rule, schedule, optimizer, stage)
+        losses = []
         for step in range(tests.STEPS):
             optimizer.zero_grad()
-            loss(params, k * tests.STEPS + step).backward()
+            value = loss(params, k * tests.STEPS + step)
+            value.backward()
+            losses.append(value.item())
             if max_norm:
                 members = [p for name in active for p in params[name].values()]
                 torch.nn.utils.clip_grad_norm_(members, max_norm)
@@ -83,8 +86,8 @@ def record(case):
             elif by == "epoch" and (step + 1) % tests.STEPS_PER_EPOCH == 0:
                 epoch = (step + 1) // tests.STEPS_PER_EPOCH
                 follow(tests.VALIDATION[k][epoch - 1])
-        ends.append(flat(params))
-    return np.stack(ends)
+        rows.append(np.append(flat(params), losses))
+    return np.stack(rows)
 
 
 def make_scheduler(rule, schedule, optimizer, stage):
