@@ -6,8 +6,9 @@ A label tree has the structure of the parameters and a string at each leaf, as
 
 import difflib
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -62,8 +63,8 @@ def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) 
     >>> label(params, {"fc.bias": "bias", "fc": "head"})
     {'conv': {'kernel': 'frozen'}, 'fc': {'bias': 'bias', 'kernel': 'head'}}
     """
-    if wrong := [f"{name!r} for {show(p)!r}" for p, name in rules.items() if type(name) is not str]:
-        raise LabelError(f"labels must be strings, not {', '.join(wrong)}.")
+    given = [(repr(show(pattern)), name) for pattern, name in rules.items()]
+    _check_names([*given, ("what no pattern matches", default)])
     chosen, complaints = match(params, list(rules))
     if complaints:
         raise PatternError("\n".join(complaints))
@@ -162,9 +163,7 @@ def leaf_labels(params: Tree, labels: Tree) -> list[str]:
             + ". Build it with jaxft.label(params, ...)."
         )
     names = jax.tree.leaves(labels)  # by position: Haiku's a/b and a/~/b share a path
-    named = zip(expected, names, strict=True)
-    if wrong := [f"{name!r} for {path}" for path, name in named if type(name) is not str]:
-        raise LabelError(f"labels must be strings, not {_some(wrong)}.")
+    _check_names(zip(expected, names, strict=True))
     return names
 
 
@@ -210,7 +209,15 @@ def show(pattern: Pattern) -> str:
     """A pattern in the user's own words."""
     if isinstance(pattern, str):
         return pattern
-    return pattern.pattern if isinstance(pattern, re.Pattern) else pattern.__name__
+    if isinstance(pattern, re.Pattern):
+        return pattern.pattern
+    return getattr(pattern, "__name__", repr(pattern))  # a functools.partial has no name
+
+
+def _check_names(given: Iterable[tuple[str, Any]]) -> None:
+    wrong = [f"{reprlib.repr(name)} for {place}" for place, name in given if type(name) is not str]
+    if wrong:
+        raise LabelError(f"labels must be strings, not {_some(wrong)}.")
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

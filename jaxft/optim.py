@@ -1,5 +1,6 @@
 """Optimizers as torch defines them, each group at a rate of its own, as one multi_transform."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -203,9 +204,10 @@ def multi_transform(
     >>> {name: float(update) for name, update in updates.items()}
     {'body': 0.0, 'head': -0.5}
     """
-    used = dict.fromkeys(jax.tree.leaves(labels))
-    if wrong := [label for label in used if type(label) is not str]:
-        raise LabelError(f"labels must be strings, not {wrong[0]!r}.")
+    leaves = jax.tree.leaves(labels)
+    if wrong := [label for label in leaves if type(label) is not str]:
+        raise LabelError(f"labels must be strings, not {reprlib.repr(wrong[0])}.")
+    used = dict.fromkeys(leaves)
     missing = [label for label in used if label != FROZEN and label not in transforms]
     unused = [label for label in transforms if label not in used]
     if FROZEN in transforms:

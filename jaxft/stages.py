@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -10,7 +11,7 @@ import optax
 
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
-from jaxft.optim import Rule
+from jaxft.optim import Optimizer, Rule
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.schedules import ClosedForm, Constant
 
@@ -84,16 +85,23 @@ class Stage:
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a saved recipe holds no unknown field
 
     def __post_init__(self) -> None:
-        wrong = []
+        wrong, rules = [], {"its optimizer": self.optimizer}
         if not self.name:
             wrong.append("its name is empty")
         if not self.train:
             wrong.append("it trains nothing; name a pattern and a rate in `train`")
         for pattern, update in self.train.items():
-            lr = update.lr if isinstance(update, Update) else update
-            if not (isinstance(lr, int | float) and math.isfinite(lr) and lr > 0):
+            update, name = _as_update(update), show(pattern)
+            lr, rule, decay = update.lr, update.optimizer, update.weight_decay
+            if not (_is_number(lr) and lr > 0):
+                wrong.append(f"the rate of {name!r} is {lr}; it must be a positive, finite number")
+            if decay is not None and not (_is_number(decay) and decay >= 0):
+                wrong.append(f"the weight_decay of {name!r} is {decay}; it must not be negative")
+            rules[f"the optimizer of {name!r}"] = rule
+        for place, rule in rules.items():
+            if not isinstance(rule, Optimizer | optax.GradientTransformation | None):
                 wrong.append(
-                    f"the rate of {show(pattern)!r} is {lr}; it must be a positive, finite number"
+                    f"{place} is {rule!r}; it must be one of jaxft's or an optax transform"
                 )
         if self.epochs < 1:
             wrong.append(f"it has {self.epochs} epochs; it must have at least 1")
@@ -105,8 +113,7 @@ class Stage:
 
         Raises RecipeError where a foreign optimizer is to take a weight_decay.
         """
-        given = self.train[pattern]
-        update = given if isinstance(given, Update) else Update(lr=given)
+        update = _as_update(self.train[pattern])
         rule = update.optimizer or self.optimizer or optimizer
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
@@ -117,6 +124,15 @@ class Stage:
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
         schedule = update.schedule or self.schedule or Constant()
         return Resolved(float(update.lr), schedule, rule)
+
+
+def _as_update(given: float | Update) -> Update:
+    return given if isinstance(given, Update) else Update(lr=given)
+
+
+def _is_number(value: object) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Resolved(NamedTuple):

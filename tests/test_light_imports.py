@@ -7,7 +7,10 @@ import pytest
 
 import jaxft
 
-LIGHT = ["labels", "optim", "stages", "schedules", "plateau", "groups", "carryover", "gradients"]
+LIGHT = [
+    "labels", "stages", "schedules", "optim", "groups", "carryover", "plateau", "gradients",
+    "methods",
+]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
     "rich", "pydantic", "tyro", "haiku", "equinox",

@@ -9,7 +9,7 @@ import pytest
 import jaxft
 from jaxft import LabelError, PatternError, RecipeError, Stage, Update
 
-PARAMS = {name: {"kernel": jnp.ones(2)} for name in ("stem", "layer4", "fc")}
+PARAMS = {name: {"kernel": jnp.ones((9, 9))} for name in ("stem", "layer4", "fc")}
 LABELS = jaxft.label(PARAMS, {"fc": "head"})
 
 
@@ -61,12 +61,23 @@ MISTAKES = {
         LabelError,
         "labels must be strings, not None for 'fc'",
     ),
+    "None as the default label": (
+        lambda: jaxft.label(PARAMS, {"fc": "head"}, default=None),
+        LabelError,
+        "labels must be strings, not None for what no pattern matches",
+    ),
+    "parameters in place of labels": (
+        lambda: jaxft.partition(PARAMS, PARAMS),
+        LabelError,
+        r"labels must be strings, not Array\(.{,30}\) for fc.kernel, Array",
+    ),
     "tree of another structure": (
         lambda: jaxft.partition(PARAMS, {"stem": LABELS["stem"], "fc": LABELS["fc"]}),
         LabelError,
         r"another structure than the parameters; without a label: layer4.kernel. "
         r"Build it with jaxft.label\(params, ...\)",
     ),
+    "no stages": (lambda: plan(), RecipeError, "there must be at least one stage"),
     "duplicate stage name": (
         lambda: plan(stage({"fc": 0.1}), stage({"layer4": 0.1})),
         RecipeError,
@@ -97,6 +108,26 @@ MISTAKES = {
         RecipeError,
         "stage 'late': the rate of 'fc' is fast",
     ),
+    "rate that is a flag": (
+        lambda: plan(stage({"fc": True})),
+        RecipeError,
+        "stage 'late': the rate of 'fc' is True",
+    ),
+    "negative decay": (
+        lambda: plan(stage({"fc": Update(0.1, weight_decay=-0.1)})),
+        RecipeError,
+        "stage 'late': the weight_decay of 'fc' is -0.1; it must not be negative",
+    ),
+    "optimizer that was not called": (
+        lambda: plan(stage({"fc": Update(0.1, optimizer=optax.adam)}, optimizer=optax.sgd)),
+        RecipeError,
+        "its optimizer is <function sgd.*>; it must be one of .*the optimizer of 'fc' is <function",
+    ),
+    "parameters for labels": (
+        lambda: jaxft.multi_transform({"head": optax.sgd(1.0)}, PARAMS),
+        LabelError,
+        "labels must be strings, not ",
+    ),
     "decay for a foreign optimizer": (
         lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}, optimizer=optax.identity())),
         RecipeError,
@@ -124,6 +155,7 @@ def test_all_that_is_wrong_is_said_at_once():
         plan(
             stage({"fd": 0.1, "layer5": 0.1}, name="first"),
             stage({"*": 0.1, "stem": 0.1}, name="second"),
+            stage({"fc": 0.1}, name="faultless"),
         )
     assert [line.split(".")[0] for line in str(caught.value).splitlines() if "stage" in line] == [
         "stage 'first': pattern 'fd' matches no parameter",

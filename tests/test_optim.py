@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, LabelError, RMSprop, Stage
+from jaxft import SGD, Adam, AdamW, RMSprop, Stage
 from jaxft.optim import group_transform
 from jaxft.schedules import Constant
 
@@ -82,19 +82,6 @@ def test_a_foreign_rule_takes_our_rates():
 
 
 PARAMS = {"body": {"kernel": jnp.arange(3.0)}, "head": {"kernel": jnp.arange(2.0)}}
-
-
-@pytest.mark.parametrize(
-    ("transforms", "message"),
-    [
-        ({}, r"without a transform \['x'\]"),
-        ({"x": optax.sgd(1.0), "y": optax.sgd(1.0)}, r"without a label \['y'\]"),
-        ({"x": optax.sgd(1.0), "frozen": optax.sgd(1.0)}, "'frozen' is reserved"),
-    ],
-)
-def test_multi_transform_names_what_does_not_agree(transforms, message):
-    with pytest.raises(LabelError, match=message):
-        jaxft.multi_transform(transforms, jaxft.label(PARAMS, {"head": "x"}))
 
 
 def test_multi_transform_takes_full_and_halved_gradients():

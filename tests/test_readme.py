@@ -46,7 +46,8 @@ def moved(before, after):
     changed = []
     for path, same_path, old, new in named:
         assert path == same_path
-        changed += [] if np.array_equal(old, new) else [path.split(".")[0]]
+        same = np.asarray(old).tobytes() == np.asarray(new).tobytes()  # 0.0 is not -0.0
+        changed += [] if same else [path.split(".")[0]]
     return set(changed)
 
 

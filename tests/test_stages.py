@@ -70,10 +70,6 @@ def test_groups_partition_the_parameters_and_refine_every_stage(stages):
     ("fields", "message"),
     [
         ({"name": ""}, "its name is empty"),
-        ({"train": {}}, "trains nothing"),
-        ({"train": {"fc": -1.0}}, "rate of 'fc' is -1.0"),
-        ({"train": {"fc": 0.0}}, "rate of 'fc' is 0.0"),
-        ({"train": {"fc": float("nan")}}, "rate of 'fc' is nan"),
         ({"train": {"fc": 1.0, "late": float("inf")}}, "rate of 'late' is inf"),
         ({"epochs": 0}, "0 epochs"),
         ({"epochs": 0, "train": {}}, "trains nothing.*; it has 0 epochs"),
@@ -88,21 +84,6 @@ def test_wrong_stages(fields, message):
 def test_wrong_patience():
     with pytest.raises(RecipeError, match="patience is 0"):
         EarlyStop(patience=0)
-
-
-@pytest.mark.parametrize(
-    ("stages", "error", "message"),
-    [
-        ([], RecipeError, "at least one stage"),
-        ([("a", "fc"), ("a", "*")], RecipeError, r"\['a'\] occur more than once"),
-        ([("a", "fcc"), ("b", "stm")], PatternError,
-         "(?s)stage 'a': pattern 'fcc'.*Did you mean 'fc'.*stage 'b': pattern 'stm'.*'stem'"),
-    ],
-    ids=["none", "duplicate", "unmatched"],
-)  # fmt: skip
-def test_wrong_plans(stages, error, message):
-    with pytest.raises(error, match=message):
-        jaxft.plan([Stage(name, {pattern: 1.0}, 1) for name, pattern in stages], PARAMS)
 
 
 def test_a_plan_needs_only_shapes():
