@@ -62,9 +62,9 @@ def carry_with_remarks(
     masked = {path for leaves in every for path, leaf in leaves.items() if _masked(leaf)}
     for group, rule in fresh.items():
         same = {name: _leaves(r) for name, r in rules.items() if _kind(r) == _kind(rule)}
-        if not same and jax.tree.leaves(rules.get(group)):
-            remarks.append(f"group {group!r} has another optimizer now: it starts afresh.")
         taken, remark = _take(group, _leaves(rule), same, masked)
+        if not taken and not remark and group not in same and jax.tree.leaves(rules.get(group)):
+            remark = f"group {group!r} has another optimizer now: it starts afresh."
         remarks += [remark] if remark else []
         if taken:
             states[group] = _with_rule(
@@ -82,7 +82,9 @@ def _take(
     wanted = {path: leaf for path, leaf in fresh.items() if not _masked(leaf)}
     # What is masked out elsewhere, or no scalar, belongs to one parameter; the rest, such as
     # Adam's count, to the whole group.
-    mine = [path for path, leaf in wanted.items() if path in masked or np.ndim(leaf)] or [*wanted]
+    mine = [path for path, leaf in wanted.items() if path in masked or np.ndim(leaf)]
+    if not mine:  # a mere count: only the group itself can say
+        return [sources[group][path] for path in wanted] if group in sources else [], ""
     holder = {
         path: name
         for path in mine

@@ -62,5 +62,5 @@ def if_finite(gradients: Tree, new: T, old: T) -> tuple[T, jax.Array]:
     (0.0, False)
     """
     leaves = [jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]
-    finite = jnp.stack(leaves).all()
+    finite = jnp.array(leaves, bool).all()
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite

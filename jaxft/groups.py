@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import optax
 
 from jaxft.errors import PatternError
@@ -79,6 +80,8 @@ class StagePlan:
             if isinstance(update.schedule, ReduceLROnPlateau):
                 inner = states[group].inner_state
                 value = loss if update.schedule.mode == "min" else accuracy
+                # Rounded as `best` is, or a value could be better than itself.
+                value = np.asarray(value, inner.plateau.best.dtype).item()
                 before = PlateauState(*(leaf.item() for leaf in inner.plateau))
                 after = update.schedule.after_epoch(before, value)
                 inner = inner._replace(plateau=after.as_arrays())

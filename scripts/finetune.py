@@ -2,7 +2,8 @@
 
     python scripts/finetune.py CONFIG --workdir DIR [any field of the recipe as an option]
 
-CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run.
+CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run; with
+`CONFIG --help` it shows its fields.
 """
 
 import argparse
@@ -16,14 +17,19 @@ from jaxft.recipe import read
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument("config")
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", metavar="DIR")
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         return
     known, options = parser.parse_known_args(arguments)
+    if known.workdir is None and not {"-h", "--help"} & set(options):
+        parser.error("--workdir DIR is required")
     try:
         recipe = tyro.cli(
             Recipe,

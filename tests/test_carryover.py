@@ -107,6 +107,27 @@ def test_a_changed_optimizer_starts_afresh_and_says_so(other):
     assert_equal(state, new.init(PARAMS))
 
 
+def test_a_mere_count_stays_with_its_group():
+    def scheduled(_):
+        return optax.sgd(optax.linear_schedule(1.0, 0.0, 100))
+
+    old, new = relabel({"a": "a"}, scheduled), relabel({"a": "a", "b": "b"}, scheduled)
+    state = jaxft.carry(train(old, old.init(PARAMS), 5), new.init(PARAMS))
+    state = jaxft.carry(train(new, state, 1), new.init(PARAMS))
+    counts = [int(jax.tree.leaves(state.inner_states[group])[0]) for group in "ab"]
+    assert counts == [6, 1]
+
+
+def test_a_changed_optimizer_is_told_beside_an_unchanged_one():
+    stages = [
+        Stage("1", {"a": Update(0.1, optimizer=SGD(momentum=0.9)), "b": 0.1}, 1),
+        Stage("2", {"a": 0.1, "b": 0.1}, 1, carry="keep"),
+    ]
+    old, new = (plan.transform(Adam()) for plan in jaxft.plan(stages, PARAMS))
+    _, remarks = carry_with_remarks(train(old, old.init(PARAMS), 1), new.init(PARAMS))
+    assert remarks == ["group 'a' has another optimizer now: it starts afresh."]
+
+
 def test_rules_without_state_have_nothing_to_carry():
     plan = jaxft.plan([Stage("all", {"*": 0.1}, 1)], PARAMS)[0]
     old, new = plan.transform(SGD()), plan.transform(Adam())

@@ -45,6 +45,10 @@ def test_a_step_with_a_bad_gradient_is_not_taken(bad):
     np.testing.assert_array_equal(kept["w"], 1)
 
 
+def test_no_gradients_are_finite():
+    assert gradients.if_finite({"a": None}, 1.0, 0.0)[1]
+
+
 MODEL = models.create("resnet18", num_classes=10)
 STAGES = [
     Stage("head", {"fc": 0.1}, 1),

@@ -119,7 +119,8 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
 
 def test_help_tells_of_every_field():
     assert "CONFIG --workdir DIR" in finetune("--help").stdout
-    done = finetune("configs/quickstart.py", "--workdir", "unused", "--help")
+    assert "--workdir DIR is required" in finetune("configs/quickstart.py").stderr
+    done = finetune("configs/quickstart.py", "--help")
     assert done.returncode == 0
     assert "--batch-size INT" in done.stdout
     assert "--stages.1.train.layer3 FLOAT" in done.stdout

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxft
-from jaxft import EarlyStop, PatternError, RecipeError, Stage
+from jaxft import EarlyStop, PatternError, RecipeError, ReduceLROnPlateau, Stage
 from jaxft.labels import leaf_labels
 
 PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}
@@ -84,6 +84,18 @@ def test_wrong_stages(fields, message):
 def test_wrong_patience():
     with pytest.raises(RecipeError, match="patience is 0"):
         EarlyStop(patience=0)
+
+
+def test_a_plateau_is_no_improvement_on_itself():
+    """0.9 is not a float32: as `best` it is rounded, and so must be what it is compared with."""
+    for mode, field in (("max", "accuracy"), ("min", "loss")):
+        schedule = ReduceLROnPlateau(mode, patience=1, threshold=0.0, factor=0.5)
+        (plan,) = jaxft.plan([Stage("a", {"fc": 1.0}, 9, schedule=schedule)], PARAMS)
+        for value in (0.9, 0.1, 0.7):
+            state = plan.transform().init(PARAMS)
+            for _ in range(5):
+                state = plan.after_epoch(state, **{"loss": 0.0, field: value})
+            assert plan.rates_at(state) == {"fc": 0.25}
 
 
 def test_a_plan_needs_only_shapes():

@@ -13,6 +13,7 @@ import jax
 from jaxft import atomic, data, models, weights
 from jaxft.carryover import carry_with_remarks
 from jaxft.checkpoint import Checkpoints
+from jaxft.errors import CheckpointError
 from jaxft.groups import plan
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe, resolve
@@ -50,10 +51,15 @@ def finetune(
     A run killed at any moment and called again ends bit-identically to one that was not.
 
     Raises:
-      JaxftError: anything wrong with recipe, data, weights or folder, before training starts.
+      JaxftError: anything wrong with recipe, data, weights or folder, before training starts;
+        later only what could not be known (an image that has become unreadable, a full disk).
     """
     recipe, workdir, console = resolve(recipe), Path(workdir), console or Console()
     check(workdir, recipe)
+    scratch = dataclasses.replace(
+        recipe, weights=None, stages=recipe.from_scratch or recipe.stages, from_scratch=()
+    )
+    check(workdir / "from_scratch", scratch)
     splits = data.open_source(recipe.data, shots=recipe.shots, seed=recipe.seed)
     model = models.create(
         recipe.model,
@@ -82,9 +88,6 @@ def finetune(
     result = Result(handed_on, exported, checkpoints.path(progress.step))
     if recipe.from_scratch:
         console.row("\nFor comparison, the same network from random weights:")
-        scratch = dataclasses.replace(
-            recipe, weights=None, stages=recipe.from_scratch, from_scratch=()
-        )
         other = finetune(scratch, workdir / "from_scratch", console=console)
         result = dataclasses.replace(result, from_scratch=other.score)
     return result
@@ -117,6 +120,11 @@ def _train_stages(
 def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, Snapshot, Snapshot]:
     """The arrays of a checkpoint, in the structure of the stage that wrote it."""
     fields = run.checkpoints.progress(step)
+    if (before := fields.pop("data")) != run.data:
+        raise CheckpointError(
+            f"the images have changed since {run.checkpoints.path(step)} was written:\n  "
+            f"{before} then,\n  {run.data} now.\nBring them back, or choose another --workdir."
+        )
     scores = {name: Score(**fields[name]) for name in ("score", "best")}
     progress = Progress(**{**fields, **scores})
     stage = run.plans[progress.stage].stage

@@ -48,6 +48,12 @@ class Run:
     console: Console
 
     @property
+    def data(self) -> dict[str, object]:
+        """What of the images a run depends on and a recipe does not say."""
+        train, val = self.splits
+        return {"train": len(train), "val": len(val), "classes": list(train.classes)}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches that hold every training image once."""
         return data.steps_per_epoch(self.splits.train, self.recipe.batch_size)
@@ -186,7 +192,8 @@ def _save(run: Run, progress: Progress, current: Snapshot, best: Snapshot) -> No
     arrays = current._asdict()
     if not progress.ended:  # what an ended stage hands on is all that matters of it
         arrays["best"] = best._asdict()
-    run.checkpoints.save(progress.step, dataclasses.asdict(progress), arrays)
+    header = {**dataclasses.asdict(progress), "data": run.data}
+    run.checkpoints.save(progress.step, header, arrays)
 
 
 def _epilogue(plan: StagePlan, progress: Progress) -> str:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from jaxft import (
     Adam,
+    CheckpointError,
     DataError,
     EarlyStop,
     PatternError,
@@ -187,6 +188,19 @@ def test_schedules_and_parked_states_survive(tmp_path, monkeypatch):
     again = finetune(recipe, tmp_path / "run", console=QUIET)
     assert again.weights.read_bytes() == whole.weights.read_bytes()
     assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
+
+
+def test_changed_images_are_not_trained_on(tmp_path, monkeypatch):
+    run_and_die(RECIPE, tmp_path / "run", 4, monkeypatch)
+    real = data.open_source
+
+    def fewer(*args, **kwargs):
+        train, val = real(*args, **kwargs)
+        return data.Splits(train.take(np.arange(len(train) - 1)), val)
+
+    monkeypatch.setattr(data, "open_source", fewer)
+    with pytest.raises(CheckpointError, match=r"images have changed(?s:.*)'train': 30(?s:.*)29"):
+        finetune(RECIPE, tmp_path / "run", console=QUIET)
 
 
 def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):
