@@ -23,11 +23,13 @@ class Preprocessing:
     image_size: height and width of the input, in pixels.
     resize_size: the shorter side before the central crop; None leaves images as they are, so
       they must have the input's size already.
+    interpolation: of all scaling, `bilinear` or `bicubic`.
     mean, std: of the red, green and blue channels, for values in 0..1.
     """
 
     image_size: int = 224
     resize_size: int | None = 256
+    interpolation: transforms.Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -56,7 +58,7 @@ def train_view(
     """
     size = preprocessing.image_size
     if augment == "crop_flip":
-        view = transforms.random_resized_crop(image, size, rng)
+        view = transforms.random_resized_crop(image, size, rng, preprocessing.interpolation)
         view = transforms.horizontal_flip(view, rng)
     elif augment == "shift":
         view = transforms.shift(_resized(image, preprocessing), max(1, size // 8), rng)
@@ -70,7 +72,8 @@ def train_view(
 def _resized(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     size = preprocessing.image_size
     if preprocessing.resize_size is not None:
-        return transforms.center_crop(transforms.resize(image, preprocessing.resize_size), size)
+        scaled = transforms.resize(image, preprocessing.resize_size, preprocessing.interpolation)
+        return transforms.center_crop(scaled, size)
     if image.size != (size, size):
         raise DataError(
             f"an image is {image.width}x{image.height} but the network expects {size}x{size} and "

@@ -1,19 +1,25 @@
 """Image transforms, equal to torchvision's on PIL images pixel for pixel.
 
-Each takes an RGB `PIL.Image` and returns one. Resizing is bilinear, which in Pillow is always
-antialiased. Randomness comes from the NumPy generator that is passed in, and from nowhere else.
+Each takes an RGB `PIL.Image` and returns one. Resizing in Pillow is always antialiased. Randomness
+comes from the NumPy generator that is passed in, and from nowhere else.
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+Interpolation = Literal["bilinear", "bicubic"]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 
 
-def resize(image: Image.Image, short_side: int) -> Image.Image:
+def resize(
+    image: Image.Image, short_side: int, interpolation: Interpolation = "bilinear"
+) -> Image.Image:
     """Scales so that the shorter side is `short_side` (torchvision `Resize(int)`)."""
     width, height = image.size
     # The longer side is truncated, not rounded, as there.
@@ -21,7 +27,7 @@ def resize(image: Image.Image, short_side: int) -> Image.Image:
         size = short_side, int(short_side * height / width)
     else:
         size = int(short_side * width / height), short_side
-    return image.resize(size, Image.Resampling.BILINEAR)
+    return image.resize(size, _RESAMPLING[interpolation])
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -57,12 +63,17 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    interpolation: Interpolation = "bilinear",
+) -> Image.Image:
     """A random box, scaled to `size` x `size` (torchvision `RandomResizedCrop`)."""
     top, left, height, width = crop_box(image.height, image.width, rng)
     # Cropped first: `resize(box=...)` would blend in pixels from around the box.
     box = image.crop((left, top, left + width, top + height))
-    return box.resize((size, size), Image.Resampling.BILINEAR)
+    return box.resize((size, size), _RESAMPLING[interpolation])
 
 
 def horizontal_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:

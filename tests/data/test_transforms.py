@@ -23,7 +23,7 @@ def sample(height: int, width: int) -> Image.Image:
     return Image.fromarray((128 * y // height + 63 * x // width + noise).astype(np.uint8))
 
 
-# transform, height and width of the image, its argument (and the box that is drawn).
+# transform, height and width of the image, its argument (the box that is drawn, interpolation).
 CASES = {
     "resize, tall, down": ("resize", 300, 217, 64),
     "resize, wide, down": ("resize", 217, 300, 63),
@@ -41,23 +41,29 @@ CASES = {
     "random_resized_crop, down": ("random_resized_crop", 300, 217, 48, (11, 23, 180, 150)),
     "random_resized_crop, up": ("random_resized_crop", 37, 53, 48, (5, 7, 21, 19)),
     "random_resized_crop, whole": ("random_resized_crop", 37, 53, 24, (0, 0, 37, 53)),
+    "resize, bicubic": ("resize", 300, 217, 64, None, "bicubic"),
+    "random_resized_crop, bicubic": (
+        ("random_resized_crop", 37, 53, 48, (5, 7, 21, 19), "bicubic")
+    ),
 }
 
 
-def ours(transform, height, width, argument, box=None) -> np.ndarray:
+def ours(transform, height, width, argument, box=None, *interpolation) -> np.ndarray:
     image = sample(height, width)
     if box is None:
-        return np.asarray(getattr(transforms, transform)(image, argument))
+        return np.asarray(getattr(transforms, transform)(image, argument, *interpolation))
     with mock.patch.object(transforms, "crop_box", return_value=box):
-        return np.asarray(transforms.random_resized_crop(image, argument, np.random.default_rng()))
+        rng = np.random.default_rng()
+        return np.asarray(transforms.random_resized_crop(image, argument, rng, *interpolation))
 
 
-def torchvisions(transform, height, width, argument, box=None) -> np.ndarray:
-    functional = torchvision_transforms().functional
+def torchvisions(transform, height, width, argument, box=None, *interpolation) -> np.ndarray:
+    transforms = torchvision_transforms()
+    mode = [transforms.InterpolationMode(name) for name in interpolation]
     image = sample(height, width)
     if box is None:
-        return np.asarray(getattr(functional, transform)(image, [argument]))
-    return np.asarray(functional.resized_crop(image, *box, [argument, argument]))
+        return np.asarray(getattr(transforms.functional, transform)(image, [argument], *mode))
+    return np.asarray(transforms.functional.resized_crop(image, *box, [argument] * 2, *mode))
 
 
 def torchvision_transforms():
