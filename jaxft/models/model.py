@@ -9,9 +9,20 @@ from jax.typing import ArrayLike
 Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
 
-NormMode = Literal["running", "batch"]
+NormMode = Literal["running", "batch", "batch_fixed"]
 """`running`: normalise with the running statistics and leave them as they are.
-`batch`: normalise with the batch's statistics and move the running ones towards them."""
+`batch`: normalise with the batch's statistics and move the running ones towards them.
+`batch_fixed`: normalise with the batch's statistics and leave the running ones as they are.
+Whether a layer's scale and bias train is its label's business; five combinations are in use:
+
+| scale, bias | mode          | used by                                                       |
+|-------------|---------------|---------------------------------------------------------------|
+| frozen      | `batch`       | PyTorch's tutorial, Finetuning Scheduler (A)                  |
+| frozen      | `running`     | Keras, timm, detection (B)                                    |
+| trained     | `batch`       | fastai, Lightning with `train_bn=True` (C)                    |
+| frozen      | `batch_fixed` | Lightning with `train_bn=False` (D)                           |
+| trained     | `running`     | linear probing then fine-tuning, surgical fine-tuning (E)     |
+"""
 
 Norms = NormMode | Mapping[str, NormMode]
 """One mode for the whole network, or one for each norm layer by its path (`layer4.0.bn1`)."""
@@ -66,14 +77,18 @@ class Model(Outline, Protocol):
         *,
         norms: Norms,
         mask: ArrayLike | None = None,
+        replicas: int = 1,
+        key: jax.Array | None = None,
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
         """Runs the blocks `first` to `last` (inclusive; all of them by default).
 
         `inputs` are images `[b h w c]`, RGB and normalised, or the output of the block before
-        `first`. Rows where `mask` `[b]` is False are padding: they enter no statistics.
+        `first`. Rows where `mask` `[b]` is False are padding: they enter no statistics. Batch
+        statistics are of the whole batch, or with `replicas` of so many equal parts of it. `key`
+        draws dropout and stochastic depth; without one, nothing is dropped.
         Returns the output of `last` (logits `[b k]` for the head) and the new `stats`, which
-        are `stats` itself wherever `norms` says `running`.
+        are `stats` itself wherever `norms` does not say `batch`.
         """
         ...

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from jaxft.models.context import Context
 from jaxft.models.model import Norms, Outline, Tree
 
 
@@ -21,8 +22,8 @@ class NNXModel:
     """The `Model` whose network is `module(config, rngs=...)`.
 
     The module's parameters are `nnx.Param`, its running statistics `nnx.BatchStat` called `mean`
-    and `var`, and its call is `module(x, norms=..., mask=..., blocks=...)`, where `blocks` is the
-    run of `config.blocks` to apply. `config` is hashable, and equal models have equal hashes: a
+    and `var`, and its call is `module(x, context, blocks)`, where `blocks` is the run of
+    `config.blocks` to apply. `config` is hashable, and equal models have equal hashes: a
     model can be a static argument.
     """
 
@@ -63,6 +64,8 @@ class NNXModel:
         *,
         norms: Norms,
         mask: ArrayLike | None = None,
+        replicas: int = 1,
+        key: jax.Array | None = None,
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
@@ -74,7 +77,7 @@ class NNXModel:
         blocks = self._run(first, last)
         self._check_norms(norms)
         module: Any = nnx.merge(self._abstract[0], _inside(params), _inside(stats))
-        output = module(inputs, norms=norms, mask=mask, blocks=blocks)
+        output = module(inputs, Context(norms, mask, replicas, key), blocks)
         if "batch" not in ([norms] if isinstance(norms, str) else norms.values()):
             return output, stats
         return output, _outside(nnx.state(module, nnx.BatchStat))

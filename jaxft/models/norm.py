@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxft.models.model import NormMode
+from jaxft.models.context import Context
 
 
 class BatchNorm(nnx.Module):
-    """Normalises each channel of `[b h w c]`: `scale * (x - mean) / sqrt(var + eps) + bias`.
+    """Normalises each channel, the last axis: `scale * (x - mean) / sqrt(var + eps) + bias`.
 
     Flax's own differs from torch's: there the running variance is the biased one. Source:
     Ioffe and Szegedy 2015 (arXiv:1502.03167); details as in `torch.nn.BatchNorm2d`.
@@ -24,44 +24,56 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
-    def __call__(self, x: jax.Array, mode: NormMode, mask: ArrayLike | None = None) -> jax.Array:
-        """`x` `[b h w c]` normalised, in its own dtype.
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """`x` `[b ... c]` normalised as `context.mode` says, in its own dtype.
 
-        In mode `batch`, rows where `mask` `[b]` is False enter neither the statistics nor their
-        count. Raises ValueError for an unknown mode, and where there is no mask and only one
-        value per channel, as torch does.
+        Batch statistics leave out the rows where `context.mask` `[b]` is False. With
+        `context.replicas` above 1, each of so many equal parts of the batch is normalised by its
+        own statistics and the first part's move the running ones, as in torch's
+        `DistributedDataParallel`. Raises ValueError for an unknown mode, for a batch that cannot
+        be so divided, and where there is no mask and only one value per channel, as torch does.
         """
+        mode = context.mode
+        if mode not in ("running", "batch", "batch_fixed"):
+            raise ValueError(f"a norm's mode is 'running', 'batch' or 'batch_fixed', not {mode!r}")
         # float32 statistics for half-precision inputs; float64 stays float64.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if mode == "running":
+            return self._normalized(wide, self.mean[...], self.var[...]).astype(x.dtype)
+        b, n = x.shape[0], context.replicas
+        if b % n:
+            raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
+        parts = wide.reshape(n, b // n, *x.shape[1:])
+        mean, var, count = _statistics(parts, context.mask)
         if mode == "batch":
-            mean, var = self._batch_statistics(wide, mask)
-        elif mode == "running":
-            mean, var = self.mean[...], self.var[...]
-        else:
-            raise ValueError(f"a norm's mode is 'running' or 'batch', not {mode!r}")
-        y = (wide - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
-        return y.astype(x.dtype)
+            self._learn(mean[0].ravel(), var[0].ravel(), count[0].ravel())
+        return self._normalized(parts, mean, var).reshape(x.shape).astype(x.dtype)
 
-    def _batch_statistics(
-        self, x: jax.Array, mask: ArrayLike | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance of the batch; moves the running ones towards them."""
-        b, h, w, _ = x.shape
-        if mask is None and b * h * w < 2:
-            raise ValueError("batch statistics need more than one value per channel")
-        rows = jnp.ones(b, bool) if mask is None else jnp.asarray(mask)
-        where = rows[:, None, None, None]
-        count = rows.sum(dtype=x.dtype) * (h * w)
+    def _normalized(self, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
+        return (x - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
 
-        def average(values: jax.Array) -> jax.Array:
-            return jnp.where(where, values, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
-
-        mean = average(x)
-        var = average(jnp.square(x - mean))
+    def _learn(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
+        """Moves the running statistics towards those of `count` values."""
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         # A batch of padding has no statistics, and one value has no variance: learn nothing.
-        rate = jnp.where(count > 1, self.momentum, 0.0).astype(x.dtype)
+        rate = jnp.where(count > 1, self.momentum, 0.0).astype(mean.dtype)
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             old = running[...]
             running[...] = ((1 - rate) * old + rate * new).astype(old.dtype)
-        return mean, var
+
+
+def _statistics(x: jax.Array, mask: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean, biased variance and count of each part of `x` `[n b ... c]`, as `[n 1 ... c or 1]`."""
+    within = tuple(range(1, x.ndim - 1))
+    size = x[0, ..., 0].size
+    if mask is None and size < 2:
+        raise ValueError("batch statistics need more than one value per channel")
+    rows = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask).reshape(x.shape[:2])
+    where = rows.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+    count = where.sum(within, x.dtype, keepdims=True) * (size // x.shape[1])
+
+    def average(values: jax.Array) -> jax.Array:
+        return jnp.where(where, values, 0).sum(within, keepdims=True) / jnp.maximum(count, 1)
+
+    mean = average(x)
+    return mean, average(jnp.square(x - mean)), count

@@ -1,21 +1,70 @@
-"""The networks by name."""
+"""The networks by name: torchvision's and timm's names, and the CIFAR ones of He et al."""
 
 import difflib
 from dataclasses import replace
+from typing import Literal
 
 from jaxft.errors import RecipeError
 from jaxft.models.model import Model
 from jaxft.models.nnx_model import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
 
+
+def _basic(*depths: int) -> ResNetConfig:
+    return ResNetConfig("imagenet", depths)
+
+
+def _bottleneck(*depths: int, groups: int = 1, base_width: int = 64) -> ResNetConfig:
+    return ResNetConfig("imagenet", depths, bottleneck=True, groups=groups, base_width=base_width)
+
+
+_PLAIN = {
+    "resnet10": _basic(1, 1, 1, 1),
+    "resnet14": _bottleneck(1, 1, 1, 1),
+    "resnet18": _basic(2, 2, 2, 2),
+    "resnet26": _bottleneck(2, 2, 2, 2),
+    "resnet34": _basic(3, 4, 6, 3),
+    "resnet50": _bottleneck(3, 4, 6, 3),
+    "resnet101": _bottleneck(3, 4, 23, 3),
+    "resnet152": _bottleneck(3, 8, 36, 3),
+    "resnet200": _bottleneck(3, 24, 36, 3),
+    "resnext50_32x4d": _bottleneck(3, 4, 6, 3, groups=32, base_width=4),
+    "resnext101_32x4d": _bottleneck(3, 4, 23, 3, groups=32, base_width=4),
+    "resnext101_32x8d": _bottleneck(3, 4, 23, 3, groups=32, base_width=8),
+    "resnext101_64x4d": _bottleneck(3, 4, 23, 3, groups=64, base_width=4),
+    "wide_resnet50_2": _bottleneck(3, 4, 6, 3, base_width=128),
+    "wide_resnet101_2": _bottleneck(3, 4, 23, 3, base_width=128),
+}
+# timm's letters: the widths of the stem, and whether shortcuts average.
+_VARIANTS = {
+    "c": ((32, 32), False),
+    "d": ((32, 32), True),
+    "s": ((64, 64), False),
+    "t": ((24, 32), True),
+}
+_DEPTHS = {
+    "c": (50, 101, 152),
+    "d": (18, 26, 34, 50, 101, 152, 200),
+    "s": (50, 101, 152),
+    "t": (10, 14, 26, 50),
+}
+
+
+def _variant(config: ResNetConfig, letter: str) -> ResNetConfig:
+    stem, average = _VARIANTS[letter]
+    return replace(config, stem=stem, average_shortcut=average)
+
+
 _CONFIGS = {
-    "resnet18": ResNetConfig("imagenet", (2, 2, 2, 2)),
-    "resnet34": ResNetConfig("imagenet", (3, 4, 6, 3)),
-    "resnet50": ResNetConfig("imagenet", (3, 4, 6, 3), bottleneck=True),
-    "resnet101": ResNetConfig("imagenet", (3, 4, 23, 3), bottleneck=True),
-    "resnet152": ResNetConfig("imagenet", (3, 8, 36, 3), bottleneck=True),
+    **{name: c for name, c in _PLAIN.items() if name not in ("resnet10", "resnet14")},
+    **{
+        f"resnet{depth}{letter}": _variant(_PLAIN[f"resnet{depth}"], letter)
+        for letter, depths in _DEPTHS.items()
+        for depth in depths
+    },
+    "resnext50d_32x4d": _variant(_PLAIN["resnext50_32x4d"], "d"),
     # Depth 6n + 2: two convolutions in each of 3n blocks, the stem and the head.
-    **{f"cifar_resnet{6 * n + 2}": ResNetConfig("cifar", (n, n, n)) for n in (1, 3, 5, 7, 9)},
+    **{f"cifar_resnet{6 * n + 2}": ResNetConfig("cifar", (n, n, n)) for n in (1, 3, 5, 7, 9, 18)},
 }
 
 
@@ -24,11 +73,25 @@ def names() -> tuple[str, ...]:
     return tuple(_CONFIGS)
 
 
-def create(name: str, *, num_classes: int = 1000, stride_in_1x1: bool = False) -> Model:
+def create(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    stride_in_1x1: bool = False,
+    concat_pool: bool = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Model:
     """The network called `name`, without any arrays yet.
 
-    `stride_in_1x1` is for weights of the original ResNet-50, 101 and 152 (He et al., Caffe,
-    Keras), whose bottlenecks stride on their first 1x1 convolution; torchvision's do not.
+    stride_in_1x1: for weights of the original ResNet-50, 101 and 152 (He et al., Caffe, Keras),
+      whose bottlenecks stride on their first 1x1 convolution; torchvision's do not.
+    concat_pool: fastai's head, the maximum and mean of each channel and two linear layers.
+    dropout: of the features before the last linear layer (before the first of two: half of it).
+    drop_path: stochastic depth, for each example, of the last residual block; linear in depth.
+    dtype: of the computation; parameters, statistics and logits are float32. None: the images'.
+
     Raises RecipeError for an unknown name, or options that do not fit the network.
 
         model = create("resnet18", num_classes=2)
@@ -41,11 +104,22 @@ def create(name: str, *, num_classes: int = 1000, stride_in_1x1: bool = False) -
         raise RecipeError(f"no model is called {name!r}.{hint}\n  Models: {', '.join(_CONFIGS)}")
     if num_classes < 1:
         raise RecipeError(f"{name}: num_classes is {num_classes}; it must be at least 1")
+    for option, rate in (("dropout", dropout), ("drop_path", drop_path)):
+        if not 0 <= rate < 1:
+            raise RecipeError(f"{name}: {option} is {rate}; it must be at least 0 and below 1")
     config = _CONFIGS[name]
     if stride_in_1x1 and not config.bottleneck:
         raise RecipeError(
-            f"{name} has no bottlenecks, so stride_in_1x1 means nothing to it; "
-            f"it is for {', '.join(n for n, c in _CONFIGS.items() if c.bottleneck)}"
+            f"{name} has no bottlenecks, so stride_in_1x1 means nothing to it; it is for networks "
+            "that have, such as resnet50"
         )
-    config = replace(config, num_classes=num_classes, stride_in_1x1=stride_in_1x1)
+    config = replace(
+        config,
+        num_classes=num_classes,
+        stride_in_1x1=stride_in_1x1,
+        concat_pool=concat_pool,
+        dropout=dropout,
+        drop_path=drop_path,
+        dtype=dtype,
+    )
     return NNXModel(name, ResNet, config)

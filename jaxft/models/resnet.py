@@ -1,25 +1,30 @@
-"""Residual networks in Flax NNX, with torchvision's names and torch's arithmetic.
+"""Residual networks in Flax NNX, with torchvision's and timm's names and torch's arithmetic.
 
-Two layouts: ImageNet's (He et al. 2015, arXiv:1512.03385, as in `torchvision.models.resnet`)
-and the thinner CIFAR one of the same paper's section 4.2. Activations are `[b h w c]`, kernels
-`hwio`. The compute dtype is that of the images; parameters keep theirs.
+Two layouts: ImageNet's (He et al. 2015, arXiv:1512.03385, as in `torchvision.models.resnet` and
+`timm.models.resnet`) and the thinner CIFAR one of the same paper's section 4.2. Activations are
+`[b h w c]`. Parameters are float32, whatever the compute dtype.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from jaxft.models.model import NormMode, Norms
+from jaxft.models.context import Context
+from jaxft.models.layers import (
+    AveragePool,
+    Conv,
+    Dropout,
+    Identity,
+    Linear,
+    MaxPool,
+    Relu,
+    Sequential,
+)
 from jaxft.models.norm import BatchNorm
-
-Mode = Callable[[str], NormMode]
-"""The mode of a norm layer, by its path below the module at hand."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,38 @@ class ResNetConfig:
     depths: tuple[int, ...]
     """Residual blocks in each of `layer1`, `layer2`, ..."""
     bottleneck: bool = False
+    groups: int = 1
+    """Of the bottlenecks' 3x3 convolutions (ResNeXt, arXiv:1611.05431)."""
+    base_width: int = 64
+    """Channels of a group where the layer has 64; 128 with one group is a wide ResNet."""
+    stem: tuple[int, int] | None = None
+    """Three 3x3 convolutions instead of one 7x7, the first two of these widths: (32, 32) is
+    timm's `d` (arXiv:1812.01187), (24, 32) its `t`, (64, 64) its `s`."""
+    average_shortcut: bool = False
+    """Shortcuts average 2x2 pixels before a 1x1 convolution that no longer strides (`d`, `t`)."""
     stride_in_1x1: bool = False
     """Where a down-sampling bottleneck strides: on its first 1x1 convolution (He et al., Caffe,
     Keras) or on its 3x3 (torchvision, known as v1.5). The parameters are the same."""
     num_classes: int = 1000
+    concat_pool: bool = False
+    """fastai's head: maximum and mean of each channel, then two linear layers."""
+    dropout: float = 0.0
+    """Before the last linear layer; half of it before the first of two."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last residual block; it grows linearly from 0 in the first."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of all between stem and head; None: that of the images."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each layer's 3x3 convolutions."""
+        """Channels of each layer's 3x3 convolutions in a network of one 64-wide group."""
         first = 64 if self.layout == "imagenet" else 16
         return tuple(first * 2**i for i in range(len(self.depths)))
+
+    @property
+    def stem_width(self) -> int:
+        """Channels that the stem hands to `layer1`."""
+        return self.widths[0] if self.stem is None else 2 * self.stem[1]
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -57,55 +84,38 @@ class ResNetConfig:
         return "fc"
 
 
-class Conv(nnx.Module):
-    """A convolution without bias, padded alike on all sides so that stride 1 keeps the size."""
-
-    def __init__(self, c_in: int, c_out: int, size: int, stride: int = 1, *, rngs: nnx.Rngs):
-        std = math.sqrt(2 / (size * size * c_out))
-        shape = (size, size, c_in, c_out)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[b h w c_in]` to `[b h/stride w/stride c_out]`, sizes rounded up."""
-        kernel, stride = self.kernel[...].astype(x.dtype), self.stride
-        if kernel.shape[0] == 1:
-            # The same function as a matrix product: XLA's gradients of it are up to six
-            # times faster on CPU.
-            return x[:, ::stride, ::stride] @ kernel[0, 0]
-        # Not "SAME": with stride 2 it pads (0, 1) where torch pads (1, 1).
-        side = kernel.shape[0] // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            ((side, side), (side, side)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions beside a shortcut."""
 
     expansion = 1
 
-    def __init__(self, c_in: int, width: int, stride: int, config: ResNetConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        drop_path: float,
+        config: ResNetConfig,
+        rngs: nnx.Rngs,
+    ):
         self.conv1 = Conv(c_in, width, 3, stride, rngs=rngs)
         self.bn1 = BatchNorm(width)
         self.conv2 = Conv(width, width, 3, rngs=rngs)
         self.bn2 = BatchNorm(width)
+        self.drop_path = Dropout(drop_path, rows=True)
         if config.layout == "imagenet" and (stride != 1 or c_in != width):
-            self.downsample = projection(c_in, width, stride, rngs)
+            self.downsample = projection(c_in, width, stride, config, rngs)
 
-    def __call__(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride width]`."""
-        y = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
-        y = self.bn2(self.conv2(y), mode("bn2"), mask)
+        at = context.below
+        y = nnx.relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
+        y = self.bn2(self.conv2(y, at("conv2")), at("bn2"))
         if hasattr(self, "downsample"):
-            x = project(self.downsample, x, mode, mask)
+            x = self.downsample(x, at("downsample"))
         elif x.shape != y.shape:
             x = subsample(x, y.shape[-1])
-        return nnx.relu(y + x)
+        return nnx.relu(self.drop_path(y, context) + x)
 
 
 class Bottleneck(nnx.Module):
@@ -113,89 +123,120 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, c_in: int, width: int, stride: int, config: ResNetConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        drop_path: float,
+        config: ResNetConfig,
+        rngs: nnx.Rngs,
+    ):
         c_out = self.expansion * width
+        inner = width * config.base_width // 64 * config.groups
         stride1, stride2 = (stride, 1) if config.stride_in_1x1 else (1, stride)
-        self.conv1 = Conv(c_in, width, 1, stride1, rngs=rngs)
-        self.bn1 = BatchNorm(width)
-        self.conv2 = Conv(width, width, 3, stride2, rngs=rngs)
-        self.bn2 = BatchNorm(width)
-        self.conv3 = Conv(width, c_out, 1, rngs=rngs)
+        self.conv1 = Conv(c_in, inner, 1, stride1, rngs=rngs)
+        self.bn1 = BatchNorm(inner)
+        self.conv2 = Conv(inner, inner, 3, stride2, config.groups, rngs=rngs)
+        self.bn2 = BatchNorm(inner)
+        self.conv3 = Conv(inner, c_out, 1, rngs=rngs)
         self.bn3 = BatchNorm(c_out)
+        self.drop_path = Dropout(drop_path, rows=True)
         if stride != 1 or c_in != c_out:
-            self.downsample = projection(c_in, c_out, stride, rngs)
+            self.downsample = projection(c_in, c_out, stride, config, rngs)
 
-    def __call__(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride 4*width]`."""
-        y = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
-        y = nnx.relu(self.bn2(self.conv2(y), mode("bn2"), mask))
-        y = self.bn3(self.conv3(y), mode("bn3"), mask)
+        at = context.below
+        y = nnx.relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
+        y = nnx.relu(self.bn2(self.conv2(y, at("conv2")), at("bn2")))
+        y = self.bn3(self.conv3(y, at("conv3")), at("bn3"))
         if hasattr(self, "downsample"):
-            x = project(self.downsample, x, mode, mask)
-        return nnx.relu(y + x)
+            x = self.downsample(x, at("downsample"))
+        return nnx.relu(self.drop_path(y, context) + x)
 
 
 class ResNet(nnx.Module):
     """The network; `blocks` of its call are a run of `ResNetConfig.blocks`."""
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
-        block = Bottleneck if config.bottleneck else BasicBlock
+        c = config.stem_width
+        self.dtype = config.dtype
         self.imagenet = config.layout == "imagenet"
-        c = config.widths[0]
-        self.conv1 = Conv(3, c, 7, 2, rngs=rngs) if self.imagenet else Conv(3, c, 3, rngs=rngs)
+        self.concat_pool = config.concat_pool
+        self.conv1 = stem(config, rngs)
         self.bn1 = BatchNorm(c)
+        self.maxpool = MaxPool()
+        block = Bottleneck if config.bottleneck else BasicBlock
+        number, last = 0, max(1, sum(config.depths) - 1)
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             layer = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                layer.append(block(c, width, stride, config, rngs))
-                c = block.expansion * width
-            setattr(self, f"layer{i + 1}", nnx.List(layer))
-        self.fc = nnx.Linear(
-            c,
-            config.num_classes,
-            kernel_init=uniform_init(1 / math.sqrt(c)),
-            bias_init=uniform_init(1 / math.sqrt(c)),
-            rngs=rngs,
+                layer.append(
+                    block(c, width, stride, config.drop_path * number / last, config, rngs)
+                )
+                c, number = block.expansion * width, number + 1
+            setattr(self, f"layer{i + 1}", Sequential(layer))
+        self.dropout = Dropout(0.0 if config.concat_pool else config.dropout)
+        self.fc = (
+            two_layers(c, config, rngs)
+            if config.concat_pool
+            else Linear(c, config.num_classes, rngs=rngs)
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        norms: Norms,
-        mask: ArrayLike | None,
-        blocks: Sequence[str],
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, blocks: Sequence[str]) -> jax.Array:
         """The output of the last of `blocks`, given the input `x` of the first.
 
-        Images are `[b h w 3]`; logits `[b k]` have the wider dtype of images and parameters.
+        Images are `[b h w 3]`; logits `[b k]` have the wider dtype of features and parameters.
         """
-        mode: Mode = (lambda path: norms) if isinstance(norms, str) else norms.__getitem__
         for name in blocks:
             if name == "stem":
-                x = self._stem(x, mode, mask)
+                x = self._stem(x, context)
             elif name == "head":
-                x = self.fc(x.mean((1, 2)))
+                x = self._head(x, context)
             else:
-                for i, block in enumerate(getattr(self, name)):
-                    x = block(x, below(mode, f"{name}.{i}"), mask)
+                x = getattr(self, name)(x, context.below(name))
         return x
 
-    def _stem(self, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
-        x = nnx.relu(self.bn1(self.conv1(x), mode("bn1"), mask))
-        return max_pool(x) if self.imagenet else x
+    def _stem(self, x: jax.Array, context: Context) -> jax.Array:
+        x = x if self.dtype is None else x.astype(self.dtype)
+        x = self.conv1(x, context.below("conv1"))
+        x = nnx.relu(self.bn1(x, context.below("bn1")))
+        return self.maxpool(x, context) if self.imagenet else x
+
+    def _head(self, x: jax.Array, context: Context) -> jax.Array:
+        pooled = x.mean((1, 2))
+        if self.concat_pool:
+            pooled = jnp.concatenate([x.max((1, 2)), pooled], -1)
+        return self.fc(self.dropout(pooled, context.below("dropout")), context.below("fc"))
 
 
-def projection(c_in: int, c_out: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
+def stem(config: ResNetConfig, rngs: nnx.Rngs) -> Conv | Sequential:
+    """The convolutions before the first norm; ImageNet's stride, CIFAR's does not."""
+    c = config.stem_width
+    if config.layout == "cifar":
+        return Conv(3, c, 3, rngs=rngs)
+    if config.stem is None:
+        return Conv(3, c, 7, 2, rngs=rngs)
+    first, second = config.stem
+    return Sequential(
+        [
+            *(Conv(3, first, 3, 2, rngs=rngs), BatchNorm(first), Relu()),
+            *(Conv(first, second, 3, rngs=rngs), BatchNorm(second), Relu()),
+            Conv(second, c, 3, rngs=rngs),
+        ]
+    )
+
+
+def projection(
+    c_in: int, c_out: int, stride: int, config: ResNetConfig, rngs: nnx.Rngs
+) -> Sequential:
     """Shortcut B of He et al.: a 1x1 convolution and its norm."""
-    return nnx.List([Conv(c_in, c_out, 1, stride, rngs=rngs), BatchNorm(c_out)])
-
-
-def project(downsample: nnx.List, x: jax.Array, mode: Mode, mask: ArrayLike | None) -> jax.Array:
-    """Applies a `projection`."""
-    conv, norm = downsample
-    return norm(conv(x), mode("downsample.1"), mask)
+    if not config.average_shortcut:
+        return Sequential([Conv(c_in, c_out, 1, stride, rngs=rngs), BatchNorm(c_out)])
+    pool = AveragePool() if stride == 2 else Identity()
+    return Sequential([pool, Conv(c_in, c_out, 1, rngs=rngs), BatchNorm(c_out)])
 
 
 def subsample(x: jax.Array, c_out: int) -> jax.Array:
@@ -205,23 +246,14 @@ def subsample(x: jax.Array, c_out: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3, stride 2, padded by 1 with -inf: `torch.nn.MaxPool2d(3, 2, 1)`."""
-    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
-
-
-def below(mode: Mode, prefix: str) -> Mode:
-    """`mode` for the paths below `prefix`."""
-    return lambda path: mode(f"{prefix}.{path}")
-
-
-def uniform_init(bound: float) -> jax.nn.initializers.Initializer:
-    """Uniform in +-`bound`, as `torch.nn.Linear` draws both weight and bias."""
-
-    def init(
-        key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
-    ) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+def two_layers(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Sequential:
+    """fastai's `create_head` after the pooling: norm, dropout, linear, twice; He's weights."""
+    hidden = 512
+    return Sequential(
+        [
+            *(BatchNorm(2 * c), Dropout(config.dropout / 2)),
+            *(Linear(2 * c, hidden, bias=False, he=True, rngs=rngs), Relu()),
+            *(BatchNorm(hidden), Dropout(config.dropout)),
+            Linear(hidden, config.num_classes, bias=False, he=True, rngs=rngs),
+        ]
+    )

@@ -2,11 +2,12 @@
 
     python tests/models/record_golden.py
 
-Needs torch and torchvision. Weights and images follow from seeds on both sides (`weights`,
+Needs torch, torchvision and timm. Weights and images follow from seeds on both sides (`weights`,
 `images`), so that the files in tests/golden hold outputs only.
 """
 
 import importlib
+import sys
 import zlib
 from collections.abc import Mapping
 from functools import cache
@@ -16,13 +17,34 @@ import numpy as np
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_CLASSES = 10
-# name: (network, stride_in_1x1, image sides, whether a training step is recorded)
+_TORCHVISION = (
+    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+_TIMM = ("resnet26t", *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101, 152)))
+_RELATIVES = (
+    *("resnet10t", "resnet14t", "resnet26", "resnet50t", "resnet200", "resnet200d"),
+    *(f"resnet{depth}{letter}" for depth in (50, 101, 152) for letter in "cs"),
+    *("resnext50d_32x4d", "resnext101_32x4d"),
+)
+_CIFAR = tuple(f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110))
+# case: (network, options of `create`)
 CASES = {
-    "resnet18": ("resnet18", False, (64, 65), True),
-    "resnet50": ("resnet50", False, (64, 65), False),
-    "resnet50_stride_in_1x1": ("resnet50", True, (64, 65), False),
-    "cifar_resnet20": ("cifar_resnet20", False, (32, 33), True),
+    **{name: (name, {}) for name in (*_TORCHVISION, *_TIMM, *_RELATIVES, *_CIFAR)},
+    **{
+        f"{name}_stride_in_1x1": (name, {"stride_in_1x1": True})
+        for name in ("resnet50", "resnet101", "resnet152")
+    },
+    "resnet18_concat_pool": ("resnet18", {"concat_pool": True}),
 }
+
+
+def sides(network: str) -> tuple[int, ...]:
+    """Of the images: even, odd and full size. The first is also the training step's."""
+    if network in _RELATIVES:
+        return (65,)  # all that they consist of is in the others
+    return (32, 33) if network in _CIFAR else (64, 65, 224)
 
 
 def images(side: int, batch: int = 2) -> np.ndarray:
@@ -35,64 +57,96 @@ def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: _weight(name, shape) for name, shape in shapes.items()}
 
 
+@cache
+def _pool() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(2**20, np.float32)
+
+
 def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    # From a pool, over and over: drawing a hundred million numbers would take longer than all
+    # the rest.
+    start = zlib.crc32(name.encode()) % 2**19
+    normal = np.resize(_pool()[start:], shape)
+    uniform = 1 + normal.clip(-2, 2) / 4  # between a half and one and a half
     if len(shape) > 1:
-        drawn = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-    elif name.endswith("running_var"):
-        drawn = rng.uniform(0.5, 1.5, shape)
-    elif name.endswith(".weight"):
+        return normal * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    if name.endswith("running_var"):
+        return uniform
+    if name.endswith(".weight"):
         # Small at the end of a residual branch, so that depth does not inflate the signal.
-        drawn = rng.uniform(0.5, 1.5, shape) * (0.3 if name.endswith("bn3.weight") else 0.7)
-    else:
-        drawn = rng.standard_normal(shape) * 0.1
-    return drawn.astype(np.float32)
+        return uniform * np.float32(0.3 if name.endswith("bn3.weight") else 0.7)
+    return normal * np.float32(0.1)
 
 
 def digest(logits: np.ndarray, running: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A training step's logits and running statistics: one whole layer, and each tensor's sum."""
-    names = sorted(running)
-    return {
-        "train": logits,
-        "running_mean": running["layer2.0.bn1.running_mean"],
-        "running_var": running["layer2.0.bn1.running_var"],
-        "running_sums": np.array([running[name].sum(dtype=np.float64) for name in names]),
-    }
+    """A training step's logits and, of each running statistic, its size and where it points."""
+    vectors = [running[name].astype(np.float64) for name in sorted(running)]
+    sizes = np.array([np.abs(vector).sum() for vector in vectors])
+    signs = [np.sign(np.resize(_pool(), vector.shape)) for vector in vectors]
+    directions = np.array([x @ s for x, s in zip(vectors, signs, strict=True)]) / sizes
+    return {"train": logits, "sizes": sizes, "directions": directions}
 
 
-def record(name: str) -> dict[str, np.ndarray]:
-    """What torch computes for a case: logits in eval mode by image side, and a step's digest."""
+def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What torch computes for a case: logits in eval mode by image side and of a training step.
+
+    Also returns the running statistics after that step, by name. The step is in float64: through
+    a hundred norms of a few values each, float32 rounding grows to 1e-4 in torch as in ours.
+    """
     import torch
 
-    network, stride_in_1x1, sides, train = CASES[name]
-    module = torch_network(network, stride_in_1x1)
-    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if t.is_floating_point()}
-    state = {n: torch.from_numpy(array) for n, array in weights(shapes).items()}
-    module.load_state_dict(state, strict=False)
-    recorded = {}
+    network, options = CASES[case]
+    with torch.device("meta"):  # no time lost on weights that are replaced
+        module = torch_network(network, **options)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
+    arrays = weights({n: shape for n, shape in shapes.items() if n not in counters})
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module.load_state_dict(state | {n: torch.tensor(0) for n in counters}, assign=True)
+    outputs = {}
     with torch.no_grad():
         module.eval()
-        for side in sides:
-            recorded[f"eval_{side}"] = module(torch.from_numpy(images(side))).numpy()
-        if train:
-            module.train()
-            logits = module(torch.from_numpy(images(sides[0], batch=4))).numpy()
-            state = {n: t.numpy() for n, t in module.state_dict().items() if ".running_" in n}
-            recorded |= digest(logits, state)
-    return recorded
+        for side in sides(network):
+            outputs[f"eval_{side}"] = module(torch.from_numpy(images(side))).numpy()
+        module.double().train()
+        batch = torch.from_numpy(images(sides(network)[0], batch=4)).double()
+        outputs["train"] = module(batch).numpy()
+    return outputs, {n: t.numpy() for n, t in module.state_dict().items() if ".running_" in n}
 
 
-def torch_network(name: str, stride_in_1x1: bool):
+def torch_network(name: str, stride_in_1x1: bool = False, concat_pool: bool = False):
     """The network in torch, with `NUM_CLASSES` classes."""
-    if name.startswith("cifar_resnet"):
+    if name in _CIFAR:
         return _cifar_resnet((int(name.removeprefix("cifar_resnet")) - 2) // 6)
     torchvision = import_torchvision()
+    if name in _TIMM + _RELATIVES:
+        return importlib.import_module("timm").create_model(name, num_classes=NUM_CLASSES)
     module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     if stride_in_1x1:
         for part in module.modules():
             if isinstance(part, torchvision.models.resnet.Bottleneck) and part.stride == 2:
                 part.conv1.stride, part.conv2.stride = (2, 2), (1, 1)
+    if concat_pool:
+        _replace_head(module)
     return module
+
+
+def _replace_head(module) -> None:
+    """fastai's: `AdaptiveConcatPool2d` and `create_head(2 * 512, n)`, dropout left out."""
+    import torch
+    from torch import nn
+
+    class ConcatPool(nn.Module):
+        def forward(self, x):
+            return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+
+    hidden = 512
+    module.avgpool = ConcatPool()
+    module.fc = nn.Sequential(
+        *(nn.BatchNorm1d(2 * 512), nn.Identity(), nn.Linear(2 * 512, hidden, bias=False)),
+        *(nn.ReLU(), nn.BatchNorm1d(hidden), nn.Identity()),
+        nn.Linear(hidden, NUM_CLASSES, bias=False),
+    )
 
 
 @cache
@@ -153,7 +207,8 @@ def _cifar_resnet(n: int):
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for case in CASES:
-        outputs = record(case)
-        np.savez(GOLDEN / f"{case}.npz", **outputs)
+    for case in sys.argv[1:] or CASES:
+        outputs, running = record(case)
+        outputs |= digest(outputs["train"], running)
+        np.savez_compressed(GOLDEN / f"{case}.npz", **outputs)
         print(case, {name: f"std {array.std():.3g}" for name, array in outputs.items()})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.models.context import Context
 from jaxft.models.norm import BatchNorm
 
 SHAPE = (4, 3, 2, 5)
@@ -41,7 +42,7 @@ MASKS = {
 def test_batch_mode_is_torchs(mask, jit):
     def run(x, mask):
         layer = norm()
-        return layer(x, "batch", mask), layer.mean[...], layer.var[...]
+        return layer(x, Context("batch", mask)), layer.mean[...], layer.var[...]
 
     rows = np.ones(4, bool) if mask is None else np.array(mask)
     x = np.where(rows[:, None, None, None], X, 1e6)  # what padding holds must not matter
@@ -56,7 +57,7 @@ def test_batch_mode_is_torchs(mask, jit):
 def test_running_mode_is_torchs_and_touches_nothing():
     layer = norm()
     before = layer.mean[...], layer.var[...]
-    y = layer(jnp.asarray(X, jnp.float32), "running")
+    y = layer(jnp.asarray(X, jnp.float32), Context("running"))
     np.testing.assert_allclose(
         y, SCALE * (X - MEAN) / np.sqrt(VAR + 1e-5) + BIAS, rtol=1e-5, atol=1e-5
     )
@@ -64,11 +65,42 @@ def test_running_mode_is_torchs_and_touches_nothing():
     assert layer.var[...] is before[1]
 
 
+def test_batch_fixed_mode_is_batch_mode_that_touches_nothing():
+    learning, fixed, x = norm(), norm(), jnp.asarray(X, jnp.float32)
+    before = fixed.mean[...], fixed.var[...]
+    y = fixed(x, Context("batch_fixed"))
+    np.testing.assert_array_equal(y, learning(x, Context("batch")))
+    assert fixed.mean[...] is before[0]
+    assert fixed.var[...] is before[1]
+
+
+def test_vectors_are_normalised_as_in_batch_norm_1d():
+    layer, x = norm(), X[:, 0, 0]
+    y = layer(jnp.asarray(x, jnp.float32), Context("batch"))
+    y_, mean_, var_ = expected(x, np.ones(4, bool))
+    np.testing.assert_allclose(y, y_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[True] * 4, [True, True, True, False]], ids=["whole", "padded"])
+def test_replicas_have_their_own_statistics_and_the_first_one_keeps_them(rows):
+    rows, layer = np.array(rows), norm()
+    mask = None if rows.all() else jnp.asarray(rows)
+    y = layer(jnp.asarray(X, jnp.float32), Context("batch", mask, replicas=2))
+    for part in (slice(0, 2), slice(2, 4)):
+        y_, _, _ = expected(X[part], rows[part])
+        np.testing.assert_allclose(y[part][rows[part]], y_[rows[part]], rtol=1e-5, atol=1e-5)
+    _, mean_, var_ = expected(X[:2], rows[:2])
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [[False] * 4, [True, False, False, False]], ids=["none", "one"])
 def test_too_few_values_teach_nothing(rows):
     layer = norm()
     x = jnp.asarray(X, jnp.float32)[:, :1, :1]  # one value a row
-    y = layer(x, "batch", jnp.array(rows))
+    y = layer(x, Context("batch", jnp.array(rows)))
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(layer.mean[...], MEAN.astype(np.float32))
     np.testing.assert_array_equal(layer.var[...], VAR.astype(np.float32))
@@ -76,7 +108,7 @@ def test_too_few_values_teach_nothing(rows):
 
 def test_gradients_ignore_padding():
     def loss(x, mask):
-        y = norm()(x, "batch", mask)
+        y = norm()(x, Context("batch", mask))
         return jnp.where(mask[:, None, None, None], jnp.sin(y), 0).sum()
 
     mask = jnp.array([True, True, True, False])
@@ -90,7 +122,7 @@ def test_gradients_ignore_padding():
 def test_half_precision_inputs_keep_float32_statistics():
     layer = norm()
     x = jnp.asarray(X, jnp.bfloat16)
-    y = layer(x, "batch")
+    y = layer(x, Context("batch"))
     y_, mean_, var_ = expected(np.asarray(x, np.float64), np.ones(4, bool))
     assert (y.dtype, layer.mean[...].dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(np.asarray(y, np.float64), y_, rtol=1e-2, atol=1e-2)
@@ -101,7 +133,7 @@ def test_half_precision_inputs_keep_float32_statistics():
 def test_float64_is_not_narrowed():
     with jax.enable_x64(True):
         layer = norm(jnp.float64)
-        y = layer(jnp.asarray(X), "batch")
+        y = layer(jnp.asarray(X), Context("batch"))
         assert y.dtype == layer.var[...].dtype == jnp.float64
         for ours, theirs in zip(
             (y, layer.mean[...], layer.var[...]), expected(X, np.ones(4, bool)), strict=True
@@ -110,12 +142,14 @@ def test_float64_is_not_narrowed():
 
 
 BAD = {
-    "unknown mode": (X, "eval", "'running' or 'batch', not 'eval'"),
-    "one value per channel": (X[:1, :1, :1], "batch", "more than one value"),
+    "unknown mode": (X, Context("eval"), "'running', 'batch' or 'batch_fixed', not 'eval'"),
+    "one value per channel": (X[:1, :1, :1], Context("batch"), "more than one value"),
+    "one in each replica": (X[:, :1, :1], Context("batch", replicas=4), "more than one value"),
+    "uneven replicas": (X, Context("batch", replicas=3), "a batch of 4 .* among 3 replicas"),
 }
 
 
-@pytest.mark.parametrize(("x", "mode", "message"), BAD.values(), ids=BAD)
-def test_errors(x, mode, message):
+@pytest.mark.parametrize(("x", "context", "message"), BAD.values(), ids=BAD)
+def test_errors(x, context, message):
     with pytest.raises(ValueError, match=message):
-        norm()(jnp.asarray(x, jnp.float32), mode)
+        norm()(jnp.asarray(x, jnp.float32), context)

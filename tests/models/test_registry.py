@@ -15,7 +15,11 @@ def test_every_name_is_a_model(name):
 BAD = {
     "near miss": ("resnet5O", {}, "'resnet5O'. Did you mean 'resnet50'"),
     "far miss": ("vgg", {}, "'vgg'.\n  Models: resnet18, .*cifar_resnet56"),
-    "no bottlenecks": ("resnet34", {"stride_in_1x1": True}, "for resnet50, resnet101, resnet152"),
+    "no bottlenecks": (
+        "resnet34",
+        {"stride_in_1x1": True},
+        "resnet34 has no bottlenecks.*such as resnet50",
+    ),
     "no classes": ("resnet18", {"num_classes": 0}, "at least 1"),
 }
 

@@ -1,0 +1,119 @@
+"""The layers that no recorded network shows in full: random ones, and other ways to compute."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.errors import RecipeError
+from jaxft.models import create
+from jaxft.models.context import Context
+from jaxft.models.layers import AveragePool, Dropout, by_taps, convolve
+
+X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_convolution_by_taps_is_xlas(size, stride, groups):
+    kernel = np.random.default_rng(1).normal(size=(size, size, 12 // groups, 24))
+    kernel = jnp.asarray(kernel, jnp.float32)
+
+    def outcome(convolution):
+        def loss(x, kernel):
+            return jnp.sin(convolution(x, kernel, stride, groups)).sum()
+
+        return convolution(jnp.asarray(X), kernel, stride, groups), jax.grad(loss, (0, 1))(
+            jnp.asarray(X), kernel
+        )
+
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, outcome(by_taps), outcome(convolve))
+
+
+@pytest.mark.parametrize("height", [2, 3])
+@pytest.mark.parametrize("width", [4, 5])
+def test_average_pool_is_over_what_is_there(height, width):
+    x = X[:, :height, :width]
+    pooled = AveragePool()(jnp.asarray(x), Context("running"))
+    for i in range(-(-height // 2)):
+        for j in range(-(-width // 2)):
+            window = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            np.testing.assert_allclose(pooled[:, i, j], window.mean((1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["each value", "whole examples"])
+def test_dropout_keeps_the_mean(rows):
+    x = jnp.ones((4000, 1, 3))
+    y = Dropout(0.25, rows=rows)(x, Context("running", key=jax.random.key(0)))
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    assert float(y.mean()) == pytest.approx(1, abs=0.03)
+    assert bool((y == y[:, :, :1]).all()) == rows
+
+
+MODEL = create("cifar_resnet8", num_classes=5, dropout=0.5, drop_path=0.5)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return MODEL.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+
+
+def test_nothing_is_dropped_without_a_key(trees, images):
+    plain = create("cifar_resnet8", num_classes=5)
+    logits, _ = MODEL.apply(*trees, images, norms="running")
+    np.testing.assert_array_equal(logits, plain.apply(*trees, images, norms="running")[0])
+
+
+def test_the_key_decides_what_is_dropped(trees, images):
+    def logits(seed):
+        return MODEL.apply(*trees, images, norms="running", key=jax.random.key(seed))[0]
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert not np.array_equal(logits(0), logits(1))
+
+
+def test_a_run_of_blocks_drops_as_the_whole_does(trees, images):
+    run = partial(MODEL.apply, *trees, norms="running", key=jax.random.key(3))
+    halfway, _ = run(images, last="layer2")
+    np.testing.assert_array_equal(run(halfway, first="layer3")[0], run(images)[0])
+
+
+def test_stochastic_depth_grows_from_nothing(trees, images):
+    """A dropped branch leaves the shortcut, for some rows; the first block never drops."""
+    shallow = create("cifar_resnet8", num_classes=5, drop_path=0.5)
+    key = jax.random.key(0)
+    run = partial(shallow.apply, *trees, norms="running")
+    features, _ = run(images, last="layer1")
+    np.testing.assert_array_equal(run(images, last="layer1", key=key)[0], features)
+    # In the last block some rows hand on the shortcut alone.
+    before, _ = run(images, last="layer2")
+    after, _ = run(before, first="layer3", last="layer3", key=key)
+    shortcut = np.pad(before[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (16, 16)))
+    alone = [np.array_equal(row, other) for row, other in zip(after, shortcut, strict=True)]
+    assert 0 < sum(alone) < len(alone)
+
+
+def test_bfloat16_is_for_what_lies_between_stem_and_head(trees, images):
+    half = create("cifar_resnet8", num_classes=5, dtype="bfloat16")
+    features, _ = half.apply(*trees, images, norms="running", last="layer3")
+    logits, stats = half.apply(*trees, images, norms="batch")
+    assert (features.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+    exact, _ = MODEL.apply(*trees, images, norms="batch")
+    np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+@pytest.mark.parametrize("option", ["dropout", "drop_path"])
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_rates_out_of_range(option, rate):
+    with pytest.raises(RecipeError, match=f"resnet18: {option} is {rate}"):
+        create("resnet18", **{option: rate})
