@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.errors import CheckpointError
@@ -120,3 +121,48 @@ class Checkpoints:
 def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
     keyed, _ = jax.tree_util.tree_flatten_with_path(dict(arrays))
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in keyed}
+
+
+def save_weights(folder: Path, params: Tree, stats: Tree) -> None:
+    """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
+
+    Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
+    """
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder.absolute(), {"params": params, "stats": stats})
+
+
+def read_weights(folder: Path) -> tuple[Tree, Tree]:
+    """`params` and `stats` as numpy arrays, on whatever devices they were when written.
+
+    `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
+    which the newest counts. A run's are the best of the stage so far, or what an ended one hands
+    on. Raises CheckpointError where there is none.
+    """
+    steps = [path for path in folder.iterdir() if path.name.isdigit()]
+    if steps:
+        folder = max(steps, key=lambda path: int(path.name))
+    if (folder / "best").is_dir():
+        best = _arrays(folder / "best")
+        return best["params"], best["stats"]
+    if all((folder / item).is_dir() for item in ("params", "stats")):
+        return _arrays(folder / "params"), _arrays(folder / "stats")
+    if not (folder / "_METADATA").is_file():
+        raise CheckpointError(f"{folder} is neither a checkpoint nor a folder of a run's.")
+    both = _arrays(folder)
+    if not {"params", "stats"} <= both.keys():
+        raise CheckpointError(f"{folder} holds {', '.join(both)}; it should hold params and stats.")
+    return both["params"], both["stats"]
+
+
+def _arrays(folder: Path) -> Any:
+    # Orbax complains of a file that it writes for whole checkpoints, not for their items.
+    logging.getLogger("absl").addFilter(_is_no_complaint)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(folder.absolute()).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(folder.absolute(), ocp.args.PyTreeRestore(restore_args=kinds))
+
+
+def _is_no_complaint(record: logging.LogRecord) -> bool:
+    return "Metadata file does not exist" not in record.getMessage()

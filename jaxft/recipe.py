@@ -12,7 +12,9 @@ import yaml
 
 from jaxft import atomic
 from jaxft.data import Augment, Preprocessing
+from jaxft.data.transforms import Interpolation
 from jaxft.errors import RecipeError
+from jaxft.models import Model, create
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
 
@@ -28,9 +30,11 @@ class Recipe:
     stages: tuple[Stage, ...]
     """What trains in each stage, at which rates, for how long."""
     weights: str | None = None
-    """Pretrained weights: a torch-named safetensors file, or asset:NAME; none: from scratch."""
-    head: Literal["fresh", "keep"] = "fresh"
-    """A new head for the data's classes, or the weights' own (then the class counts must agree)."""
+    """Pretrained weights: a file or run, hf:OWNER/REPO, torchvision:ENUM.MEMBER, https://...; none:
+    from scratch."""
+    head: Literal["fresh", "zeros", "xavier", "keep"] = "fresh"
+    """A new head for the data's classes, drawn as torch does, zero, or by Xavier's rule; or the
+    weights' own (then the class counts must agree)."""
     optimizer: Optimizer = SGD(momentum=0.9)
     """The rule that turns gradients into updates; rates belong to the stages."""
     batch_size: int = 32
@@ -41,16 +45,27 @@ class Recipe:
     """Train on this many images of each class; none: on all."""
     augment: Augment = "crop_flip"
     """Training views: random resized crop and flip, small shifts, or none (the evaluation's)."""
-    image_size: int = 224
-    """Side of the images that the network sees, in pixels."""
-    resize_size: int | None = 256
-    """Short side before the central crop of evaluation; none: images come in `image_size`."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of the RGB channels, on 0 to 1; what the weights were trained with."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_size: int | None = None
+    """Side of the images that the network sees, in pixels; none: the weights' own, or 224."""
+    resize_size: int | None = None
+    """Short side before the central crop of evaluation; none: as much larger than the crop as the
+    weights' own is, or 256 for 224."""
+    interpolation: Interpolation | None = None
+    """Of scaling; none: the weights' own, or bilinear."""
+    mean: tuple[float, float, float] | None = None
+    """Of the RGB channels, on 0 to 1; none: the weights' own, or ImageNet's."""
+    std: tuple[float, float, float] | None = None
     """Likewise."""
     stride_in_1x1: bool = False
     """Bottlenecks stride in their first 1x1 convolution (He et al., Caffe, Keras), not the 3x3."""
+    concat_pool: bool = False
+    """fastai's head: maximum and mean of each channel, then two linear layers."""
+    dropout: float = 0.0
+    """Of the features before the last linear layer (of fastai's head, half of it before both)."""
+    drop_path: float = 0.0
+    """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, statistics and optimizer are float32."""
     workers: int = 2
     """Threads that read images; changes no result."""
     from_scratch: tuple[Stage, ...] = ()
@@ -59,12 +74,13 @@ class Recipe:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        low = [f for f in ("batch_size", "image_size", "workers") if getattr(self, f) < 1]
+        counts = ("batch_size", "image_size", "resize_size", "workers")
+        low = [f for f in counts if (n := getattr(self, f)) is not None and n < 1]
         if low:
             raise RecipeError(f"{', '.join(low)} must be at least 1.")
         if self.seed < 0:
             raise RecipeError(f"seed is {self.seed}; it must not be negative.")
-        if not all(s > 0 for s in self.std):
+        if self.std is not None and not all(s > 0 for s in self.std):
             raise RecipeError(f"std is {self.std}; each must be positive.")
         check_stages(self.stages)
         if self.from_scratch:
@@ -73,11 +89,35 @@ class Recipe:
     @property
     def preprocessing(self) -> Preprocessing:
         """What is done to every image before the network sees it."""
+        return self._preprocessing(Preprocessing())
+
+    def expecting(self, own: Preprocessing) -> "Recipe":
+        """This recipe, with what it leaves open about images as the weights' `own` has it."""
+        return dataclasses.replace(self, **dataclasses.asdict(self._preprocessing(own)))
+
+    def _preprocessing(self, own: Preprocessing) -> Preprocessing:
+        size = self.image_size or own.image_size
+        resize_size = self.resize_size
+        if resize_size is None and own.resize_size is not None:
+            resize_size = round(size * own.resize_size / own.image_size)
         return Preprocessing(
-            image_size=self.image_size,
-            resize_size=self.resize_size,
-            mean=self.mean,
-            std=self.std,
+            image_size=size,
+            resize_size=resize_size,
+            interpolation=self.interpolation or own.interpolation,
+            mean=self.mean or own.mean,
+            std=self.std or own.std,
+        )
+
+    def network(self, num_classes: int) -> Model:
+        """The recipe's network, without any arrays yet."""
+        return create(
+            self.model,
+            num_classes=num_classes,
+            stride_in_1x1=self.stride_in_1x1,
+            concat_pool=self.concat_pool,
+            dropout=self.dropout,
+            drop_path=self.drop_path,
+            dtype=self.dtype,
         )
 
 

@@ -42,7 +42,7 @@ def main() -> None:
             batch_size=64,
             augment="shift",
             image_size=8,
-            resize_size=None,
+            resize_size=8,
             mean=(0.3, 0.3, 0.3),
             std=(0.38, 0.38, 0.38),
             stages=(Stage("pretrain", train={"*": 0.05}, epochs=25),),

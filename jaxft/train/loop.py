@@ -13,6 +13,7 @@ import jax
 from jaxft import atomic, data, models, weights
 from jaxft.carryover import carry_with_remarks
 from jaxft.checkpoint import Checkpoints
+from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError
 from jaxft.groups import plan
 from jaxft.labels import Tree
@@ -23,7 +24,6 @@ from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.progress import Progress
 from jaxft.train.stage import Run, Snapshot, train_stage
 from jaxft.train.workdir import check, claim
-from jaxft.weights.locate import locate
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ def finetune(
         later only what could not be known (an image that has become unreadable, a full disk).
     """
     recipe, workdir, console = resolve(recipe), Path(workdir), console or Console()
+    source = weights.read(recipe.weights) if recipe.weights else None
+    recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
     check(workdir, recipe)
     scratch = dataclasses.replace(
         recipe, weights=None, stages=recipe.from_scratch or recipe.stages, from_scratch=()
     )
     check(workdir / "from_scratch", scratch)
     splits = data.open_source(recipe.data, shots=recipe.shots, seed=recipe.seed)
-    model = models.create(
-        recipe.model,
-        num_classes=len(splits.train.classes),
-        stride_in_1x1=recipe.stride_in_1x1,
-    )
-    params, stats = _start(recipe, model)
+    model = recipe.network(len(splits.train.classes))
+    params, stats = _start(recipe, model, source)
     plans = plan(recipe.stages, params)
     if recipe.from_scratch:
         plan(recipe.from_scratch, params)  # its patterns must not fail after hours of the others
     console.row(_prologue(recipe, splits, params))
+    for remark in source.remarks if source else ():
+        console.say(f"{remark[0].upper()}{remark[1:]}.")
 
     with claim(workdir, recipe), closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step()
@@ -93,11 +93,13 @@ def finetune(
     return result
 
 
-def _start(recipe: Recipe, model: models.Model) -> tuple[Tree, Tree]:
+def _start(
+    recipe: Recipe, model: models.Model, source: weights.Weights | None
+) -> tuple[Tree, Tree]:
     key = jax.random.key(recipe.seed)
-    if recipe.weights is None:
+    if source is None:
         return model.init(key)
-    return weights.load(locate(recipe.weights), model, head=recipe.head, key=key)
+    return weights.load(source, model, head=recipe.head, key=key)
 
 
 def _train_stages(
@@ -168,6 +170,7 @@ def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:
     description: Mapping[str, object] = {
         "model": run.recipe.model,
         "stride_in_1x1": run.recipe.stride_in_1x1,
+        "concat_pool": run.recipe.concat_pool,
         "classes": run.splits.train.classes,
         "preprocessing": dataclasses.asdict(run.recipe.preprocessing),
         "score": dataclasses.asdict(score),

@@ -117,9 +117,7 @@ def train_stage(
         while not progress.ended:
             started = time.perf_counter()
             rates = plan.rates_at(state.opt_state, steps_per_epoch=steps)
-            state, trained = _train_epoch(
-                run, progress.epoch + 1, step, state, frozen, batches, steps
-            )
+            state, trained = _train_epoch(run, progress, step, state, frozen, batches, steps)
             validated = run.evaluate(combine(state.trainable, frozen), state.stats)
             opt_state = plan.after_epoch(state.opt_state, **dataclasses.asdict(validated))
             state = state._replace(opt_state=opt_state)
@@ -139,17 +137,19 @@ def train_stage(
 
 def _train_epoch(
     run: Run,
-    epoch: int,
-    step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Tally]],
+    progress: Progress,
+    step: Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]],
     state: TrainState,
     frozen: Tree,
     batches: Iterator[Batch],
     steps: int,
 ) -> tuple[TrainState, Score]:
     tallies: list[Tally] = []
-    with run.console.epoch(epoch, steps) as bar:
-        for _ in range(steps):
-            state, sums = step(state, frozen, next(batches))
+    key = jax.random.key(run.recipe.seed)
+    with run.console.epoch(progress.epoch + 1, steps) as bar:
+        for i in range(steps):
+            dropout = jax.random.fold_in(key, progress.step + i)
+            state, sums = step(state, frozen, next(batches), dropout)
             tallies.append(sums)
             before = jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
             bar.advance(score(before).loss if before and bar.shown else float("nan"))

@@ -44,24 +44,29 @@ def train_step(
     transform: optax.GradientTransformation,
     preprocessing: Preprocessing,
     norms: Norms,
-) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Tally]]:
-    """The jitted step of a stage: `(state, frozen, batch) -> (state, tally)`.
+) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]]:
+    """The jitted step of a stage: `(state, frozen, batch, key) -> (state, tally)`.
 
     The loss is the mean cross entropy over the batch's actual rows. Gradients are taken of the
     trainable half alone, so that the compiled step has no backward pass through what lies
-    before it. The state is donated: its buffers are the next state's.
+    before it. The state is donated: its buffers are the next state's. `key` draws dropout.
     """
 
-    def loss(trainable: Tree, stats: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, tuple]:
+    def loss(
+        trainable: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple]:
         images = preprocessing.normalize(batch.image)
         params = combine(trainable, frozen)
-        logits, stats = model.apply(params, stats, images, norms=norms, mask=batch.mask)
+        logits, stats = model.apply(params, stats, images, norms=norms, mask=batch.mask, key=key)
         sums = tally(logits, batch)
         return sums.loss / sums.examples, (stats, sums)
 
-    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Tally]:
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Tally]:
         trainable, stats, opt_state = state
-        gradients, (stats, sums) = jax.grad(loss, has_aux=True)(trainable, stats, frozen, batch)
+        gradient = jax.grad(loss, has_aux=True)
+        gradients, (stats, sums) = gradient(trainable, stats, frozen, batch, key)
         updates, opt_state = transform.update(gradients, opt_state, trainable)
         return TrainState(optax.apply_updates(trainable, updates), stats, opt_state), sums
 

@@ -1,6 +1,7 @@
-"""PyTorch's weight files, in and out."""
+"""Pretrained weights: from PyTorch's files, the hub and our own runs, and back."""
 
 from jaxft.weights.load import load
+from jaxft.weights.read import Weights, read
 from jaxft.weights.save import save
 
-__all__ = ["load", "save"]
+__all__ = ["Weights", "load", "read", "save"]

@@ -1,78 +1,69 @@
-"""Reads a torch-named safetensors file into a network's trees, or says why it cannot."""
+"""Fits a weights file to a network, exactly, or says why it does not fit."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
+from jaxft.weights.families import renamed
+from jaxft.weights.head import Start, new_head
 from jaxft.weights.names import TorchTensor, torch_tensors
-from jaxft.weights.report import Entry, mismatch
+from jaxft.weights.read import Weights, read
+from jaxft.weights.report import mismatch
 
 
 def load(
-    path: str | PathLike[str],
+    weights: str | PathLike[str] | Weights,
     model: Model,
     *,
-    head: Literal["keep", "fresh"] = "keep",
+    head: Literal["keep"] | Start | Mapping[str, Tree] = "keep",
     key: jax.Array | None = None,
 ) -> tuple[Tree, Tree]:
-    """The file's `(params, stats)`, float32 and structured as `model.init`'s.
+    """The `(params, stats)` of a file, float32 and structured as `model.init`'s.
 
-    Strict in both directions: the file must hold each of the network's tensors, in its shape,
-    and nothing else; only torch's `num_batches_tracked` counters are passed over. With
-    `head="fresh"` the file's head, if it has one, is passed over as well, and the head is
-    that of `model.init(key)` (`jax.random.key(0)` by default).
+    weights: what `read` takes, or gives. What `read` remarks of a source is a UserWarning here.
+    head: `keep` the file's, or start from another: `fresh`, `zeros`, `xavier` (see `Start`), drawn
+      with `key` (`jax.random.key(0)` by default), or the given tree itself.
+
+    Strict in both directions: each of the file's tensors is used once and each of the network's
+    filled once, in its shape; only torch's `num_batches_tracked` counters are passed over, and
+    with another head the file's own. Tensors are read one by one: at no time is there more in
+    memory than the result and one of them.
 
     Raises WeightsError with every mismatch at once, or where there is no readable file.
     """
-    if head not in ("keep", "fresh"):
-        raise ValueError(f"head is 'keep' or 'fresh', not {head!r}")
+    if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
+        raise ValueError(f"head is {', '.join(('keep', *get_args(Start)))} or a tree, not {head!r}")
     key = jax.random.key(0) if key is None else key
+    if not isinstance(weights, Weights):
+        weights = read(weights)
+        if weights.remarks:
+            warnings.warn("; ".join(weights.remarks), stacklevel=2)
 
     def skipped(name: str) -> bool:
         in_head = name.startswith(f"{model.head}.")
-        return name.endswith("num_batches_tracked") or (head == "fresh" and in_head)
+        return name.endswith("num_batches_tracked") or (head != "keep" and in_head)
 
-    tensors = torch_tensors(*jax.eval_shape(model.init, key))
+    abstract = jax.eval_shape(model.init, key)
+    tensors = torch_tensors(*abstract)
     wanted = {t.name: t for t in jax.tree.leaves(tensors) if not skipped(t.name)}
-    arrays = _read(Path(path), wanted, skipped, model)
+    targets = renamed(weights.tensors, weights.source)
+    found = {targets[n]: x for n, x in weights.tensors.items() if not skipped(targets[n])}
+    report = mismatch(wanted, found, model.head)
+    if report is not None:
+        raise WeightsError(f"{weights.source} does not fit {model.name}: {report}")
 
-    def leaf(tensor: TorchTensor, initial: Any) -> Any:
-        if tensor.name not in arrays:
-            return initial
-        return jnp.array(tensor.from_torch(arrays[tensor.name]), jnp.float32)
+    def leaf(tensor: TorchTensor, shape: jax.ShapeDtypeStruct) -> Any:
+        if tensor.name not in found:
+            return shape  # the new head's
+        return jnp.array(tensor.from_torch(found[tensor.name].read()), jnp.float32)
 
-    initial = model.init(key) if head == "fresh" else tensors
-    return jax.tree.map(leaf, tensors, initial)
-
-
-def _read(
-    path: Path,
-    wanted: Mapping[str, TorchTensor],
-    skipped: Callable[[str], bool],
-    model: Model,
-) -> dict[str, np.ndarray]:
-    """The file's tensors by name, exactly those `wanted`, in torch's layout."""
-    if not path.is_file():
-        raise WeightsError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}")
-    try:
-        # Through numpy, torch not needed; jax brings the numpy dtype for bfloat16.
-        with safe_open(path, framework="np") as file:
-            names = [name for name in file.keys() if not skipped(name)]  # noqa: SIM118
-            found = {}
-            for name in names:
-                header = file.get_slice(name)
-                found[name] = Entry(tuple(header.get_shape()), header.get_dtype())
-            report = mismatch(wanted, found, model.head)
-            if report is not None:
-                raise WeightsError(f"{path} does not fit {model.name}: {report}")
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+    params, stats = jax.tree.map(leaf, tensors, abstract)
+    if head != "keep":
+        params[model.head] = new_head(model, head, key)
+    return params, stats

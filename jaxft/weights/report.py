@@ -1,9 +1,9 @@
 """What does not fit between a file and a network, all at once and in a few lines."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from jaxft.weights.names import TorchTensor
+from jaxft.weights.tensors import LazyTensor
 
 _SHOWN = 8  # of each kind of mismatch
 
@@ -11,16 +11,8 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes, as safetensors calls them, that can become float32 weights."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def mismatch(
-    wanted: Mapping[str, TorchTensor], found: Mapping[str, Entry], head: str
+    wanted: Mapping[str, TorchTensor], found: Mapping[str, LazyTensor], head: str
 ) -> str | None:
     """None where every tensor fits, both ways; otherwise a report that ends with a way out."""
     missing = wanted.keys() - found.keys()

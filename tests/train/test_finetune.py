@@ -30,6 +30,7 @@ from jaxft import (
     weights,
 )
 from jaxft.checkpoint import Checkpoints
+from jaxft.data import Preprocessing
 from jaxft.recipe import read, save
 from jaxft.report.console import Console
 from jaxft.schedules import CosineAnnealingLR
@@ -46,7 +47,8 @@ RECIPE = Recipe(
     batch_size=8,
     augment="shift",
     image_size=8,
-    resize_size=None,
+    resize_size=8,
+    dropout=0.1,
     stages=(
         Stage("head", {"fc": 1e-2}, epochs=2),
         Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep"),
@@ -76,7 +78,7 @@ def test_what_a_run_leaves_behind(unbroken):
         "recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock",
         "model.safetensors", "model.json",
     }  # fmt: skip
-    assert read(workdir / "recipe.yaml") == RECIPE
+    assert read(workdir / "recipe.yaml") == RECIPE.expecting(Preprocessing())
     assert [(row["stage"], row["epoch"], row["step"]) for row in rows(workdir)] == [
         ("head", 1, 4), ("head", 2, 8),
         ("late", 1, 12), ("late", 2, 16), ("late", 3, 20),
@@ -255,13 +257,20 @@ def test_a_second_process_is_refused(tmp_path):
     assert errors == [f"another process is training in {tmp_path / 'run'}."]
 
 
-def test_a_folder_without_a_checkpoint_is_free(tmp_path):
+def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
     """A run that failed at its first image must not bar the way to the corrected recipe."""
+
+    def unreadable(*_, **__):
+        raise DataError("an image can no longer be read")
+
     once = dataclasses.replace(RECIPE, stages=(Stage("once", {"fc": 1e-3}, epochs=1),))
-    with pytest.raises(DataError, match="8"):
-        finetune(dataclasses.replace(once, image_size=16), tmp_path / "run", console=QUIET)
+    other = dataclasses.replace(once, image_size=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "eval_batches", unreadable)
+        with pytest.raises(DataError, match="no longer"):
+            finetune(other, tmp_path / "run", console=QUIET)
     finetune(once, tmp_path / "run", console=QUIET)
-    assert read(tmp_path / "run" / "recipe.yaml") == once
+    assert read(tmp_path / "run" / "recipe.yaml") == once.expecting(Preprocessing())
 
 
 def test_patterns_of_the_comparison_fail_before_any_training(tmp_path):

@@ -14,6 +14,7 @@ from jaxft.train.step import Tally, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
+KEY = jax.random.key(0)
 STAGES = [
     Stage("head", {"fc": 0.1}, 1),
     Stage("late", {"fc": 0.1, "layer3": 0.01}, 1),
@@ -52,7 +53,7 @@ def test_frozen_parameters_and_statistics_stay_bit_identical(stage, optimizer, s
     params, stats = start
     step, state, frozen, stage_plan = prepare(start, stage, optimizer)
     for seed in range(3):
-        state, _ = step(state, frozen, batch(seed=seed))
+        state, _ = step(state, frozen, batch(seed=seed), KEY)
     after = combine(state.trainable, frozen)
     named = zip(
         leaf_labels(params, stage_plan.labels),
@@ -85,7 +86,7 @@ def test_a_head_step_costs_little_more_than_a_forward_pass(start):
     images = batch(side=32)
     step, state, frozen, _ = prepare(start, 0, SGD(momentum=0.9))
     forward = flops(eval_step(MODEL, PREPROCESSING).lower(params, stats, images))
-    head = flops(step.lower(state, frozen, images))
+    head = flops(step.lower(state, frozen, images, KEY))
     assert forward < head < 1.03 * forward
 
 
@@ -93,17 +94,17 @@ def test_each_stage_costs_more_than_the_one_before(start):
     costs = []
     for stage in range(3):
         step, state, frozen, _ = prepare(start, stage, SGD(momentum=0.9))
-        costs.append(flops(step.lower(state, frozen, batch(side=32))))
+        costs.append(flops(step.lower(state, frozen, batch(side=32), KEY)))
     assert costs[0] < 0.75 * costs[1] < 0.75 * costs[2]
 
 
 def test_padding_changes_nothing(start):
     """A padded batch trains like the smaller one it stands for: parameters and statistics."""
     step, state, frozen, _ = prepare(start, 2, SGD())
-    padded, sums = step(state, frozen, batch(size=8, real=5))
+    padded, sums = step(state, frozen, batch(size=8, real=5), KEY)
     step, state, frozen, _ = prepare(start, 2, SGD())
     short = Batch(*(rows[:5] for rows in batch(size=8, real=5)))
-    exact, exact_sums = step(state, frozen, short)
+    exact, exact_sums = step(state, frozen, short, KEY)
     assert int(sums.examples) == int(exact_sums.examples) == 5
     for a, b in zip(*map(jax.tree.leaves, (padded, exact)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,87 @@
+"""What pretrained weights expect of images, as a JSON file beside them says."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxft.data.preprocessing import Preprocessing
+from jaxft.data.transforms import Interpolation
+from jaxft.weights.hub import descriptions
+
+
+def expected(weights: Path) -> Preprocessing | None:
+    """What a JSON file beside the weights says, if it says it as we, timm or transformers do."""
+    if weights.is_dir():
+        run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
+        weights = run / "model.safetensors"
+    for file in descriptions(weights):
+        try:
+            said = json.loads(Path(file).read_bytes())
+        except (OSError, ValueError):
+            continue
+        for reader in (_ours, _timms, _transformers):
+            try:
+                return reader(said)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                continue  # not of this kind
+    return None
+
+
+def _ours(said: Any) -> Preprocessing:
+    """`model.json`, as a run writes it."""
+    fields = said["preprocessing"]
+    return Preprocessing(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
+
+
+def _timms(said: Any) -> Preprocessing:
+    """`config.json`, as timm's `resolve_data_config` and `transforms_imagenet_eval` read it."""
+    config = said.get("pretrained_cfg", said)
+    channels, *sides = config["input_size"]
+    if channels != 3:
+        raise ValueError(channels)
+    default = Preprocessing()
+    return Preprocessing(
+        image_size=min(sides),
+        resize_size=math.floor(min(sides) / (config.get("crop_pct") or 0.875)),
+        interpolation=_interpolation(config.get("interpolation") or "bicubic"),
+        mean=_three(config.get("mean") or default.mean),
+        std=_three(config.get("std") or default.std),
+    )
+
+
+def _transformers(said: Any) -> Preprocessing:
+    """`preprocessor_config.json`, for its ConvNext processor (also ResNet's) and those alike."""
+    size = resize_size = _edge(said["size"])
+    kind = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
+    if said.get("crop_size") and said.get("do_center_crop", True):
+        size = _edge(said["crop_size"])
+    elif kind.startswith("ConvNext") and size < 384:  # from there on it scales without a crop
+        resize_size = int(size / (said.get("crop_pct") or 0.875))
+    normalised = said.get("do_normalize", True)
+    return Preprocessing(
+        image_size=size,
+        resize_size=resize_size,
+        interpolation=_interpolation(said.get("resample", 2)),
+        mean=_three(said["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        std=_three(said["image_std"]) if normalised else (1.0, 1.0, 1.0),
+    )
+
+
+def _edge(size: Any) -> int:
+    if isinstance(size, Mapping):
+        size = (
+            size["shortest_edge"] if "shortest_edge" in size else min(size["height"], size["width"])
+        )
+    return int(size)
+
+
+def _interpolation(said: str | int) -> Interpolation:
+    """By timm's name or Pillow's number, smooth as bilinear is or sharp as bicubic is."""
+    return "bicubic" if said in ("bicubic", "lanczos", "random", 1, 3) else "bilinear"
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,41 @@
+"""A head to start from, where the weights bring none that fits."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.errors import WeightsError
+from jaxft.models.model import Model, Tree
+
+Start = Literal["fresh", "zeros", "xavier"]
+"""`fresh`: as the network's own initialisation, which is torch's. `zeros`: the last layer's kernel
+and bias are zero (BiT). `xavier`: its kernel is uniform in +-sqrt(6 / (inputs + outputs))."""
+
+
+def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) -> Tree:
+    """The `params` at `model.head`: drawn as `start` says, or `start` itself if it is such a tree.
+
+    Raises WeightsError for a tree of another structure or other shapes.
+    """
+    # Compiled, so that no memory or time goes to the body, of which nothing is asked for.
+    head = jax.jit(lambda key: model.init(key)[0][model.head])(key)
+    if isinstance(start, Mapping):
+        given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(start))
+        if (ours := _shapes(given)) != (wanted := _shapes(head)):
+            raise WeightsError(f"the head given has {ours}; {model.name} wants {wanted}")
+        return given
+    last = head if "kernel" in head else head[max(head, key=int)]
+    if start == "zeros":
+        last.update(jax.tree.map(jnp.zeros_like, last))
+    elif start == "xavier":
+        bound = math.sqrt(6 / sum(last["kernel"].shape))
+        last["kernel"] = jax.random.uniform(key, last["kernel"].shape, jnp.float32, -bound, bound)
+    return head
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): jnp.shape(x) for p, x in flat}

@@ -1,0 +1,101 @@
+"""Reads a weights file of any kind into named tensors, not yet those of a network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike, fspath
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxft.data import Preprocessing
+from jaxft.errors import CheckpointError, WeightsError
+from jaxft.weights.locate import locate
+from jaxft.weights.names import torch_tensors
+from jaxft.weights.tensors import DTYPES, LazyTensor
+from jaxft.weights.torch_file import open_torch
+from jaxft.weights.unwrap import unwrap
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by the names that their file has for them.
+
+    source: what they were asked for by.
+    preprocessing: what they expect of images, where their source says.
+    remarks: a sentence for each thing that was chosen, renamed or left out.
+    """
+
+    source: str
+    tensors: Mapping[str, LazyTensor]
+    preprocessing: Preprocessing | None
+    remarks: tuple[str, ...]
+
+
+def read(source: str | PathLike[str]) -> Weights:
+    """Opens weights without reading a tensor yet.
+
+    `source` is anything that `locate` finds: a path, `hf:OWNER/REPO`, `torchvision:ENUM.MEMBER`,
+    `https://...#sha256=...`, `asset:NAME`. The file may be safetensors, what `torch.save` wrote
+    (opened without torch and without running anything in it), a run's folder, or one of its
+    checkpoints.
+
+    Raises:
+      WeightsError: there is no such thing, or it holds no weights.
+    """
+    name = fspath(source)
+    located = locate(name)
+    if located.path.is_dir():
+        content = _run(located.path)
+    elif _is_safetensors(located.path):
+        content = _safetensors(located.path)
+    else:
+        content = open_torch(located.path)
+    tensors, remarks = unwrap(content, name, located.entry)
+    return Weights(name, tensors, located.preprocessing, tuple(remarks))
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head.endswith(b"{") and len(head) == 9  # eight bytes of length, then JSON
+
+
+def _safetensors(path: Path) -> dict[str, LazyTensor]:
+    def tensor(name: str) -> np.ndarray:
+        # Opened for each, so that the pages of those before are let go: of a mapped file they
+        # count as memory. Through numpy, torch not needed; jax brings the dtype for bfloat16.
+        with safe_open(path, framework="np") as file:
+            return np.asarray(file.get_tensor(name))
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: LazyTensor(tuple(s.get_shape()), s.get_dtype(), partial(tensor, name))
+                for name, s in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _run(folder: Path) -> dict[str, LazyTensor]:
+    """What a run hands back, or else its checkpoint's; by torch's names as well."""
+    if (exported := folder / "model.safetensors").is_file():
+        return _safetensors(exported)
+    from jaxft import checkpoint  # slow to import, and few need it
+
+    inner = folder / "checkpoints"
+    try:
+        trees = checkpoint.read_weights(inner if inner.is_dir() else folder)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+    tensors = jax.tree.leaves(torch_tensors(*trees))
+    return {
+        tensor.name: LazyTensor(tensor.shape, _NAMES[array.dtype], partial(tensor.to_torch, array))
+        for tensor, array in zip(tensors, jax.tree.leaves(trees), strict=True)
+    }
