@@ -6,16 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 
 
 def finetune(*arguments):
+    return script("finetune", *arguments)
+
+
+def script(name, *arguments):
     return subprocess.run(
-        [sys.executable, ROOT / "scripts/finetune.py", *map(str, arguments)],
+        [sys.executable, ROOT / f"scripts/{name}.py", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -124,3 +130,49 @@ def test_help_tells_of_every_field():
     assert done.returncode == 0
     assert "--batch-size INT" in done.stdout
     assert "--stages.1.train.layer3 FLOAT" in done.stdout
+
+
+def test_weights_are_converted_both_ways(tmp_path):
+    """To an Orbax checkpoint in our names and back to a file in torch's: the same bytes."""
+    asset = ROOT / "jaxft/assets/digits_0to4.safetensors"
+    there, back = tmp_path / "jax", tmp_path / "torch.safetensors"
+    for source, out in ((asset, there), (there, back)):
+        done = script("convert_weights", source, out, "--model", "cifar_resnet8")
+        assert done.returncode == 0, done.stderr
+        assert "cifar_resnet8, 40 classes, 77,240 parameters" in done.stdout
+    assert load_file(back).keys() == load_file(asset).keys()
+    for name, array in load_file(asset).items():
+        np.testing.assert_array_equal(load_file(back)[name], array)
+    again = script("convert_weights", asset, back, "--model", "cifar_resnet8")
+    assert (again.returncode, "exists" in again.stderr) == (1, True)
+
+
+def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
+    done = script("convert_weights", "asset:digits_0to4", tmp_path / "w", "--model", "resnet18")
+    assert done.returncode == 1
+    assert "WeightsError: asset:digits_0to4 does not fit resnet18" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_exported(tmp_path):
+    config = small_config(tmp_path)
+    options = ("--data", f"folder:{image_folder(tmp_path / 'images')}")
+    assert finetune(config, "--workdir", tmp_path / "run", *options).returncode == 0
+    # As if the run had been killed after its checkpoint and before its end.
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("model.*")}
+    for name in kept:
+        (tmp_path / "run" / name).unlink()
+    done = script("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
+    assert "model.jaxexport (cpu, cuda, tpu)" in done.stdout
+    program = jax.export.deserialize((tmp_path / "out" / "model.jaxexport").read_bytes())
+    assert program.call(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 2)
+
+
+def test_what_is_no_run_is_not_exported(tmp_path):
+    done = script("export", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert "holds no run with a checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,16 +1,14 @@
 """A whole run: everything is opened and checked, then stage follows stage, then hand back."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from jaxft import atomic, data, models, weights
+from jaxft import data, models, weights
 from jaxft.carryover import carry_with_remarks
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Preprocessing
@@ -20,6 +18,7 @@ from jaxft.labels import Tree
 from jaxft.recipe import Recipe, resolve
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
+from jaxft.train import export
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.progress import Progress
 from jaxft.train.stage import Run, Snapshot, train_stage
@@ -84,7 +83,15 @@ def finetune(
                 progress, current, best = _resume(run, step, params, stats)
             progress, current = _train_stages(run, progress, current, best)
         handed_on = progress.handed_on(plans[-1].stage)
-        exported = _export(run, current, handed_on, workdir)
+        exported = export.write(
+            workdir,
+            recipe,
+            model,
+            current.params,
+            current.stats,
+            classes=splits.train.classes,
+            score=handed_on,
+        )
     result = Result(handed_on, exported, checkpoints.path(progress.step))
     if recipe.from_scratch:
         console.row("\nFor comparison, the same network from random weights:")
@@ -127,8 +134,7 @@ def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, S
             f"the images have changed since {run.checkpoints.path(step)} was written:\n  "
             f"{before} then,\n  {run.data} now.\nBring them back, or choose another --workdir."
         )
-    scores = {name: Score(**fields[name]) for name in ("score", "best")}
-    progress = Progress(**{**fields, **scores})
+    progress = Progress.from_fields(fields)
     stage = run.plans[progress.stage].stage
     run.console.say(
         f"Going on from step {step}: stage {stage.name!r}, "
@@ -161,22 +167,6 @@ def _state_at(run: Run, stage: int, params: Tree) -> Tree:
     for k in range(1, stage + 1):
         state, _ = _next_state(run, k, state, params)
     return state
-
-
-def _export(run: Run, final: Snapshot, score: Score, workdir: Path) -> Path:
-    """Writes `model.safetensors` (torch's names) and what one must know to use it."""
-    path = workdir / "model.safetensors"
-    weights.save(path, run.model, final.params, final.stats)
-    description: Mapping[str, object] = {
-        "model": run.recipe.model,
-        "stride_in_1x1": run.recipe.stride_in_1x1,
-        "concat_pool": run.recipe.concat_pool,
-        "classes": run.splits.train.classes,
-        "preprocessing": dataclasses.asdict(run.recipe.preprocessing),
-        "score": dataclasses.asdict(score),
-    }
-    atomic.write(workdir / "model.json", json.dumps(description, indent=2) + "\n")
-    return path
 
 
 def _prologue(recipe: Recipe, splits: data.Splits, params: Tree) -> str:

@@ -1,7 +1,9 @@
 """Where a run is, and when a stage ends: plain values, decided without any array."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
@@ -28,6 +30,12 @@ class Progress:
     best: Score
     best_epoch: int = 0
     ended: str = ""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Progress":
+        """The inverse of `dataclasses.asdict`."""
+        scores = {name: Score(**fields[name]) for name in ("score", "best")}
+        return cls(**{**fields, **scores})
 
     @classmethod
     def at_start(cls, stage: int, step: int, score: Score) -> "Progress":

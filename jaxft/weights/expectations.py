@@ -1,10 +1,13 @@
-"""What pretrained weights expect of images, as a JSON file beside them says."""
+"""What pretrained weights expect of images, as a file beside them says."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.transforms import Interpolation
@@ -12,9 +15,11 @@ from jaxft.weights.hub import descriptions
 
 
 def expected(weights: Path) -> Preprocessing | None:
-    """What a JSON file beside the weights says, if it says it as we, timm or transformers do."""
+    """What a file beside the weights says, if it says it as we, timm or transformers do."""
     if weights.is_dir():
         run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
+        if (recipe := run / "recipe.yaml").is_file():  # there from the first; model.json at the end
+            return _recipes(yaml.safe_load(recipe.read_text()))
         weights = run / "model.safetensors"
     for file in descriptions(weights):
         try:
@@ -27,6 +32,12 @@ def expected(weights: Path) -> Preprocessing | None:
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
                 continue  # not of this kind
     return None
+
+
+def _recipes(said: Any) -> Preprocessing:
+    """`recipe.yaml`, whose fields are settled when a run begins."""
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    return _ours({"preprocessing": {name: said[name] for name in names}})
 
 
 def _ours(said: Any) -> Preprocessing:

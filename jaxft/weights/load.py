@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
-from jaxft.weights.families import renamed
 from jaxft.weights.head import Start, new_head
 from jaxft.weights.names import TorchTensor, torch_tensors
 from jaxft.weights.read import Weights, read
@@ -52,8 +51,7 @@ def load(
     abstract = jax.eval_shape(model.init, key)
     tensors = torch_tensors(*abstract)
     wanted = {t.name: t for t in jax.tree.leaves(tensors) if not skipped(t.name)}
-    targets = renamed(weights.tensors, weights.source)
-    found = {targets[n]: x for n, x in weights.tensors.items() if not skipped(targets[n])}
+    found = {name: x for name, x in weights.tensors.items() if not skipped(name)}
     report = mismatch(wanted, found, model.head)
     if report is not None:
         raise WeightsError(f"{weights.source} does not fit {model.name}: {report}")

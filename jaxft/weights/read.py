@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
+from jaxft.weights.families import renamed
 from jaxft.weights.locate import locate
 from jaxft.weights.names import torch_tensors
 from jaxft.weights.tensors import DTYPES, LazyTensor
@@ -23,7 +24,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by the names that their file has for them.
+    """Tensors by torchvision's names, whatever their file calls them.
 
     source: what they were asked for by.
     preprocessing: what they expect of images, where their source says.
@@ -34,6 +35,12 @@ class Weights:
     tensors: Mapping[str, LazyTensor]
     preprocessing: Preprocessing | None
     remarks: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Rows of the last layer called `fc` or within it; None where there is none."""
+        rows = [x.shape[0] for n, x in self.tensors.items() if n.startswith("fc.") and x.shape]
+        return rows[-1] if rows else None
 
 
 def read(source: str | PathLike[str]) -> Weights:
@@ -56,7 +63,9 @@ def read(source: str | PathLike[str]) -> Weights:
     else:
         content = open_torch(located.path)
     tensors, remarks = unwrap(content, name, located.entry)
-    return Weights(name, tensors, located.preprocessing, tuple(remarks))
+    targets = renamed(tensors, name)
+    named = {targets[theirs]: tensor for theirs, tensor in tensors.items()}
+    return Weights(name, named, located.preprocessing, tuple(remarks))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -84,14 +93,14 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _run(folder: Path) -> dict[str, LazyTensor]:
-    """What a run hands back, or else its checkpoint's; by torch's names as well."""
-    if (exported := folder / "model.safetensors").is_file():
-        return _safetensors(exported)
+    """A run's newest checkpoint, or the one that the folder is, or what was exported to it."""
     from jaxft import checkpoint  # slow to import, and few need it
 
-    inner = folder / "checkpoints"
+    checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
+    if exported.is_file() and not checkpoints.is_dir():
+        return _safetensors(exported)
     try:
-        trees = checkpoint.read_weights(inner if inner.is_dir() else folder)
+        trees = checkpoint.read_weights(checkpoints if checkpoints.is_dir() else folder)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
     tensors = jax.tree.leaves(torch_tensors(*trees))

@@ -7,6 +7,7 @@ Needs torch, torchvision and timm. Weights and images follow from seeds on both 
 """
 
 import importlib
+import importlib.util
 import sys
 import zlib
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ CASES = {
     },
     "resnet18_concat_pool": ("resnet18", {"concat_pool": True}),
 }
+
+
+def originals_are_here() -> bool:
+    """Whether `record` can run."""
+    return all(map(importlib.util.find_spec, ("torch", "torchvision", "timm")))
 
 
 def sides(network: str) -> tuple[int, ...]:

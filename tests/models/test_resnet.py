@@ -1,6 +1,5 @@
 """The networks against torch's: recorded outputs always, torch itself where it is installed."""
 
-import importlib.util
 from collections.abc import Mapping
 from functools import lru_cache, partial
 
@@ -81,10 +80,8 @@ class TestOutputs:
         assert outputs.keys() == desired.keys()
         assert_agree(outputs, desired)
 
+    @pytest.mark.skipif(not record_golden.originals_are_here(), reason="needs the torch extra")
     def test_are_torchs_live(self, case):
-        for package in ("torch", "torchvision", "timm"):
-            if importlib.util.find_spec(package) is None:
-                pytest.skip(f"needs {package}")
         for actual, desired in zip(ours(case), record_golden.record(case), strict=True):
             assert actual.keys() == desired.keys()
             assert_agree(actual, desired)

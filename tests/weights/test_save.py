@@ -1,6 +1,8 @@
 """What a saved file looks like to torch, and that there is never half of one."""
 
 import os
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,8 +10,12 @@ import pytest
 from safetensors import safe_open
 
 from jaxft.errors import WeightsError
-from jaxft.models import create
+from jaxft.models import create, names
 from jaxft.weights import load, save
+from jaxft.weights.names import torch_tensors
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+import record_golden
 
 MODEL = create("cifar_resnet8", num_classes=5)
 
@@ -66,3 +72,36 @@ def test_trees_of_another_network_are_refused(trees, tmp_path):
     with pytest.raises(WeightsError, match="cifar_resnet8 with 6 classes"):
         save(tmp_path / "w", other, *trees)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not record_golden.originals_are_here(), reason="needs the torch extra")
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2", "resnet26t"])
+def test_torchvision_and_timm_load_it_strictly(name, tmp_path):
+    import torch
+
+    model = create(name, num_classes=record_golden.NUM_CLASSES)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(abstract)
+    trees = structure.unflatten([np.full(x.shape, i, np.float32) for i, x in enumerate(leaves)])
+    save(tmp_path / "w", model, *trees)
+    with torch.device("meta"):
+        module = record_golden.torch_network(name)
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    module.load_state_dict(state, strict=True, assign=True)
+    loaded = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+    assert {n: tuple(t.shape) for n, t in loaded.items()} == {
+        t.name: t.shape for t in jax.tree.leaves(torch_tensors(*abstract))
+    }
+
+
+@pytest.mark.parametrize("name", names())
+def test_there_and_back_is_bit_exact(name):
+    """Every network's tensors in torch's layout and back; files are bytes, here and above."""
+    abstract = jax.eval_shape(create(name).init, jax.random.key(0))
+    tensors = jax.tree.leaves(torch_tensors(*abstract))
+    arrays = record_golden.weights({t.name: t.shape for t in tensors})
+    for tensor, leaf in zip(tensors, jax.tree.leaves(abstract), strict=True):
+        ours = tensor.from_torch(arrays[tensor.name])
+        assert ours.shape == leaf.shape
+        np.testing.assert_array_equal(tensor.to_torch(ours), arrays[tensor.name])

@@ -1,0 +1,75 @@
+"""What a run hands back: its weights for torch, what one must know to use them, and a program."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from jaxft import atomic, checkpoint, weights
+from jaxft import recipe as recipes
+from jaxft.checkpoint import Checkpoints
+from jaxft.errors import CheckpointError
+from jaxft.labels import Tree
+from jaxft.models import Model
+from jaxft.recipe import Recipe
+from jaxft.train.evaluate import Score
+from jaxft.train.progress import Progress
+from jaxft.weights.export import PLATFORMS, serialize
+
+
+def write(
+    folder: Path,
+    recipe: Recipe,
+    model: Model,
+    params: Tree,
+    stats: Tree,
+    *,
+    classes: Sequence[str],
+    score: Score,
+) -> Path:
+    """Writes `model.safetensors` (torch's names) and `model.json`; returns the former."""
+    path = folder / "model.safetensors"
+    weights.save(path, model, params, stats)
+    description = {
+        "model": recipe.model,
+        "stride_in_1x1": recipe.stride_in_1x1,
+        "concat_pool": recipe.concat_pool,
+        "classes": list(classes),
+        "preprocessing": dataclasses.asdict(recipe.preprocessing),
+        "score": dataclasses.asdict(score),
+    }
+    atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
+    return path
+
+
+def export(
+    workdir: Path, folder: Path | None = None, *, platforms: tuple[str, ...] = PLATFORMS
+) -> tuple[Path, Score]:
+    """Writes what a run's newest checkpoint has to hand back, whether the run has ended or not.
+
+    That is `model.safetensors` and `model.json`, as a run itself writes them at its end, and
+    `model.jaxexport`, see `weights.export.serialize`; into `folder`, or else into the workdir.
+    Returns the weights' path and their validation score: the best of the stage so far.
+
+    Raises:
+      CheckpointError: the workdir holds no run with a whole checkpoint.
+    """
+    recipe_file, checkpoints = workdir / "recipe.yaml", workdir / "checkpoints"
+    if not (recipe_file.is_file() and checkpoint.exist(checkpoints)):
+        raise CheckpointError(f"{workdir} holds no run with a checkpoint; name a run's --workdir.")
+    recipe = recipes.read(recipe_file)
+    with closing(Checkpoints(checkpoints)) as kept:
+        step = kept.latest_step()
+        assert step is not None
+        fields = kept.progress(step)
+    classes = fields.pop("data")["classes"]
+    progress = Progress.from_fields(fields)
+    score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
+    model = recipe.network(len(classes))
+    params, stats = weights.load(kept.path(step), model)
+    folder = folder or workdir
+    folder.mkdir(parents=True, exist_ok=True)
+    program = serialize(model, params, stats, recipe.preprocessing, platforms=platforms)
+    atomic.write(folder / "model.jaxexport", program)
+    return write(folder, recipe, model, params, stats, classes=classes, score=score), score

@@ -1,0 +1,39 @@
+"""A network with its weights as one file that runs wherever jax does, jaxft or not."""
+
+import jax
+import numpy as np
+from jax import export
+
+from jaxft.data import Preprocessing
+from jaxft.models.model import Model, Tree
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def serialize(
+    model: Model,
+    params: Tree,
+    stats: Tree,
+    preprocessing: Preprocessing,
+    *,
+    platforms: tuple[str, ...] = PLATFORMS,
+) -> bytes:
+    """The evaluation, from images as they are decoded to logits, compiled for any of `platforms`.
+
+    The program takes uint8 images `[b h w 3]`, RGB, resized and cropped to
+    `preprocessing.image_size`, normalises them and gives float32 logits `[b k]` with running
+    statistics, for any `b`. The weights are inside. To run it:
+
+        program = jax.export.deserialize(path.read_bytes())
+        logits = program.call(images)
+
+    Raises ValueError for a platform that jax does not know.
+    """
+
+    def evaluate(images: jax.Array) -> jax.Array:
+        return model.apply(params, stats, preprocessing.normalize(images), norms="running")[0]
+
+    (b,) = export.symbolic_shape("b")
+    size = preprocessing.image_size
+    images = jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)
+    return bytes(export.export(jax.jit(evaluate), platforms=platforms)(images).serialize())

@@ -1,0 +1,39 @@
+"""Writes what a run has to hand back, whether it has ended or not.
+
+    python scripts/export.py WORKDIR [--out DIR] [--platforms cpu cuda tpu]
+
+DIR (default: WORKDIR) then holds
+
+    model.safetensors  the weights by torch's names: torchvision and timm load them strictly
+    model.json         network, classes, preprocessing, validation score
+    model.jaxexport    the evaluation as a program: jax.export.deserialize(...).call(images)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxft import JaxftError
+from jaxft.train.export import export
+from jaxft.weights.export import PLATFORMS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
+    arguments = parser.parse_args()
+    try:
+        path, score = export(arguments.workdir, arguments.out, platforms=tuple(arguments.platforms))
+    except (JaxftError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(f"Validation accuracy {score.accuracy:.4f}, loss {score.loss:.4f}")
+    print(f"Weights  {path} (torch's names; model.json beside it)")
+    print(f"Program  {path.with_name('model.jaxexport')} ({', '.join(arguments.platforms)})")
+
+
+if __name__ == "__main__":
+    main()

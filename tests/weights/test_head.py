@@ -1,0 +1,59 @@
+"""Heads to start from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.errors import WeightsError
+from jaxft.models import create
+from jaxft.weights import load, save
+from jaxft.weights.head import new_head
+
+MODEL = create("cifar_resnet8", num_classes=100)
+CONCAT = create("cifar_resnet8", num_classes=100, concat_pool=True)
+KEY = jax.random.key(5)
+
+
+@pytest.mark.parametrize("model", [MODEL, CONCAT], ids=["one layer", "two layers"])
+def test_fresh_is_the_networks_own(model):
+    jax.tree.map(
+        np.testing.assert_array_equal, new_head(model, "fresh", KEY), model.init(KEY)[0]["fc"]
+    )
+
+
+def test_zeros_give_every_class_the_same_chance():
+    params, stats = MODEL.init(KEY)
+    params["fc"] = new_head(MODEL, "zeros", KEY)
+    logits, _ = MODEL.apply(params, stats, jnp.ones((2, 8, 8, 3)), norms="running")
+    np.testing.assert_array_equal(logits, 0)
+
+
+def test_zeros_leave_the_first_of_two_layers_something_to_learn_from():
+    head, fresh = new_head(CONCAT, "zeros", KEY), new_head(CONCAT, "fresh", KEY)
+    np.testing.assert_array_equal(head["6"]["kernel"], 0)
+    np.testing.assert_array_equal(head["2"]["kernel"], fresh["2"]["kernel"])
+
+
+def test_xaviers_bound():
+    head, fresh = new_head(MODEL, "xavier", KEY), new_head(MODEL, "fresh", KEY)
+    bound = (6 / (64 + 100)) ** 0.5  # torch.nn.init.xavier_uniform_
+    assert float(jnp.abs(head["kernel"]).max()) == pytest.approx(bound, rel=0.01)
+    assert float(head["kernel"].std()) == pytest.approx(bound / 3**0.5, rel=0.03)
+    np.testing.assert_array_equal(head["bias"], fresh["bias"])  # which torch leaves as it was
+
+
+def test_a_given_head_is_taken_as_it_is(tmp_path):
+    save(tmp_path / "w", MODEL, *MODEL.init(jax.random.key(0)))
+    given = {"kernel": np.full((64, 100), 2.0), "bias": np.arange(100.0)}
+    params, _ = load(tmp_path / "w", MODEL, head=given)
+    jax.tree.map(np.testing.assert_array_equal, params["fc"], given)
+    assert params["fc"]["bias"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "given", [{"kernel": np.ones((64, 7)), "bias": np.ones(100)}, {"kernel": np.ones((64, 100))}]
+)
+def test_a_given_head_must_fit(given):
+    with pytest.raises(WeightsError, match=r"wants .*'bias': \(100,\).*'kernel': \(64, 100\)"):
+        new_head(MODEL, given, KEY)

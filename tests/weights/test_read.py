@@ -1,0 +1,168 @@
+"""Weights of every form that we read become the same trees, and only those."""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_torch_file import whole, write
+from safetensors.numpy import load_file, save_file
+
+from jaxft.checkpoint import Checkpoints, save_weights
+from jaxft.errors import WeightsError
+from jaxft.models import create
+from jaxft.weights import load, read, save
+
+MODEL = create("cifar_resnet8", num_classes=5)
+SHARED = Path(__file__).parents[2].parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def trees():
+    params, stats = MODEL.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten((params, stats))
+    return structure.unflatten([leaf + 0.01 * i for i, leaf in enumerate(leaves)])
+
+
+@pytest.fixture(scope="module")
+def tensors(trees, tmp_path_factory) -> dict[str, np.ndarray]:
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save(path, MODEL, *trees)
+    return load_file(path)
+
+
+def torch_file(path, tensors, form):
+    content = {n: whole("FloatStorage", x, key=str(i)) for i, (n, x) in enumerate(tensors.items())}
+    return write(path / "w.pth", {"state_dict": content, "epoch": 7}, form)
+
+
+def run(path, trees, *, ended):
+    """A run's folder; while its stage goes on, the best is not the last."""
+    wanted = {"params": trees[0], "stats": trees[1]}
+    others = jax.tree.map(lambda x: x + 1, wanted)
+    best = wanted | {"opt_state": {"count": jnp.zeros(())}}
+    now = wanted if ended else others | {"best": best}
+    with closing(Checkpoints(path / "checkpoints")) as checkpoints:
+        checkpoints.save(9, {}, others)
+        checkpoints.save(10, {}, now)
+    return path
+
+
+def orbax(path, trees):
+    save_weights(path / "w", *trees)
+    return path / "w"
+
+
+def handed_back(path, trees):
+    save(path / "model.safetensors", MODEL, *trees)
+    return path
+
+
+FORMS = {
+    "safetensors": lambda path, trees, tensors: handed_back(path, trees) / "model.safetensors",
+    "torch, zip": lambda path, trees, tensors: torch_file(path, tensors, "zip"),
+    "torch, legacy": lambda path, trees, tensors: torch_file(path, tensors, "legacy"),
+    "Orbax": lambda path, trees, tensors: orbax(path, trees),
+    "a run that goes on": lambda path, trees, tensors: run(path, trees, ended=False),
+    "a run that ended": lambda path, trees, tensors: run(path, trees, ended=True),
+    "a checkpoint of a run": lambda path, trees, tensors: (
+        run(path, trees, ended=True) / "checkpoints" / "10"
+    ),
+    "what a run handed back": lambda path, trees, tensors: handed_back(path, trees),
+}
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_every_form_is_read_bit_for_bit(make, trees, tensors, tmp_path):
+    source = read(make(tmp_path, trees, tensors))
+    assert source.num_classes == 5
+    loaded = load(source, MODEL)
+    assert jax.tree.structure(loaded) == jax.tree.structure(trees)
+    jax.tree.map(np.testing.assert_array_equal, loaded, trees)
+
+
+def test_what_was_chosen_is_said(tensors, tmp_path):
+    path = torch_file(tmp_path, tensors, "zip")
+    assert any("'state_dict'" in r and "'epoch'" in r for r in read(path).remarks)
+    with pytest.warns(UserWarning, match="took 'state_dict' of .*'epoch'"):
+        load(path, MODEL)
+
+
+def test_an_entry_can_be_named(tensors, tmp_path):
+    own = {n: whole("FloatStorage", x, key=str(i)) for i, (n, x) in enumerate(tensors.items())}
+    other = {n: whole("FloatStorage", x + 1, key=f"e{n}") for n, x in tensors.items()}
+    path = write(tmp_path / "w.pth", {"model": own, "model_ema": other}, "zip")
+    for entry, expected in (("", 1), ("#entry=model", 0), ("#entry=model_ema", 1)):
+        conv = read(f"{path}{entry}").tensors["conv1.weight"].read()
+        np.testing.assert_array_equal(conv, tensors["conv1.weight"] + expected)
+
+
+EMPTY = {
+    "empty folder": lambda path: path.mkdir(),
+    "other Orbax": lambda path: save_weights(path, {}, {"bn1": {"mean": jnp.zeros(3)}}),
+    "foreign folder": lambda path: (path / "x").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
+def test_folders_without_weights(make, tmp_path):
+    make(tmp_path / "w")
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        load(tmp_path / "w", MODEL)
+
+
+PEAK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jaxft import models, weights
+
+model = models.create("resnet34")
+source = weights.read(sys.argv[1])
+head = {"kernel": jnp.zeros((512, 1000)), "bias": jnp.zeros(1000)} if sys.argv[2] else "keep"
+jnp.zeros(9).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+params, stats = weights.load(source, model, head=head)
+jax.block_until_ready(params)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("head", ["", "another"])
+def test_peak_memory_is_below_twice_the_file(form, head, tmp_path):
+    """The file is 87 MB; of the network's own initialisation nothing is computed."""
+    model = create("resnet34")
+    trees = jax.tree.map(
+        lambda x: np.ones(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    path = tmp_path / "w.safetensors"
+    save(path, model, *trees)
+    if form != "safetensors":
+        tensors = load_file(path)
+        path = write(
+            tmp_path / "w.pth",
+            {n: whole("FloatStorage", x, key=str(i)) for i, (n, x) in enumerate(tensors.items())},
+            form,
+        )
+    arguments = [sys.executable, "-c", PEAK, path, head]
+    peak = int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+    assert peak < 2 * path.stat().st_size
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared CIFAR-10 weights")
+def test_a_real_checkpoint_of_cifar_10():
+    source = read(SHARED / "weights" / "resnet20_cifar10.th")
+    assert any("'module.'" in remark for remark in source.remarks)
+    params, _ = load(source, create("cifar_resnet20", num_classes=10))
+    assert params["fc"]["kernel"].shape == (64, 10)
+    assert 0.1 < float(jnp.abs(params["fc"]["kernel"]).mean()) < 1
+
+
+def test_two_tensors_for_one(tensors, tmp_path):
+    save_file(tensors | {"linear.bias": np.zeros(5, "f4")}, tmp_path / "w")
+    with pytest.raises(WeightsError, match=r"fc\.bias and linear\.bias \(both fc\.bias\)"):
+        read(tmp_path / "w")
