@@ -38,6 +38,21 @@ def test_the_library_example_trains_the_head_alone():
     assert (names["params"]["head"]["kernel"] != 1).all()
 
 
+def test_the_weights_example_goes_there_and_back(tmp_path, monkeypatch):
+    model = jaxft.models.create("resnet18")
+    trees = jax.tree.map(
+        lambda x: np.full(x.shape, 0.01, np.float32), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    jaxft.weights.save(tmp_path / "resnet18.safetensors", model, *trees)
+    monkeypatch.chdir(tmp_path)
+    names = {"images": jnp.ones((1, 64, 64, 3))}
+    exec(EXAMPLES["Pretrained weights"][0], names)
+    assert names["logits"].shape == (1, 1000)
+    assert names["features"].shape == (1, 4, 4, 256)
+    files = (tmp_path / name for name in ("resnet18.safetensors", "again.safetensors"))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def moved(before, after):
     """The roots of the parameters that are not bit-identical."""
     named = zip(
