@@ -22,7 +22,7 @@ ORIENTATIONS = [None, *Image.Transpose]  # as it is, and Pillow's seven others
 
 def write_orientations(folder: Path) -> None:
     """Writes the digits 0 to 4 as FOLDER/{train,val}/<digit>_<orientation>/<index>.png."""
-    for split, source in data.open_source("digits:0-4")._asdict().items():
+    for split, source in zip(("train", "val"), data.open_source("digits:0-4"), strict=True):
         for index in range(len(source)):
             image, target = source[index]
             for number, orientation in enumerate(ORIENTATIONS):

@@ -1,11 +1,13 @@
-"""Records torchvision's outputs for tests/data/test_transforms.py.
+"""Records torchvision's outputs for the tests of images in tests/data.
 
     python tests/record_transforms.py
 
-Needs torch and torchvision; recorded with torchvision 0.28.0 and Pillow 13.
+Needs torch, torchvision, and hymenoptera beside the checkout (`reference.HYMENOPTERA`); recorded
+with torchvision 0.28.0 and Pillow 13.
 """
 
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -15,20 +17,35 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 
 
 def main() -> None:
-    tests = import_module("test_transforms")
-    transforms = tests.torchvision_transforms()
+    reference = import_module("reference")
+    geometry, augment, decode = map(
+        import_module, ("test_transforms", "test_augment", "test_decode")
+    )
+    transforms = reference.torchvision_transforms()
     normalize = transforms.Compose(
         [
             transforms.ToTensor(),
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    np.savez_compressed(
-        tests.GOLDEN,
-        names=list(tests.CASES),
-        digests=[tests.digest(tests.torchvisions(*case)) for case in tests.CASES.values()],
-        normalized=normalize(tests.LEVELS).permute(1, 2, 0).numpy(),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: decode.torchvisions(name, Path(folder)) for name in decode.FILES}
+    files["photographs"] = decode.torchvisions_photographs()
+    images = {
+        "transforms": {name: [geometry.torchvisions(*c)] for name, c in geometry.CASES.items()},
+        "transforms_augment": {
+            name: function(*case) for name, (_, function, case) in augment.CASES.items()
+        },
+        "transforms_decode": files,
+    }
+    more = {"transforms": {"normalized": normalize(geometry.LEVELS).permute(1, 2, 0).numpy()}}
+    for name, cases in images.items():
+        np.savez_compressed(
+            reference.GOLDEN / f"{name}.npz",
+            names=list(cases),
+            digests=[reference.digest(*made) for made in cases.values()],
+            **more.get(name, {}),
+        )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Batches in a reproducible order, prepared by threads ahead of their use.
 
 A batch is a pure function of (seed, stage, epoch, index): its examples and their augmentation
-depend neither on the number of threads nor on where a run was resumed, so a checkpoint needs
-to store only its position.
+depend neither on the number of threads or processes nor on where a run was resumed, so a
+checkpoint needs to store only its position.
 """
 
 from collections.abc import Callable, Generator
-from contextlib import closing
 from functools import lru_cache
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
+from jaxft.data.augment import View
+from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Augment, Preprocessing, eval_view, train_view
-from jaxft.data.sources import Source
+from jaxft.data.protocol import Source
+from jaxft.errors import DataError
 
 # The last word of the seed of an augmentation. It must not be 0: to NumPy's SeedSequence,
 # [seed, stage, epoch], the seed of the order, is the same as [seed, stage, epoch, 0, 0].
@@ -32,33 +33,55 @@ class Batch(NamedTuple):
     """bool [b], False for the padding at the end of an epoch's last batch."""
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Batches that hold every example once; the last one may be padded."""
-    return -(-len(source) // batch_size)
+def steps_per_epoch(source: Source, batch_size: int, *, drop_last: bool = False) -> int:
+    """Batches that hold every example once; the last one may be padded.
+
+    With `drop_last`, a batch that would need padding is left out, as by torch's `DataLoader`.
+
+    Raises:
+      DataError: that leaves none.
+    """
+    if not drop_last:
+        return -(-len(source) // batch_size)
+    if len(source) < batch_size:
+        raise DataError(
+            f"drop_last leaves nothing of {len(source)} images in batches of {batch_size}: "
+            f"set batch_size to at most {len(source)}, or drop_last to False."
+        )
+    return len(source) // batch_size
 
 
 def train_batches(
     source: Source,
     preprocessing: Preprocessing,
     *,
-    augment: Augment,
+    augment: Augment | View,
     batch_size: int,
     seed: int,
     stage: int,
     epochs: int,
     first_epoch: int = 0,
+    first_step: int = 0,
     workers: int,
+    drop_last: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """The batches of a stage's epochs `first_epoch`, ..., `epochs - 1`, one after another.
 
-    Each epoch is `steps_per_epoch` batches with every example once, in an order of its own.
-    `workers` threads prepare batches ahead; 0 prepares each when it is asked for. To stop
-    early, `close()` the generator (`contextlib.closing`): threads end with the batch in hand.
+    Each epoch is `steps_per_epoch` batches with every example once, in an order of its own; the
+    first is entered at its step `first_step`, where a run was interrupted. `workers` threads
+    prepare batches ahead; 0 prepares each when it is asked for. To stop early, `close()` the
+    generator (`contextlib.closing`): threads end with the batch in hand.
+
+    With `shard` (i, n), process i of n makes its n-th part of each batch's rows and decodes no
+    others: the parts of all processes, one after another, are the batch.
 
     Raises:
-      DataError: when the batch that meets an unreadable image is asked for.
+      DataError: `batch_size` does not divide into n parts, or as `steps_per_epoch`; later, when
+        the batch that meets an unreadable image is asked for.
     """
-    steps = steps_per_epoch(source, batch_size)
+    steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
+    rows = _rows(batch_size, shard)
 
     # Two epochs are in the making around each boundary between them.
     @lru_cache(maxsize=2)
@@ -74,15 +97,21 @@ def train_batches(
             return train_view(image, preprocessing, augment, rng), target
 
         examples = order(epoch)[index * batch_size : (index + 1) * batch_size]
-        return _assemble(examples, view, preprocessing.image_size, batch_size)
+        return _assemble(examples[rows], view, preprocessing.image_size, rows)
 
-    return _prefetch(make_batch, range(first_epoch * steps, epochs * steps), workers)
+    return prefetch(make_batch, range(first_epoch * steps + first_step, epochs * steps), workers)
 
 
 def eval_batches(
-    source: Source, preprocessing: Preprocessing, *, batch_size: int, workers: int
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """Every example once in the source's order, unaugmented; otherwise as `train_batches`."""
+    rows = _rows(batch_size, shard)
 
     def view(example: int) -> tuple[np.ndarray, int]:
         image, target = source[example]
@@ -90,30 +119,34 @@ def eval_batches(
 
     def make_batch(step: int) -> Batch:
         examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))
-        return _assemble(examples, view, preprocessing.image_size, batch_size)
+        return _assemble(examples[rows], view, preprocessing.image_size, rows)
 
-    return _prefetch(make_batch, range(steps_per_epoch(source, batch_size)), workers)
+    return prefetch(make_batch, range(steps_per_epoch(source, batch_size)), workers)
+
+
+def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
+    """The rows of a batch that process `index` of `count` makes."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise DataError(f"shard {shard} is not (index, count) with 0 <= index < count.")
+    if batch_size % count:
+        raise DataError(
+            f"batches of {batch_size} do not divide among {count} processes: set batch_size to a "
+            f"multiple of {count}."
+        )
+    share = batch_size // count
+    return slice(index * share, (index + 1) * share)
 
 
 def _assemble(
     examples: np.ndarray,
     view: Callable[[int], tuple[np.ndarray, int]],
     image_size: int,
-    batch_size: int,
+    rows: slice,
 ) -> Batch:
-    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-    targets = np.zeros(batch_size, np.int32)
+    count = rows.stop - rows.start
+    images = np.zeros((count, image_size, image_size, 3), np.uint8)
+    targets = np.zeros(count, np.int32)
     for row, example in enumerate(examples):
         images[row], targets[row] = view(int(example))
-    return Batch(images, targets, np.arange(batch_size) < len(examples))
-
-
-def _prefetch(
-    make_batch: Callable[[int], Batch], steps: range, workers: int
-) -> Generator[Batch, None, None]:
-    """`make_batch` of each step in order, made by threads: Pillow decodes without the GIL."""
-    dataset = grain.MapDataset.range(steps.start, steps.stop).map(make_batch)
-    # Two batches a thread: one in the making, one ready. More would only hold memory.
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    with closing(iter(dataset.to_iter_dataset(options))) as batches:
-        yield from batches
+    return Batch(images, targets, np.arange(count) < len(examples))

@@ -1,35 +1,20 @@
 """scikit-learn's handwritten digits: 1,797 images of 8x8 pixels that need no download."""
 
 import re
-from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image
 
+from jaxft.data.arrays import Arrays
+from jaxft.data.protocol import Collection
 from jaxft.errors import DataError
 
 
-@dataclass(frozen=True, eq=False)
-class Digits:
-    """A `Source` in memory: `images` uint8 [n h w 3], `targets` int32 [n]."""
-
-    classes: tuple[str, ...]
-    images: np.ndarray
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target."""
-        return Image.fromarray(self.images[index]), int(self.targets[index])
-
-    def take(self, indices: np.ndarray) -> "Digits":
-        """The source of these examples only, with the same classes."""
-        return replace(self, images=self.images[indices], targets=self.targets[indices])
+def find(wanted: str) -> Collection:
+    """The digits named by `wanted`, as one split named `train`; see `read`."""
+    return Collection("digits", ("train",), lambda _: {"train": read(wanted)})
 
 
-def read(wanted: str) -> Digits:
+def read(wanted: str) -> Arrays:
     """Reads the digits named by `wanted`: one (`3`) or a range with both its ends (`5-9`).
 
     Source: `sklearn.datasets.load_digits`; its values 0..16 are spread over 0..255.
@@ -50,7 +35,7 @@ def read(wanted: str) -> Digits:
     values, targets = load_digits(return_X_y=True)
     kept = (targets >= first) & (targets <= last)
     gray = np.rint(values[kept] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return Digits(
+    return Arrays(
         classes=tuple(str(digit) for digit in range(first, last + 1)),
         images=np.repeat(gray, 3, axis=3),
         targets=(targets[kept] - first).astype(np.int32),

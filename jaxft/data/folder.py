@@ -1,20 +1,28 @@
-"""Folders of image files, one folder a class: PATH/train/<class>/ and PATH/val/<class>/."""
+"""Folders of image files, one folder a class: PATH/train/<class>/, PATH/val/<class>/, or no splits.
 
-import os
-import warnings
+Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) do not count.
+"""
+
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from jaxft.data import readable
+from jaxft.data.decode import decode
+from jaxft.data.protocol import Collection
 from jaxft.errors import DataError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-_SHOWN = 5  # files named in one message
+_VALIDATION = {"val", "valid", "validation"}
+_LAYOUT = (
+    "images belong in PATH/train/<class>/ and PATH/val/<class>/, or all in PATH/<class>/ to have "
+    "a fifth of them validate."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +40,16 @@ class Files:
         """The RGB image and its target; a DataError if the file has become unreadable."""
         path = self.files[index]
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), int(self.targets[index])
-        except Exception as error:  # decoders raise anything, from OSError to struct.error
+            return decode(path), int(self.targets[index])
+        except DataError as error:
             raise DataError(
-                f"{path} can no longer be read: {_reason(error)}. It was readable when the run "
+                f"{path} can no longer be read: {error}. It was readable when the run "
                 "began: bring it back and start the run again."
             ) from error
+
+    def problem(self, index: int, /) -> str | None:
+        """The file and why it cannot be decoded, or None if it can."""
+        return readable.problem(self.files[index], str(self.files[index]))
 
     def take(self, indices: np.ndarray) -> "Files":
         """The source of these examples only, with the same classes."""
@@ -47,100 +58,70 @@ class Files:
         )
 
 
-def read(place: str) -> tuple[Files, Files]:
-    """Lists the images of `place`/train and `place`/val, classes and files by name; decodes none.
-
-    Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) do not count.
+def find(place: str) -> Collection:
+    """The splits of a folder: its folders if one is named `train`, else one split named `train`.
 
     Raises:
-      DataError: a folder is missing or empty, or train and val have different classes.
+      DataError: there is no such folder, it is empty, or has a split to validate but none to train.
     """
-    layout = "images belong in PATH/train/<class>/ and PATH/val/<class>/."
     if not place:
-        raise DataError(f"data 'folder:' names no folder: write folder:PATH; {layout}")
+        raise DataError(f"data 'folder:' names no folder: write folder:PATH; {_LAYOUT}")
     root = Path(place).expanduser()
     if not root.is_dir():
-        raise DataError(f"there is no folder {root} (looked from {Path.cwd()}); {layout}")
-    splits = (root / "train", root / "val")
-    if missing := [split.name for split in splits if not split.is_dir()]:
+        raise DataError(f"there is no folder {root} (looked from {Path.cwd()}); {_LAYOUT}")
+    folders = _visible_folders(root)
+    if not folders:
+        raise DataError(f"{root} has no folders, neither of splits nor of classes; {_LAYOUT}")
+    if "train" in folders:
+        places = {name: root / name for name in folders}
+    elif _VALIDATION & set(folders):
+        raise DataError(f"{root} has no folder train; its folders: {', '.join(folders)}; {_LAYOUT}")
+    else:
+        places = {"train": root}
+    return Collection(str(root), tuple(places), partial(_read, root, places))
+
+
+def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str, Files]:
+    """Lists the images of the splits named, classes and files by name; decodes none.
+
+    Raises:
+      DataError: a split has no class folders, a class has no images, or classes differ.
+    """
+    splits = [places[name] for name in names]
+    classes = [_visible_folders(split) for split in splits]
+    if bare := [str(split) for split, found in zip(splits, classes, strict=True) if not found]:
+        raise DataError(f"no class folders in {' and '.join(bare)}; {_LAYOUT}")
+    if any(found != classes[0] for found in classes):
+        in_all = set.intersection(*map(set, classes))
+        only = [
+            f"Only in {name}: {', '.join(c for c in found if c not in in_all) or 'none'}."
+            for name, found in zip(names, classes, strict=True)
+        ]
         raise DataError(
-            f"{root} has no folder {' and no folder '.join(missing)}; "
-            f"its folders: {', '.join(_visible_folders(root)) or 'none'}; {layout}"
+            f"{root}: {' and '.join(names)} must have the same class folders. {' '.join(only)}"
         )
-    in_train, in_val = classes = [_visible_folders(split) for split in splits]
-    if bare := [str(split) for split, names in zip(splits, classes, strict=True) if not names]:
-        raise DataError(f"no class folders in {' and '.join(bare)}; {layout}")
-    if in_train != in_val:
-        only_train = [name for name in in_train if name not in in_val] or ["none"]
-        only_val = [name for name in in_val if name not in in_train] or ["none"]
-        raise DataError(
-            f"{root}: train and val must have the same class folders. "
-            f"Only in train: {', '.join(only_train)}. Only in val: {', '.join(only_val)}."
-        )
-    found = [[_images(split / name) for name in in_train] for split in splits]
+    images = [[_images(split / name) for name in classes[0]] for split in splits]
     empty = [
         str(split / name)
-        for split, images in zip(splits, found, strict=True)
-        for name, files in zip(in_train, images, strict=True)
+        for split, per_class in zip(splits, images, strict=True)
+        for name, files in zip(classes[0], per_class, strict=True)
         if not files
     ]
     if empty:
         raise DataError(
             f"no images in {', '.join(empty)}. Add some ({' '.join(_SUFFIXES)}) or remove the "
-            "class from train and from val."
+            f"class from {' and from '.join(names)}; {_LAYOUT}"
         )
-    train, val = (
-        Files(
-            classes=tuple(in_train),
-            files=tuple(chain.from_iterable(images)),
-            targets=np.repeat(np.arange(len(images), dtype=np.int32), [len(f) for f in images]),
+    return {
+        name: Files(
+            classes=tuple(classes[0]),
+            files=tuple(chain.from_iterable(per_class)),
+            targets=np.repeat(
+                np.arange(len(per_class), dtype=np.int32), [len(files) for files in per_class]
+            ),
         )
-        for images in found
-    )
-    return train, val
-
-
-def check_readable(files: Sequence[Path]) -> None:
-    """Decodes every file once, JPEGs at an eighth of their size, which reads all their bytes.
-
-    Raises:
-      DataError: some cannot be decoded, or are too large to be safe; the first few are named.
-    """
-    # One task a thread, each with a slice of the files: a future a file would cost more than
-    # the list of files itself.
-    threads = min(32, (os.cpu_count() or 1) + 1)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # Pillow only warns of images above its first limit. The filter is set here, around all
-        # threads, because filters belong to the process.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        found = pool.map(_problems, [files[k::threads] for k in range(threads)])
-        problems = sorted(line for lines in found for line in lines)
-    if problems:
-        shown = "".join(f"\n  {line}" for line in problems[:_SHOWN])
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError(
-            f"{len(problems)} of {len(files)} images cannot be read; replace or remove them:"
-            f"{shown}{more}"
-        )
-
-
-def _problems(files: Sequence[Path]) -> list[str]:
-    problems = []
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                image.draft(None, (1, 1))
-                image.convert("RGB")
-        except Exception as error:  # decoders raise anything, from OSError to struct.error
-            problems.append(f"{path}: {_reason(error)}")
-    return problems
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    # An OSError's own text repeats the path.
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        for name, per_class in zip(names, images, strict=True)
+    }
 
 
 def _visible_folders(parent: Path) -> list[str]:

@@ -1,107 +1,83 @@
-"""What the rest of the house sees of a data set, and how a spec such as `folder:PATH` opens one."""
+"""How a spec such as `folder:PATH`, or a source itself, becomes the two splits of a run."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-import numpy as np
-from PIL import Image
-
-from jaxft.data import digits, folder
+from jaxft.data import digits, folder, tfds
+from jaxft.data.protocol import Collection, Source, Splits
+from jaxft.data.readable import OnBadImage, checked
+from jaxft.data.subsets import select
 from jaxft.errors import DataError
 
-_KINDS = {
-    "digits": "digits, or some of them: digits:5-9",
-    "folder": "folder:PATH with PATH/train/<class>/ and PATH/val/<class>/",
-}
+__all__ = ["Source", "Splits", "open_collection", "open_source"]
+
+_KINDS: dict[str, tuple[Callable[[str], Collection], str]] = {
+    "digits": (digits.find, "digits, or some of them: digits:5-9"),
+    "folder": (folder.find, "folder:PATH with PATH/train/<class>/ and PATH/val/<class>/, or with "
+               "PATH/<class>/"),
+    "tfds": (tfds.find, "tfds:NAME, a set of TensorFlow Datasets such as tfds:oxford_flowers102"),
+    "tfds_dir": (tfds.find_prepared, "tfds_dir:PATH, a folder that TFDS prepared as array_record"),
+}  # fmt: skip
 
 
-class Source(Protocol):
-    """Images with their classes, by index. It may be read from several threads at once."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The class names; a target is an index into them."""
-        ...
-
-    @property
-    def targets(self) -> np.ndarray:
-        """All targets, int32 [n], without decoding an image."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target."""
-        ...
-
-
-class Splits(NamedTuple):
-    """The two sources of a run."""
-
-    train: Source
-    val: Source
-
-
-def open_source(spec: str, *, shots: int | None = None, seed: int = 0) -> Splits:
+def open_source(
+    spec: str | Source | Splits,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    on_bad_image: OnBadImage = "error",
+) -> Splits:
     """Opens the data that `spec` names and checks all of it, so that a run cannot die of it later.
 
-    - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, those classes only. A
-      stratified 80 % trains; with `shots`, that many of each class train. The rest is val.
-    - `folder:PATH`: PATH/train/<class>/ and PATH/val/<class>/ hold jpg, jpeg, png, bmp or webp
-      files. With `shots`, that many of each class of train are used; val stays whole.
+    - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, those classes only.
+    - `folder:PATH`: jpg, jpeg, png, bmp or webp files in PATH/train/<class>/, PATH/val/<class>/
+      and other splits of any name; or in PATH/<class>/, which is one split named train.
+    - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
+      ~/tensorflow_datasets; downloaded and prepared there if it is not yet.
+    - `tfds_dir:PATH`: a folder that TFDS prepared, in array_record format.
+    - a `Source`, such as `arrays(...)`: one split named train; or a `Splits` with train and val.
 
-    The choice depends on `seed` alone, and with one seed fewer shots are a subset of more.
+    `train` and `val` are split expressions (`jaxft.data.splits`): `train[:80%]`, `train+test`,
+    `train[10/class]`. Without them the split train trains (or the only one there is), and val,
+    validation or valid validates. Of what trains, `shots` images of each class are used.
+
+    Without a validation split, what train leaves of its splits validates (`shots` and slices
+    leave some); if it leaves nothing, then 20 % of each class. All choices depend on `seed`
+    alone, and with one seed fewer shots are a subset of more.
 
     Raises:
-      DataError: the spec is wrong, or the data missing, incomplete or unreadable.
+      DataError: the spec is wrong, or the data missing, incomplete or (unless `on_bad_image` is
+        "skip", which leaves out such images with a remark) unreadable.
     """
-    kind, colon, place = spec.partition(":")
     if shots is not None and shots < 1:
         raise DataError(f"shots={shots}: give at least 1 image per class, or None to use them all.")
-    if kind == "digits":
-        whole = digits.read(place if colon else "0-9")
-        # At least one of each class is left to validate with.
-        chosen = _choose(whole, shots, seed, leave=1)
-        rest = np.setdiff1d(np.arange(len(whole)), chosen)
-        return Splits(whole.take(chosen), whole.take(rest))
-    if kind == "folder":
-        train, val = folder.read(place)
-        if shots is not None:
-            train = train.take(_choose(train, shots, seed, leave=0))
-        folder.check_readable((*train.files, *val.files))
-        return Splits(train, val)
+    splits = select(open_collection(spec), train=train, val=val, shots=shots, seed=seed)
+    good, remarks = checked({"train": splits.train, "val": splits.val}, on_bad_image)
+    return Splits(good["train"], good["val"], (*splits.remarks, *remarks))
+
+
+def open_collection(spec: str | Source | Splits) -> Collection:
+    """All the splits that `spec` has by itself; `open_source` chooses among them.
+
+    Raises:
+      DataError: the spec is wrong, or there is no such data.
+    """
+    if isinstance(spec, Splits):
+        both = {"train": spec.train, "val": spec.val}
+        return Collection("the data given", tuple(both), lambda _: both)
+    if not isinstance(spec, str):
+        return Collection("the data given", ("train",), lambda _: {"train": spec})
+    kind, colon, place = spec.partition(":")
+    if kind in _KINDS:
+        return _KINDS[kind][0]("0-9" if spec == "digits" else place)
 
     near = difflib.get_close_matches(kind.lower(), _KINDS, n=1)
     if spec and Path(spec).is_dir():
         guess = f" Did you mean 'folder:{spec}'?"
     else:
         guess = f" Did you mean '{near[0]}{colon}{place}'?" if near else ""
-    kinds = "".join(f"\n  {usage}" for usage in _KINDS.values())
+    kinds = "".join(f"\n  {usage}" for _, usage in _KINDS.values())
     raise DataError(f"unknown data '{spec}'.{guess} Data is one of:{kinds}")
-
-
-def _choose(source: Source, shots: int | None, seed: int, *, leave: int) -> np.ndarray:
-    """Sorted indices of `shots` examples of each class, or of 80 % of each class without."""
-    counts = np.bincount(source.targets, minlength=len(source.classes))
-    if shots is not None and shots > counts.min() - leave:
-        raise DataError(
-            f"shots={shots} is too many: each class allows at most {counts.min() - leave}"
-            + (f" ({leave} must remain for validation)" if leave else "")
-            + f". Images per class: {_tally(source.classes, counts)}."
-        )
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for target, count in enumerate(counts):
-        # The whole class is permuted whatever is asked for, so that fewer shots are a subset.
-        members = rng.permutation(np.flatnonzero(source.targets == target))
-        chosen.append(members[: round(0.8 * count) if shots is None else shots])
-    return np.sort(np.concatenate(chosen))
-
-
-def _tally(classes: Sequence[str], counts: np.ndarray) -> str:
-    """The scarcest classes first, since they are what limits."""
-    order = np.argsort(counts, kind="stable")
-    named = [f"{classes[k]} {counts[k]}" for k in order[:5]]
-    return ", ".join(named) + (", ..." if len(order) > 5 else "")

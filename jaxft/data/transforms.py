@@ -1,7 +1,8 @@
-"""Image transforms, equal to torchvision's on PIL images pixel for pixel.
+"""Geometry: scaling, cropping and mirroring, equal to torchvision's on PIL images, pixel for pixel.
 
-Each takes an RGB `PIL.Image` and returns one. Resizing in Pillow is always antialiased. Randomness
-comes from the NumPy generator that is passed in, and from nowhere else.
+Each function takes an RGB `PIL.Image` and returns one. Resizing in Pillow is always antialiased.
+What is random is drawn first, from the NumPy generator that is passed in and from nowhere else
+(`crop_box`, `shift_offset`), and applied by a function without randomness.
 """
 
 import math
@@ -10,9 +11,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Interpolation = Literal["bilinear", "bicubic"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels, torchvision's order."""
 
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 
@@ -27,7 +34,14 @@ def resize(
         size = short_side, int(short_side * height / width)
     else:
         size = int(short_side * width / height), short_side
-    return image.resize(size, _RESAMPLING[interpolation])
+    return image.resize(size, RESAMPLING[interpolation])
+
+
+def squash(
+    image: Image.Image, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Image.Image:
+    """Scales to (height, width), whatever the proportions (torchvision `Resize((h, w))`)."""
+    return image.resize((size[1], size[0]), RESAMPLING[interpolation])
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -41,8 +55,8 @@ def _center(length: int, size: int) -> int:
     return -((size - length) // 2) if size > length else round((length - size) / 2)
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random box (top, left, height, width) as `RandomResizedCrop.get_params` draws it.
+def crop_box(height: int, width: int, rng: np.random.Generator) -> Box:
+    """A random box as `RandomResizedCrop.get_params` draws it.
 
     The area is uniform in 8..100 % of the image's and the aspect ratio log-uniform in 3/4..4/3.
     After ten boxes that do not fit, the largest central box with an allowed ratio is taken.
@@ -63,29 +77,37 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    rng: np.random.Generator,
-    interpolation: Interpolation = "bilinear",
+def resized_crop(
+    image: Image.Image, box: Box, size: int, interpolation: Interpolation = "bilinear"
 ) -> Image.Image:
-    """A random box, scaled to `size` x `size` (torchvision `RandomResizedCrop`)."""
-    top, left, height, width = crop_box(image.height, image.width, rng)
+    """A box of the image, scaled to `size` x `size` (torchvision `RandomResizedCrop`)."""
+    top, left, height, width = box
     # Cropped first: `resize(box=...)` would blend in pixels from around the box.
-    box = image.crop((left, top, left + width, top + height))
-    return box.resize((size, size), _RESAMPLING[interpolation])
+    region = image.crop((left, top, left + width, top + height))
+    return region.resize((size, size), RESAMPLING[interpolation])
 
 
-def horizontal_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mirrors left and right, half of the time (torchvision `RandomHorizontalFlip`)."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+def mirror(image: Image.Image) -> Image.Image:
+    """Left becomes right (torchvision `hflip`)."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def shift(image: Image.Image, pixels: int, rng: np.random.Generator) -> Image.Image:
-    """Moves the image by up to `pixels` each way and fills with zeros.
+def upend(image: Image.Image) -> Image.Image:
+    """Top becomes bottom (torchvision `vflip`)."""
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 
-    The same as padding by `pixels` and cropping back at random (torchvision `RandomCrop` with
-    `padding`, the usual augmentation for CIFAR).
+
+def shift_offset(pixels: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where to (down, right), each uniform in -`pixels`..`pixels`."""
+    top, left = rng.integers(-pixels, pixels + 1, size=2)
+    return int(top), int(left)
+
+
+def shift(image: Image.Image, offset: tuple[int, int]) -> Image.Image:
+    """The image's frame moved (down, right) by `offset` pixels, zeros where it leaves the image.
+
+    With `shift_offset(p, rng)` the same as padding by `p` and cropping back at random (torchvision
+    `RandomCrop` with `padding`, the usual augmentation for CIFAR).
     """
-    top, left = (int(offset) for offset in rng.integers(-pixels, pixels + 1, size=2))
+    top, left = offset
     return image.crop((left, top, left + image.width, top + image.height))

@@ -1,17 +1,22 @@
 """Batches: which examples, in which order, whoever prepares them; and how they end."""
 
+import gc
 import hashlib
 import itertools
+import resource
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxft.data import (
+    Augment,
+    Batch,
     Preprocessing,
     eval_batches,
     open_source,
@@ -93,18 +98,149 @@ def test_order_depends_on_seed_stage_and_epoch():
     assert len({tuple(o) for o in (first, second, *others)}) == 4
 
 
-@pytest.mark.parametrize("augment", ["none", "crop_flip", "shift"])
-def test_same_batches_for_any_number_of_workers_and_resumed(augment):
+@pytest.mark.parametrize("augment", get_args(Augment))
+def test_same_batches_for_any_number_of_workers(augment):
     source, _ = open_source("digits:0-1", shots=10)
     made = {
         workers: digests(batches(source, augment=augment, epochs=3, workers=workers))
-        for workers in (0, 1, 4)
+        for workers in (0, 2, 4)
     }
     assert len(made[0]) == 3 * steps_per_epoch(source, 8) == 9
-    assert made[0] == made[1] == made[4]
-    for epoch in range(4):
-        resumed = batches(source, augment=augment, epochs=3, first_epoch=epoch, workers=2)
-        assert digests(resumed) == made[0][3 * epoch :]
+    assert made[0] == made[2] == made[4]
+    assert len(set(made[0])) == 9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_same_batches_after_a_resume_at_any_step(workers, drop_last):
+    source, _ = open_source("digits:0-1", shots=10)
+    options = {"augment": "trivialaugment", "epochs": 3, "drop_last": drop_last}
+    whole = digests(batches(source, **options))
+    steps = steps_per_epoch(source, 8, drop_last=drop_last)
+    for step in range(len(whole) + 1):
+        epoch, position = divmod(step, steps)
+        resumed = batches(
+            source, first_epoch=epoch, first_step=position, workers=workers, **options
+        )
+        assert digests(resumed) == whole[step:]
+
+
+def joined(shards):
+    """Batches of all processes, their parts one after another."""
+    return [
+        Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shards, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_processes_make_parts_of_the_same_batches(count):
+    source, _ = open_source("digits:0-1", shots=10)  # 2 batches of 8 and one of 4
+    shards = [(index, count) for index in range(count)]
+    for make in (
+        lambda shard: batches(source, augment="jitter", epochs=2, workers=2, shard=shard),
+        lambda shard: eval_batches(source, PLAIN, batch_size=8, workers=2, shard=shard),
+    ):
+        made = [list(make(shard)) for shard in shards]
+        assert {len(batch.mask) for part in made for batch in part} == {8 // count}
+        assert digests(joined(made)) == digests(make((0, 1)))
+
+
+def test_a_process_decodes_no_more_than_its_part():
+    read = []
+
+    class Noted(Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    made = list(batches(Noted(20), shard=(1, 4)))
+    assert sorted(read) == sorted(itertools.chain(*numbers(made)))
+    assert len(read) == 6  # rows 2 and 3 of two full batches, and of the last, which has 4
+
+
+def test_two_operating_system_processes(tmp_path):
+    program = """
+import sys
+import numpy as np
+from jaxft.data import Preprocessing, open_source, train_batches
+source, _ = open_source("digits:0-1", shots=10)
+made = train_batches(source, Preprocessing(image_size=8, resize_size=None), augment="shift",
+                     batch_size=8, seed=0, stage=0, epochs=2, workers=2,
+                     shard=(int(sys.argv[1]), 2))
+arrays = {f"{name}{k}": a for k, batch in enumerate(made) for name, a in zip("itm", batch)}
+np.savez(sys.argv[2], **arrays)
+"""
+    files = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    running = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", program, str(k), str(file)])
+        for k, file in enumerate(files)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    shards = []
+    for file in files:
+        with np.load(file) as arrays:
+            shards.append([Batch(*(arrays[f"{n}{k}"] for n in "itm")) for k in range(6)])
+    source, _ = open_source("digits:0-1", shots=10)
+    assert digests(joined(shards)) == digests(batches(source, augment="shift", epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ((0, 3), "batches of 8 do not divide among 3 processes.*a multiple of 3"),
+        ((2, 2), r"shard \(2, 2\) is not"),
+        ((-1, 2), r"shard \(-1, 2\) is not"),
+        ((0, 0), r"shard \(0, 0\) is not"),
+    ],
+)
+def test_wrong_shards(shard, message):
+    with pytest.raises(DataError, match=message):
+        batches(Numbered(20), shard=shard)
+    with pytest.raises(DataError, match=message):
+        eval_batches(Numbered(20), PLAIN, batch_size=8, workers=0, shard=shard)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(8, 1), (9, 1), (15, 1), (16, 2)])
+def test_drop_last_leaves_out_what_would_be_padded(count, steps):
+    source = Numbered(count)
+    made = list(batches(source, drop_last=True, epochs=2))
+    assert len(made) == 2 * steps_per_epoch(source, 8, drop_last=True) == 2 * steps
+    assert all(batch.mask.all() for batch in made)
+    kept = numbers(batches(source, drop_last=True))
+    assert kept == numbers(batches(source))[:steps]
+    assert len(set(itertools.chain(*kept))) == 8 * steps
+
+
+def test_drop_last_of_too_few():
+    with pytest.raises(DataError, match="nothing of 7 images in batches of 8: set batch_size to a"):
+        batches(Numbered(7), drop_last=True)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_memory_does_not_grow():
+    source, _ = open_source("digits", shots=20)
+    larger = Preprocessing(image_size=32, resize_size=32)
+    stream = batches(
+        source,
+        preprocessing=larger,
+        batch_size=32,
+        augment="shift_flip",
+        epochs=50,
+        workers=2,
+    )
+    seen = []
+    for step, _ in enumerate(stream):
+        if step % (5 * steps_per_epoch(source, 32)) == 0:
+            gc.collect()
+            seen.append(resident_bytes())
+    assert len(seen) == 10
+    # To keep the batches of the 45 epochs after the first 5 would take 31 MB.
+    assert max(seen) - max(seen[:2]) < 8e6
 
 
 def test_augmentation_belongs_to_the_example_not_to_its_place():
@@ -134,7 +270,7 @@ def test_error_reaches_the_consumer(workers):
 
 def assert_threads_end():
     for thread in threading.enumerate():
-        if thread.name.startswith("grain"):
+        if thread.name.startswith("jaxft-data"):
             thread.join(timeout=60)
             assert not thread.is_alive()
 
@@ -142,7 +278,7 @@ def assert_threads_end():
 def test_threads_end_after_an_early_close():
     with closing(batches(Numbered(64), epochs=1000, workers=4)) as stream:
         assert next(stream).mask.all()
-        assert any(thread.name.startswith("grain") for thread in threading.enumerate())
+        assert any(thread.name.startswith("jaxft-data") for thread in threading.enumerate())
     assert_threads_end()
     assert next(stream, None) is None
 

@@ -1,14 +1,19 @@
 """Opening data: what a spec gives, and the one error that each mistake gives."""
 
+import dataclasses
+import hashlib
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft.data import open_source
+from jaxft.data import Splits, arrays, open_source
 from jaxft.errors import DataError
 
 HYMENOPTERA = Path(__file__).parents[2].parent / "shared" / "data" / "hymenoptera"
@@ -74,6 +79,24 @@ def test_digits_shots_train_and_the_rest_validates():
     assert all(image.tobytes() in rows for image in train.images)  # fewer are a subset of more
 
 
+@pytest.mark.parametrize(
+    ("spec", "shots", "seed", "digest"),
+    [
+        ("digits", None, 0, "0bf8ceee72e9"),
+        ("digits", None, 1, "603deabc685e"),
+        ("digits:5-9", 4, 7, "2d82ba0c8021"),
+        ("digits:5-9", 10, 0, "1ea73354e44e"),
+        ("digits:0-4", None, 0, "49da5ce10186"),
+    ],
+)
+def test_digits_stay_the_ones_that_results_were_measured_on(spec, shots, seed, digest):
+    pixels = hashlib.sha256()
+    for source in open_source(spec, shots=shots, seed=seed):
+        pixels.update(source.images.tobytes())
+        pixels.update(source.targets.tobytes())
+    assert pixels.hexdigest()[:12] == digest
+
+
 # Folders.
 
 
@@ -135,6 +158,184 @@ def test_hymenoptera():
     assert (len(train), len(val), train.classes) == (244, 153, ("ants", "bees"))
 
 
+# Splits.
+
+
+def names(source):
+    return [f"{path.parent.name}/{path.stem}" for path in source.files]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "in_train", "in_val"),
+    [
+        ("train", "val", "ant/0 ant/1 ant/2 ant/3 bee/0 bee/1 bee/2", "ant/0 ant/1 bee/0 bee/1"),
+        ("train[2:-1]", "val[50%:]", "ant/2 ant/3 bee/0 bee/1", "bee/0 bee/1"),
+        ("val", "train[:1]", "ant/0 ant/1 bee/0 bee/1", "ant/0"),
+        ("train[3:5]", None, "ant/3 bee/0", "ant/0 ant/1 bee/0 bee/1"),
+    ],
+)
+def test_split_expressions(root, train, val, in_train, in_val):
+    splits = open_source(f"folder:{root}", train=train, val=val)
+    assert [" ".join(names(source)) for source in splits] == [in_train, in_val]
+
+
+@pytest.mark.parametrize(("train", "count"), [("train+val", 9), ("all", 9), ("val[1/class]", 2)])
+def test_splits_that_validate_by_name_are_not_also_validated_on_when_they_train(root, train, count):
+    splits = open_source(f"folder:{root}", train=train, seed=1)
+    assert len(splits.train) == count
+    assert "both train and validate" not in " ".join(splits.remarks)
+    for source in splits:
+        assert [source[k][1] for k in range(len(source))] == source.targets.tolist()
+
+
+def test_a_folder_of_classes_is_split_by_the_seed(root):
+    for k in range(3, 13):
+        save(root / "train/bee" / f"{k}.jpg", level=k)
+    splits = open_source(f"folder:{root}/train", seed=2)
+    assert np.bincount(splits.train.targets).tolist() == [3, 10]
+    assert np.bincount(splits.val.targets).tolist() == [1, 3]
+    (remark,) = splits.remarks
+    assert "no validation split (it has train)" in remark
+    assert "20 % of each class of train, drawn with seed 2, validates, 4 images" in remark
+    assert sorted(splits.train.files + splits.val.files) == sorted((root / "train").rglob("*.jpg"))
+    assert open_source(f"folder:{root}/train", seed=2).val.files == splits.val.files
+    shutil.rmtree(root / "val")
+    assert open_source(f"folder:{root}", seed=2).val.files == splits.val.files
+
+
+def test_what_train_leaves_validates_when_there_is_nothing_else(root):
+    splits = open_source(f"folder:{root}/train", train="train[2/class]")
+    assert np.bincount(splits.val.targets).tolist() == [2, 1]
+    assert "what train leaves of train validates, 3 images" in splits.remarks[0]
+    same = open_source(f"folder:{root}/train", shots=2)
+    assert (same.train.files, same.val.files) == (splits.train.files, splits.val.files)
+
+
+def test_other_splits_are_read_only_when_named(root):
+    (root / "test").mkdir()
+    assert open_source(f"folder:{root}").remarks == ()
+    with pytest.raises(DataError, match=r"no class folders in .*test"):
+        open_source(f"folder:{root}", val="test")
+
+
+def test_remarks(root):
+    splits = open_source(f"folder:{root}", train="train+val[:1]", val="val[:2]")
+    assert splits.remarks == (
+        "Images that both train and validate: 1. The scores will flatter.",
+        "1 of 2 classes have no images to validate with: bee.",
+    )
+
+
+sizes = st.lists(st.integers(1, 30), min_size=1, max_size=5)
+
+
+def numbered(counts):
+    """A source whose image k is k, of `counts` images per class in mixed order."""
+    targets = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    images = np.zeros((len(targets), 1, 1, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(len(targets)), 256)
+    return arrays(images, targets, [str(k) for k in range(len(counts))])
+
+
+def members(source):
+    return {256 * int(pixel[0, 0, 0]) + int(pixel[0, 0, 1]) for pixel in source.images}
+
+
+@given(sizes.filter(lambda counts: max(counts) > 1), st.integers(0, 9))
+def test_a_carved_split_is_disjoint_stratified_and_seeded(counts, seed):
+    source = numbered(counts)
+    train, val = open_source(source, seed=seed)
+    assert members(train) | members(val) == set(range(len(source)))
+    assert members(train) & members(val) == set()
+    kept = np.bincount(train.targets, minlength=len(counts))
+    assert (np.abs(kept - 0.8 * np.array(counts)) < 1).all()
+    assert all(1 <= k < max(2, count) for k, count in zip(kept, counts, strict=True))
+    assert members(open_source(source, seed=seed).train) == members(train)
+
+
+@given(sizes, st.integers(0, 9), st.data())
+def test_slices_within_classes_partition_and_nest(counts, seed, data):
+    source = numbered(counts)
+    cut = data.draw(st.integers(1, min(counts)))
+    percent = data.draw(st.integers(50, 99))
+    everything = Splits(source, source)
+
+    def chosen(expression):
+        return open_source(everything, train=expression, seed=seed).train
+
+    some = chosen(f"train[{cut}/class]")
+    assert np.bincount(some.targets).tolist() == [cut] * len(counts)
+    assert members(some) == members(chosen(f"train[:{cut}/class]"))
+    assert members(some) == members(open_source(everything, shots=cut, seed=seed).train)
+    if cut > 1:
+        assert members(chosen(f"train[{cut - 1}/class]")) < members(some)
+    most = [round(count * percent / 100) for count in counts]
+    if all(most) and any(count - k for count, k in zip(counts, most, strict=True)):
+        first = open_source(source, train=f"train[:{percent}%/class]", seed=seed)
+        rest = open_source(everything, val=f"val[{percent}%:/class]", seed=seed).val
+        assert np.bincount(first.train.targets).tolist() == most
+        assert members(first.val) == members(rest)
+
+
+# Sources as they are.
+
+
+def test_a_source_or_splits_instead_of_a_spec():
+    source = numbered([5, 10])
+    splits = open_source(source)
+    assert (len(splits.train), len(splits.val)) == (12, 3)
+    assert "the data given has no validation split" in splits.remarks[0]
+    again = open_source(Splits(*splits))
+    assert (again.train, again.val, again.remarks) == (splits.train, splits.val, ())
+
+    @dataclasses.dataclass
+    class Minimal:  # no `take`
+        classes: tuple
+        targets: np.ndarray
+
+        def __len__(self):
+            return len(self.targets)
+
+        def __getitem__(self, index):
+            return source[index]
+
+    foreign = open_source(Minimal(source.classes, source.targets))
+    assert foreign.val.targets.tolist() == splits.val.targets.tolist()
+    assert foreign.val[1][1] == foreign.val.targets[1]
+    assert foreign.val[1][0] == splits.val[1][0]
+    again = open_source(foreign, val="val[:1]+train[:1]", shots=2)
+    assert again.val[0][0] == splits.val[0][0]
+    assert again.val[1][0] == splits.train[0][0]
+
+
+@pytest.mark.parametrize("train", ["train", "train[:90%/class]", "train+val"])
+def test_sources_survive_pickling(root, train):
+    source = open_source(f"folder:{root}", train=train, val="val").train
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.targets == source.targets).all()
+    assert copy.classes == source.classes
+    assert copy[len(copy) - 1] == source[len(source) - 1]
+
+
+def test_unreadable_images_can_be_left_out(root):
+    truncate("train/ant/1.jpg")(root)
+    write("val/bee/x.jpg", b"not a picture")(root)
+    splits = open_source(f"folder:{root}", on_bad_image="skip")
+    assert [len(source) for source in splits] == [6, 4]
+    assert names(splits.train) == ["ant/0", "ant/2", "ant/3", "bee/0", "bee/1", "bee/2"]
+    (remark,) = splits.remarks
+    assert remark.startswith("Left out 2 of 12 images, which cannot be read:\n")
+    assert f"{root}/val/bee/x.jpg: not an image" in remark
+    joined = open_source(f"folder:{root}", train="train+val", val="val", on_bad_image="skip")
+    assert [len(source) for source in joined] == [10, 4]
+
+
+def test_a_class_must_not_lose_all_of_its_images(root):
+    truncate("val/bee/0.jpg", "val/bee/1.jpg")(root)
+    with pytest.raises(DataError, match=r"none are left of bee \(val\)(.|\n)*bee/1.jpg"):
+        open_source(f"folder:{root}", on_bad_image="skip")
+
+
 # Mistakes. Each changes the folder, then opens `spec` ({root} is the folder).
 
 
@@ -169,7 +370,7 @@ def truncate(*places):
 
 
 MISTAKES = {
-    "unknown kind": (nothing, "tfds:cats", None, ["unknown data 'tfds:cats'", "folder:PATH"]),
+    "unknown kind": (nothing, "hub:cats", None, ["unknown data 'hub:cats'", "folder:PATH"]),
     "near miss": (nothing, "folders:x", None, ["Did you mean 'folder:x'?"]),
     "near miss in case": (nothing, "Digits:1", None, ["Did you mean 'digits:1'?"]),
     "a bare path": (nothing, "{root}", None, ["Did you mean 'folder:{root}'?"]),
@@ -188,12 +389,13 @@ MISTAKES = {
     "too many shots": (nothing, "folder:{root}", 4, ["shots=4", "at most 3", "bee 3, ant 4"]),
     "no path": (nothing, "folder:", None, ["names no folder", "folder:PATH"]),
     "no such folder": (nothing, "folder:{root}/x", None, ["there is no folder {root}/x", "train/"]),
-    "no val": (drop("val"), "folder:{root}", None, ["no folder val", "its folders: train"]),
-    "neither": (
-        drop("train", "val"),
-        "folder:{root}",
+    "no train": (drop("train"), "folder:{root}", None, ["no folder train", "its folders: val"]),
+    "no folders": (drop("train", "val"), "folder:{root}", None, ["{root} has no folders"]),
+    "classes without images": (
+        empty("val/ant", "val/bee"),
+        "folder:{root}/val",
         None,
-        ["no folder train and no folder val", "its folders: none"],
+        ["no images in {root}/val/ant, {root}/val/bee", "PATH/<class>/"],
     ),
     "no classes": (empty("train"), "folder:{root}", None, ["no class folders in {root}/train;"]),
     "empty classes": (
@@ -257,10 +459,9 @@ def test_mistake(root, mistake):
         assert fragment.format(root=root) in str(caught.value)
 
 
-@pytest.mark.parametrize("pixels", [1100, 500], ids=["above the limit", "above twice the limit"])
-def test_decompression_bomb(root, monkeypatch, pixels):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)  # the images have 1200
-    with pytest.raises(DataError, match=r"11 of 11 images(.|\n)*decompression bomb"):
+def test_images_too_large_to_be_safe(root, monkeypatch):
+    monkeypatch.setattr("jaxft.data.decode.MAX_PIXELS", 1100)  # the images have 1200
+    with pytest.raises(DataError, match=r"11 of 11 images(.|\n)*40x30 pixels exceeds"):
         open_source(f"folder:{root}")
 
 
@@ -269,3 +470,52 @@ def test_file_that_becomes_unreadable(root):
     train.files[2].unlink()
     with pytest.raises(DataError, match=re.escape(f"{train.files[2]} can no longer be read: No")):
         train[2]
+
+
+SELECTIONS = {
+    "missing split": ({"val": "test"}, ["no split test", "val='test'", "Its splits: train, val"]),
+    "no expression": ({"val": ""}, ["split '': '' is not a split"]),
+    "no name": ({"train": "[:10]"}, ["'[:10]' is not a split", "write train, train[:80%]"]),
+    "no bounds": ({"train": "train[]"}, ["'train[]' has no valid slice"]),
+    "a word": ({"train": "train[a:]"}, ["the bound 'a'", "neither an integer nor a percentage"]),
+    "a fraction": ({"train": "train[:0.8]"}, ["the bound '0.8'"]),
+    "shards": ({"train": "train[:2shard]"}, ["the bound '2shard'"]),
+    "several": ({"train": "train[1]+train[5:10%]"}, ["a colon is missing", "mixes examples and"]),
+    "a percentage": ({"train": "train[:120%]"}, ["'120%', outside of -100%..100%"]),
+    "all, sliced": ({"train": "all[:10]"}, ["slices all splits at once"]),
+    "too far": ({"train": "train[:8]"}, ["'train[:8]' exceeds train, which has 7 images"]),
+    "too far in a class": ({"train": "train[4/class]"}, ["exceeds some classes", "bee 3, ant 4"]),
+    "empty": ({"val": "val[2:2]"}, ["'val[2:2]' is empty", "none of the 4 images of val"]),
+    "falling": ({"val": "val[3:1]"}, ["'val[3:1]' is empty"]),
+    "a class lost": (
+        {"train": "train[:50%]"},
+        ["train='train[:50%]' leaves no images of 1 of 2 classes: bee", "train[:80%/class]"],
+    ),
+    "on_bad_image": ({"on_bad_image": "ignore"}, ["unknown on_bad_image 'ignore'"]),
+}
+
+
+@pytest.mark.parametrize("mistake", SELECTIONS)
+def test_mistaken_selection(root, mistake):
+    options, fragments = SELECTIONS[mistake]
+    with pytest.raises(DataError) as caught:
+        open_source(f"folder:{root}", **options)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda a: numbered([1, 1]), "no image is left to validate with"),
+        (lambda a: Splits(a, numbered([2])), "same classes in the same order, but have 0, 1 and 0"),
+        (
+            lambda a: dataclasses.replace(a, targets=a.targets + 1),
+            r"targets of train go from 1 to 2, outside of the 2 classes \(0..1\)",
+        ),
+        (lambda a: a.take(np.arange(0)), "train has no images"),
+    ],
+)
+def test_mistaken_sources(make, message):
+    with pytest.raises(DataError, match=message):
+        open_source(make(numbered([2, 3])))

@@ -1,29 +1,20 @@
 """Views of images: pixel for pixel as torchvision makes them, recorded and live."""
 
-import hashlib
-from pathlib import Path
-from unittest import mock
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from reference import GOLDEN, digest, recorded, sample, torchvision_transforms
+from scipy import stats
 
-from jaxft.data import Preprocessing, transforms
+from jaxft.data import Augment, Preprocessing, transforms
+from jaxft.data.augment import VIEWS, View
 from jaxft.data.preprocessing import eval_view, train_view
 from jaxft.errors import DataError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "transforms.npz"  # by record_transforms.py
-
-
-def sample(height: int, width: int) -> Image.Image:
-    """A gradient with noise, in integer arithmetic so that it is the same everywhere."""
-    y, x, c = np.ogrid[:height, :width, :3]
-    noise = ((y * 7919) ^ (x * 104729) ^ (c * 1299709)) % 64
-    return Image.fromarray((128 * y // height + 63 * x // width + noise).astype(np.uint8))
-
-
-# transform, height and width of the image, its argument (the box that is drawn, interpolation).
+# transform, height and width of the image, then as the transform takes them: what was drawn (a
+# box, an offset), sizes, interpolation.
 CASES = {
     "resize, tall, down": ("resize", 300, 217, 64),
     "resize, wide, down": ("resize", 217, 300, 63),
@@ -38,52 +29,46 @@ CASES = {
     "center_crop, narrow image": ("center_crop", 53, 36, 41),
     "center_crop, small image": ("center_crop", 37, 53, 64),
     "center_crop, same": ("center_crop", 41, 41, 41),
-    "random_resized_crop, down": ("random_resized_crop", 300, 217, 48, (11, 23, 180, 150)),
-    "random_resized_crop, up": ("random_resized_crop", 37, 53, 48, (5, 7, 21, 19)),
-    "random_resized_crop, whole": ("random_resized_crop", 37, 53, 24, (0, 0, 37, 53)),
-    "resize, bicubic": ("resize", 300, 217, 64, None, "bicubic"),
-    "random_resized_crop, bicubic": (
-        ("random_resized_crop", 37, 53, 48, (5, 7, 21, 19), "bicubic")
-    ),
+    "squash, wide": ("squash", 217, 300, (64, 64)),
+    "squash, one side up": ("squash", 37, 53, (48, 31)),
+    "resized_crop, down": ("resized_crop", 300, 217, (11, 23, 180, 150), 48),
+    "resized_crop, up": ("resized_crop", 37, 53, (5, 7, 21, 19), 48),
+    "resized_crop, whole": ("resized_crop", 37, 53, (0, 0, 37, 53), 24),
+    "mirror": ("mirror", 37, 53),
+    "upend": ("upend", 37, 53),
+    "shift, down and left": ("shift", 37, 53, (3, -4)),
+    "shift, up": ("shift", 37, 53, (-2, 0)),
+    "resize, bicubic": ("resize", 300, 217, 64, "bicubic"),
+    "squash, bicubic": ("squash", 217, 300, (64, 48), "bicubic"),
+    "resized_crop, bicubic": ("resized_crop", 37, 53, (5, 7, 21, 19), 48, "bicubic"),
 }
 
 
-def ours(transform, height, width, argument, box=None, *interpolation) -> np.ndarray:
+# What torchvision calls ours, where the names differ.
+FUNCTIONAL = {"squash": "resize", "mirror": "hflip", "upend": "vflip"}
+
+
+def ours(transform, *case) -> np.ndarray:
+    height, width, *arguments = case
+    return np.asarray(getattr(transforms, transform)(sample(height, width), *arguments))
+
+
+def torchvisions(transform, *case) -> np.ndarray:
+    tv = torchvision_transforms()
+    height, width, *arguments = case
     image = sample(height, width)
-    if box is None:
-        return np.asarray(getattr(transforms, transform)(image, argument, *interpolation))
-    with mock.patch.object(transforms, "crop_box", return_value=box):
-        rng = np.random.default_rng()
-        return np.asarray(transforms.random_resized_crop(image, argument, rng, *interpolation))
-
-
-def torchvisions(transform, height, width, argument, box=None, *interpolation) -> np.ndarray:
-    transforms = torchvision_transforms()
-    mode = [transforms.InterpolationMode(name) for name in interpolation]
-    image = sample(height, width)
-    if box is None:
-        return np.asarray(getattr(transforms.functional, transform)(image, [argument], *mode))
-    return np.asarray(transforms.functional.resized_crop(image, *box, [argument] * 2, *mode))
-
-
-def torchvision_transforms():
-    torch = pytest.importorskip("torch")
-    try:
-        return pytest.importorskip("torchvision.transforms")
-    except RuntimeError:
-        # Beside a CPU build of torch, the operators of torchvision's extension are missing, and
-        # it refuses to load until somebody declares them. No transform uses them.
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-        from torchvision import transforms as module
-
-        module.library = library  # what it declared ends with it
-        return module
-
-
-def digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    mode = [tv.InterpolationMode(name) for name in arguments if isinstance(name, str)]
+    if transform == "resized_crop":
+        box, size = arguments[:2]
+        return np.asarray(tv.functional.resized_crop(image, *box, [size] * 2, *mode))
+    if transform == "shift":
+        padding = max(map(abs, arguments[0]))
+        top, left = (offset + padding for offset in arguments[0])
+        padded = tv.functional.pad(image, padding)
+        return np.asarray(tv.functional.crop(padded, top, left, height, width))
+    size = [np.ravel(a).tolist() for a in arguments[:1]]
+    name = FUNCTIONAL.get(transform, transform)
+    return np.asarray(getattr(tv.functional, name)(image, *size, *mode))
 
 
 LEVELS = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)  # every value, as [h w c]
@@ -91,9 +76,7 @@ LEVELS = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)  # ever
 
 @pytest.mark.parametrize("case", CASES)
 def test_transform_equals_torchvision_recorded(case):
-    with np.load(GOLDEN) as golden:
-        digests = dict(zip(golden["names"], golden["digests"], strict=True))
-    assert digest(ours(*CASES[case])) == digests[case]
+    assert digest(ours(*CASES[case])) == recorded("transforms.npz")[case]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +85,7 @@ def test_transform_equals_torchvision_live(case):
 
 
 def test_normalize_equals_torchvision_recorded():
-    with np.load(GOLDEN) as golden:
+    with np.load(GOLDEN / "transforms.npz") as golden:
         expected = golden["normalized"]
     normalize = Preprocessing().normalize
     for function in (normalize, jax.jit(normalize)):
@@ -131,26 +114,46 @@ def test_crop_box_lies_inside(shape):
         assert 0 <= left <= shape[1] - w < shape[1]
 
 
-def test_crop_box_distribution():
+def boxes_by_the_formula(height, width, count, rng) -> np.ndarray:
+    """[count 4], written down again for many at a time: all ten tries, then the first that fits."""
+    area = height * width * rng.uniform(0.08, 1, (count, 10))
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), (count, 10)))
+    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = (w <= width) & (h <= height)
+    assert fits.any(axis=1).all()  # so often that the fallback needs a test of its own
+    first = np.arange(count), fits.argmax(axis=1)
+    w, h = w[first], h[first]
+    top = np.floor(rng.uniform(size=count) * (height - h + 1))
+    left = np.floor(rng.uniform(size=count) * (width - w + 1))
+    return np.stack([top, left, h, w], axis=1)
+
+
+def assert_same_distribution(some, others):
+    for name, a, b in zip(("top", "left", "height", "width"), some.T, others.T, strict=True):
+        assert stats.ks_2samp(a, b).pvalue > 0.01, name
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (375, 500)])
+def test_crop_boxes_are_distributed_by_the_formula(shape):
     rng = np.random.default_rng(0)
-    side = 1000
-    boxes = np.array([transforms.crop_box(side, side, rng) for _ in range(4000)])
-    top, left, h, w = boxes.T.astype(float)
-    area, log_ratio = h * w / side**2, np.log(w / h)
-    assert area.min() == pytest.approx(0.08, abs=0.01)
-    assert area.max() <= 1
-    assert np.abs(log_ratio).max() == pytest.approx(np.log(4 / 3), abs=0.01)
-    assert log_ratio.mean() == pytest.approx(0, abs=0.02)
-    # Boxes that can be placed are at any place: the corner is uniform in the room that is left.
-    room = (h < side) & (w < side)
-    for offset, length in ((top, h), (left, w)):
-        share = offset[room] / (side - length[room])
-        assert (share.min(), share.max()) == (0, 1)
-        assert share.mean() == pytest.approx(0.5, abs=0.03)
-    # Small ones always fit: their areas and log-ratios are uniform.
-    fits = area < 0.5
-    assert np.median(area[fits]) == pytest.approx(0.29, abs=0.02)
-    assert np.median(np.abs(log_ratio[fits])) == pytest.approx(np.log(4 / 3) / 2, abs=0.02)
+    ours = np.array([transforms.crop_box(*shape, rng) for _ in range(10_000)])
+    expected = boxes_by_the_formula(*shape, 10_000, np.random.default_rng(1))
+    assert_same_distribution(ours, expected)
+    # The test has teeth: boxes from 10 % of the area on, not 8, are told apart.
+    with pytest.raises(AssertionError):
+        assert_same_distribution(ours[ours[:, 2] * ours[:, 3] > 0.1 * np.prod(shape)], expected)
+
+
+def test_crop_boxes_are_distributed_as_torchvisions_live():
+    tv = torchvision_transforms()
+    import torch
+
+    torch.manual_seed(0)
+    image, rng = sample(375, 500), np.random.default_rng(0)
+    draw = tv.RandomResizedCrop.get_params
+    theirs = [draw(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)]
+    ours = [transforms.crop_box(375, 500, rng) for _ in range(10_000)]
+    assert_same_distribution(np.array(ours), np.array(theirs))
 
 
 @pytest.mark.parametrize(
@@ -166,23 +169,12 @@ def test_crop_box_of_extreme_images_is_central(shape, box):
     assert transforms.crop_box(*shape, rng) == box
 
 
-def test_horizontal_flip_mirrors_half_of_the_time():
-    image, rng = sample(5, 7), np.random.default_rng(0)
-    mirrored = 0
-    for _ in range(400):
-        view = np.asarray(transforms.horizontal_flip(image, rng))
-        if not np.array_equal(view, np.asarray(image)):
-            np.testing.assert_array_equal(view, np.asarray(image)[:, ::-1])
-            mirrored += 1
-    assert 160 < mirrored < 240
-
-
-def test_shift_is_every_crop_of_the_padded_image():
-    image, rng = sample(5, 7), np.random.default_rng(0)
-    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)))
-    crops = {padded[y : y + 5, x : x + 7].tobytes() for y in range(5) for x in range(5)}
-    shifted = {transforms.shift(image, 2, rng).tobytes() for _ in range(400)}
-    assert shifted == crops
+def test_shifts_are_all_equally_likely():
+    rng = np.random.default_rng(0)
+    drawn = [transforms.shift_offset(2, rng) for _ in range(10_000)]
+    offsets, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert offsets.tolist() == [[y, x] for y in range(-2, 3) for x in range(-2, 3)]
+    assert stats.chisquare(counts).pvalue > 0.01
 
 
 # Views.
@@ -195,13 +187,44 @@ def view(image, preprocessing, augment, seed=0):
     return train_view(image, preprocessing, augment, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("augment", ["none", "crop_flip", "shift"])
+@pytest.mark.parametrize("augment", VIEWS)
 def test_training_views_have_the_size_and_repeat(augment):
     image = sample(37, 53)
-    views = [view(image, SMALL, augment, seed) for seed in (0, 0, 1, 2)]
+    pixels = image.tobytes()
+    views = [view(image, SMALL, augment, seed) for seed in (0, 0, 1, 2, 3, 4)]
     assert {(v.shape, v.dtype) for v in views} == {((24, 24, 3), np.dtype(np.uint8))}
     np.testing.assert_array_equal(views[0], views[1])
-    assert len({v.tobytes() for v in views}) == (1 if augment == "none" else 3)
+    expected = {"none": 1, "flip": 2}.get(augment, 5)
+    assert len({v.tobytes() for v in views}) == expected
+    assert image.tobytes() == pixels  # a cache hands out the same image again and again
+
+
+def test_every_augment_has_a_view():
+    assert tuple(VIEWS) == get_args(Augment)
+
+
+# The views that measured results depend on: for the same seeds they must stay the same.
+DIGESTS = {
+    "none": "d0446b3f63179a9422f933b642d2e2f1bdc5f36fe8669ea7f128c32bd2632422",
+    "crop_flip": "9a44dee89f74fed2bef2a81efb311acd3db550cae4c6e9064f4409625c80af41",
+    "shift": "b21a4acd1c84067f8f443ebfe611f9269c1aeadfc87cf585d1cbe971b8d41277",
+}
+
+
+@pytest.mark.parametrize("augment", DIGESTS)
+def test_training_views_never_change(augment):
+    views = [view(sample(37, 53), SMALL, augment, seed) for seed in range(8)]
+    assert digest(*views) == DIGESTS[augment]
+
+
+@pytest.mark.parametrize("field", ["mirror", "upend"])
+def test_mirrored_half_of_the_time(field):
+    image, change = sample(24, 24), getattr(transforms, field)
+    shown, mirrored = np.asarray(image), np.asarray(change(image))
+    made = [view(image, EXACT, View(**{field: 0.5}), seed) for seed in range(400)]
+    count = sum(np.array_equal(v, mirrored) for v in made)
+    assert count + sum(np.array_equal(v, shown) for v in made) == 400
+    assert stats.binomtest(count, 400).pvalue > 0.01
 
 
 def test_views_without_augmentation_are_the_evaluation_view():
@@ -209,6 +232,14 @@ def test_views_without_augmentation_are_the_evaluation_view():
     expected = transforms.center_crop(transforms.resize(image, 28), 24)
     np.testing.assert_array_equal(eval_view(image, SMALL), expected)
     np.testing.assert_array_equal(view(image, SMALL, "none"), expected)
+
+
+def test_views_of_squashed_images():
+    image = sample(37, 53)
+    squash = Preprocessing(image_size=24, resize_size=28, resize_mode="squash")
+    expected = transforms.center_crop(transforms.squash(image, (28, 28)), 24)
+    np.testing.assert_array_equal(eval_view(image, squash), expected)
+    np.testing.assert_array_equal(view(image, squash, "none"), expected)
 
 
 def test_views_without_resizing():

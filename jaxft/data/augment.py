@@ -1,0 +1,77 @@
+"""Augmentations by name, as plain data: what each does to an image before it is trained on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from jaxft.data import color, policies, transforms
+
+Augment = Literal[
+    "none", "crop_flip", "shift", "shift_flip", "flip", "jitter", "randaugment", "trivialaugment"
+]
+"""The training view.
+
+- `none`: the evaluation view.
+- `crop_flip`: a random box scaled to the input size, mirrored half of the time. torchvision's
+  ImageNet training, its transfer-learning tutorial and d2l's.
+- `shift`: the evaluation view moved by up to an eighth.
+- `shift_flip`: the same, mirrored half of the time. At 32 pixels that is CIFAR's: pad by 4, crop.
+- `flip`: the evaluation view, mirrored half of the time.
+- `jitter`, `randaugment`, `trivialaugment`: `crop_flip`, then colours by up to 40 %, or the policy
+  of that name as torchvision's reference training has it.
+
+Erasing, mixup and label smoothing act on normalised batches on the device: `jaxft.data.erasing`,
+`jaxft.data.mix`.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """The steps of a training view, in the order in which they are taken.
+
+    frame: `eval`: as in evaluation; `box`: a random box of the image, scaled to the input size;
+      `shift`: as in evaluation, then moved by up to an eighth of its side.
+    mirror, upend: how often left and right, and top and bottom, change places; 0 to 1.
+    jitter, policy: what happens to its colours, and more; None: nothing.
+    """
+
+    frame: Literal["eval", "box", "shift"] = "eval"
+    mirror: float = 0.0
+    upend: float = 0.0
+    jitter: color.Jitter | None = None
+    policy: policies.RandAugment | policies.TrivialAugmentWide | None = None
+
+
+VIEWS: dict[str, View] = {
+    "none": View(),
+    "crop_flip": View(frame="box", mirror=0.5),
+    "shift": View(frame="shift"),
+    "shift_flip": View(frame="shift", mirror=0.5),
+    "flip": View(mirror=0.5),
+    "jitter": View(
+        frame="box",
+        mirror=0.5,
+        jitter=color.Jitter(brightness=0.4, contrast=0.4, saturation=0.4),
+    ),
+    "randaugment": View(frame="box", mirror=0.5, policy=policies.RandAugment()),
+    "trivialaugment": View(frame="box", mirror=0.5, policy=policies.TrivialAugmentWide()),
+}
+"""What each name of `Augment` stands for."""
+
+
+def vary(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
+    """All of a view but its frame: mirrored, recoloured, and whatever its policy draws."""
+    # What a view leaves out draws no numbers: adding a field changes no view that lacks it.
+    if view.mirror and rng.random() < view.mirror:
+        image = transforms.mirror(image)
+    if view.upend and rng.random() < view.upend:
+        image = transforms.upend(image)
+    if view.jitter is not None:
+        for channel, factor in view.jitter.draw(rng):
+            image = color.adjust(image, channel, factor)
+    if view.policy is not None:
+        for step in view.policy.draw(image.height, image.width, rng):
+            image = policies.apply(image, step, view.policy.interpolation)
+    return image

@@ -1,0 +1,66 @@
+"""A folder of images as a TFDS data set, in array_record format."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxft.data.folder import Files
+from jaxft.errors import DataError
+
+
+class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, name: str, splits: Mapping[str, Files], **options: Any):
+        self.name, self._splits = name, splits
+        super().__init__(file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        classes = list(next(iter(self._splits.values())).classes)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Images with their classes, from a folder.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(),
+                    "label": tfds.features.ClassLabel(names=classes),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
+        return {name: self._generate_examples(files) for name, files in self._splits.items()}
+
+    def _generate_examples(self, source: Files) -> Iterator[tuple[str, dict]]:
+        for path, target in zip(source.files, source.targets, strict=True):
+            name = f"{source.classes[target]}/{path.name}"
+            # Bytes are stored as they are. TFDS shuffles by the name, the same way each time.
+            example = {"image": path.read_bytes(), "label": int(target), "file_name": name}
+            yield name, example
+
+
+def write(splits: Mapping[str, Files], out: Path, name: str) -> None:
+    """Writes the splits as the TFDS data set `name`, in the folder `out`, for `tfds_dir:OUT`.
+
+    The images' own bytes are kept; examples are shuffled, so that slices mix the classes.
+
+    Raises:
+      DataError: `out` exists, or `name` is not one that TFDS allows.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists already: give a folder that does not, or remove it.")
+    if not name.isidentifier() or name != name.lower():
+        raise DataError(
+            f"'{name}' cannot name a TFDS data set: use a-z, 0-9 and _, a letter first."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out`, so that it appears there whole or not at all.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        builder = _Images(name, splits, data_dir=scratch)
+        builder.download_and_prepare()
+        builder.data_path.rename(out)

@@ -1,0 +1,96 @@
+"""Every image is decoded once before a run, so that it cannot die of one later."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+from PIL import Image
+
+from jaxft.data.decode import decode
+from jaxft.data.joined import take
+from jaxft.data.protocol import Checkable, Source
+from jaxft.data.splits import shown
+from jaxft.errors import DataError
+
+S = TypeVar("S", bound=Source)
+OnBadImage = Literal["error", "skip"]
+"""What becomes of images that cannot be read: they end the run before it starts, or are left out
+of it, and said."""
+
+_SHOWN = 5  # images named in one message
+
+
+def problem(file: Path | bytes, place: str) -> str | None:
+    """`place` and why the file cannot be decoded, or None if it can."""
+    try:
+        decode(file, reduce_to=1)  # a JPEG at an eighth of its size, which reads all its bytes
+    except DataError as error:
+        return f"{place}: {error}"
+    return None
+
+
+def checked(
+    sources: Mapping[str, S], on_bad_image: OnBadImage
+) -> tuple[dict[str, S], tuple[str, ...]]:
+    """The sources, by the names of their splits, without what cannot be read; and a remark of it.
+
+    Raises:
+      DataError: some images cannot be read and `on_bad_image` is "error"; or a class would lose
+        all of its images; or `on_bad_image` is unknown.
+    """
+    if on_bad_image not in get_args(OnBadImage):
+        raise DataError(f"unknown on_bad_image '{on_bad_image}': use error or skip.")
+    found = {name: _problems(source) for name, source in sources.items()}
+    problems = sorted(line for lines in found.values() for line in lines.values())
+    if not problems:
+        return dict(sources), ()
+    total = sum(map(len, sources.values()))
+    listing = "".join(f"\n  {line}" for line in problems[:_SHOWN])
+    if len(problems) > _SHOWN:
+        listing += f"\n  and {len(problems) - _SHOWN} more"
+    if on_bad_image == "error":
+        raise DataError(
+            f"{len(problems)} of {total} images cannot be read; replace or remove them, or leave "
+            f"them out with on_bad_image='skip':{listing}"
+        )
+    good = {name: _without(source, found[name]) for name, source in sources.items()}
+    emptied = [
+        f"{source.classes[target]} ({name})"
+        for name, source in sources.items()
+        for target in np.setdiff1d(source.targets, good[name].targets)
+    ]
+    if emptied:
+        raise DataError(
+            f"without the images that cannot be read, none are left of {shown(emptied)}; "
+            f"replace them:{listing}"
+        )
+    return good, (f"Left out {len(problems)} of {total} images, which cannot be read:{listing}",)
+
+
+def _without(source: S, bad: dict[int, str]) -> S:
+    if not bad:
+        return source
+    return take(source, np.setdiff1d(np.arange(len(source)), list(bad)))
+
+
+def _problems(source: Source) -> dict[int, str]:
+    if not isinstance(source, Checkable):
+        return {}
+    check = source.problem
+
+    def among(indices: range) -> dict[int, str]:
+        return {k: problem for k in indices if (problem := check(k)) is not None}
+
+    # One task a thread, each with a slice of the images: a future an image would cost more than
+    # the list of images itself.
+    threads = min(32, (os.cpu_count() or 1) + 1)
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        # Pillow also warns of the images that are refused for their size. The filter is set here,
+        # around all threads, because filters belong to the process.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        found = pool.map(among, [range(k, len(source), threads) for k in range(threads)])
+        return {index: problem for part in found for index, problem in part.items()}

@@ -1,0 +1,199 @@
+"""Images per second: our batches beside torch's DataLoader, of one folder, in one run.
+
+    python scripts/benchmark_data.py data/hymenoptera
+
+Both read PATH/train/<class>/*, crop at random to 224 pixels, flip, and shuffle into batches. Each
+round starts every pipeline anew; the rounds interleave, and the medians are shown, with the range
+and the ratios to torch's. The first epoch includes the start of threads or processes. On a machine
+that others use too, the processor time per image is the steadier measure.
+
+torch gives float32 that is normalised on the host, as its recipes do, or uint8, which is what ours
+sends to the device; ours are also shown made by processes instead of threads, and with the decoded
+images in memory. torch is left out where it is not installed.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxft.data import Preprocessing, Source, open_source, train_batches
+from jaxft.data.cache import Cached
+
+Epochs = Callable[[], Iterable[int]]
+"""Starts a pipeline; it gives the number of images in each batch of its epochs."""
+
+EPOCHS = 4
+SIZE = 224
+
+
+def ours(source: Source, batch_size: int, workers: int, epochs: int = EPOCHS) -> Iterator[int]:
+    batches = train_batches(
+        source,
+        Preprocessing(image_size=SIZE),
+        augment="crop_flip",
+        batch_size=batch_size,
+        seed=0,
+        stage=0,
+        epochs=epochs,
+        workers=workers,
+    )
+    for batch in batches:
+        yield int(batch.mask.sum())
+
+
+def ours_cached(source: Source, batch_size: int, workers: int) -> Iterator[int]:
+    return ours(Cached(source, 2**34), batch_size, workers)
+
+
+def ours_by_processes(source: Source, batch_size: int, workers: int) -> Iterator[int]:
+    """Each process makes every `workers`-th batch and sends it, pickled, as it would have to."""
+    steps = EPOCHS * -(-len(source) // batch_size)
+    make = partial(_one_batch, source, batch_size)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for images, mask in pool.map(make, range(steps)):
+            assert images.shape == (batch_size, SIZE, SIZE, 3)
+            yield int(mask.sum())
+
+
+def _one_batch(source: Source, batch_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    epoch, position = divmod(step, -(-len(source) // batch_size))
+    batches = train_batches(
+        source,
+        Preprocessing(image_size=SIZE),
+        augment="crop_flip",
+        batch_size=batch_size,
+        seed=0,
+        stage=0,
+        first_epoch=epoch,
+        first_step=position,
+        epochs=EPOCHS,
+        workers=0,
+    )
+    batch = next(batches)
+    return batch.image, batch.mask
+
+
+def torchs(data: Path, batch_size: int, workers: int) -> dict[str, Epochs]:
+    """torch's DataLoaders by name; none where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    try:
+        from torchvision import datasets, transforms
+    except RuntimeError:  # beside a CPU build of torch: operators that no transform uses
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
+        from torchvision import datasets, transforms
+
+    normalize = transforms.Normalize(Preprocessing().mean, Preprocessing().std)
+    endings = {
+        "torch, float32": [transforms.ToTensor(), normalize],
+        "torch, uint8": [transforms.PILToTensor()],
+    }
+
+    def run(ending: list) -> Iterator[int]:
+        crop = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+        loader = torch.utils.data.DataLoader(
+            datasets.ImageFolder(data / "train", transforms.Compose([*crop, *ending])),
+            batch_size=batch_size,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+        for _ in range(EPOCHS):
+            for images, _ in loader:
+                yield len(images)
+
+    return {name: partial(run, ending) for name, ending in endings.items()}
+
+
+class Rates(NamedTuple):
+    """Of one pipeline in one round."""
+
+    first: float
+    """Images per second in the first epoch."""
+    later: float
+    """Images per second in the epochs after it."""
+    cpu: float
+    """Milliseconds of all processors per image, over all epochs."""
+
+
+def rates(start: Epochs, images: int) -> Rates:
+    gc.collect()  # the processes of the pipeline before have ended
+    seen, ends, busy = 0, [time.perf_counter()], _busy()
+    for count in start():
+        seen += count
+        if seen == images * len(ends):
+            ends.append(time.perf_counter())
+    assert len(ends) == EPOCHS + 1
+    gc.collect()
+    first, later = images / (ends[1] - ends[0]), images * (EPOCHS - 1) / (ends[-1] - ends[1])
+    return Rates(first, later, 1000 * (_busy() - busy) / seen)
+
+
+def _busy() -> float:
+    """Seconds that processors have spent on this process and on those that it has ended."""
+    return sum(os.times()[:4])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside JAX's threads
+
+    source = open_source(f"folder:{options.data}").train  # reads all files once: the disk is warm
+    arguments = source, options.batch_size, options.workers
+    pipelines: dict[str, Epochs] = {
+        **torchs(options.data, options.batch_size, options.workers),
+        "ours, processes": partial(ours_by_processes, *arguments),
+        "ours": partial(ours, *arguments),
+        "ours, cached": partial(ours_cached, *arguments),
+    }
+    made: dict[str, list[Rates]] = {name: [] for name in pipelines}
+    for _ in range(options.rounds):
+        for name, start in pipelines.items():
+            made[name].append(rates(start, len(source)))
+
+    print(
+        f"{len(source)} images, {EPOCHS} epochs in batches of {options.batch_size}, "
+        f"{options.workers} workers, {options.rounds} rounds"
+    )
+    titles = {"first": "images/s, epoch 1", "later": "images/s, later", "cpu": "CPU ms/image"}
+    for field, title in titles.items():
+        show(title, {name: [getattr(r, field) for r in rounds] for name, rounds in made.items()})
+
+
+def show(title: str, made: dict[str, list[float]]) -> None:
+    """Medians, ranges, and the median ratio to each of torch's within a round."""
+    baselines = [name for name in made if name.startswith("torch")]
+    print(f"\n{title:20}{'median':>9}{'range':>18}" + "".join(f"{b:>16}" for b in baselines))
+    for name, values in made.items():
+        span = f"{min(values):.4g} - {max(values):.4g}"
+        row = f"{name:20}{statistics.median(values):>9.4g}{span:>18}"
+        for base in baselines:
+            ratios = [a / b for a, b in zip(values, made[base], strict=True)]
+            row += f"{statistics.median(ratios):>15.2f}x"
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

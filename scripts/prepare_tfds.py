@@ -1,0 +1,40 @@
+"""Turns a folder of images into a TFDS data set in array_record format, read by `tfds_dir:OUT`.
+
+    python scripts/prepare_tfds.py FOLDER OUT [--name NAME] [--on-bad-image skip]
+
+FOLDER holds FOLDER/<split>/<class>/ with a split named train, or just FOLDER/<class>/, which
+becomes one split named train. The images' own bytes are kept. Needs no TensorFlow.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxft import JaxftError
+from jaxft.data import folder, folder_builder
+from jaxft.data.readable import checked
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--name", default="images", help="of the data set (default: images)")
+    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error")
+    options = parser.parse_args(arguments)
+    try:
+        collection = folder.find(options.folder)
+        splits, remarks = checked(collection.read(collection.splits), options.on_bad_image)
+        folder_builder.write(splits, options.out, options.name)
+    except (JaxftError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    for remark in remarks:
+        print(remark)
+    counts = ", ".join(f"{name} {len(files):,}" for name, files in splits.items())
+    print(f"Wrote {options.out} ({counts} images): --data tfds_dir:{options.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
