@@ -1,6 +1,7 @@
 """Recipe: a whole run as one frozen dataclass, read from Python or YAML, saved as YAML."""
 
 import dataclasses
+import math
 import os
 import runpy
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import pydantic
 import yaml
 
 from jaxft import atomic
-from jaxft.data import Augment, Preprocessing
+from jaxft.data import Augment, Balance, OnBadImage, Preprocessing
+from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
-from jaxft.errors import RecipeError
+from jaxft.errors import DataError, RecipeError
 from jaxft.models import Model, create
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
+
+_CHANGES_NOTHING = ("workers", "cache_mib")  # but how fast a run is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,8 @@ class Recipe:
     model: str
     """Network, e.g. resnet50 (`jaxft.models.names()` lists them)."""
     data: str
-    """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg) or digits[:5-9]."""
+    """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg), tfds:NAME,
+    tfds_dir:PATH (prepared) or digits[:5-9]."""
     stages: tuple[Stage, ...]
     """What trains in each stage, at which rates, for how long."""
     weights: str | None = None
@@ -43,13 +48,37 @@ class Recipe:
     """Of the head, the order, the augmentation and the choice of `shots`."""
     shots: int | None = None
     """Train on this many images of each class; none: on all."""
+    train_split: str | None = None
+    """What trains, e.g. train[:80%], train+test, train[10/class]; none: the split train."""
+    val_split: str | None = None
+    """What validates, likewise; none: val or validation, else what train leaves, or a fifth."""
+    on_bad_image: OnBadImage = "error"
+    """Images that cannot be read end the run before it starts, or are skipped and listed."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch if it is not full; else its missing rows are masked."""
+    balance: Balance = "none"
+    """Of classes of unequal size: weights in the loss, or sampling each class as often."""
     augment: Augment = "crop_flip"
-    """Training views: random resized crop and flip, small shifts, or none (the evaluation's)."""
+    """Training views: random resized crop and flip, alone or with colour jitter, RandAugment or
+    TrivialAugment; small shifts; flips; or none (the evaluation's)."""
+    erasing: float = 0.0
+    """The chance that a random box of a training image is erased."""
+    mixup: float = 0.0
+    """Blend pairs of training images: alpha of Beta(alpha, alpha), often 0.2; 0: off. With cutmix
+    too, each batch gets either."""
+    cutmix: float = 0.0
+    """Paste a box from one training image into another: alpha, often 1; 0: off."""
+    label_smoothing: float = 0.0
+    """The share of each target that is spread over all classes."""
+    tta: Literal["none", "flip"] = "none"
+    """Validation sees each image, or also its mirror (the mean of both logits)."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none: the weights' own, or 224."""
     resize_size: int | None = None
     """Short side before the central crop of evaluation; none: as much larger than the crop as the
     weights' own is, or 256 for 224."""
+    resize_mode: Literal["short_side", "squash"] | None = None
+    """Whether the short side gets resize_size or both do; none: the weights' own, or short_side."""
     interpolation: Interpolation | None = None
     """Of scaling; none: the weights' own, or bilinear."""
     mean: tuple[float, float, float] | None = None
@@ -67,24 +96,51 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, statistics and optimizer are float32."""
     workers: int = 2
-    """Threads that read images; changes no result."""
+    """Threads that read images, 0 for none of their own; changes no result."""
+    cache_mib: int = 512
+    """Memory for decoded images, in MiB, so that later epochs read no files; changes no result."""
     from_scratch: tuple[Stage, ...] = ()
     """If given: for comparison, also train the network from random weights in these stages."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "image_size", "resize_size", "workers")
-        low = [f for f in counts if (n := getattr(self, f)) is not None and n < 1]
-        if low:
-            raise RecipeError(f"{', '.join(low)} must be at least 1.")
+        counts = {1: ("batch_size", "image_size", "resize_size"), 0: ("workers", "cache_mib")}
+        for least, fields in counts.items():
+            low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]
+            if low:
+                raise RecipeError(f"{', '.join(low)} must be at least {least}.")
         if self.seed < 0:
             raise RecipeError(f"seed is {self.seed}; it must not be negative.")
         if self.std is not None and not all(s > 0 for s in self.std):
             raise RecipeError(f"std is {self.std}; each must be positive.")
+        self._check_splits()
+        self._check_objective()
         check_stages(self.stages)
         if self.from_scratch:
             check_stages(self.from_scratch)
+
+    def _check_splits(self) -> None:
+        for field in ("train_split", "val_split"):
+            expression = getattr(self, field)
+            try:
+                parse("train" if expression is None else expression)
+            except DataError as error:
+                raise RecipeError(f"{field}: {error}") from error
+
+    def _check_objective(self) -> None:
+        if not 0 <= self.erasing <= 1:
+            raise RecipeError(f"erasing is {self.erasing}; a chance lies between 0 and 1.")
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(
+                f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
+            )
+        for field in ("mixup", "cutmix"):
+            alpha = getattr(self, field)
+            if not 0 <= alpha < math.inf:
+                raise RecipeError(f"{field} is {alpha}; its alpha must be 0 (off) or positive.")
+            if alpha and self.batch_size == 1:
+                raise RecipeError(f"{field} mixes images of a batch; batch_size is 1.")
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -103,6 +159,7 @@ class Recipe:
         return Preprocessing(
             image_size=size,
             resize_size=resize_size,
+            resize_mode=self.resize_mode or own.resize_mode,
             interpolation=self.interpolation or own.interpolation,
             mean=self.mean or own.mean,
             std=self.std or own.std,
@@ -170,7 +227,8 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     return [
         f"{field.name}: {getattr(before, field.name)!r} -> {getattr(now, field.name)!r}"
         for field in dataclasses.fields(Recipe)
-        if field.name != "workers" and getattr(before, field.name) != getattr(now, field.name)
+        if field.name not in _CHANGES_NOTHING
+        and getattr(before, field.name) != getattr(now, field.name)
     ]
 
 

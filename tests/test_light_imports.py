@@ -12,7 +12,7 @@ LIGHT = [
     "methods",
 ]  # fmt: skip
 HEAVY = {
-    "flax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
+    "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
     "rich", "pydantic", "tyro", "haiku", "equinox",
 }  # fmt: skip
 

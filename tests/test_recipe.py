@@ -1,6 +1,7 @@
 """Recipes: read from Python and YAML, saved, compared, and refused."""
 
 import dataclasses
+import math
 import re
 
 import optax
@@ -18,6 +19,7 @@ from jaxft import (
     Stage,
     Update,
 )
+from jaxft.data import Preprocessing
 from jaxft.recipe import differences, read, resolve, save
 from jaxft.schedules import (
     Constant,
@@ -75,8 +77,24 @@ RECIPE = Recipe(
         dataclasses.replace(RECIPE, optimizer=SGD()),
         dataclasses.replace(RECIPE, optimizer=Adam(weight_decay=1e-4), resize_size=None),
         dataclasses.replace(RECIPE, optimizer=AdamW(), from_scratch=RECIPE.stages[:1], shots=3),
+        dataclasses.replace(
+            RECIPE,
+            train_split="train[:80%/class]",
+            val_split="train[80%:/class]+test",
+            on_bad_image="skip",
+            augment="trivialaugment",
+            resize_mode="squash",
+            erasing=0.1,
+            mixup=0.2,
+            cutmix=1.0,
+            label_smoothing=0.1,
+            balance="sampling",
+            drop_last=True,
+            cache_mib=0,
+            tta="flip",
+        ),
     ],
-    ids=["plain", "sgd", "adam", "scratch"],
+    ids=["plain", "sgd", "adam", "scratch", "data"],
 )
 def test_yaml_gives_back_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")
@@ -117,9 +135,21 @@ def test_unreadable_recipes(name, text, message, tmp_path):
     ("fields", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 0, "workers": 0}, "batch_size, workers must be at least 1"),
+        ({"batch_size": 0, "resize_size": 0}, "batch_size, resize_size must be at least 1"),
+        ({"workers": -1, "cache_mib": -1}, "workers, cache_mib must be at least 0"),
         ({"seed": -1}, "seed is -1"),
         ({"std": (1.0, 0.0, 1.0)}, "std is"),
+        (
+            {"train_split": "train[:80"},
+            r"train_split: split 'train\[:80': .* write train, train\[:80%",
+        ),
+        ({"val_split": ""}, "val_split: split '': "),
+        ({"erasing": 1.1}, "erasing is 1.1; a chance lies"),
+        ({"erasing": math.nan}, "erasing is nan"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
+        ({"mixup": -0.2}, r"mixup is -0.2; its alpha must be 0 \(off\) or positive"),
+        ({"cutmix": math.inf}, "cutmix is inf"),
+        ({"cutmix": 1.0, "batch_size": 1}, "cutmix mixes images of a batch; batch_size is 1"),
         ({"stages": ()}, "at least one stage"),
         ({"stages": RECIPE.stages[:1] * 2}, "'head'"),
         ({"from_scratch": RECIPE.stages[:1] * 2}, "'head'"),
@@ -135,11 +165,15 @@ def test_wrong_values(fields, message):
     ("fields", "message"),
     [
         ({"batch_size": "many"}, "batch_size: Input should be a valid integer"),
-        ({"augment": "mixup"}, "augment: Input should be 'none', 'crop_flip' or 'shift'"),
+        ({"augment": "mixup"}, "augment: Input should be 'none', 'crop_flip', 'shift', "),
+        ({"balance": "weights"}, "balance: Input should be 'none', 'loss' or 'sampling'"),
+        ({"on_bad_image": "ignore"}, "on_bad_image: Input should be 'error' or 'skip'"),
+        ({"resize_mode": "crop"}, "resize_mode: Input should be 'short_side' or 'squash'"),
+        ({"tta": "crops"}, "tta: Input should be 'none' or 'flip'"),
         ({"stages": (Stage("a", {re.compile("fc"): 1.0}, 1),)}, "patterns are strings"),
         ({"stages": (Stage("a", {"fc": 1.0}, 1, optimizer=optax.identity()),)}, "optimizers jaxft"),
     ],
-    ids=["type", "choice", "pattern", "optimizer"],
+    ids=["type", "augment", "balance", "bad", "resize", "tta", "pattern", "optimizer"],
 )
 def test_resolve_refuses_what_cannot_be_saved(fields, message):
     recipe = object.__new__(Recipe)  # as a config may, circumvent what __post_init__ can see
@@ -149,7 +183,24 @@ def test_resolve_refuses_what_cannot_be_saved(fields, message):
         resolve(recipe)
 
 
+@pytest.mark.parametrize(
+    ("fields", "own", "expected"),
+    [
+        ({}, {}, (224, 256, "short_side")),
+        ({}, {"resize_mode": "squash", "resize_size": 224}, (224, 224, "squash")),
+        ({"resize_mode": "squash", "image_size": 112}, {}, (112, 128, "squash")),
+        ({"resize_mode": "short_side"}, {"resize_mode": "squash"}, (224, 256, "short_side")),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_leaves_open_is_as_the_weights_have_it(fields, own, expected):
+    recipe = dataclasses.replace(RECIPE, **fields).expecting(Preprocessing(**own))
+    found = recipe.preprocessing
+    assert (found.image_size, found.resize_size, found.resize_mode) == expected
+    assert recipe.expecting(Preprocessing()) == recipe
+
+
 def test_differences_name_fields_that_train_differently():
-    other = dataclasses.replace(RECIPE, batch_size=64, workers=7)
-    assert differences(RECIPE, other) == ["batch_size: 32 -> 64"]
+    other = dataclasses.replace(RECIPE, batch_size=64, workers=7, cache_mib=0, mixup=0.2)
+    assert differences(RECIPE, other) == ["batch_size: 32 -> 64", "mixup: 0.0 -> 0.2"]
     assert differences(RECIPE, RECIPE) == []

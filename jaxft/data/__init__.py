@@ -1,16 +1,25 @@
 """From a source spec to batches of images: `open_source`, a `Preprocessing`, the batches."""
 
 from jaxft.data.arrays import arrays
+from jaxft.data.augment import Augment, View
+from jaxft.data.balance import Balance
 from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
-from jaxft.data.preprocessing import Augment, Preprocessing
-from jaxft.data.sources import Source, Splits, open_source
+from jaxft.data.cache import Cached
+from jaxft.data.preprocessing import Preprocessing
+from jaxft.data.protocol import Source, Splits
+from jaxft.data.readable import OnBadImage
+from jaxft.data.sources import open_source
 
 __all__ = [
     "Augment",
+    "Balance",
     "Batch",
+    "Cached",
+    "OnBadImage",
     "Preprocessing",
     "Source",
     "Splits",
+    "View",
     "arrays",
     "eval_batches",
     "open_source",

@@ -5,13 +5,14 @@ depend neither on the number of threads or processes nor on where a run was resu
 checkpoint needs to store only its position.
 """
 
-from collections.abc import Callable, Generator
-from functools import lru_cache
+from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxft.data.augment import View
+from jaxft.data.balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Augment, Preprocessing, eval_view, train_view
 from jaxft.data.protocol import Source
@@ -64,6 +65,7 @@ def train_batches(
     first_step: int = 0,
     workers: int,
     drop_last: bool = False,
+    balanced: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """The batches of a stage's epochs `first_epoch`, ..., `epochs - 1`, one after another.
@@ -72,6 +74,9 @@ def train_batches(
     first is entered at its step `first_step`, where a run was interrupted. `workers` threads
     prepare batches ahead; 0 prepares each when it is asked for. To stop early, `close()` the
     generator (`contextlib.closing`): threads end with the batch in hand.
+
+    If `balanced`, an epoch is as long but draws with replacement, each class as often as another
+    (`jaxft.data.balance`); what is drawn twice is augmented anew.
 
     With `shard` (i, n), process i of n makes its n-th part of each batch's rows and decodes no
     others: the parts of all processes, one after another, are the batch.
@@ -86,18 +91,22 @@ def train_batches(
     # Two epochs are in the making around each boundary between them.
     @lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, stage, epoch]).permutation(len(source))
+        rng = np.random.default_rng([seed, stage, epoch])
+        return balanced_draws(source, rng) if balanced else rng.permutation(len(source))
 
     def make_batch(step: int) -> Batch:
         epoch, index = divmod(step, steps)
 
-        def view(example: int) -> tuple[np.ndarray, int]:
-            rng = np.random.default_rng([seed, stage, epoch, example, _AUGMENTATION])
+        def view(example: int, place: int) -> tuple[np.ndarray, int]:
+            # Only there does an epoch hold an example more than once.
+            which = (place,) if balanced else ()
+            rng = np.random.default_rng([seed, stage, epoch, example, _AUGMENTATION, *which])
             image, target = source[example]
             return train_view(image, preprocessing, augment, rng), target
 
-        examples = order(epoch)[index * batch_size : (index + 1) * batch_size]
-        return _assemble(examples[rows], view, preprocessing.image_size, rows)
+        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[rows]
+        examples = zip(order(epoch)[places].tolist(), places.tolist(), strict=True)
+        return _assemble([partial(view, *e) for e in examples], preprocessing.image_size, rows)
 
     return prefetch(make_batch, range(first_epoch * steps + first_step, epochs * steps), workers)
 
@@ -119,7 +128,8 @@ def eval_batches(
 
     def make_batch(step: int) -> Batch:
         examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))
-        return _assemble(examples[rows], view, preprocessing.image_size, rows)
+        views = [partial(view, example) for example in examples[rows].tolist()]
+        return _assemble(views, preprocessing.image_size, rows)
 
     return prefetch(make_batch, range(steps_per_epoch(source, batch_size)), workers)
 
@@ -139,14 +149,11 @@ def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
 
 
 def _assemble(
-    examples: np.ndarray,
-    view: Callable[[int], tuple[np.ndarray, int]],
-    image_size: int,
-    rows: slice,
+    views: Sequence[Callable[[], tuple[np.ndarray, int]]], image_size: int, rows: slice
 ) -> Batch:
     count = rows.stop - rows.start
     images = np.zeros((count, image_size, image_size, 3), np.uint8)
     targets = np.zeros(count, np.int32)
-    for row, example in enumerate(examples):
-        images[row], targets[row] = view(int(example))
-    return Batch(images, targets, np.arange(count) < len(examples))
+    for row, view in enumerate(views):
+        images[row], targets[row] = view()
+    return Batch(images, targets, np.arange(count) < len(views))

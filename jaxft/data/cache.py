@@ -25,6 +25,11 @@ class Cached:
         self._lock = threading.Lock()
 
     @property
+    def complete(self) -> bool:
+        """Whether every image is kept by now."""
+        return len(self._images) == len(self)
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The class names, the source's."""
         return self._source.classes

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -33,12 +34,22 @@ def score(tallies: Iterable[Tally]) -> Score:
     return Score(loss=float(loss / examples), accuracy=float(correct / examples))
 
 
-def eval_step(model: Model, preprocessing: Preprocessing) -> Callable[[Tree, Tree, Batch], Tally]:
-    """The jitted evaluation of one batch, with running statistics."""
+def eval_step(
+    model: Model, preprocessing: Preprocessing, *, tta: Literal["none", "flip"] = "none"
+) -> Callable[[Tree, Tree, Batch], Tally]:
+    """The jitted evaluation of one batch, with running statistics.
+
+    With `tta="flip"`, test-time augmentation, the logits are averaged over an image and its mirror.
+    Logits, as torchvision's `TenCrop` example does, not probabilities: the mean is logits again, to
+    which loss and calibration apply as to any, and its loss is never above the mean of the two.
+    """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
         images = preprocessing.normalize(batch.image)
         logits, _ = model.apply(params, stats, images, norms="running")
+        if tta == "flip":
+            mirrored, _ = model.apply(params, stats, images[:, :, ::-1], norms="running")
+            logits = (logits + mirrored) / 2
         return tally(logits, batch)
 
     return jax.jit(step)

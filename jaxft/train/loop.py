@@ -11,9 +11,10 @@ import jax
 from jaxft import data, models, weights
 from jaxft.carryover import carry_with_remarks
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Preprocessing
+from jaxft.data import Cached, Preprocessing, Source, Splits
+from jaxft.data.arrays import Arrays
 from jaxft.errors import CheckpointError
-from jaxft.groups import plan
+from jaxft.groups import StagePlan, plan
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe, resolve
 from jaxft.report.console import Console
@@ -43,11 +44,18 @@ class Result:
 
 
 def finetune(
-    recipe: Recipe, workdir: str | os.PathLike[str], *, console: Console | None = None
+    recipe: Recipe,
+    workdir: str | os.PathLike[str],
+    *,
+    data: Source | Splits | None = None,
+    console: Console | None = None,
 ) -> Result:
     """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
 
     A run killed at any moment and called again ends bit-identically to one that was not.
+
+    data: images to use instead of those that the recipe names, such as `jaxft.data.arrays(...)`;
+      `recipe.data` is then no more than their name, in what is printed and saved.
 
     Raises:
       JaxftError: anything wrong with recipe, data, weights or folder, before training starts;
@@ -61,26 +69,69 @@ def finetune(
         recipe, weights=None, stages=recipe.from_scratch or recipe.stages, from_scratch=()
     )
     check(workdir / "from_scratch", scratch)
-    splits = data.open_source(recipe.data, shots=recipe.shots, seed=recipe.seed)
+    splits = _open(recipe, data)
     model = recipe.network(len(splits.train.classes))
-    params, stats = _start(recipe, model, source)
-    plans = plan(recipe.stages, params)
+    start = _start(recipe, model, source)
+    plans = plan(recipe.stages, start[0])
     if recipe.from_scratch:
-        plan(recipe.from_scratch, params)  # its patterns must not fail after hours of the others
-    console.row(_prologue(recipe, splits, params))
+        plan(recipe.from_scratch, start[0])  # its patterns must not fail after hours of the others
+    console.row(_prologue(recipe, splits, start[0]))
+    for remark in splits.remarks:
+        console.say(remark)
     for remark in source.remarks if source else ():
         console.say(f"{remark[0].upper()}{remark[1:]}.")
+    result = _run(recipe, model, splits, plans, start, workdir, console)
+    if recipe.from_scratch:
+        console.row("\nFor comparison, the same network from random weights:")
+        start = _start(scratch, model, None)
+        plans = plan(scratch.stages, start[0])
+        console.row(_prologue(scratch, splits, start[0]))
+        other = _run(scratch, model, splits, plans, start, workdir / "from_scratch", console)
+        result = dataclasses.replace(result, from_scratch=other.score)
+    return result
 
+
+def _open(recipe: Recipe, given: Source | Splits | None) -> Splits:
+    """The recipe's images, those given or those it names; decoded ones are kept as they fit."""
+    splits = data.open_source(
+        recipe.data if given is None else given,
+        train=recipe.train_split,
+        val=recipe.val_split,
+        shots=recipe.shots,
+        seed=recipe.seed,
+        on_bad_image=recipe.on_bad_image,
+    )
+    # Whether drop_last leaves anything must be known before there is a folder.
+    data.steps_per_epoch(splits.train, recipe.batch_size, drop_last=recipe.drop_last)
+    count = sum(map(len, splits))
+
+    def kept(source: Source) -> Source:
+        if isinstance(source, Arrays):  # is in memory
+            return source
+        return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
+
+    return Splits(kept(splits.train), kept(splits.val), splits.remarks)
+
+
+def _run(
+    recipe: Recipe,
+    model: models.Model,
+    splits: Splits,
+    plans: tuple[StagePlan, ...],
+    start: tuple[Tree, Tree],
+    workdir: Path,
+    console: Console,
+) -> Result:
     with claim(workdir, recipe), closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step()
         with closing(MetricsLog(workdir, step=step or 0)) as metrics:
-            evaluator = eval_step(model, recipe.preprocessing)
+            evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
             run = Run(recipe, model, splits, plans, evaluator, checkpoints, metrics, console)
             if step is None:
-                progress = Progress.at_start(0, 0, run.evaluate(params, stats))
-                current = best = Snapshot(params, stats, _fresh(run, 0, params))
+                progress = Progress.at_start(0, 0, run.evaluate(*start))
+                current = best = Snapshot(*start, _fresh(run, 0, start[0]))
             else:
-                progress, current, best = _resume(run, step, params, stats)
+                progress, current, best = _resume(run, step, *start)
             progress, current = _train_stages(run, progress, current, best)
         handed_on = progress.handed_on(plans[-1].stage)
         exported = export.write(
@@ -92,12 +143,7 @@ def finetune(
             classes=splits.train.classes,
             score=handed_on,
         )
-    result = Result(handed_on, exported, checkpoints.path(progress.step))
-    if recipe.from_scratch:
-        console.row("\nFor comparison, the same network from random weights:")
-        other = finetune(scratch, workdir / "from_scratch", console=console)
-        result = dataclasses.replace(result, from_scratch=other.score)
-    return result
+    return Result(handed_on, exported, checkpoints.path(progress.step))
 
 
 def _start(
@@ -169,7 +215,7 @@ def _state_at(run: Run, stage: int, params: Tree) -> Tree:
     return state
 
 
-def _prologue(recipe: Recipe, splits: data.Splits, params: Tree) -> str:
+def _prologue(recipe: Recipe, splits: Splits, params: Tree) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     devices = jax.devices()
     return (

@@ -1,6 +1,7 @@
 """One stage: epochs of steps, each followed by validation and a checkpoint."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,7 +14,8 @@ import optax
 
 from jaxft import data
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Batch, Splits
+from jaxft.data import Batch, Cached, Splits
+from jaxft.data.balance import class_weights
 from jaxft.groups import StagePlan
 from jaxft.labels import Tree, combine, partition
 from jaxft.models import Model
@@ -22,8 +24,10 @@ from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.evaluate import Score, score
 from jaxft.train.norms import norm_modes
+from jaxft.train.objective import Objective
 from jaxft.train.progress import Progress
 from jaxft.train.step import Tally, TrainState, train_step
+from jaxft.train.waiting import Waiting
 
 
 class Snapshot(NamedTuple):
@@ -55,8 +59,24 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold every training image once."""
-        return data.steps_per_epoch(self.splits.train, self.recipe.batch_size)
+        """Batches that hold every training image once, but for what `drop_last` drops."""
+        recipe = self.recipe
+        return data.steps_per_epoch(
+            self.splits.train, recipe.batch_size, drop_last=recipe.drop_last
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """What the steps of all stages minimise."""
+        recipe = self.recipe
+        weighted = recipe.balance == "loss"
+        return Objective(
+            label_smoothing=recipe.label_smoothing,
+            class_weights=class_weights(self.splits.train) if weighted else None,
+            erasing=recipe.erasing,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+        )
 
     def transform(self, stage: int) -> optax.GradientTransformationExtraArgs:
         """The optimizer of a stage."""
@@ -89,7 +109,7 @@ def train_stage(
     plan, recipe = run.plans[progress.stage], run.recipe
     norms = norm_modes(current.params, current.stats, plan.labels)
     transform, steps = run.transform(progress.stage), run.steps_per_epoch
-    step = train_step(run.model, transform, recipe.preprocessing, norms)
+    step = train_step(run.model, transform, recipe.preprocessing, norms, run.objective)
 
     title = (
         f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}, "
@@ -112,12 +132,17 @@ def train_stage(
         first_epoch=progress.epoch,
         epochs=plan.stage.epochs,
         workers=recipe.workers,
+        drop_last=recipe.drop_last,
+        balanced=recipe.balance == "sampling",
     )
+    advised = False
     with closing(batches):
         while not progress.ended:
             started = time.perf_counter()
             rates = plan.rates_at(state.opt_state, steps_per_epoch=steps)
-            state, trained = _train_epoch(run, progress, step, state, frozen, batches, steps)
+            state, trained, waiting = _train_epoch(
+                run, progress, step, state, frozen, batches, steps
+            )
             validated = run.evaluate(combine(state.trainable, frozen), state.stats)
             opt_state = plan.after_epoch(state.opt_state, **dataclasses.asdict(validated))
             state = state._replace(opt_state=opt_state)
@@ -127,6 +152,9 @@ def train_stage(
             if improved:
                 best = Snapshot(combine(_copy(state.trainable), frozen), *_copy(state[1:]))
             _record(run, progress, trained, rates, time.perf_counter() - started, improved)
+            if not advised and (advice := _advice(run, waiting, progress.epoch)):
+                run.console.say(advice)
+                advised = True  # once a stage: it does not get better
             if progress.ended and plan.stage.hand_on == "best":
                 current = best
             _save(run, progress, current, best)
@@ -143,17 +171,33 @@ def _train_epoch(
     frozen: Tree,
     batches: Iterator[Batch],
     steps: int,
-) -> tuple[TrainState, Score]:
+) -> tuple[TrainState, Score, Waiting]:
     tallies: list[Tally] = []
     key = jax.random.key(run.recipe.seed)
+    idle, started = 0.0, time.perf_counter()
     with run.console.epoch(progress.epoch + 1, steps) as bar:
         for i in range(steps):
-            dropout = jax.random.fold_in(key, progress.step + i)
-            state, sums = step(state, frozen, next(batches), dropout)
+            asked = time.perf_counter()
+            batch = next(batches)
+            # While the step before is at work, nobody waits; and this batch travels meanwhile.
+            if tallies and tallies[-1].loss.is_ready():  # type: ignore[attr-defined]
+                idle += time.perf_counter() - asked
+            batch = jax.device_put(batch)
+            state, sums = step(state, frozen, batch, jax.random.fold_in(key, progress.step + i))
             tallies.append(sums)
+            if i == 0:
+                started = time.perf_counter()  # not before: it has compiled
             before = jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
             bar.advance(score(before).loss if before and bar.shown else float("nan"))
-    return state, score(tallies)
+    trained = score(tallies)
+    return state, trained, Waiting(time.perf_counter() - started, idle)
+
+
+def _advice(run: Run, waiting: Waiting, epoch: int) -> str | None:
+    train = run.splits.train
+    cached = not isinstance(train, Cached) or train.complete
+    cores = os.cpu_count() or 1
+    return waiting.advice(epoch, workers=run.recipe.workers, cores=cores, cached=cached)
 
 
 def _record(

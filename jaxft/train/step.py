@@ -10,6 +10,7 @@ import optax
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree, combine
 from jaxft.models import Model, Norms
+from jaxft.train.objective import Objective
 
 
 class TrainState(NamedTuple):
@@ -44,22 +45,31 @@ def train_step(
     transform: optax.GradientTransformation,
     preprocessing: Preprocessing,
     norms: Norms,
+    objective: Objective = Objective(),
 ) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]]:
     """The jitted step of a stage: `(state, frozen, batch, key) -> (state, tally)`.
 
-    The loss is the mean cross entropy over the batch's actual rows. Gradients are taken of the
-    trainable half alone, so that the compiled step has no backward pass through what lies
-    before it. The state is donated: its buffers are the next state's. `key` draws dropout.
+    The loss is the mean cross entropy over the batch's actual rows, or as `objective` has it.
+    Gradients are taken of the trainable half alone, so that the compiled step has no backward pass
+    through what lies before it. The state is donated: its buffers are the next state's. `key`
+    draws dropout, erasing and mixing.
+
+    The tally's `loss` is the loss that is minimised, times the rows; its `correct` are hits of each
+    image's own class, whatever is mixed into it.
     """
 
     def loss(
         trainable: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple]:
         images = preprocessing.normalize(batch.image)
+        images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
         params = combine(trainable, frozen)
         logits, stats = model.apply(params, stats, images, norms=norms, mask=batch.mask, key=key)
         sums = tally(logits, batch)
-        return sums.loss / sums.examples, (stats, sums)
+        if targets is None:
+            return sums.loss / sums.examples, (stats, sums)
+        mean = objective.mean_loss(logits, targets, batch.mask)
+        return mean, (stats, sums._replace(loss=mean * sums.examples))
 
     def step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array

@@ -1,0 +1,80 @@
+"""What a step minimises: erased and mixed images, and the cross entropy with soft targets."""
+
+import zlib
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxft.data.erasing import erase, erasing_boxes
+from jaxft.data.mix import cutmix, mixup, mixup_or_cutmix, soft_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How a batch becomes a loss; by default plain cross entropy.
+
+    label_smoothing: the share of each target that is spread over all classes.
+    class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; none: all alike.
+    erasing: the chance that a box of an image is erased.
+    mixup, cutmix: the alphas of their Beta distributions; 0 is without. With both, each batch is
+      mixed by one of them, as a coin falls.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def vary(
+        self,
+        images: jax.Array,
+        target: ArrayLike,
+        mask: ArrayLike,
+        num_classes: int,
+        key: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Normalised images [b h w c] and their targets: float32 [b k], not yet smoothed.
+
+        None instead of the targets if the loss is plain cross entropy with `target`, int [b].
+        """
+        if self.erasing:
+            count, height, width, _ = images.shape
+            drawn = _named(key, "erasing")
+            boxes = erasing_boxes(drawn, count, height, width, probability=self.erasing)
+            images = erase(images, boxes)
+        if not (self.mixup or self.cutmix or self.label_smoothing or self.class_weights):
+            return images, None
+        targets, mask = soft_targets(jnp.asarray(target), num_classes), jnp.asarray(mask)
+        key = _named(key, "mixing")
+        if self.mixup and self.cutmix:
+            return mixup_or_cutmix(
+                key, images, targets, mask, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix
+            )
+        if self.mixup:
+            return mixup(key, images, targets, mask, alpha=self.mixup)
+        if self.cutmix:
+            return cutmix(key, images, targets, mask, alpha=self.cutmix)
+        return images, targets
+
+    def mean_loss(self, logits: jax.Array, targets: jax.Array, mask: ArrayLike) -> jax.Array:
+        """The cross entropy of logits [b k] with targets [b k], a mean over the rows of `mask`.
+
+        Rows count by their targets' weights, and the sum is divided by these weights' sum. With
+        one class a row that is torch's `CrossEntropyLoss(weight=..., label_smoothing=...)`; of
+        mixed classes torch would divide by the number of rows, and the weights set the pace.
+        """
+        weights = jnp.ones(targets.shape[-1], logits.dtype)
+        if self.class_weights is not None:
+            weights = jnp.asarray(self.class_weights, logits.dtype)
+        smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / targets.shape[-1]
+        losses = -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
+        total = jnp.sum(targets @ weights, where=jnp.asarray(mask))
+        return jnp.sum(losses, where=jnp.asarray(mask)) / total
+
+
+def _named(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for each use, as the parts of a network draw theirs by path."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
