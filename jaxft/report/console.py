@@ -31,17 +31,10 @@ class Console:
         self._out = Terminal(quiet=quiet, highlight=False)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prose, each of its lines wrapped at the width of the terminal; paths stay whole."""
+        """Prose, wrapped at the width of the terminal; its indented lines stay as they are."""
         for line in text.split("\n"):
-            within = " " * (len(line) - len(line.lstrip()))
-            wrapped = textwrap.fill(
-                line,
-                self._out.width,
-                subsequent_indent=within,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            self.row(wrapped, style)
+            listed = line.startswith(" ")
+            self.row(line if listed else textwrap.fill(line, self._out.width), style)
 
     def row(self, text: str, style: str | None = None) -> None:
         """A line of a table, as wide as it is."""

@@ -98,13 +98,12 @@ def test_order_depends_on_seed_stage_and_epoch():
     assert len({tuple(o) for o in (first, second, *others)}) == 4
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("augment", get_args(Augment))
-def test_same_batches_for_any_number_of_workers(augment):
+def test_same_batches_for_any_number_of_workers(augment, balanced):
     source, _ = open_source("digits:0-1", shots=10)
-    made = {
-        workers: digests(batches(source, augment=augment, epochs=3, workers=workers))
-        for workers in (0, 2, 4)
-    }
+    options = {"augment": augment, "balanced": balanced, "epochs": 3}
+    made = {workers: digests(batches(source, workers=workers, **options)) for workers in (0, 2, 4)}
     assert len(made[0]) == 3 * steps_per_epoch(source, 8) == 9
     assert made[0] == made[2] == made[4]
     assert len(set(made[0])) == 9
@@ -112,9 +111,11 @@ def test_same_batches_for_any_number_of_workers(augment):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_same_batches_after_a_resume_at_any_step(workers, drop_last):
+@pytest.mark.parametrize("balanced", [False, True])
+def test_same_batches_after_a_resume_at_any_step(workers, drop_last, balanced):
     source, _ = open_source("digits:0-1", shots=10)
-    options = {"augment": "trivialaugment", "epochs": 3, "drop_last": drop_last}
+    options = {"augment": "trivialaugment", "epochs": 3, "balanced": balanced}
+    options |= {"drop_last": drop_last}
     whole = digests(batches(source, **options))
     steps = steps_per_epoch(source, 8, drop_last=drop_last)
     for step in range(len(whole) + 1):
@@ -138,6 +139,7 @@ def test_processes_make_parts_of_the_same_batches(count):
     shards = [(index, count) for index in range(count)]
     for make in (
         lambda shard: batches(source, augment="jitter", epochs=2, workers=2, shard=shard),
+        lambda shard: batches(source, augment="shift", balanced=True, shard=shard),
         lambda shard: eval_batches(source, PLAIN, batch_size=8, workers=2, shard=shard),
     ):
         made = [list(make(shard)) for shard in shards]
@@ -253,6 +255,17 @@ def test_augmentation_belongs_to_the_example_not_to_its_place():
     assert views() == views(batch_size=5) == views(batch_size=5, workers=3)
     for change in ({"seed": 1}, {"stage": 1}, {"first_epoch": 1, "epochs": 2}):
         assert views() != views(**change)
+
+
+def test_balanced_epochs_draw_rare_classes_again_in_other_views():
+    source, _ = open_source("digits:0-1", shots=20)
+    zeros, ones = (np.flatnonzero(source.targets == k) for k in (0, 1))
+    rare = source.take(np.concatenate([zeros, ones[:2]]))
+    made = list(batches(rare, augment="shift", balanced=True, epochs=4))
+    assert sum(batch.mask.sum() for batch in made) == 4 * len(rare)
+    ones = [image.tobytes() for b in made for image in b.image[b.mask & (b.target == 1)]]
+    assert len(ones) > 20  # of 2 images; without balance it would be 8
+    assert len(set(ones)) > 6
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])

@@ -1,0 +1,221 @@
+"""Whole runs by what they are fed: each option of the data, bad images, sources of all kinds."""
+
+import concurrent.futures.thread
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from jaxft import DataError, Recipe, Stage, data, finetune
+from jaxft.data import prefetch
+from jaxft.report.console import Console
+
+ROOT = Path(__file__).parents[2]
+ONCE = (Stage("head", {"fc": 1e-2}, epochs=2, hand_on="last"),)
+RECIPE = Recipe(
+    model="cifar_resnet8",
+    weights="asset:digits_0to4",
+    data="digits:5-9",
+    shots=6,
+    batch_size=8,
+    augment="shift",
+    image_size=8,
+    resize_size=8,
+    stages=ONCE,
+)
+QUIET = Console(quiet=True)
+
+
+def losses(workdir):
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["train_loss"] for row in rows]
+
+
+def image_folder(root, count=4):
+    for split in ("train", "val"):
+        for k, name in enumerate(("ants", "bees")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([k, i]).integers(0, 256, (12, 14, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def from_folder(root, **fields):
+    return dataclasses.replace(RECIPE, data=f"folder:{root}", shots=None, **fields)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("plain")
+    return workdir, finetune(RECIPE, workdir, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"augment": "randaugment"},
+        {"erasing": 0.5},
+        {"mixup": 0.5},
+        {"cutmix": 1.0, "mixup": 0.5, "label_smoothing": 0.1},
+        {"balance": "loss", "shots": None, "train_split": "train[:37]"},
+        {"balance": "sampling"},
+        {"drop_last": True},
+        {"train_split": "train[4/class]", "shots": None},
+        {"resize_mode": "squash", "resize_size": 10},
+    ],
+    ids=str,
+)
+def test_each_option_trains_in_its_own_way_and_again_the_same(fields, plain, tmp_path):
+    recipe = dataclasses.replace(RECIPE, **fields)
+    finetune(recipe, tmp_path / "run", console=QUIET)
+    found = losses(tmp_path / "run")
+    assert np.isfinite(found).all()
+    assert found != losses(plain[0])
+    other_threads = dataclasses.replace(recipe, workers=0, cache_mib=0)
+    finetune(other_threads, tmp_path / "again", console=QUIET)
+    assert losses(tmp_path / "again") == found
+
+
+def test_the_mirror_changes_the_score_and_no_weights(plain, tmp_path):
+    _, result = plain
+    both = finetune(dataclasses.replace(RECIPE, tta="flip"), tmp_path / "run", console=QUIET)
+    assert both.weights.read_bytes() == result.weights.read_bytes()
+    assert both.score != result.score
+
+
+def test_a_cache_changes_nothing(tmp_path):
+    recipe = from_folder(image_folder(tmp_path / "images"), augment="crop_flip")
+    kept = finetune(recipe, tmp_path / "a", console=QUIET)
+    bare = finetune(dataclasses.replace(recipe, cache_mib=0), tmp_path / "b", console=QUIET)
+    assert kept.weights.read_bytes() == bare.weights.read_bytes()
+    assert kept.score == bare.score
+
+
+def test_drop_last_that_drops_all_is_told_before_there_is_a_folder(tmp_path):
+    recipe = dataclasses.replace(RECIPE, drop_last=True, batch_size=64)
+    with pytest.raises(DataError, match="drop_last leaves nothing of 30 images in batches of 64"):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def truncated(images):
+    path = images / "train/bees/2.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    return "train/bees/2.jpg: "
+
+
+def text(images):
+    (images / "val/ants/1.jpg").write_text("no image")
+    return "val/ants/1.jpg: not an image"
+
+
+def empty(images):
+    (images / "train/ants/0.jpg").write_bytes(b"")
+    return "train/ants/0.jpg: "
+
+
+def bomb(images):
+    Image.new("L", (20000, 20000)).save(images / "train/ants/3.png")
+    return "train/ants/3.png: the image exceeds what is safe to decode"
+
+
+BAD = [truncated, text, empty, bomb]
+
+
+@pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
+def test_a_bad_image_ends_the_run_before_it_starts(damage, tmp_path):
+    recipe = from_folder(image_folder(tmp_path / "images"))
+    expected = damage(tmp_path / "images")
+    with pytest.raises(DataError, match="on_bad_image='skip'") as caught:
+        finetune(recipe, tmp_path / "run", console=QUIET)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_left_out_with_a_list(tmp_path, capsys):
+    recipe = from_folder(image_folder(tmp_path / "images"), on_bad_image="skip")
+    expected = [damage(tmp_path / "images") for damage in BAD]
+    finetune(recipe, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Left out 4 of 17 images, which cannot be read:")
+    listed = sorted(lines[start + 1 : start + 5])
+    assert all(any(part in line for line in listed) for part in expected), listed
+    assert lines.count(lines[start]) == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def no_images(images):
+    for path in (images / "val/bees").iterdir():
+        path.unlink()
+
+
+def other_classes(images):
+    (images / "val/bees").rename(images / "val/wasps")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(no_images, "no images in .*val/bees"), (other_classes, "Only in train: bees.*in val: wasps")],
+    ids=["no images", "other classes"],
+)
+def test_folders_that_do_not_hold_together(damage, message, tmp_path):
+    recipe = from_folder(image_folder(tmp_path / "images"), on_bad_image="skip")
+    damage(tmp_path / "images")
+    with pytest.raises(DataError, match=message):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def in_memory(count=30):
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+    return data.arrays(images, np.arange(count) % 3, ["a", "b", "c"])
+
+
+def test_images_in_memory(tmp_path, capsys):
+    recipe = dataclasses.replace(RECIPE, data="noise", shots=None, from_scratch=ONCE)
+    result = finetune(recipe, tmp_path / "run", data=in_memory())
+    said = capsys.readouterr().out
+    assert "noise: 24 images to train on, 6 to validate, 3 classes" in said
+    assert result.from_scratch is not None
+    again = finetune(recipe, tmp_path / "run", data=in_memory(), console=QUIET)
+    assert again == result
+    with pytest.raises(DataError, match="unknown data 'noise'"):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+
+
+def test_targets_outside_of_the_classes(tmp_path):
+    source = in_memory()
+    source.targets[3] = 3
+    with pytest.raises(
+        DataError, match="targets of train go from 0 to 3, outside of the 3 classes"
+    ):
+        finetune(dataclasses.replace(RECIPE, shots=None), tmp_path / "run", data=source)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_thread_that_dies_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "_GLANCE", 0.01)
+    monkeypatch.setattr(concurrent.futures.thread._WorkItem, "run", lambda self: sys.exit())
+    with pytest.raises(DataError, match="a thread that prepares batches has died"):
+        finetune(RECIPE, tmp_path / "run", console=QUIET)
+
+
+def test_a_prepared_folder_trains_as_its_images_do(tmp_path):
+    """Its images lie in another order, which one batch of all does not care about."""
+    images = image_folder(tmp_path / "images")
+    script = [sys.executable, ROOT / "scripts/prepare_tfds.py", images, tmp_path / "set"]
+    subprocess.run(script, check=True, capture_output=True)
+    runs = []
+    for kind, place in (("folder", images), ("tfds_dir", tmp_path / "set")):
+        recipe = dataclasses.replace(RECIPE, data=f"{kind}:{place}", shots=None, batch_size=64)
+        finetune(dataclasses.replace(recipe, augment="none"), tmp_path / kind, console=QUIET)
+        runs.append(load_file(tmp_path / kind / "model.safetensors"))
+    for name, array in runs[0].items():
+        np.testing.assert_allclose(runs[1][name], array, rtol=1e-3, atol=1e-5, err_msg=name)

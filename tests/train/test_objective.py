@@ -1,0 +1,188 @@
+"""The loss as torch has it, and that erasing, mixing and dropout draw apart from each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import SGD, Stage, models, partition, plan
+from jaxft.data import Batch, Preprocessing
+from jaxft.train.evaluate import eval_step
+from jaxft.train.norms import norm_modes
+from jaxft.train.objective import Objective
+from jaxft.train.step import TrainState, train_step
+
+LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)
+TARGET = np.array([0, 2, 1, 2], np.int32)
+RECORDED = {  # torch 2.13.0, CrossEntropyLoss(weight, label_smoothing=...) in float64
+    (None, 0.0): 1.3752106925039849,
+    (None, 0.1): 1.4402106926654141,
+    (None, 0.9): 1.9602106939568482,
+    ((1.0, 2.0, 0.5), 0.0): 0.7363151119700042,
+    ((1.0, 2.0, 0.5), 0.1): 0.8660415151344037,
+    ((1.0, 2.0, 0.5), 0.9): 1.9038527404496,
+    ((0.0, 3.0, 0.25), 0.0): 0.4145387985722061,
+    ((0.0, 3.0, 0.25), 0.1): 0.5426348142328321,
+    ((0.0, 3.0, 0.25), 0.9): 1.5674029395178404,
+}
+MODEL = models.create("cifar_resnet8", num_classes=5)
+PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
+KEY = jax.random.key(3)
+EVERYTHING = Objective(
+    label_smoothing=0.1, class_weights=(1, 2, 3, 4, 5), erasing=0.7, mixup=0.3, cutmix=1.0
+)
+
+
+def batch(rows=8, real=8):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (rows, 8, 8, 3), np.uint8)
+    target, mask = rng.integers(0, 5, rows).astype(np.int32), np.arange(rows) < real
+    return Batch(image, target, mask)
+
+
+@pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
+def test_loss_is_torchs(weights, smoothing):
+    objective = Objective(class_weights=weights, label_smoothing=smoothing)
+    mask = np.array([True] * 4 + [False] * 2)
+    padded = np.concatenate([LOGITS, [[9, 9, -9]] * 2]), np.concatenate([TARGET, [1, 2]])
+
+    @jax.jit
+    def loss(logits, target, mask):
+        _, targets = objective.vary(jnp.zeros((len(target), 8, 8, 3)), target, mask, 3, KEY)
+        if targets is None:  # plain: as `tally` has it
+            targets = jax.nn.one_hot(target, 3)
+        return objective.mean_loss(logits, targets, mask)
+
+    expected = RECORDED[weights, smoothing]
+    np.testing.assert_allclose(loss(LOGITS, TARGET, mask[:4]), expected, rtol=1e-6)
+    np.testing.assert_allclose(loss(*padded, mask), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
+def test_gradient_is_torchs(weights, smoothing):
+    torch = pytest.importorskip("torch")
+    objective = Objective(class_weights=weights, label_smoothing=smoothing)
+    rng = np.random.default_rng(1)
+    logits, target = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(0, 3, 7)
+    onehot, mask = jax.nn.one_hot(target, 3), np.ones(7, bool)
+    value, gradient = jax.value_and_grad(objective.mean_loss)(jnp.asarray(logits), onehot, mask)
+    theirs = torch.tensor(logits, requires_grad=True)
+    weight = None if weights is None else torch.tensor(weights)
+    criterion = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    expected = criterion(theirs, torch.tensor(target))
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_mixed_targets_count_by_their_weights():
+    """A row of two classes costs as its two parts would, and so does the divisor."""
+    objective = Objective(class_weights=(1.0, 4.0, 0.5))
+    targets = jnp.array([[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]])
+    log = np.asarray(jax.nn.log_softmax(LOGITS[:2]), np.float64)
+    parts = 0.75 * 1 * log[0, 0] + 0.25 * 4 * log[0, 1] + 0.5 * log[1, 2]
+    found = objective.mean_loss(jnp.asarray(LOGITS[:2]), targets, np.ones(2, bool))
+    np.testing.assert_allclose(found, -parts / (0.75 + 0.25 * 4 + 0.5), rtol=1e-6)
+
+
+def varied(objective, batch, key=KEY):
+    images = PREPROCESSING.normalize(batch.image)
+    vary = jax.jit(objective.vary, static_argnums=3)
+    images, targets = vary(images, batch.target, batch.mask, 5, key)
+    return np.asarray(images), None if targets is None else np.asarray(targets)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(mixup=0.3), Objective(cutmix=1.0), Objective(mixup=0.3, cutmix=1.0), EVERYTHING],
+    ids=["mixup", "cutmix", "either", "everything"],
+)
+def test_padding_is_mixed_into_nothing(objective):
+    full = batch(real=5)
+    noisy = full._replace(image=full.image.copy(), target=(full.target + ~full.mask) % 5)
+    noisy.image[5:] = 255
+    for key in jax.random.split(KEY, 6):
+        one, other = varied(objective, full, key), varied(objective, noisy, key)
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a[:5], b[:5])
+        np.testing.assert_array_equal(one[1][5:], jax.nn.one_hot(full.target[5:], 5))
+
+
+def test_each_draws_by_itself():
+    """What one of them draws is the same with and without the other."""
+    both, erased = Objective(erasing=1.0, mixup=0.5), Objective(erasing=1.0)
+    plain, _ = varied(Objective(), batch())
+    mixed, targets = varied(Objective(mixup=0.5), batch())
+    boxes = varied(erased, batch())[0] == 0
+    assert boxes.any()
+    assert (mixed != plain).any()
+    together, same = varied(both, batch())
+    np.testing.assert_array_equal(same, targets)
+    share, rows = targets.max(1).min(), np.where(boxes, 0, plain)
+    assert share < 1
+    blends = [s * rows + (1 - s) * np.roll(rows, 1, axis=0) for s in (share, 1 - share)]
+    assert min(np.abs(together - blend).max() for blend in blends) < 1e-5
+    assert not np.array_equal(varied(both, batch(), jax.random.key(4))[0], together)
+
+
+def prepare(objective, model=MODEL):
+    params, stats = model.init(jax.random.key(0))
+    (stage,) = plan([Stage("all", {"*": 0.1}, 1)], params)
+    norms = norm_modes(params, stats, stage.labels)
+    transform = stage.transform(SGD())
+    trainable, frozen = partition(params, stage.labels)
+    state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
+    return train_step(model, transform, PREPROCESSING, norms, objective), state, frozen
+
+
+def test_a_step_counts_rows_and_hits_of_their_own_classes():
+    sums = []
+    for objective in (Objective(label_smoothing=0.3), Objective()):
+        step, state, frozen = prepare(objective)
+        sums.append(step(state, frozen, batch(real=5), KEY)[1])
+    assert [int(s.examples) for s in sums] == [5, 5]
+    assert int(sums[0].correct) == int(sums[1].correct)  # smoothing changes no image
+    assert float(sums[0].loss) != float(sums[1].loss)
+
+
+def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
+    objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, erasing=0.0)
+    after = []
+    for rows in (5, 8):
+        step, state, frozen = prepare(objective)
+        padded = Batch(*(part[:rows] for part in batch(real=5)))
+        state, sums = step(state, frozen, padded, KEY)
+        after.append((state, sums))
+    for a, b in zip(*map(jax.tree.leaves, after), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_without_an_objective_the_step_is_the_plain_one():
+    """The same program: nothing of what is off is compiled."""
+    texts = []
+    for objective in (Objective(), Objective(label_smoothing=0.0, class_weights=None)):
+        step, state, frozen = prepare(objective)
+        texts.append(step.lower(state, frozen, batch(), KEY).as_text())
+    assert texts[0] == texts[1]
+    assert "threefry" not in texts[0]
+    assert "rng_bit" not in texts[0]
+
+
+def test_the_mirror_in_evaluation():
+    """The mean of both logits: what flips an image changes nothing, and a symmetric one neither."""
+    start = MODEL.init(jax.random.key(0))
+    plain = eval_step(MODEL, PREPROCESSING)
+    flip = eval_step(MODEL, PREPROCESSING, tta="flip")
+    images = batch()
+    mirrored = images._replace(image=images.image[:, :, ::-1])
+    a, b = flip(*start, images), flip(*start, mirrored)
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+    apart = [float(plain(*start, each).loss) for each in (images, mirrored)]
+    assert abs(apart[0] - apart[1]) > 1e-4
+    assert float(a.loss) <= np.mean(apart)
+    symmetric = images._replace(image=np.maximum(images.image, mirrored.image))
+    np.testing.assert_allclose(
+        flip(*start, symmetric).loss, plain(*start, symmetric).loss, rtol=1e-6
+    )
