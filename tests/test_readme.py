@@ -93,6 +93,13 @@ def test_the_recipe_example_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
+def test_the_data_example_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLES["Data"][0], names)
+    assert (tmp_path / "runs/noise/model.safetensors").samefile(names["result"].weights)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_configs_open_with_their_command_and_result(path):
     docstring = path.read_text().split('"""')[1]

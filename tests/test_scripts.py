@@ -1,5 +1,6 @@
 """The command line as a user meets it: one clear error, and nothing half-written."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+
+from jaxft import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +77,13 @@ def text_as_image(root):
         (["--data", "digits:7-11"], "DataError: "),
         (["--data", "folder:nowhere"], "DataError: .*nowhere"),
         (["--shots", "1000"], "DataError: shots=1000"),
+        (["--train-split", "train[:0]"], "DataError: split 'train.:0.' is empty"),
+        (["--val-split", "test"], "DataError: .*no split test"),
+        (["--erasing", "2"], "erasing is 2.0; a chance lies between 0 and 1"),
+        (
+            ["--drop-last", "True", "--batch-size", "11"],
+            "DataError: drop_last leaves nothing of 10",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -129,6 +139,8 @@ def test_help_tells_of_every_field():
     done = finetune("configs/quickstart.py", "--help")
     assert done.returncode == 0
     assert "--batch-size INT" in done.stdout
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
     assert "--stages.1.train.layer3 FLOAT" in done.stdout
 
 
