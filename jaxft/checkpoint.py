@@ -93,7 +93,12 @@ class Checkpoints:
 
     def _header(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(header=ocp.args.JsonRestore())
-        return dict(self._manager.restore(step, args=args)["header"])
+        try:
+            return dict(self._manager.restore(step, args=args)["header"])
+        except (KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{self.path(step)} has no header: another program wrote it, or an older jaxft."
+            ) from error
 
     def restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
         """The arrays of the checkpoint of `step`, in exactly the structure of `like`.

@@ -110,6 +110,13 @@ class Recipe:
             low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]
             if low:
                 raise RecipeError(f"{', '.join(low)} must be at least {least}.")
+        if (self.resize_size or self.image_size or 1) < (self.image_size or 1):
+            raise RecipeError(
+                f"resize_size {self.resize_size} is below image_size {self.image_size}: there is "
+                "no such crop of the scaled image."
+            )
+        if self.head == "keep" and self.weights is None:
+            raise RecipeError("head='keep' keeps that of the weights, and weights is None.")
         if self.seed < 0:
             raise RecipeError(f"seed is {self.seed}; it must not be negative.")
         if self.std is not None and not all(s > 0 for s in self.std):
@@ -153,12 +160,10 @@ class Recipe:
 
     def _preprocessing(self, own: Preprocessing) -> Preprocessing:
         size = self.image_size or own.image_size
-        resize_size = self.resize_size
-        if resize_size is None and own.resize_size is not None:
-            resize_size = round(size * own.resize_size / own.image_size)
+        margin = (own.resize_size or own.image_size) / own.image_size
         return Preprocessing(
             image_size=size,
-            resize_size=resize_size,
+            resize_size=self.resize_size or round(size * margin),
             resize_mode=self.resize_mode or own.resize_mode,
             interpolation=self.interpolation or own.interpolation,
             mean=self.mean or own.mean,

@@ -30,6 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         sys.exit(f"{arguments.out} exists; choose another OUT, or delete it.")
+    if arguments.out.suffix in (".pth", ".pt", ".th", ".bin", ".ckpt"):
+        sys.exit(f"{arguments.out}: torch reads .safetensors too; name OUT so, or give a folder.")
     try:
         source = weights.read(arguments.source)
         model = models.create(
@@ -39,14 +41,17 @@ def main() -> None:
             concat_pool=arguments.concat_pool,
         )
         params, stats = weights.load(source, model)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         if arguments.out.suffix == ".safetensors":
             weights.save(arguments.out, model, params, stats)
         else:
             save_weights(arguments.out, params, stats)
     except (JaxftError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     for remark in source.remarks:
-        print(f"{remark[0].upper()}{remark[1:]}.")
+        print(remark)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{arguments.out}: {arguments.model}, {model.num_classes} classes, {count:,} parameters")
 

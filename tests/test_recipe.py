@@ -18,6 +18,7 @@ from jaxft import (
     RMSprop,
     Stage,
     Update,
+    models,
 )
 from jaxft.data import Preprocessing
 from jaxft.recipe import differences, read, resolve, save
@@ -204,3 +205,57 @@ def test_differences_name_fields_that_train_differently():
     other = dataclasses.replace(RECIPE, batch_size=64, workers=7, cache_mib=0, mixup=0.2)
     assert differences(RECIPE, other) == ["batch_size: 32 -> 64", "mixup: 0.0 -> 0.2"]
     assert differences(RECIPE, RECIPE) == []
+
+
+def test_the_network_is_the_recipes():
+    options = {
+        "stride_in_1x1": True,
+        "concat_pool": True,
+        "dropout": 0.1,
+        "drop_path": 0.2,
+        "dtype": "bfloat16",
+    }
+    recipe = dataclasses.replace(RECIPE, model="resnet50", **options)
+    assert recipe.network(7) == models.create("resnet50", num_classes=7, **options)
+
+
+OWN = Preprocessing(
+    image_size=64, resize_size=80, interpolation="bicubic", mean=(0.1,) * 3, std=(0.2,) * 3
+)
+EXPECTED = {
+    "all is the weights'": ({}, OWN),
+    "another size, in proportion": (
+        {"image_size": 32},
+        dataclasses.replace(OWN, image_size=32, resize_size=40),
+    ),
+    "the recipe goes before": (
+        {"resize_size": 64, "interpolation": "bilinear", "std": (0.5,) * 3},
+        dataclasses.replace(OWN, resize_size=64, interpolation="bilinear", std=(0.5,) * 3),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "expected"), EXPECTED.values(), ids=EXPECTED)
+def test_what_a_recipe_leaves_open_is_the_weights_to_say(fields, expected):
+    settled = dataclasses.replace(RECIPE, **fields).expecting(OWN)
+    assert settled.preprocessing == expected
+    assert settled.expecting(Preprocessing()) == settled
+
+
+def test_images_that_are_not_scaled_have_the_inputs_size():
+    own = dataclasses.replace(OWN, resize_size=None)
+    settled = RECIPE.expecting(own)
+    assert (settled.image_size, settled.resize_size) == (64, 64)
+    assert settled.expecting(Preprocessing()) == settled
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image_size": 8, "resize_size": 4}, "resize_size 4 is below image_size 8"),
+        ({"weights": None, "head": "keep"}, "keeps that of the weights"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, said):
+    with pytest.raises(RecipeError, match=said):
+        dataclasses.replace(RECIPE, **fields)

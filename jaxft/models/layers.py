@@ -59,19 +59,23 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.A
 
 
 def by_taps(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """The same as `convolve`: a sum over the kernel's pixels of a matrix product a group."""
+    """The same as `convolve`: a sum over the kernel's pixels of a matrix product a group.
+
+    The sum is in float32 at least, as that within a convolution is.
+    """
     size, _, c_in, c_out = kernel.shape
     b, h, w, _ = x.shape
     side, rows, columns = size // 2, -(-h // stride), -(-w // stride)
     x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
     x = x.reshape(*x.shape[:3], groups, c_in)
     kernel = kernel.reshape(size, size, c_in, groups, c_out // groups)
-    y = jnp.zeros((), x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.zeros((), wide)
     for i in range(size):
         for j in range(size):
             tap = x[:, i : i + h : stride, j : j + w : stride]
-            y += jnp.einsum("bhwgi,igo->bhwgo", tap, kernel[i, j])
-    return y.reshape(b, rows, columns, c_out)
+            y += jnp.einsum("bhwgi,igo->bhwgo", tap, kernel[i, j], preferred_element_type=wide)
+    return y.astype(x.dtype).reshape(b, rows, columns, c_out)
 
 
 @partial(jax.jit, static_argnames=("stride", "groups"))

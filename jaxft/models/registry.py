@@ -107,6 +107,8 @@ def create(
     for option, rate in (("dropout", dropout), ("drop_path", drop_path)):
         if not 0 <= rate < 1:
             raise RecipeError(f"{name}: {option} is {rate}; it must be at least 0 and below 1")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise RecipeError(f"{name}: dtype is {dtype!r}; it must be float32, bfloat16 or None")
     config = _CONFIGS[name]
     if stride_in_1x1 and not config.bottleneck:
         raise RecipeError(

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +24,8 @@ from jaxft.train import export
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.progress import Progress
 from jaxft.train.stage import Run, Snapshot, train_stage
-from jaxft.train.workdir import check, claim
+from jaxft.train.workdir import check, claim, saved
+from jaxft.weights.head import new_head
 
 
 @dataclass(frozen=True)
@@ -62,31 +64,40 @@ def finetune(
         later only what could not be known (an image that has become unreadable, a full disk).
     """
     recipe, workdir, console = resolve(recipe), Path(workdir), console or Console()
-    source = weights.read(recipe.weights) if recipe.weights else None
-    recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
+    recipe.network(num_classes=1)  # its name and options, before anything takes time
+    begun, source = saved(workdir), None
+    if begun:
+        recipe = recipe.expecting(begun.preprocessing)
     check(workdir, recipe)
+    splits = _open(recipe, data)
+    # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
+    if not begun:
+        source = weights.read(recipe.weights) if recipe.weights else None
+        recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
     scratch = dataclasses.replace(
-        recipe, weights=None, stages=recipe.from_scratch or recipe.stages, from_scratch=()
+        recipe,
+        weights=None,
+        head="fresh",
+        stages=recipe.from_scratch or recipe.stages,
+        from_scratch=(),
     )
     check(workdir / "from_scratch", scratch)
-    splits = _open(recipe, data)
     model = recipe.network(len(splits.train.classes))
-    start = _start(recipe, model, source)
+    start = _start(recipe, model, source, workdir)
     plans = plan(recipe.stages, start[0])
     if recipe.from_scratch:
         plan(recipe.from_scratch, start[0])  # its patterns must not fail after hours of the others
     console.row(_prologue(recipe, splits, start[0]))
-    for remark in splits.remarks:
+    for remark in (*splits.remarks, *(source.remarks if source else ())):
         console.say(remark)
-    for remark in source.remarks if source else ():
-        console.say(f"{remark[0].upper()}{remark[1:]}.")
     result = _run(recipe, model, splits, plans, start, workdir, console)
     if recipe.from_scratch:
         console.row("\nFor comparison, the same network from random weights:")
-        start = _start(scratch, model, None)
+        folder = workdir / "from_scratch"
+        start = _start(scratch, model, None, folder)
         plans = plan(scratch.stages, start[0])
         console.row(_prologue(scratch, splits, start[0]))
-        other = _run(scratch, model, splits, plans, start, workdir / "from_scratch", console)
+        other = _run(scratch, model, splits, plans, start, folder, console)
         result = dataclasses.replace(result, from_scratch=other.score)
     return result
 
@@ -147,12 +158,18 @@ def _run(
 
 
 def _start(
-    recipe: Recipe, model: models.Model, source: weights.Weights | None
+    recipe: Recipe, model: models.Model, source: weights.Weights | None, workdir: Path
 ) -> tuple[Tree, Tree]:
+    """What the run starts from; of one that has begun, the shapes."""
     key = jax.random.key(recipe.seed)
-    if source is None:
-        return model.init(key)
-    return weights.load(source, model, head=recipe.head, key=key)
+    if saved(workdir):
+        return jax.eval_shape(model.init, key)
+    if source:
+        return weights.load(source, model, head=recipe.head, key=key)
+    params, stats = model.init(key)
+    if recipe.head in ("zeros", "xavier"):
+        params[model.head] = new_head(model, recipe.head, key)
+    return params, stats
 
 
 def _train_stages(
@@ -186,7 +203,7 @@ def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, S
         f"Going on from step {step}: stage {stage.name!r}, "
         f"{'ended' if progress.ended else 'after'} epoch {progress.epoch} of {stage.epochs}."
     )
-    opt_state = jax.eval_shape(lambda: _state_at(run, progress.stage, params))
+    opt_state = jax.eval_shape(partial(_state_at, run, progress.stage), params)
     like = Snapshot(params, stats, opt_state)._asdict()
     if not progress.ended:
         like["best"] = dict(like)

@@ -11,20 +11,28 @@ from jaxft.errors import RecipeError
 from jaxft.recipe import Recipe
 
 
+def saved(workdir: Path) -> Recipe | None:
+    """The recipe of the run that the folder holds, if that has come as far as a checkpoint."""
+    file = workdir / "recipe.yaml"
+    if file.is_file() and checkpoint.exist(workdir / "checkpoints"):
+        begun = recipes.read(file)
+        return begun.expecting(begun.preprocessing)
+    return None
+
+
 def check(workdir: Path, recipe: Recipe) -> None:
     """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
     if workdir.exists() and not workdir.is_dir():
         raise RecipeError(f"{workdir} is a file; --workdir must name a folder.")
-    saved = workdir / "recipe.yaml"
-    if saved.exists():
-        changed = recipes.differences(recipes.read(saved), recipe)
-        if changed and checkpoint.exist(workdir / "checkpoints"):  # else there is nothing to lose
-            raise RecipeError(
-                f"{workdir} holds a run of another recipe:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another --workdir, or delete this one to start over."
-            )
-    elif workdir.is_dir() and any(_visible(workdir)):
+    before = saved(workdir)
+    if before and (changed := recipes.differences(before, recipe)):
+        raise RecipeError(
+            f"{workdir} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --workdir, or delete this one to start over."
+        )
+    # Without a checkpoint there is nothing to lose.
+    if not (workdir / "recipe.yaml").exists() and workdir.is_dir() and any(_visible(workdir)):
         raise RecipeError(f"{workdir} is not empty and holds no run; choose another --workdir.")
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -16,17 +16,18 @@ from jaxft.weights.hub import descriptions
 
 def expected(weights: Path) -> Preprocessing | None:
     """What a file beside the weights says, if it says it as we, timm or transformers do."""
+    files = descriptions(weights)
     if weights.is_dir():
         run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
-        if (recipe := run / "recipe.yaml").is_file():  # there from the first; model.json at the end
-            return _recipes(yaml.safe_load(recipe.read_text()))
-        weights = run / "model.safetensors"
-    for file in descriptions(weights):
+        # The recipe is there from the first, model.json at the end.
+        files = (run / "recipe.yaml", *descriptions(run / "model.safetensors"))
+    for file in files:
         try:
-            said = json.loads(Path(file).read_bytes())
-        except (OSError, ValueError):
+            read = yaml.safe_load if file.suffix == ".yaml" else json.loads
+            said = read(Path(file).read_text())
+        except (OSError, ValueError, yaml.YAMLError):
             continue
-        for reader in (_ours, _timms, _transformers):
+        for reader in (_ours, _recipes, _timms, _transformers):
             try:
                 return reader(said)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -34,16 +35,17 @@ def expected(weights: Path) -> Preprocessing | None:
     return None
 
 
-def _recipes(said: Any) -> Preprocessing:
-    """`recipe.yaml`, whose fields are settled when a run begins."""
-    names = [field.name for field in dataclasses.fields(Preprocessing)]
-    return _ours({"preprocessing": {name: said[name] for name in names}})
-
-
 def _ours(said: Any) -> Preprocessing:
     """`model.json`, as a run writes it."""
     fields = said["preprocessing"]
     return Preprocessing(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
+
+
+def _recipes(said: Any) -> Preprocessing:
+    """`recipe.yaml`, whose fields are settled when a run begins."""
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    settled = said["stages"] and {name: said[name] for name in names if name in said}
+    return _ours({"preprocessing": settled})
 
 
 def _timms(said: Any) -> Preprocessing:
@@ -55,6 +57,7 @@ def _timms(said: Any) -> Preprocessing:
     default = Preprocessing()
     return Preprocessing(
         image_size=min(sides),
+        resize_mode="squash" if config.get("crop_mode") == "squash" else "short_side",
         resize_size=math.floor(min(sides) / (config.get("crop_pct") or 0.875)),
         interpolation=_interpolation(config.get("interpolation") or "bicubic"),
         mean=_three(config.get("mean") or default.mean),
@@ -65,15 +68,19 @@ def _timms(said: Any) -> Preprocessing:
 def _transformers(said: Any) -> Preprocessing:
     """`preprocessor_config.json`, for its ConvNext processor (also ResNet's) and those alike."""
     size = resize_size = _edge(said["size"])
+    mode: Literal["short_side", "squash"] = "short_side"
     kind = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
     if said.get("crop_size") and said.get("do_center_crop", True):
         size = _edge(said["crop_size"])
-    elif kind.startswith("ConvNext") and size < 384:  # from there on it scales without a crop
+    elif kind.startswith("ConvNext") and size < 384:
         resize_size = int(size / (said.get("crop_pct") or 0.875))
+    elif kind.startswith("ConvNext") or "height" in str(said["size"]):  # both sides, and no crop
+        mode = "squash"
     normalised = said.get("do_normalize", True)
     return Preprocessing(
         image_size=size,
         resize_size=resize_size,
+        resize_mode=mode,
         interpolation=_interpolation(said.get("resample", 2)),
         mean=_three(said["image_mean"]) if normalised else (0.0, 0.0, 0.0),
         std=_three(said["image_std"]) if normalised else (1.0, 1.0, 1.0),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
@@ -23,10 +24,9 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
     # Compiled, so that no memory or time goes to the body, of which nothing is asked for.
     head = jax.jit(lambda key: model.init(key)[0][model.head])(key)
     if isinstance(start, Mapping):
-        given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(start))
-        if (ours := _shapes(given)) != (wanted := _shapes(head)):
-            raise WeightsError(f"the head given has {ours}; {model.name} wants {wanted}")
-        return given
+        if (given := _shapes(start)) != (wanted := _shapes(head)):
+            raise WeightsError(f"the head given has {given}; {model.name} wants {wanted}")
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(start))
     last = head if "kernel" in head else head[max(head, key=int)]
     if start == "zeros":
         last.update(jax.tree.map(jnp.zeros_like, last))
@@ -38,4 +38,4 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): jnp.shape(x) for p, x in flat}
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in flat}

@@ -42,7 +42,7 @@ def load(
     if not isinstance(weights, Weights):
         weights = read(weights)
         if weights.remarks:
-            warnings.warn("; ".join(weights.remarks), stacklevel=2)
+            warnings.warn(" ".join(weights.remarks), stacklevel=2)
 
     def skipped(name: str) -> bool:
         in_head = name.startswith(f"{model.head}.")

@@ -65,7 +65,8 @@ def read(source: str | PathLike[str]) -> Weights:
     tensors, remarks = unwrap(content, name, located.entry)
     targets = renamed(tensors, name)
     named = {targets[theirs]: tensor for theirs, tensor in tensors.items()}
-    return Weights(name, named, located.preprocessing, tuple(remarks))
+    sentences = tuple(f"{remark[0].upper()}{remark[1:]}." for remark in remarks)
+    return Weights(name, named, located.preprocessing, sentences)
 
 
 def _is_safetensors(path: Path) -> bool:

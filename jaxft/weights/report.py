@@ -38,7 +38,7 @@ def mismatch(
         if entries:
             lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in _bounded(entries))]
     if all(name.startswith(f"{head}.") for name in wrong):
-        lines.append('  Only the head differs. For a new one, ask for head="fresh".')
+        lines.append('  Only the head differs. For training, a new one serves: head="fresh".')
     elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
         lines.append("  The file plainly holds another architecture.")
     return "\n".join(lines)

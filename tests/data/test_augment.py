@@ -220,3 +220,17 @@ def test_views_equal_torchvisions_compositions_live(augment, interpolation):
         view = train_view(image, preprocessing, augment, np.random.default_rng(seed))
         np.testing.assert_array_equal(view, expected)
     assert 0 < flips < 20
+
+
+def test_views_are_scaled_as_the_weights_expect():
+    image = sample(61, 40)
+    views = [
+        train_view(
+            image,
+            Preprocessing(image_size=24, resize_size=28, interpolation=interpolation),
+            "crop_flip",
+            np.random.default_rng(0),
+        )
+        for interpolation in ("bilinear", "bicubic")
+    ]
+    assert not np.array_equal(*views)

@@ -1,16 +1,20 @@
 """The layers that no recorded network shows in full: random ones, and other ways to compute."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxft.errors import RecipeError
 from jaxft.models import create
 from jaxft.models.context import Context
 from jaxft.models.layers import AveragePool, Dropout, by_taps, convolve
+from jaxft.models.nnx_model import NNXModel
+from jaxft.models.resnet import ResNet, ResNetConfig
 
 X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
 
@@ -32,6 +36,19 @@ def test_convolution_by_taps_is_xlas(size, stride, groups):
 
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, outcome(by_taps), outcome(convolve))
+
+
+def test_by_taps_is_as_exact_in_bfloat16():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 9, 9, 64)), rng.normal(size=(3, 3, 4, 64))
+    exact = convolve(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), 1, 16)
+
+    def error(convolution):
+        y = convolution(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), 1, 16)
+        assert y.dtype == jnp.bfloat16
+        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float32) - exact) ** 2)))
+
+    assert error(by_taps) < 1.1 * error(convolve)
 
 
 @pytest.mark.parametrize("height", [2, 3])
@@ -102,6 +119,49 @@ def test_stochastic_depth_grows_from_nothing(trees, images):
     assert 0 < sum(alone) < len(alone)
 
 
+def dropouts(module, path=()):
+    """The rate of each Dropout, by its path."""
+    for name, part in nnx.iter_children(module):
+        if isinstance(part, Dropout):
+            yield ".".join(map(str, (*path, name))), part.rate
+        elif isinstance(part, nnx.Module):
+            yield from dropouts(part, (*path, name))
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_rates_of_stochastic_depth_and_of_both_heads(bottleneck):
+    config = ResNetConfig("imagenet", (2, 3), bottleneck, num_classes=5, dropout=0.5, drop_path=0.4)
+    plain = dict(dropouts(ResNet(config, rngs=nnx.Rngs(0))))
+    blocks = [f"layer{i + 1}.{j}.drop_path" for i, depth in enumerate((2, 3)) for j in range(depth)]
+    assert plain == pytest.approx(
+        {**dict(zip(blocks, (0, 0.1, 0.2, 0.3, 0.4), strict=True)), "dropout": 0.5}
+    )
+    concat = ResNet(replace(config, concat_pool=True), rngs=nnx.Rngs(0))
+    found = {path: rate for path, rate in dropouts(concat) if "drop_path" not in path}
+    assert found == {"dropout": 0.0, "fc.1": 0.25, "fc.5": 0.5}
+    assert float(concat.fc[2].kernel[...].std()) == pytest.approx(
+        (2 / (2 * 128 * (4 if bottleneck else 1))) ** 0.5, rel=0.02
+    )
+
+
+def test_a_bottleneck_drops_its_branch():
+    config = ResNetConfig("imagenet", (1, 1), bottleneck=True, drop_path=0.99, num_classes=5)
+    model = NNXModel("bottleneck", ResNet, config)
+    params, stats = model.init(jax.random.key(0))
+    params["layer2"]["0"]["downsample"]["0"]["kernel"] *= 0
+    x = jnp.ones((4, 8, 8, 256))
+    y, _ = model.apply(
+        params, stats, x, norms="running", first="layer2", last="layer2", key=jax.random.key(1)
+    )
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_each_part_draws_for_itself():
+    context = Context("running", key=jax.random.key(0))
+    first, second = (context.below("layer1").below(name).draw() for name in "01")
+    assert not jnp.array_equal(jax.random.key_data(first), jax.random.key_data(second))
+
+
 def test_bfloat16_is_for_what_lies_between_stem_and_head(trees, images):
     half = create("cifar_resnet8", num_classes=5, dtype="bfloat16")
     features, _ = half.apply(*trees, images, norms="running", last="layer3")
@@ -110,6 +170,11 @@ def test_bfloat16_is_for_what_lies_between_stem_and_head(trees, images):
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
     exact, _ = MODEL.apply(*trees, images, norms="batch")
     np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+def test_dtypes_that_there_are_not():
+    with pytest.raises(RecipeError, match="resnet18: dtype is 'int8'"):
+        create("resnet18", dtype="int8")
 
 
 @pytest.mark.parametrize("option", ["dropout", "drop_path"])

@@ -19,11 +19,13 @@ from jaxft import (
     CheckpointError,
     DataError,
     EarlyStop,
+    JaxftError,
     PatternError,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
     Stage,
+    WeightsError,
     data,
     finetune,
     models,
@@ -35,7 +37,9 @@ from jaxft.recipe import read, save
 from jaxft.report.console import Console
 from jaxft.schedules import CosineAnnealingLR
 from jaxft.train.evaluate import eval_step, score
+from jaxft.train.loop import _start
 from jaxft.train.workdir import claim
+from jaxft.weights.head import new_head
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(
@@ -170,6 +174,62 @@ def test_a_lost_newest_checkpoint_costs_only_its_epoch(step, unbroken, tmp_path,
     assert without_seconds(tmp_path / "run") == without_seconds(workdir)
 
 
+def test_what_the_weights_expect_of_images_is_what_a_run_does(tmp_path):
+    """Also where they come unscaled: recipe, weights and a second run agree."""
+    file = tmp_path / "own.safetensors"
+    file.write_bytes((ROOT / "jaxft/assets/digits_0to4.safetensors").read_bytes())
+    own = {"image_size": 8, "resize_size": None, "mean": [0.3] * 3, "std": [0.4] * 3}
+    file.with_suffix(".json").write_text(json.dumps({"preprocessing": own}))
+    once = Stage("once", {"fc": 1e-3}, epochs=1)
+    recipe = dataclasses.replace(
+        RECIPE, weights=str(file), image_size=None, resize_size=None, stages=(once,),
+        from_scratch=(once,),
+    )  # fmt: skip
+    result = finetune(recipe, tmp_path / "run", console=QUIET)
+    for folder in (tmp_path / "run", tmp_path / "run" / "from_scratch"):
+        described = json.loads((folder / "model.json").read_text())["preprocessing"]
+        assert described == dataclasses.asdict(read(folder / "recipe.yaml").preprocessing) | {
+            "mean": own["mean"], "std": own["std"],
+        }  # fmt: skip
+        assert (described["image_size"], described["resize_size"]) == (8, 8)
+    file.with_suffix(".json").unlink()
+    assert finetune(recipe, tmp_path / "run", console=QUIET) == result
+
+
+def test_cheap_mistakes_show_before_weights_are_fetched(tmp_path, monkeypatch):
+    def fetched(_):
+        raise AssertionError
+
+    monkeypatch.setattr(weights, "read", fetched)
+    for fields in ({"model": "resnet5"}, {"dropout": 2.0}, {"data": "folder:nowhere"}):
+        with pytest.raises(JaxftError):
+            finetune(dataclasses.replace(RECIPE, **fields), tmp_path / "run", console=QUIET)
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="is a file"):
+        finetune(RECIPE, tmp_path / "file", console=QUIET)
+
+
+@pytest.mark.parametrize("start", ["zeros", "xavier"])
+def test_a_head_without_weights_starts_as_asked(start, tmp_path):
+    recipe = dataclasses.replace(RECIPE, weights=None, head=start)
+    model = recipe.network(5)
+    params, _ = _start(recipe, model, None, tmp_path)
+    expected = new_head(model, start, jax.random.key(recipe.seed))
+    jax.tree.map(np.testing.assert_array_equal, params["fc"], expected)
+
+
+def test_a_run_that_has_begun_needs_its_weights_no_more(unbroken, tmp_path, monkeypatch):
+    weights_file = tmp_path / "digits.safetensors"
+    weights_file.write_bytes((ROOT / "jaxft/assets/digits_0to4.safetensors").read_bytes())
+    recipe = dataclasses.replace(RECIPE, weights=str(weights_file))
+    run_and_die(recipe, tmp_path / "run", 12, monkeypatch)
+    weights_file.unlink()
+    again = finetune(recipe, tmp_path / "run", console=QUIET)
+    assert again.weights.read_bytes() == unbroken[1].weights.read_bytes()
+    with pytest.raises(WeightsError, match="there are no weights"):
+        finetune(recipe, tmp_path / "other", console=QUIET)
+
+
 def test_schedules_and_parked_states_survive(tmp_path, monkeypatch):
     """A group that sits a stage out, a rate that falls by step, and one that validation lowers."""
     both = {"fc": 1e-2, "layer3": 1e-2}
@@ -264,7 +324,7 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
         raise DataError("an image can no longer be read")
 
     once = dataclasses.replace(RECIPE, stages=(Stage("once", {"fc": 1e-3}, epochs=1),))
-    other = dataclasses.replace(once, image_size=16)
+    other = dataclasses.replace(once, image_size=16, resize_size=16)
     with monkeypatch.context() as patch:
         patch.setattr(data, "eval_batches", unreadable)
         with pytest.raises(DataError, match="no longer"):

@@ -98,6 +98,26 @@ def test_each_stage_costs_more_than_the_one_before(start):
     assert costs[0] < 0.75 * costs[1] < 0.75 * costs[2]
 
 
+def test_the_key_draws_dropout(start):
+    """The same key trains alike, another one otherwise; without dropout no key matters."""
+
+    def trained(model, seed):
+        params, stats = start
+        stage_plan = plan(STAGES, params)[0]
+        transform = stage_plan.transform(SGD())
+        norms = norm_modes(params, stats, stage_plan.labels)
+        trainable, frozen = partition(params, stage_plan.labels)
+        state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
+        step = train_step(model, transform, PREPROCESSING, norms)
+        state, _ = step(state, frozen, batch(), jax.random.key(seed))
+        return np.asarray(state.trainable["fc"]["kernel"])
+
+    dropping = models.create("cifar_resnet8", num_classes=5, dropout=0.5)
+    assert np.array_equal(trained(dropping, 0), trained(dropping, 0))
+    assert not np.array_equal(trained(dropping, 0), trained(dropping, 1))
+    assert np.array_equal(trained(MODEL, 0), trained(MODEL, 1))
+
+
 def test_padding_changes_nothing(start):
     """A padded batch trains like the smaller one it stands for: parameters and statistics."""
     step, state, frozen, _ = prepare(start, 2, SGD())

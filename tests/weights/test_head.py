@@ -51,9 +51,15 @@ def test_a_given_head_is_taken_as_it_is(tmp_path):
     assert params["fc"]["bias"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    "given", [{"kernel": np.ones((64, 7)), "bias": np.ones(100)}, {"kernel": np.ones((64, 100))}]
-)
+MISFITS = {
+    "shape": {"kernel": np.ones((64, 7)), "bias": np.ones(100)},
+    "missing": {"kernel": np.ones((64, 100))},
+    "no array": {"kernel": "x", "bias": np.ones(100)},
+    "other keys": {"kernel": {0: np.ones((64, 100))}, "bias": np.ones(100)},
+}
+
+
+@pytest.mark.parametrize("given", MISFITS.values(), ids=MISFITS)
 def test_a_given_head_must_fit(given):
-    with pytest.raises(WeightsError, match=r"wants .*'bias': \(100,\).*'kernel': \(64, 100\)"):
+    with pytest.raises(WeightsError, match=r"wants .*bias.*\(100,\).*kernel.*\(64, 100\)"):
         new_head(MODEL, given, KEY)

@@ -65,6 +65,7 @@ OWN = {"model": "resnet18", "preprocessing": {
     "image_size": 32, "resize_size": None, "interpolation": "bicubic",
     "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
 }}  # fmt: skip
+RECIPE = {"model": "resnet18", "stages": [{"name": "head"}], **OWN["preprocessing"]}
 OLDER = {"preprocessing": {"image_size": 64, "resize_size": 72, **IMAGENET}}
 
 
@@ -83,6 +84,10 @@ OLDER = {"preprocessing": {"image_size": 64, "resize_size": 72, **IMAGENET}}
         ("run", "run/model.json", OWN, OURS),
         ("run/checkpoints/120", "run/model.json", OWN, OURS),
         ("run/elsewhere/120", "run/model.json", OWN, None),
+        ("run", "run/recipe.yaml", RECIPE, OURS),
+        ("run/checkpoints/120", "run/recipe.yaml", RECIPE, OURS),
+        ("run", "run/recipe.yaml", "stages: []", None),
+        ("run", "run/recipe.yaml", "{", None),
     ],
 )
 def test_our_own_description(weights, description, said, expected):
@@ -102,7 +107,7 @@ CONVNEXT = {
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3, "size": 224,
 }  # fmt: skip
 VIT = CONVNEXT | {"feature_extractor_type": "ViTFeatureExtractor", "resample": 2}
-# What `config.json` or `preprocessor_config.json` says: input, shorter side, interpolation.
+# What `config.json` or `preprocessor_config.json` says: input, shorter side, interpolation, mode.
 TIMMS = {
     "usual": (TIMM, (224, 235, "bicubic")),
     "bilinear": (TIMM | {"interpolation": "bilinear"}, (224, 235, "bilinear")),
@@ -112,21 +117,21 @@ TIMMS = {
     "lanczos": (TIMM | {"interpolation": "lanczos"}, (224, 235, "bicubic")),
     "nearest": (TIMM | {"interpolation": "nearest"}, (224, 235, "bilinear")),
     "not square": (TIMM | {"input_size": [3, 256, 320]}, (256, 269, "bicubic")),
-    "squashed": (TIMM | {"crop_mode": "squash"}, (224, 235, "bicubic")),
+    "squashed": (TIMM | {"crop_mode": "squash"}, (224, 235, "bicubic", "squash")),
     "grey": (TIMM | {"input_size": [1, 224, 224]}, None),
 }
 TRANSFORMERS = {
     "resnet": (CONVNEXT, (224, 256, "bicubic")),
     "its crop": (CONVNEXT | {"crop_pct": 0.95}, (224, 235, "bicubic")),
     "shortest edge": (CONVNEXT | {"size": {"shortest_edge": 224}}, (224, 256, "bicubic")),
-    "large": (CONVNEXT | {"size": {"shortest_edge": 384}}, (384, 384, "bicubic")),
+    "large": (CONVNEXT | {"size": {"shortest_edge": 384}}, (384, 384, "bicubic", "squash")),
     "processor": (
         {"image_processor_type": "ConvNextImageProcessorFast", **CONVNEXT},
         (224, 256, "bicubic"),
     ),
     "bilinear": (CONVNEXT | {"resample": 2}, (224, 256, "bilinear")),
     "vit": (VIT, (224, 224, "bilinear")),
-    "sides": (VIT | {"size": {"height": 240, "width": 240}}, (240, 240, "bilinear")),
+    "sides": (VIT | {"size": {"height": 240, "width": 240}}, (240, 240, "bilinear", "squash")),
     "crop": (
         VIT | {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
         (224, 256, "bilinear"),
@@ -146,8 +151,8 @@ def written(said, name: str) -> Preprocessing | None:
 def wanted(expected, **normalisation) -> Preprocessing | None:
     if expected is None:
         return None
-    names = ("image_size", "resize_size", "interpolation")
-    return Preprocessing(**dict(zip(names, expected, strict=True)), **normalisation)
+    names = ("image_size", "resize_size", "interpolation", "resize_mode")
+    return Preprocessing(**dict(zip(names, expected, strict=False)), **normalisation)
 
 
 @pytest.mark.parametrize(("said", "expected"), TIMMS.values(), ids=TIMMS)

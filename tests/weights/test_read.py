@@ -85,10 +85,16 @@ def test_every_form_is_read_bit_for_bit(make, trees, tensors, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, trees)
 
 
+def test_classes_are_counted_in_the_last_of_two_layers(tmp_path):
+    model = create("cifar_resnet8", num_classes=7, concat_pool=True)
+    save(tmp_path / "w", model, *model.init(jax.random.key(0)))
+    assert read(tmp_path / "w").num_classes == 7
+
+
 def test_what_was_chosen_is_said(tensors, tmp_path):
     path = torch_file(tmp_path, tensors, "zip")
     assert any("'state_dict'" in r and "'epoch'" in r for r in read(path).remarks)
-    with pytest.warns(UserWarning, match="took 'state_dict' of .*'epoch'"):
+    with pytest.warns(UserWarning, match="Took 'state_dict' of .*'epoch'"):
         load(path, MODEL)
 
 
