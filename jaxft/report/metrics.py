@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from jaxft import atomic
 
 
@@ -22,6 +20,8 @@ class MetricsLog:
         rows = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [row for row in rows if _step(row) <= step]
         atomic.write(self._path, "".join(row + "\n" for row in kept))
+        from tensorboardX import SummaryWriter  # imports torch where there is one: a second or two
+
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:

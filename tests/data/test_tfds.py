@@ -211,7 +211,7 @@ def mistake(spec, **options):
         ("tfds:oxford_flower102", ["no such data set", "Did you mean oxford_flowers102"]),
         ("tfds:cifar10/nothing:9.9.9", ["tfds:cifar10/nothing:9.9.9", "nothing not found"]),
         ("tfds:cifar10", ["not prepared", "download_and_prepare()", "machine is offline"]),
-        ("tfds:glue", ["needs one Image and one ClassLabel", "has 0 and 1", "sentence: Text"]),
+        ("tfds:penguins", ["needs one Image and one ClassLabel", "0 and 1", "species: ClassLabel"]),
         ("tfds_dir:", ["holds no dataset_info.json"]),
         ("tfds_dir:{parent}", ["holds no dataset_info.json", "Did you mean {prepared}?"]),
         ("tfds_dir:{prepared}/nothing", ["holds no dataset_info.json"]),

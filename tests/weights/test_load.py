@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from jaxft.errors import WeightsError
 from jaxft.models import create
@@ -15,22 +15,6 @@ from jaxft.weights import load, save
 
 MODEL = create("cifar_resnet8", num_classes=5)
 SHARED = Path(__file__).parents[2].parent / "shared"
-
-
-@pytest.fixture(scope="module")
-def trees():
-    """Trees without equal leaves."""
-    params, stats = MODEL.init(jax.random.key(0))
-    leaves, structure = jax.tree.flatten((params, stats))
-    return structure.unflatten([leaf + 0.01 * i for i, leaf in enumerate(leaves)])
-
-
-@pytest.fixture(scope="module")
-def tensors(trees, tmp_path_factory) -> dict[str, np.ndarray]:
-    """A file's content that fits `MODEL`."""
-    path = tmp_path_factory.mktemp("weights") / "fits.safetensors"
-    save(path, MODEL, *trees)
-    return load_file(path)
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:

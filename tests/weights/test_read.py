@@ -21,20 +21,6 @@ MODEL = create("cifar_resnet8", num_classes=5)
 SHARED = Path(__file__).parents[2].parent / "shared"
 
 
-@pytest.fixture(scope="module")
-def trees():
-    params, stats = MODEL.init(jax.random.key(0))
-    leaves, structure = jax.tree.flatten((params, stats))
-    return structure.unflatten([leaf + 0.01 * i for i, leaf in enumerate(leaves)])
-
-
-@pytest.fixture(scope="module")
-def tensors(trees, tmp_path_factory) -> dict[str, np.ndarray]:
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save(path, MODEL, *trees)
-    return load_file(path)
-
-
 def torch_file(path, tensors, form):
     content = {n: whole("FloatStorage", x, key=str(i)) for i, (n, x) in enumerate(tensors.items())}
     return write(path / "w.pth", {"state_dict": content, "epoch": 7}, form)
