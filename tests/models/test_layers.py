@@ -23,8 +23,9 @@ X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_convolution_by_taps_is_xlas(size, stride, groups):
+    # Outputs of order one, or the loss's gradient would magnify their rounding.
     kernel = np.random.default_rng(1).normal(size=(size, size, 12 // groups, 24))
-    kernel = jnp.asarray(kernel, jnp.float32)
+    kernel = jnp.asarray(kernel / np.sqrt(size * size * 12 / groups), jnp.float32)
 
     def outcome(convolution):
         def loss(x, kernel):
@@ -34,7 +35,7 @@ def test_convolution_by_taps_is_xlas(size, stride, groups):
             jnp.asarray(X), kernel
         )
 
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
     jax.tree.map(close, outcome(by_taps), outcome(convolve))
 
 
