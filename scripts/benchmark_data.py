@@ -35,19 +35,17 @@ Epochs = Callable[[], Iterable[int]]
 
 EPOCHS = 4
 SIZE = 224
+crops = partial(
+    train_batches,
+    preprocessing=Preprocessing(image_size=SIZE),
+    augment="crop_flip",
+    seed=0,
+    stage=0,
+)
 
 
 def ours(source: Source, batch_size: int, workers: int, epochs: int = EPOCHS) -> Iterator[int]:
-    batches = train_batches(
-        source,
-        Preprocessing(image_size=SIZE),
-        augment="crop_flip",
-        batch_size=batch_size,
-        seed=0,
-        stage=0,
-        epochs=epochs,
-        workers=workers,
-    )
+    batches = crops(source, batch_size=batch_size, epochs=epochs, workers=workers)
     for batch in batches:
         yield int(batch.mask.sum())
 
@@ -68,13 +66,9 @@ def ours_by_processes(source: Source, batch_size: int, workers: int) -> Iterator
 
 def _one_batch(source: Source, batch_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     epoch, position = divmod(step, -(-len(source) // batch_size))
-    batches = train_batches(
+    batches = crops(
         source,
-        Preprocessing(image_size=SIZE),
-        augment="crop_flip",
         batch_size=batch_size,
-        seed=0,
-        stage=0,
         first_epoch=epoch,
         first_step=position,
         epochs=EPOCHS,
