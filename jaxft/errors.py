@@ -27,3 +27,7 @@ class DataError(JaxftError):
 
 class LabelError(JaxftError):
     """A label tree does not fit the parameters or the transforms."""
+
+
+class ParallelError(JaxftError):
+    """The processes of a run, or their devices, do not come together."""

@@ -66,6 +66,7 @@ def train_batches(
     workers: int,
     drop_last: bool = False,
     balanced: bool = False,
+    rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """The batches of a stage's epochs `first_epoch`, ..., `epochs - 1`, one after another.
@@ -78,15 +79,16 @@ def train_batches(
     If `balanced`, an epoch is as long but draws with replacement, each class as often as another
     (`jaxft.data.balance`); what is drawn twice is augmented anew.
 
-    With `shard` (i, n), process i of n makes its n-th part of each batch's rows and decodes no
+    A batch's arrays have `rows` rows, `batch_size` by default; those beyond its examples are
+    padding. With `shard` (i, n), process i of n makes its n-th part of these rows and decodes no
     others: the parts of all processes, one after another, are the batch.
 
     Raises:
-      DataError: `batch_size` does not divide into n parts, or as `steps_per_epoch`; later, when
-        the batch that meets an unreadable image is asked for.
+      DataError: the rows do not divide into n parts or do not hold a batch, or as
+        `steps_per_epoch`; later, when the batch that meets an unreadable image is asked for.
     """
     steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
-    rows = _rows(batch_size, shard)
+    part = _part(batch_size, rows, shard)
 
     # Two epochs are in the making around each boundary between them.
     @lru_cache(maxsize=2)
@@ -104,9 +106,9 @@ def train_batches(
             image, target = source[example]
             return train_view(image, preprocessing, augment, rng), target
 
-        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[rows]
+        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[part]
         examples = zip(order(epoch)[places].tolist(), places.tolist(), strict=True)
-        return _assemble([partial(view, *e) for e in examples], preprocessing.image_size, rows)
+        return _assemble([partial(view, *e) for e in examples], preprocessing.image_size, part)
 
     return prefetch(make_batch, range(first_epoch * steps + first_step, epochs * steps), workers)
 
@@ -117,10 +119,11 @@ def eval_batches(
     *,
     batch_size: int,
     workers: int,
+    rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """Every example once in the source's order, unaugmented; otherwise as `train_batches`."""
-    rows = _rows(batch_size, shard)
+    part = _part(batch_size, rows, shard)
 
     def view(example: int) -> tuple[np.ndarray, int]:
         image, target = source[example]
@@ -128,30 +131,34 @@ def eval_batches(
 
     def make_batch(step: int) -> Batch:
         examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))
-        views = [partial(view, example) for example in examples[rows].tolist()]
-        return _assemble(views, preprocessing.image_size, rows)
+        views = [partial(view, example) for example in examples[part].tolist()]
+        return _assemble(views, preprocessing.image_size, part)
 
     return prefetch(make_batch, range(steps_per_epoch(source, batch_size)), workers)
 
 
-def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
+def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
     """The rows of a batch that process `index` of `count` makes."""
     index, count = shard
     if not 0 <= index < count:
         raise DataError(f"shard {shard} is not (index, count) with 0 <= index < count.")
-    if batch_size % count:
+    if rows is None:
+        rows = batch_size
+    if rows < batch_size:
+        raise DataError(f"batches of {batch_size} do not fit into {rows} rows.")
+    if rows % count:
         raise DataError(
-            f"batches of {batch_size} do not divide among {count} processes: set batch_size to a "
-            f"multiple of {count}."
+            f"batches of {rows} rows do not divide among {count} processes: set rows to a multiple "
+            f"of {count}."
         )
-    share = batch_size // count
+    share = rows // count
     return slice(index * share, (index + 1) * share)
 
 
 def _assemble(
-    views: Sequence[Callable[[], tuple[np.ndarray, int]]], image_size: int, rows: slice
+    views: Sequence[Callable[[], tuple[np.ndarray, int]]], image_size: int, part: slice
 ) -> Batch:
-    count = rows.stop - rows.start
+    count = part.stop - part.start
     images = np.zeros((count, image_size, image_size, 3), np.uint8)
     targets = np.zeros(count, np.int32)
     for row, view in enumerate(views):

@@ -46,13 +46,16 @@ def train_step(
     preprocessing: Preprocessing,
     norms: Norms,
     objective: Objective = Objective(),
+    *,
+    replicas: int = 1,
 ) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]]:
     """The jitted step of a stage: `(state, frozen, batch, key) -> (state, tally)`.
 
     The loss is the mean cross entropy over the batch's actual rows, or as `objective` has it.
     Gradients are taken of the trainable half alone, so that the compiled step has no backward pass
     through what lies before it. The state is donated: its buffers are the next state's. `key`
-    draws dropout, erasing and mixing.
+    draws dropout, erasing and mixing. With `replicas`, each of so many equal parts of a batch has
+    batch statistics of its own, as in torch's `DistributedDataParallel`.
 
     The tally's `loss` is the loss that is minimised, times the rows; its `correct` are hits of each
     image's own class, whatever is mixed into it.
@@ -64,7 +67,9 @@ def train_step(
         images = preprocessing.normalize(batch.image)
         images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
         params = combine(trainable, frozen)
-        logits, stats = model.apply(params, stats, images, norms=norms, mask=batch.mask, key=key)
+        logits, stats = model.apply(
+            params, stats, images, norms=norms, mask=batch.mask, replicas=replicas, key=key
+        )
         sums = tally(logits, batch)
         if targets is None:
             return sums.loss / sums.examples, (stats, sums)

@@ -1,0 +1,109 @@
+"""What test_parallel.py looks at, on virtual devices: three steps of training, and its layout.
+
+    python tests/parallel_child.py OUT [COORDINATOR PROCESSES PROCESS]
+
+Writes what each case has trained to OUT.npz and what else is seen to OUT.json.
+"""
+
+import json
+import sys
+
+from jaxft import parallel
+
+if len(sys.argv) > 2:  # before anything else can touch jax
+    parallel.start(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+
+import jax
+import numpy as np
+from PIL import Image
+
+from jaxft import SGD, Stage, models, partition, plan
+from jaxft.data import Preprocessing, train_batches
+from jaxft.labels import combine
+from jaxft.parallel import Devices
+from jaxft.train.step import TrainState, train_step
+
+MODEL = models.create("cifar_resnet8", num_classes=5)
+BATCH_SIZE, STEPS = 10, 3
+
+
+class Noise:
+    """Random images, a whole number of batches of them."""
+
+    classes = tuple("abcde")
+    targets = (np.arange(STEPS * BATCH_SIZE) % 5).astype(np.int32)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), np.uint8)
+        return Image.fromarray(pixels), int(self.targets[index])
+
+
+def train(devices):
+    """All parameters and statistics after three donated steps, their losses, and what is seen."""
+    preprocessing = Preprocessing(image_size=8, resize_size=None)
+    params, stats = MODEL.init(jax.random.key(0))
+    stage = plan([Stage("late", {"layer*": 0.1, "fc": 0.1}, 1)], params)[0]
+    transform = stage.transform(SGD(momentum=0.9))
+    step = train_step(MODEL, transform, preprocessing, "batch")
+
+    def placed(state, frozen, batch, key):
+        return devices.constrain(step(state, frozen, batch, key))
+
+    compiled = jax.jit(placed, donate_argnums=0)
+    trainable, frozen = partition(params, stage.labels)
+    start = TrainState(trainable, stats, transform.init(params))
+    state, frozen = devices.put(start), devices.put(frozen)
+    wanted = devices.shardings(start)
+    losses, stable, donated = [], [], []
+    batches = train_batches(
+        Noise(),
+        preprocessing,
+        augment="none",
+        batch_size=BATCH_SIZE,
+        rows=devices.rows(BATCH_SIZE),
+        shard=devices.shard,
+        seed=0,
+        stage=0,
+        epochs=1,
+        workers=0,
+    )
+    for part in batches:
+        before = state
+        batch = devices.batch(part)
+        state, sums = compiled(state, frozen, batch, jax.random.key(1))
+        losses.append(float(sums.loss) / float(sums.examples))
+        stable.append(jax.tree.map(lambda x: x.sharding, state) == wanted)
+        donated.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(before)))
+    trained = devices.host((combine(state.trainable, frozen), state.stats))
+    seen = {
+        "rows": batch.mask.shape[0],
+        "batch": str(batch.image.sharding.spec),
+        "programs": compiled._cache_size(),
+        "stable": all(stable),
+        "donated": all(donated),
+        "divided": sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state)),
+    }
+    return np.hstack([*map(np.ravel, jax.tree.leaves(trained)), losses]), seen
+
+
+def main(out):
+    parallel.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
+    cases = {sharding: Devices(sharding) for sharding in ("replicated", "fsdp")}
+    if jax.process_count() == 1:
+        one = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+        cases["one"] = Devices(mesh=one)
+    trained = {case: train(devices) for case, devices in cases.items()}
+    seen = {case: seen for case, (_, seen) in trained.items()}
+    seen["agree"] = [parallel.agree(False), parallel.agree(parallel.is_first())]
+    seen["first"] = parallel.is_first()
+    parallel.barrier("end")
+    np.savez(f"{out}.npz", **{case: array for case, (array, _) in trained.items()})
+    with open(f"{out}.json", "w") as file:
+        json.dump(seen, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
