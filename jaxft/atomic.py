@@ -1,18 +1,33 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, on a disk or in a bucket."""
 
 import os
-from pathlib import Path
+from os import PathLike
+
+from etils import epath
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Writes a file, over any older one, so that no reader and no crash ever sees a part of it."""
+def write(path: str | PathLike[str], content: bytes | str) -> None:
+    """Writes a file, over any older one, so that no reader and no crash ever sees a part of it.
+
+    `path` may be `gs://...`: there an object appears once all of it has arrived.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    place = epath.Path(path)
+    if in_bucket(place):
+        place.write_bytes(data)
+        return
     # In the same folder, so that the replacement is one step of the file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def in_bucket(path: str | PathLike[str]) -> bool:
+    """Whether it is of an object store: without append, locks, or renames in one step."""
+    return "://" in os.fspath(path)

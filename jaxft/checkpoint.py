@@ -1,72 +1,142 @@
 """Checkpoints by Orbax, and nothing else knows Orbax.
 
 One folder a checkpoint, named by the global step, written in the background. Each holds a
-`header` (JSON: the run's progress, and the layout of the arrays) and the arrays, as items that
-can be restored one by one.
+`header` (JSON: the run's progress, whether it is to stay, and the layout of the arrays) and the
+arrays, as items that can be restored one by one; and the checksums of its files.
+
+Beside them may lie `replaced-<step>`, until the checkpoint that replaces it is whole, and
+`corrupt-<step>`, which could not be read. All processes of a run share the folder; only the first
+renames, deletes or judges.
 """
 
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from jaxft import checksums
+from jaxft.atomic import in_bucket
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
+from jaxft.processes import first_answers, is_first
 
 _OVERHEAD = 2**20  # bytes a checkpoint takes beside its arrays, generously
+_REPLACED, _CORRUPT = "replaced-", "corrupt-"
 
 
-def exist(folder: Path) -> bool:
+def exist(folder: str | PathLike[str]) -> bool:
     """Whether the folder holds a whole checkpoint."""
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    place = epath.Path(folder)
+    return place.exists() and bool(_steps(place) | _replaced(place).keys())
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      step: the global step that numbers it.
+      progress: what `save` was given.
+      arrays: likewise, by item.
+      remarks: a sentence on each newer checkpoint that could not be read.
+    """
+
+    step: int
+    progress: dict[str, Any]
+    arrays: dict[str, Tree]
+    remarks: tuple[str, ...] = ()
 
 
 class Checkpoints:
     """The checkpoints of one run; to be closed (`contextlib.closing`).
 
-    The newest two are kept: while one is being written the other is whole.
+    Those that are marked stay; of the others the newest two: while one is being written the other
+    is whole. One process's alone but for reading, see `train.workdir.claim`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        _hush()
+        self.folder = epath.Path(folder)
+        self._writing: int | None = None
+        self._marked: set[int] = set()
         self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+            _absolute(self.folder),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Marked(self._marked),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
         )
+        for step in self._manager.all_steps():
+            with suppress(_DamagedError):  # whoever restores it will say so
+                if self._header(step)["keep"]:
+                    self._marked.add(step)
 
     def close(self) -> None:
-        """Waits for the last write: an asynchronous one that nobody waits for is lost."""
+        """Waits for the last write: an asynchronous one that nobody waits for is lost.
+
+        Raises CheckpointError if that failed, unless `save` has said so already.
+        """
         with self._failing_clearly():
             self._manager.close()
+        if is_first():  # it does not call for the others: they may have met an error
+            self._tidy()
 
-    def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, Tree]) -> None:
-        """Starts to write the checkpoint of `step`; `progress` must be JSON.
+    def save(
+        self,
+        step: int,
+        progress: Mapping[str, Any],
+        arrays: Mapping[str, Tree],
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Starts to write the checkpoint of `step`, which must not be before the newest.
 
-        `arrays` may be donated as soon as this returns.
+        If it is the newest, it is replaced: killed at any moment, either is there. `arrays` may be
+        donated as soon as this returns.
+
+        Args:
+          step: the global step.
+          progress: JSON.
+          arrays: named items.
+          keep: whether it stays for good.
+
+        Raises:
+          CheckpointError: it does not fit on the disk, or the one before could not be written.
         """
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(arrays))) + _OVERHEAD
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:  # a write that fails half-way is safe too, but loud
-            raise self._failure(f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free")
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        header = {"progress": dict(progress), "layout": _layout(arrays)}
-        args = ocp.args.Composite(header=ocp.args.JsonSave(header), **items)
         with self._failing_clearly():
-            saved = self._manager.save(step, args=args)
-        if not saved:  # Orbax declines a step that is not after its newest, without a word
-            raise RuntimeError(f"{self.folder}: step {step} is not after {self.latest_step()}.")
+            self._manager.wait_until_finished()
+        self._settle()
+        newest = self.latest_step()
+        if newest is not None and step < newest:  # Orbax declines it without a word
+            raise RuntimeError(f"{self.folder}: step {step} is before {newest}.")
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(arrays))) + _OVERHEAD
+        if lack := first_answers(lambda: self._lack(needed)):
+            raise self._failure(lack)
+        if step == newest:
+            self._rename(str(step), f"{_REPLACED}{step}")
+        (self._marked.add if keep else self._marked.discard)(step)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _filled(arrays).items()}
+        header = {"progress": dict(progress), "keep": keep, "layout": _layout(arrays)}
+        args = ocp.args.Composite(header=ocp.args.JsonSave(header), **items)
+        self._writing = step
+        with self._failing_clearly():
+            self._manager.save(step, args=args)
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, if there is one."""
         return self._manager.latest_step()
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> epath.Path:
         """Where the checkpoint of `step` lies."""
         return self.folder / str(step)
 
@@ -74,37 +144,44 @@ class Checkpoints:
         """The `progress` of the checkpoint of `step`; it says what structure the arrays have."""
         return dict(self._header(step)["progress"])
 
-    @contextmanager
-    def _failing_clearly(self) -> Iterator[None]:
-        """Turns what a background write fails with, now or earlier, into one sentence."""
-        try:
-            yield
-        except Exception as error:
-            # What hangs on the failed write complains of it on its way out, at length.
-            logging.getLogger("asyncio").disabled = True
-            cause = re.search("No space left on device|Permission denied", str(error))
-            raise self._failure(cause[0] if cause else str(error)) from error
+    def newest(self, like: Callable[[dict[str, Any]], Mapping[str, Tree]]) -> Restored | None:
+        """The newest checkpoint that can be read; none if there never was one.
 
-    def _failure(self, cause: str) -> CheckpointError:
-        return CheckpointError(
-            f"a checkpoint could not be written to {self.folder}: {cause}. All up to step "
-            f"{self.latest_step()} is safe; the same command goes on from there once there is room."
-        )
+        What cannot be read is moved aside, so that its step can be written again. Also tidies up
+        after a run that was killed: for the process that goes on with it, not for onlookers.
 
-    def _header(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(header=ocp.args.JsonRestore())
-        try:
-            return dict(self._manager.restore(step, args=args)["header"])
-        except (KeyError, FileNotFoundError) as error:
+        like: what `restore` takes, given the progress.
+
+        Raises:
+          CheckpointError: it does not fit, see `restore`; or none of them can be read.
+        """
+        self._settle()
+        remarks: list[str] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                if damage := first_answers(partial(checksums.damage, self.path(step))):
+                    raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
+                progress = self.progress(step)
+                arrays = self.restore(step, like(progress))
+            except _DamagedError as error:
+                self._rename(str(step), f"{_CORRUPT}{step}")
+                remarks.append(f"{error} It is now {_CORRUPT}{step}, and the one before it counts.")
+            else:
+                return Restored(step, progress, arrays, tuple(remarks))
+        if remarks:
             raise CheckpointError(
-                f"{self.path(step)} has no header: another program wrote it, or an older jaxft."
-            ) from error
+                f"no checkpoint in {self.folder} can be read, and all were moved aside. The same "
+                "command starts the run over.\n  " + "\n  ".join(remarks)
+            )
+        return None
 
     def restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
         """The arrays of the checkpoint of `step`, in exactly the structure of `like`.
 
-        `like` may hold `jax.ShapeDtypeStruct` leaves. Raises CheckpointError with all that is
-        missing, extra, or of another shape or type.
+        `like` may hold `jax.ShapeDtypeStruct` leaves. An array goes where the leaf's sharding says,
+        whatever devices it was on when written; without one, to this process's first device.
+
+        Raises CheckpointError with all that is missing, extra, or of another shape or type.
         """
         saved, wanted = self._header(step)["layout"], _layout(like)
         if saved != wanted:
@@ -117,10 +194,110 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.path(step)} does not fit this run:\n  " + "\n  ".join(other[:8]) + more
             )
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+            ),
+            _filled(like),
+        )
         items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in like}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # not the checkpoint's fault
+        except Exception as error:  # Orbax has no type of its own for what it cannot read
+            raise _DamagedError(f"{self.path(step)} cannot be read: {_line(error)}.") from error
+        return {name: restored[name] if name in items else like[name] for name in like}
+
+    def _header(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(header=ocp.args.JsonRestore())
+        try:
+            header = dict(self._manager.restore(step, args=args)["header"])
+            return {name: header[name] for name in ("progress", "keep", "layout")}
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            raise _DamagedError(f"{self.path(step)} has no readable header.") from error
+
+    def _seal(self) -> None:
+        """In the background, when all is written and about to get its name."""
+        if is_first() and not in_bucket(self.folder):  # a bucket has checksums of its own
+            for unnamed in self.folder.glob(f"{self._writing}.*"):
+                checksums.seal(unnamed)
+
+    def _lack(self, needed: int) -> str:
+        if in_bucket(self.folder):
+            return ""
+        free = shutil.disk_usage(self.folder).free
+        # A write that fails half-way is safe too, but loud.
+        return (
+            f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free" if free < needed else ""
+        )
+
+    def _settle(self) -> None:
+        first_answers(self._tidy)
+        self._manager.reload()
+
+    def _tidy(self) -> str:
+        """Clears away what a write has left, whole or cut short; not while there is one."""
+        for step, old in _replaced(self.folder).items():
+            if step in _steps(self.folder):
+                old.rmtree()
+            else:  # nothing took its place
+                old.rename(self.path(step))
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+            unfinished.rmtree(missing_ok=True)
+        return ""
+
+    def _rename(self, name: str, to: str) -> None:
+        def rename() -> str:
+            target = self.folder / to
+            target.rmtree(missing_ok=True)
+            (self.folder / name).rename(target)
+            return ""
+
+        first_answers(rename)
+        self._manager.reload()
+
+    @contextmanager
+    def _failing_clearly(self) -> Iterator[None]:
+        """Turns what a background write fails with, now or earlier, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            cause = re.search("No space left on device|Permission denied", str(error))
+            raise self._failure(cause[0] if cause else str(error)) from error
+
+    def _failure(self, cause: str) -> CheckpointError:
+        whole = _steps(self.folder) | _replaced(self.folder).keys()
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.folder}: {cause}. "
+            + (f"All up to step {max(whole)} is safe; the" if whole else "The")
+            + f" same command {'goes on from there' if whole else 'starts'} once there is room."
+        )
+
+
+class _DamagedError(CheckpointError):
+    """A checkpoint is not what was written, as opposed to not what is wanted."""
+
+
+@dataclass(frozen=True)
+class _Marked(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps what is marked, and of the others the newest two."""
+
+    marked: set[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        others = [info.step for info in checkpoints if info.step not in self.marked]
+        return [info.step in self.marked or info.step in others[-2:] for info in checkpoints]
+
+
+def _filled(arrays: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The items that hold any array; Orbax refuses others."""
+    return {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
@@ -128,46 +305,70 @@ def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in keyed}
 
 
-def save_weights(folder: Path, params: Tree, stats: Tree) -> None:
+def _steps(folder: epath.Path) -> set[int]:
+    """Those of the whole checkpoints in a folder."""
+    return {found.step for found in ocp.path.step.standard_name_format().find_all(folder)}
+
+
+def _replaced(folder: epath.Path) -> dict[int, epath.Path]:
+    """By their steps, the checkpoints that another one has replaced, or was about to."""
+    paths = folder.glob(f"{_REPLACED}*")
+    return {int(path.name.removeprefix(_REPLACED)): path for path in paths}
+
+
+def _absolute(folder: str | PathLike[str]) -> epath.Path:
+    place = epath.Path(folder)
+    return place if in_bucket(place) else place.resolve()
+
+
+def save_weights(folder: str | PathLike[str], params: Tree, stats: Tree) -> None:
     """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
 
     Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
     """
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder.absolute(), {"params": params, "stats": stats})
+        writer.save(_absolute(folder), {"params": params, "stats": stats})
 
 
-def read_weights(folder: Path) -> tuple[Tree, Tree]:
+def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     """`params` and `stats` as numpy arrays, on whatever devices they were when written.
 
     `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
     which the newest counts. A run's are the best of the stage so far, or what an ended one hands
     on. Raises CheckpointError where there is none.
     """
-    steps = [path for path in folder.iterdir() if path.name.isdigit()]
-    if steps:
-        folder = max(steps, key=lambda path: int(path.name))
-    if (folder / "best").is_dir():
-        best = _arrays(folder / "best")
+    place = epath.Path(folder)
+    if steps := _steps(place):
+        place /= str(max(steps))
+    if (place / "best").is_dir():
+        best = _arrays(place / "best")
         return best["params"], best["stats"]
-    if all((folder / item).is_dir() for item in ("params", "stats")):
-        return _arrays(folder / "params"), _arrays(folder / "stats")
-    if not (folder / "_METADATA").is_file():
-        raise CheckpointError(f"{folder} is neither a checkpoint nor a folder of a run's.")
-    both = _arrays(folder)
+    if all((place / item).is_dir() for item in ("params", "stats")):
+        return _arrays(place / "params"), _arrays(place / "stats")
+    if not (place / "_METADATA").is_file():
+        raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
+    both = _arrays(place)
     if not {"params", "stats"} <= both.keys():
-        raise CheckpointError(f"{folder} holds {', '.join(both)}; it should hold params and stats.")
+        raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
     return both["params"], both["stats"]
 
 
-def _arrays(folder: Path) -> Any:
-    # Orbax complains of a file that it writes for whole checkpoints, not for their items.
-    logging.getLogger("absl").addFilter(_is_no_complaint)
+def _arrays(folder: epath.Path) -> Any:
+    _hush()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(folder.absolute()).item_metadata.tree
+        folder = _absolute(folder)
+        tree = reader.metadata(folder).item_metadata.tree
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return reader.restore(folder.absolute(), ocp.args.PyTreeRestore(restore_args=kinds))
+        return reader.restore(folder, ocp.args.PyTreeRestore(restore_args=kinds))
 
 
-def _is_no_complaint(record: logging.LogRecord) -> bool:
-    return "Metadata file does not exist" not in record.getMessage()
+def _hush() -> None:
+    """Keeps Orbax from logging what our errors say, each of its threads with a traceback."""
+    logging.getLogger("absl").addFilter(_is_news)  # once: it is the same filter every time
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    if "orbax" not in record.pathname:
+        return True
+    known = "Metadata file does not exist|parse Metadata file|directory .* already exists"
+    return not (record.exc_info or re.search(known, record.getMessage()))

@@ -1,22 +1,39 @@
 """Checkpoints: whole or absent, and safe from the step that overwrites its own buffers."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import Adam, CheckpointError, Stage, plan
-from jaxft.checkpoint import Checkpoints
+from jaxft import Adam, CheckpointError, Stage, checksums, plan
+from jaxft.checkpoint import Checkpoints, exist
 
 PARAMS = {"body": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"kernel": jnp.arange(2.0)}}
+LARGE = {"noise": jax.random.normal(jax.random.key(0), (1000, 1000))}  # 4 MB, hardly compressible
+
+
+def newest(folder, like=PARAMS):
+    """What a run that goes on in the folder finds."""
+    with closing(Checkpoints(folder)) as checkpoints:
+        return checkpoints.newest(lambda progress: {"params": like})
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 def test_arrays_and_progress_come_back_bit_for_bit(tmp_path):
     transform = plan([Stage("head", {"head": 0.1}, 1)], PARAMS)[0].transform(Adam())
-    arrays = {"params": PARAMS, "opt_state": transform.init(PARAMS)}
+    arrays = {"params": PARAMS, "stats": {}, "opt_state": transform.init(PARAMS)}
     progress = {"stage": 1, "best": {"loss": float("nan"), "accuracy": 0.1 + 0.2}}
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() is None
@@ -48,42 +65,218 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
             np.testing.assert_array_equal(written, expected)
 
 
-def test_the_newest_two_are_kept(tmp_path):
+def test_donated_buffers_of_several_saves_in_a_row(tmp_path):
+    """Nobody waits in between, and all of them stay."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = step({"x": jnp.zeros(1_000_000)})
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        for number in (1, 2, 3):
-            checkpoints.save(number, {}, {"params": PARAMS})
-    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+        for number in range(4):
+            checkpoints.save(number, {"x": float(state["x"][0])}, {"state": state}, keep=True)
+            for _ in range(5):
+                state = step(state)
+        like = {"state": jax.eval_shape(lambda: state)}
+        checkpoints.save(4, {}, {"state": {}})
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        for number in range(4):
+            written = np.asarray(checkpoints.restore(number, like)["state"]["x"])
+            np.testing.assert_array_equal(written, checkpoints.progress(number)["x"])
+            assert checkpoints.progress(number)["x"] == 1 + 5 * number
 
 
-def test_a_full_disk_is_known_before_writing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("marked", "left"),
+    [((), {"4", "5"}), ((2,), {"2", "4", "5"}), ((1, 4), {"1", "3", "4", "5"})],
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_is_marked_stays_and_of_the_others_the_newest_two(marked, left, restarted, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for number in (1, 2, 3, 4, 5):
+        if restarted:
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(number, {}, {"params": PARAMS}, keep=number in marked)
+    checkpoints.close()
+    assert names(tmp_path) == left
+
+
+def test_a_mark_can_come_with_a_replacement_and_go(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        for number, keep in ((1, False), (1, True), (2, True), (2, False), (3, False), (4, False)):
+            checkpoints.save(number, {}, {"params": PARAMS}, keep=keep)
+    assert names(tmp_path) == {"1", "3", "4"}
+
+
+def test_an_earlier_step_is_refused(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(3, {}, {"params": PARAMS})
+        with pytest.raises(RuntimeError, match="step 2 is before 3"):
+            checkpoints.save(2, {}, {"params": PARAMS})
+
+
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """The folder, as a kill would leave it, before and after all that changes it."""
+    run, moments = tmp_path / "run", []
+
+    def photographed(change):
+        def changing(*args, **kwargs):
+            for when in ("before", "after"):
+                moments.append(tmp_path / f"{len(moments)}-{when}-{change.__name__}")
+                shutil.copytree(run, moments[-1])
+                done = change(*args, **kwargs) if when == "before" else done  # noqa: F821
+            return done
+
+        return changing
+
+    with closing(Checkpoints(run)) as checkpoints:
+        checkpoints.save(7, {"score": None}, {"params": PARAMS})
+    monkeypatch.setattr(checksums, "seal", photographed(checksums.seal))
+    monkeypatch.setattr(os, "rename", photographed(os.rename))
+    monkeypatch.setattr(shutil, "rmtree", photographed(shutil.rmtree))
+    with closing(Checkpoints(run)) as checkpoints:
+        checkpoints.save(7, {"score": 0.5}, {"params": {}})
+    monkeypatch.undo()
+
+    found = []
+    for moment in moments:
+        assert exist(moment)
+        with closing(Checkpoints(moment)) as checkpoints:
+            restored = checkpoints.newest(
+                lambda progress: {"params": {} if progress["score"] else PARAMS}
+            )
+        assert (restored.step, restored.remarks) == (7, ())
+        assert names(moment) == {"7"}
+        found.append(restored.progress["score"])
+    assert found[0] is None
+    assert found[-1] == 0.5
+    assert all(after or not before for before, after in pairwise(found))  # and no way back
+    assert len(found) >= 8
+
+
+DAMAGES = {
+    "bit": lambda file: file.write_bytes(
+        (content := file.read_bytes())[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    ),
+    "empty": lambda file: file.write_bytes(b""),
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["header/metadata", "params/manifest.ocdbt", "the largest"])
+def test_what_is_damaged_is_moved_aside_and_the_one_before_counts(file, damage, tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, {}, {"params": PARAMS}, keep=True)
+        checkpoints.save(2, {}, {"params": {**PARAMS, **LARGE}})
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    DAMAGES[damage](largest if file == "the largest" else tmp_path / "2" / file)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        restored = checkpoints.newest(lambda progress: {"params": PARAMS})
+        assert restored.step == 1
+        jax.tree.map(np.testing.assert_array_equal, restored.arrays["params"], PARAMS)
+        (remark,) = restored.remarks
+        assert str(tmp_path / "2") in remark
+        assert "corrupt-2, and the one before it counts" in remark
+        checkpoints.save(2, {}, {"params": PARAMS})
+    assert names(tmp_path) == {"1", "2", "corrupt-2"}
+    assert newest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("missing", ["header", "params", "checksums.json", "_CHECKPOINT_METADATA"])
+def test_what_is_needed_of_a_checkpoint(missing, tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
-        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(
-            CheckpointError, match=r"needs 1 MiB, and 0 MiB are free. All up to step"
-        ):
-            checkpoints.save(2, {}, {"params": PARAMS})
+        checkpoints.save(2, {}, {"params": PARAMS})
+    path = tmp_path / "2" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert newest(tmp_path).step == (1 if missing in ("header", "params") else 2)
+
+
+def test_without_one_that_can_be_read_the_same_command_starts_over(tmp_path):
+    assert newest(tmp_path) is None
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        assert checkpoints.latest_step() == 1
+        checkpoints.save(1, {}, {"params": PARAMS})
+    (tmp_path / "1" / "header" / "metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* starts the run over.\n.*/1 is"):
+        newest(tmp_path)
+    assert names(tmp_path) == {"corrupt-1"}
+    assert not exist(tmp_path)
+    assert newest(tmp_path) is None
 
 
-def test_a_write_that_fails_is_an_error_and_costs_nothing_older(tmp_path, monkeypatch):
+def test_another_structure_is_not_damage(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, {}, {"params": PARAMS})
+    with pytest.raises(CheckpointError, match="2 does not fit this run"):
+        newest(tmp_path, like={"body": PARAMS["body"]})
+    assert names(tmp_path) == {"1", "2"}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 12 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount here")
+    if done.returncode:
+        pytest.skip(f"not permitted to mount: {done.stderr}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(disk):
+    with (disk / "full").open("wb", buffering=0) as file:
+        file.write(bytes(shutil.disk_usage(disk).free - 2**20))
+
+
+def test_a_full_disk_is_known_before_writing(disk):
+    with closing(Checkpoints(disk / "run")) as checkpoints:
+        checkpoints.save(1, {}, {"params": PARAMS})
+        fill(disk)
+        with pytest.raises(CheckpointError, match=r"needs 4 MiB, and \d MiB are free. All up to"):
+            checkpoints.save(2, {}, {"params": LARGE})
+        (disk / "full").unlink()
+        checkpoints.save(2, {}, {"params": LARGE})
+    assert newest(disk / "run", like=LARGE).step == 2
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["replacing", "after it"])
+@pytest.mark.parametrize("met", ["closing", "saving"])
+def test_a_disk_that_fills_up_meanwhile_costs_nothing_older(step, met, disk, monkeypatch, caplog):
+    monkeypatch.setattr(Checkpoints, "_lack", lambda *_: "")
+    checkpoints = Checkpoints(disk / "run")
+    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)
+    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)  # has waited for the first
+    checkpoints._manager.wait_until_finished()
+    fill(disk)
+    checkpoints.save(step, {}, {"params": LARGE})
+    sentence = "No space left on device. All up to step 1 is safe; the same command goes on"
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoints.close() if met == "closing" else checkpoints.save(3, {}, {"params": PARAMS})
+    checkpoints.close()  # has nothing to add
+    assert not caplog.records
+    assert exist(disk / "run")
+    (disk / "full").unlink()
+    assert newest(disk / "run").progress == {"score": 0.5}
+    with closing(Checkpoints(disk / "run")) as checkpoints:
+        checkpoints.save(2, {}, {"params": LARGE})
+    assert names(disk / "run") == {"1", "2"}
+
+
+def test_a_first_write_that_fails(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, {}, {"params": PARAMS})
         monkeypatch.setattr(checkpoints._manager, "save", fail)
-        with pytest.raises(CheckpointError, match=r"No space left on device. All up to step 1 is"):
+        with pytest.raises(CheckpointError, match=r"on device. The same command starts once there"):
             checkpoints.save(2, {}, {"params": PARAMS})
-
-
-def test_a_step_that_is_not_later_is_refused(tmp_path):
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(3, {}, {"params": PARAMS})
-        with pytest.raises(RuntimeError, match="step 3 is not after 3"):
-            checkpoints.save(3, {}, {"params": PARAMS})
 
 
 @pytest.mark.parametrize(
@@ -100,3 +293,76 @@ def test_another_structure_is_refused(other, message, tmp_path):
         checkpoints.save(1, {}, {"params": PARAMS})
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(1, {"params": other})
+
+
+PROCESS = """
+import sys
+from contextlib import closing
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxft.checkpoint import Checkpoints
+from jaxft.processes import first_answers
+
+address, count, index, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=count, process_id=index)
+mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+spread = {"a": NamedSharding(mesh, PartitionSpec("x")), "b": NamedSharding(mesh, PartitionSpec())}
+whole = {"a": np.arange(8.0, dtype=np.float32), "b": np.ones(3, np.float32)}
+
+def saved(factor):
+    parts = lambda x, at: jax.make_array_from_callback(x.shape, at, lambda i: factor * x[i])
+    return jax.tree.map(parts, whole, spread)
+
+def like(progress):
+    shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+    return {"params": jax.tree.map(shape, whole, spread)}
+
+with closing(Checkpoints(folder)) as checkpoints:
+    before = checkpoints.newest(like)
+    if before:
+        parts = [(s.index, s.data) for s in before.arrays["params"]["a"].addressable_shards]
+        assert len(parts) == jax.local_device_count()
+        for at, part in parts:
+            np.testing.assert_array_equal(part, before.step * whole["a"][at])
+    print("found", before and before.step, len(before.remarks) if before else 0)
+    for step in (2, 2, 3):
+        checkpoints.save(max(step, before.step if before else 0), {}, {"params": saved(step)})
+assert first_answers(lambda: f"the first is {index}") == "the first is 0"
+"""
+
+
+def test_several_processes_share_a_folder(tmp_path):
+    """Each holds a part; what two wrote on four devices, one restores on two or on its first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def run(count):
+        env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, address, str(count), str(index), tmp_path],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**env, "JAX_PLATFORMS": "cpu"},
+            )
+            for index in range(count)
+        ]
+        ends = [process.communicate(timeout=120) for process in processes]
+        assert not any(process.returncode for process in processes), ends
+        return [out.splitlines()[-1] for out, _ in ends]  # after gloo's greetings
+
+    assert run(2) == ["found None 0"] * 2
+    assert names(tmp_path) == {"2", "3"}
+    (tmp_path / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
+    assert run(2) == ["found 2 1"] * 2
+    assert names(tmp_path) == {"2", "3", "corrupt-3"}
+    assert run(1) == ["found 3 0"]
+    like = {"a": jnp.zeros(8), "b": jnp.zeros(3)}
+    here = newest(tmp_path, like=jax.eval_shape(lambda: like)).arrays["params"]
+    np.testing.assert_array_equal(here["a"], 3 * jnp.arange(8.0))
+    assert here["a"].devices() == {jax.local_devices()[0]}
