@@ -32,6 +32,7 @@ LARGE = 2**18
 _BATCH = "batch"  # the mesh's one axis
 _PATIENCE = 50.0  # seconds for all processes to come; a minute with the start and end of Python
 _FOREVER = 10**6
+_PARTING = 20  # seconds that a process which ends waits for the others: after an error, in vain
 
 
 def start(
@@ -45,7 +46,8 @@ def start(
 
     Without arguments, these are found out where jax knows how to (TPU VMs, Slurm, Open MPI,
     Kubernetes); where there is nothing to join, or `processes` is 1, this process is the run.
-    SIGTERM stays the program's own.
+    SIGTERM stays the program's own. Where one process ends before the others, they are ended soon
+    after: an error in one leaves none behind, and a run ends with a `barrier`.
 
     Raises:
       ParallelError: arguments that do not fit, or not all processes have come within a minute.
@@ -85,7 +87,11 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
 
     def join() -> None:
         try:
-            jax.distributed.initialize(**arguments, initialization_timeout=_FOREVER)
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=_FOREVER,
+                shutdown_timeout_seconds=_PARTING,
+            )
         except Exception as error:
             failures.append(error)
 

@@ -1,0 +1,98 @@
+"""Replicas within a batch against torch's `DistributedDataParallel`, recorded in float64."""
+
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import SGD, Stage, models, plan
+from jaxft.data import Batch
+from jaxft.train.step import TrainState, train_step
+from jaxft.weights.names import torch_tensors
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "ddp.npz"
+MODEL = models.create("cifar_resnet8", num_classes=10)
+STEPS, RATE = 5, 0.05
+
+
+def weight(name, shape):
+    """A tensor in torch's layout, float64: a function of its name."""
+    normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) > 1:
+        return normal * np.sqrt(2 / np.prod(shape[1:]))
+    return (1 + normal.clip(-2, 2) / 4) if name.endswith(("weight", "var")) else normal / 10
+
+
+def batch(step):
+    """Eight images and their classes; the halves differ in brightness, so in their statistics."""
+    rng = np.random.default_rng([2, step])
+    image = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+    image[4:] //= 2
+    return Batch(image, rng.integers(0, 10, 8).astype(np.int32), np.ones(8, bool))
+
+
+def normalized(image):
+    return image / 127.5 - 1.0
+
+
+def sample(array):
+    """At most 64 of an array's elements, some from everywhere."""
+    return array.ravel()[np.linspace(0, array.size - 1, min(64, array.size)).astype(int)]
+
+
+class Wide:
+    """Preprocessing in float64."""
+
+    @staticmethod
+    def normalize(images):
+        return normalized(images.astype(jnp.float64))
+
+
+def train(replicas):
+    """Samples of all parameters and statistics by torch's names, and the losses."""
+    tensors = torch_tensors(*jax.eval_shape(MODEL.init, jax.random.key(0)))
+    start = jax.tree.map(lambda t: jnp.asarray(t.from_torch(weight(t.name, t.shape))), tensors)
+    params, stats = start
+    transform = plan([Stage("all", {"*": RATE}, 1)], params)[0].transform(SGD(momentum=0.9))
+    step = train_step(MODEL, transform, Wide(), "batch", replicas=replicas)
+    frozen = jax.tree.map(lambda _: None, params)
+    state, losses = TrainState(params, stats, transform.init(params)), []
+    for k in range(STEPS):
+        state, sums = step(state, frozen, batch(k), jax.random.key(0))
+        losses.append(sums.loss / sums.examples)
+    trained = jax.tree.map(lambda t, x: t.to_torch(x), tensors, (state.trainable, state.stats))
+    names = [t.name for t in jax.tree.leaves(tensors)]
+    arrays = dict(zip(names, map(sample, jax.tree.leaves(trained)), strict=True))
+    return {**arrays, "losses": np.stack(losses)}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as recorded:
+        return dict(recorded)
+
+
+def test_losses_parameters_and_statistics_are_ddps(golden):
+    with jax.enable_x64(True):
+        trained = train(replicas=2)
+    assert trained.keys() == golden.keys()
+    for name, array in golden.items():
+        np.testing.assert_allclose(trained[name], array, rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+def test_it_is_not_what_global_statistics_give(golden):
+    with jax.enable_x64(True):
+        trained = train(replicas=1)
+    assert abs(trained["losses"][0] - golden["losses"][0]) > 1e-3
+    assert np.abs(trained["bn1.running_mean"] - golden["bn1.running_mean"]).max() > 1e-2
+
+
+def test_the_recording_is_torchs(golden, tmp_path):
+    pytest.importorskip("torch")
+    from record_ddp import record
+
+    for name, array in record(tmp_path).items():  # to 1e-9, for other machines round otherwise
+        np.testing.assert_allclose(array, golden[name], rtol=1e-9, atol=1e-10, err_msg=name)
