@@ -54,35 +54,35 @@ def start(
     """
     if processes == 1 or jax.distributed.is_initialized():
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would catch SIGTERM, to let Orbax save and end the processes at a step of its choice.
-    jax.config.update("jax_enable_preemption_service", False)
     if coordinator is None and processes is None and process is None:
         _join("this cluster", "Start the program on each of its hosts; `--processes 1` runs alone.")
-    elif coordinator is None or processes is None or process is None:
+        return
+    if coordinator is None or processes is None or process is None:
         raise ParallelError(
             f"coordinator is {coordinator}, processes {processes}, process {process}: several "
             "processes need all three, each its own number; a single one, none of them."
         )
-    else:
-        port = re.fullmatch(r".+:(\d+)", coordinator)
-        if not port or int(port[1]) > 65535:
-            raise ParallelError(f"coordinator is {coordinator!r}; it must be HOST:PORT.")
-        if not 0 <= process < processes:
-            raise ParallelError(
-                f"process is {process} of {processes}; the first is 0, the last {processes - 1}."
-            )
-        _join(
-            f"the {processes} processes at {coordinator}",
-            f"Start each with a --process of its own, from 0 to {processes - 1}.",
-            coordinator_address=coordinator,
-            num_processes=processes,
-            process_id=process,
-            cluster_detection_method="deactivate",  # or Slurm's would leave but one GPU to see
+    port = re.fullmatch(r".+:(\d+)", coordinator)
+    if not port or int(port[1]) > 65535:
+        raise ParallelError(f"coordinator is {coordinator!r}; it must be HOST:PORT.")
+    if not 0 <= process < processes:
+        raise ParallelError(
+            f"process is {process}; of {processes} the first is 0 and the last {processes - 1}."
         )
+    _join(
+        f"the {processes} processes at {coordinator}",
+        f"Start each with a --process of its own, from 0 to {processes - 1}.",
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=process,
+        cluster_detection_method="deactivate",  # or Slurm's would leave but one GPU to see
+    )
 
 
 def _join(whom: str, advice: str, **arguments: Any) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would catch SIGTERM, to let Orbax save and end the processes at a step of its choice.
+    jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
     def join() -> None:
@@ -99,9 +99,11 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
     # behind, with the error raised here.
     thread = Thread(target=join, name="jaxft-join", daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(0.8 * _PATIENCE)
+    # Asked before process 0 too gives up, if it began with this one.
+    came = _answer(arguments) if thread.is_alive() else ""
+    thread.join(0.2 * _PATIENCE)
     if thread.is_alive():
-        came = _answer(arguments)
         raise ParallelError(
             f"cannot join {whom}: after {_PATIENCE:.0f} s not all have come.{came} {advice}"
         )

@@ -6,18 +6,16 @@ Writes what each case has trained to OUT.npz and what else is seen to OUT.json.
 """
 
 import json
+import os
+import signal
 import sys
-
-from jaxft import parallel
-
-if len(sys.argv) > 2:  # before anything else can touch jax
-    parallel.start(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
 
 import jax
 import numpy as np
+import optax
 from PIL import Image
 
-from jaxft import SGD, Stage, models, partition, plan
+from jaxft import SGD, Stage, models, parallel, partition, plan
 from jaxft.data import Preprocessing, train_batches
 from jaxft.labels import combine
 from jaxft.parallel import Devices
@@ -89,7 +87,41 @@ def train(devices):
     return np.hstack([*map(np.ravel, jax.tree.leaves(trained)), losses]), seen
 
 
-def main(out):
+def layout(devices):
+    """Where the leaves of a tree belong, and whether it comes back from there."""
+    tree = {
+        "tall": np.arange(2.0**13).reshape(1024, 8),
+        "square": np.ones((3, 3, 64, 64), np.float16),
+        "odd": np.ones((1023, 65), np.float32),
+        "small": np.ones((64, 8), np.float32),
+        "scalar": np.float32(1),
+        "hole": None,
+        "state": (optax.EmptyState(), optax.MaskedNode()),
+    }
+    keyed = {**tree, "key": jax.random.key(0)}
+    abstract = devices.abstract(keyed)
+    there = devices.put(tree)
+    again = devices.put(there)
+    back = devices.host(again)
+    held = jax.tree.map(lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), tree)
+    specs = jax.tree.map(lambda x: str(x.sharding.spec), abstract)
+    return {
+        "specs": {name: spec for name, spec in specs.items() if isinstance(spec, str)},
+        "structure": jax.tree.structure(abstract) == jax.tree.structure(keyed),
+        "put": jax.tree.map(lambda x: x.sharding, there) == devices.shardings(tree),
+        "stays": all(x is y for x, y in zip(*map(jax.tree.leaves, (there, again)), strict=True)),
+        "back": jax.tree.structure(back) == jax.tree.structure(tree)
+        and all(
+            isinstance(x, np.ndarray | np.generic) and x.dtype == y.dtype and np.array_equal(x, y)
+            for x, y in zip(*map(jax.tree.leaves, (back, held)), strict=True)
+        ),
+    }
+
+
+def main(out, *joining):
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    parallel.start(*(kind(x) for kind, x in zip((str, int, int), joining, strict=False)))
     parallel.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     cases = {sharding: Devices(sharding) for sharding in ("replicated", "fsdp")}
     if jax.process_count() == 1:
@@ -99,6 +131,12 @@ def main(out):
     seen = {case: seen for case, (_, seen) in trained.items()}
     seen["agree"] = [parallel.agree(False), parallel.agree(parallel.is_first())]
     seen["first"] = parallel.is_first()
+    seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
+    seen["shard"] = cases["fsdp"].shard
+    if joining:
+        parallel.start()  # does nothing
+    os.kill(os.getpid(), signal.SIGTERM)
+    seen["signals"] = signals
     parallel.barrier("end")
     np.savez(f"{out}.npz", **{case: array for case, (array, _) in trained.items()})
     with open(f"{out}.json", "w") as file:
@@ -106,4 +144,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

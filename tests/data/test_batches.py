@@ -147,6 +147,21 @@ def test_processes_make_parts_of_the_same_batches(count):
         assert digests(joined(made)) == digests(make((0, 1)))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_more_rows_than_examples_are_padding_at_the_end(count):
+    source, _ = open_source("digits:0-1", shots=10)  # 3 batches of 6 and one of 2
+    for make in (
+        lambda **changes: batches(source, batch_size=6, augment="shift", **changes),
+        lambda **changes: eval_batches(source, PLAIN, batch_size=6, workers=2, **changes),
+    ):
+        shards = [list(make(rows=8, shard=(index, count))) for index in range(count)]
+        assert {len(batch.mask) for part in shards for batch in part} == {8 // count}
+        plain = list(make())
+        padded = [Batch(*(np.pad(a, [(0, 2)] + [(0, 0)] * (a.ndim - 1)) for a in b)) for b in plain]
+        assert len(plain) == 4
+        assert digests(joined(shards)) == digests(padded)
+
+
 def test_a_process_decodes_no_more_than_its_part():
     read = []
 
@@ -187,19 +202,21 @@ np.savez(sys.argv[2], **arrays)
 
 
 @pytest.mark.parametrize(
-    ("shard", "message"),
+    ("rows", "shard", "message"),
     [
-        ((0, 3), "batches of 8 do not divide among 3 processes.*a multiple of 3"),
-        ((2, 2), r"shard \(2, 2\) is not"),
-        ((-1, 2), r"shard \(-1, 2\) is not"),
-        ((0, 0), r"shard \(0, 0\) is not"),
+        (None, (0, 3), "batches of 8 rows do not divide among 3 processes.*a multiple of 3"),
+        (10, (0, 3), "batches of 10 rows do not divide among 3 processes"),
+        (7, (0, 1), "batches of 8 do not fit into 7 rows"),
+        (None, (2, 2), r"shard \(2, 2\) is not"),
+        (None, (-1, 2), r"shard \(-1, 2\) is not"),
+        (None, (0, 0), r"shard \(0, 0\) is not"),
     ],
 )
-def test_wrong_shards(shard, message):
+def test_wrong_shards(rows, shard, message):
     with pytest.raises(DataError, match=message):
-        batches(Numbered(20), shard=shard)
+        batches(Numbered(20), rows=rows, shard=shard)
     with pytest.raises(DataError, match=message):
-        eval_batches(Numbered(20), PLAIN, batch_size=8, workers=0, shard=shard)
+        eval_batches(Numbered(20), PLAIN, batch_size=8, workers=0, rows=rows, shard=shard)
 
 
 @pytest.mark.parametrize(("count", "steps"), [(8, 1), (9, 1), (15, 1), (16, 2)])
