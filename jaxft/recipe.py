@@ -5,11 +5,11 @@ import math
 import os
 import runpy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic
 import yaml
+from etils import epath
 
 from jaxft import atomic
 from jaxft.data import Augment, Balance, OnBadImage, Preprocessing
@@ -189,16 +189,16 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     Raises:
       RecipeError: no such file, no recipe in it, or fields that do not fit; all at once.
     """
-    path = Path(path)
-    if not path.is_file():
+    file = epath.Path(path)
+    if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
-    if path.suffix == ".py":
+    if file.suffix == ".py":
         recipe = runpy.run_path(str(path)).get("recipe")
         if not isinstance(recipe, Recipe):
             raise RecipeError(f"{path} defines no recipe: it must say recipe = Recipe(...).")
         return recipe
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML: {error}") from error
     return _validated(fields, source=str(path))
@@ -206,7 +206,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Writes a recipe as YAML that `read` takes back as an equal one."""
-    atomic.write(Path(path), yaml.safe_dump(_fields(recipe), sort_keys=False))
+    atomic.write(path, yaml.safe_dump(_fields(recipe), sort_keys=False))
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -1,7 +1,14 @@
-"""One compilation cache for the suite: the same programs recur in many tests and processes."""
+"""One compilation cache for the suite: the same programs recur in many tests and processes.
+
+And a disk that can be filled.
+"""
 
 import os
+import shutil
+import subprocess
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +26,35 @@ def forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small disk of its own, mounted at `folder`."""
+
+    folder: Path
+
+    def fill(self, but: int = 2**20) -> None:
+        """Takes all room on it `but` so many bytes."""
+        with (self.folder / "ballast").open("wb", buffering=0) as file:
+            file.write(bytes(shutil.disk_usage(self.folder).free - but))
+
+    def free(self) -> None:
+        """Gives it back."""
+        (self.folder / "ballast").unlink()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 12 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount here")
+    if done.returncode:
+        pytest.skip(f"not permitted to mount: {done.stderr}")
+    yield Disk(folder)
+    subprocess.run(["umount", folder], check=True)

@@ -214,59 +214,38 @@ def test_another_structure_is_not_damage(tmp_path):
     assert names(tmp_path) == {"1", "2"}
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 12 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount here")
-    if done.returncode:
-        pytest.skip(f"not permitted to mount: {done.stderr}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def fill(disk):
-    with (disk / "full").open("wb", buffering=0) as file:
-        file.write(bytes(shutil.disk_usage(disk).free - 2**20))
-
-
 def test_a_full_disk_is_known_before_writing(disk):
-    with closing(Checkpoints(disk / "run")) as checkpoints:
+    with closing(Checkpoints(disk.folder / "run")) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
-        fill(disk)
+        disk.fill()
         with pytest.raises(CheckpointError, match=r"needs 4 MiB, and \d MiB are free. All up to"):
             checkpoints.save(2, {}, {"params": LARGE})
-        (disk / "full").unlink()
+        disk.free()
         checkpoints.save(2, {}, {"params": LARGE})
-    assert newest(disk / "run", like=LARGE).step == 2
+    assert newest(disk.folder / "run", like=LARGE).step == 2
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["replacing", "after it"])
 @pytest.mark.parametrize("met", ["closing", "saving"])
 def test_a_disk_that_fills_up_meanwhile_costs_nothing_older(step, met, disk, monkeypatch, caplog):
     monkeypatch.setattr(Checkpoints, "_lack", lambda *_: "")
-    checkpoints = Checkpoints(disk / "run")
+    checkpoints = Checkpoints(disk.folder / "run")
     checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)
     checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)  # has waited for the first
     checkpoints._manager.wait_until_finished()
-    fill(disk)
+    disk.fill()
     checkpoints.save(step, {}, {"params": LARGE})
     sentence = "No space left on device. All up to step 1 is safe; the same command goes on"
     with pytest.raises(CheckpointError, match=sentence):
         checkpoints.close() if met == "closing" else checkpoints.save(3, {}, {"params": PARAMS})
     checkpoints.close()  # has nothing to add
     assert not caplog.records
-    assert exist(disk / "run")
-    (disk / "full").unlink()
-    assert newest(disk / "run").progress == {"score": 0.5}
-    with closing(Checkpoints(disk / "run")) as checkpoints:
+    assert exist(disk.folder / "run")
+    disk.free()
+    assert newest(disk.folder / "run").progress == {"score": 0.5}
+    with closing(Checkpoints(disk.folder / "run")) as checkpoints:
         checkpoints.save(2, {}, {"params": LARGE})
-    assert names(disk / "run") == {"1", "2"}
+    assert names(disk.folder / "run") == {"1", "2"}
 
 
 def test_a_first_write_that_fails(tmp_path, monkeypatch):
@@ -304,65 +283,59 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxft.checkpoint import Checkpoints
 from jaxft.processes import first_answers
 
-address, count, index, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-if count > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
-mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
-spread = {"a": NamedSharding(mesh, PartitionSpec("x")), "b": NamedSharding(mesh, PartitionSpec())}
-whole = {"a": np.arange(8.0, dtype=np.float32), "b": np.ones(3, np.float32)}
+address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, num_processes=2, process_id=index)
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+apart, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("x", None))
+whole = np.arange(8.0, dtype=np.float32)
 
-def saved(factor):
-    parts = lambda x, at: jax.make_array_from_callback(x.shape, at, lambda i: factor * x[i])
-    return jax.tree.map(parts, whole, spread)
+def part(factor):
+    return jax.make_array_from_callback(whole.shape, apart, lambda at: factor * whole[at])
 
-def like(progress):
-    shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-    return {"params": jax.tree.map(shape, whole, spread)}
+def restored(sharding):
+    like = {"params": {"x": jax.ShapeDtypeStruct((8,), "float32", sharding=sharding)}}
+    return checkpoints.newest(lambda progress: like)
 
 with closing(Checkpoints(folder)) as checkpoints:
-    before = checkpoints.newest(like)
-    if before:
-        parts = [(s.index, s.data) for s in before.arrays["params"]["a"].addressable_shards]
-        assert len(parts) == jax.local_device_count()
-        for at, part in parts:
-            np.testing.assert_array_equal(part, before.step * whole["a"][at])
-    print("found", before and before.step, len(before.remarks) if before else 0)
-    for step in (2, 2, 3):
-        checkpoints.save(max(step, before.step if before else 0), {}, {"params": saved(step)})
+    assert restored(apart) is None
+    for step in (1, 2, 2, 3):
+        checkpoints.save(step, {}, {"params": {"x": part(step)}})
+if index == 0:
+    (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
 assert first_answers(lambda: f"the first is {index}") == "the first is 0"
+with closing(Checkpoints(folder)) as checkpoints:
+    for sharding, remarks in ((apart, 1), (everywhere, 0)):
+        found = restored(sharding)
+        assert (found.step, len(found.remarks)) == (2, remarks), found
+        for shard in found.arrays["params"]["x"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, 2 * whole[shard.index])
+    checkpoints.save(3, {}, {"params": {"x": part(3)}})
 """
 
 
 def test_several_processes_share_a_folder(tmp_path):
-    """Each holds a part; what two wrote on four devices, one restores on two or on its first."""
+    """Two processes hold a part on each of their two devices; this one restores it to its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def run(count):
-        env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", PROCESS, address, str(count), str(index), tmp_path],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**env, "JAX_PLATFORMS": "cpu"},
-            )
-            for index in range(count)
-        ]
-        ends = [process.communicate(timeout=120) for process in processes]
-        assert not any(process.returncode for process in processes), ends
-        return [out.splitlines()[-1] for out, _ in ends]  # after gloo's greetings
-
-    assert run(2) == ["found None 0"] * 2
-    assert names(tmp_path) == {"2", "3"}
-    (tmp_path / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
-    assert run(2) == ["found 2 1"] * 2
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(index), tmp_path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            },
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     assert names(tmp_path) == {"2", "3", "corrupt-3"}
-    assert run(1) == ["found 3 0"]
-    like = {"a": jnp.zeros(8), "b": jnp.zeros(3)}
-    here = newest(tmp_path, like=jax.eval_shape(lambda: like)).arrays["params"]
-    np.testing.assert_array_equal(here["a"], 3 * jnp.arange(8.0))
-    assert here["a"].devices() == {jax.local_devices()[0]}
+    here = newest(tmp_path, like={"x": jnp.zeros(8)}).arrays["params"]["x"]
+    np.testing.assert_array_equal(here, 3 * jnp.arange(8.0))
+    assert newest(tmp_path, like={"x": jax.ShapeDtypeStruct((8,), "float32")}).step == 3

@@ -1,11 +1,16 @@
 """What a run records: a row an epoch in `metrics.jsonl`, the same numbers for TensorBoard."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from os import PathLike
 from typing import Any
 
+from etils import epath
+
 from jaxft import atomic
+from jaxft.report.events import EventFile
 
 
 class MetricsLog:
@@ -13,35 +18,73 @@ class MetricsLog:
 
     A run that was killed after it wrote a row and before its checkpoint was whole trains that
     epoch again; it must not appear twice.
+
+    Records are not worth a run. What cannot be written, as the disk is full, is kept and written
+    with the next row; what is still missing when the log is closed is a warning.
+
+    writes: of several processes the first alone; the others' rows go nowhere.
     """
 
-    def __init__(self, workdir: Path, *, step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: str | PathLike[str], *, step: int, writes: bool = True) -> None:
+        self._writes, self._failure = writes, ""
+        if not writes:
+            return
+        self._path = epath.Path(workdir) / "metrics.jsonl"
         rows = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [row for row in rows if _step(row) <= step]
-        atomic.write(self._path, "".join(row + "\n" for row in kept))
-        from tensorboardX import SummaryWriter  # imports torch where there is one: a second or two
-
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._rows = [row for row in rows if _step(row) <= step]
+        self._events = EventFile(epath.Path(workdir) / "tensorboard", purge_step=step + 1)
+        self._flush()
 
     def close(self) -> None:
-        """Writes out what TensorBoard has not got yet."""
-        self._events.close()
+        """Writes out what is missing, if it can."""
+        if not self._writes:
+            return
+        self._flush()
+        if self._failure:
+            warnings.warn(
+                f"the last rows of {self._path}, or TensorBoard's, are missing: {self._failure}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row; its numbers go to TensorBoard at `row["step"]`."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in {**row, **row.get("rates", {})}.items():
-            if isinstance(value, float):
-                tag = f"rate/{name}" if name in row.get("rates", {}) else name
-                self._events.add_scalar(tag, value, row["step"])
-        self._events.flush()
+        """Adds one row: JSON, in which NaN and infinity become null.
+
+        TensorBoard gets its floats at `row["step"]`, and those of a group as `group/name`.
+        """
+        if not self._writes:
+            return
+        self._rows.append(json.dumps(_strict(row), allow_nan=False))
+        self._events.add(row["step"], dict(_floats(row)))
+        self._flush()
+
+    def _flush(self) -> None:
+        self._failure = ""
+        try:
+            # Whole: an object of a bucket takes no more, and what a full disk cuts short is no row.
+            atomic.write(self._path, "".join(row + "\n" for row in self._rows))
+            self._events.flush()
+        except OSError as error:
+            self._failure = str(error)
+
+
+def _floats(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, float):
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
+            yield from _floats(value, f"{prefix}{name}/")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(row: str) -> float:
-    """The step of a row; infinite for one that a kill cut short."""
+    """The step of a row; infinite for one that was cut short."""
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")

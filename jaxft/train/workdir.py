@@ -1,64 +1,85 @@
-"""A run's folder: whose it is, and that one process at a time works in it."""
+"""A run's folder: whose it is, and that one run at a time works in it."""
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+
+from etils import epath
 
 from jaxft import checkpoint
 from jaxft import recipe as recipes
+from jaxft.atomic import in_bucket
 from jaxft.errors import RecipeError
+from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
 
 
-def saved(workdir: Path) -> Recipe | None:
+def saved(workdir: str | PathLike[str]) -> Recipe | None:
     """The recipe of the run that the folder holds, if that has come as far as a checkpoint."""
-    file = workdir / "recipe.yaml"
-    if file.is_file() and checkpoint.exist(workdir / "checkpoints"):
-        begun = recipes.read(file)
+    folder = epath.Path(workdir)
+    if (folder / "recipe.yaml").exists() and checkpoint.exist(folder / "checkpoints"):
+        begun = recipes.read(folder / "recipe.yaml")
         return begun.expecting(begun.preprocessing)
     return None
 
 
-def check(workdir: Path, recipe: Recipe) -> None:
+def check(workdir: str | PathLike[str], recipe: Recipe) -> None:
     """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
-    if workdir.exists() and not workdir.is_dir():
-        raise RecipeError(f"{workdir} is a file; --workdir must name a folder.")
-    before = saved(workdir)
+    folder = epath.Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file; --workdir must name a folder.")
+    before = saved(folder)
     if before and (changed := recipes.differences(before, recipe)):
         raise RecipeError(
-            f"{workdir} holds a run of another recipe:\n  "
+            f"{folder} holds a run of another recipe:\n  "
             + "\n  ".join(changed)
             + "\nChoose another --workdir, or delete this one to start over."
         )
     # Without a checkpoint there is nothing to lose.
-    if not (workdir / "recipe.yaml").exists() and workdir.is_dir() and any(_visible(workdir)):
-        raise RecipeError(f"{workdir} is not empty and holds no run; choose another --workdir.")
+    if not (folder / "recipe.yaml").exists() and folder.is_dir() and any(_visible(folder)):
+        raise RecipeError(f"{folder} is not empty and holds no run; choose another --workdir.")
 
 
-def _visible(folder: Path) -> list[str]:
+def _visible(folder: epath.Path) -> list[str]:
     """What lies there, but for what a run leaves that is killed at birth."""
     names = [path.name for path in folder.iterdir()]
     return [name for name in names if name != "lock" and not name.startswith(".")]
 
 
 @contextmanager
-def claim(workdir: Path, recipe: Recipe) -> Iterator[None]:
-    """Makes the folder this recipe's, and this process the only one in it, for the time of the run.
+def claim(workdir: str | PathLike[str], recipe: Recipe) -> Iterator[None]:
+    """Makes the folder this recipe's, and this run the only one in it, for the time of the run.
+
+    The processes of a run all call it; the first claims the folder for them.
+
+    In a bucket there is no lock that a death would free: there nothing holds a second run off
+    but the check of its recipe, and who starts two of the same one gets the rows and checkpoints
+    of either.
 
     Raises:
-      RecipeError: see `check`; or another process is at work there.
+      RecipeError: see `check`; or another run is at work there, or it cannot be written.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "lock").open("w")
-    except OSError as error:
-        raise RecipeError(f"{workdir} cannot be written: {error.strerror}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
-        except BlockingIOError:
-            raise RecipeError(f"another process is training in {workdir}.") from None
-        check(workdir, recipe)
-        recipes.save(recipe, workdir / "recipe.yaml")
+    folder = epath.Path(workdir)
+    with ExitStack() as held:
+        if objection := first_answers(lambda: _claimed(folder, recipe, held)):
+            raise RecipeError(objection)
         yield
+
+
+def _claimed(folder: epath.Path, recipe: Recipe, held: ExitStack) -> str:
+    """Claims the folder until `held` is closed; returns why not, or nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(folder):
+            lock = held.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
+        check(folder, recipe)
+        recipes.save(recipe, folder / "recipe.yaml")
+    except BlockingIOError:
+        return f"another process is training in {folder}."
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror or error}."
+    except RecipeError as error:
+        return str(error)
+    return ""

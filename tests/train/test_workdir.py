@@ -1,0 +1,79 @@
+"""A run's folder: one recipe, one run at a time, and known to be writable."""
+
+import dataclasses
+import errno
+from contextlib import closing, suppress
+
+import jax.numpy as jnp
+import pytest
+
+from jaxft import Recipe, RecipeError, Stage
+from jaxft.checkpoint import Checkpoints
+from jaxft.train import workdir
+from jaxft.train.workdir import check, claim, saved
+
+RECIPE = Recipe(model="resnet18", data="digits", stages=(Stage("head", {"fc": 1e-3}, epochs=1),))
+RECIPE = RECIPE.expecting(RECIPE.preprocessing)
+
+
+def begin(folder):
+    """A run that has come as far as a checkpoint."""
+    with claim(folder, RECIPE), closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.save(1, {}, {"params": {"x": jnp.ones(1)}})
+
+
+def test_a_run_is_known_by_its_first_checkpoint(tmp_path):
+    with claim(tmp_path / "run", RECIPE):
+        assert saved(tmp_path / "run") is None
+    begin(tmp_path / "run")
+    assert saved(tmp_path / "run") == RECIPE
+    check(tmp_path / "run", dataclasses.replace(RECIPE, workers=7))
+    with pytest.raises(RecipeError, match=r"another recipe:\n  seed: 0 -> 1"):
+        check(tmp_path / "run", dataclasses.replace(RECIPE, seed=1))
+
+
+def test_a_checkpoint_that_is_being_replaced_is_one(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "replaced-1")
+    assert saved(tmp_path) == RECIPE
+
+
+def test_a_second_run_is_refused_while_the_first_is_there(tmp_path):
+    second = pytest.raises(RecipeError, match="another process is training in")
+    with claim(tmp_path, RECIPE), second, claim(tmp_path, RECIPE):
+        pass
+    with suppress(KeyboardInterrupt), claim(tmp_path, RECIPE):
+        raise KeyboardInterrupt
+    with claim(tmp_path, RECIPE):
+        pass
+
+
+def test_the_other_processes_of_a_run_take_the_first_ones_word(tmp_path, monkeypatch):
+    with claim(tmp_path, RECIPE):
+        monkeypatch.setattr(workdir, "first_answers", lambda ask: "")
+        with claim(tmp_path, RECIPE):
+            pass
+        monkeypatch.setattr(workdir, "first_answers", lambda ask: "it is not to be")
+        with pytest.raises(RecipeError, match="not to be"), claim(tmp_path, RECIPE):
+            pass
+
+
+def test_a_full_disk_is_known_before_the_run(disk):
+    disk.fill(but=0)
+    unwritable = pytest.raises(RecipeError, match="cannot be written: No space left on device")
+    with unwritable, claim(disk.folder / "run", RECIPE):
+        pass
+    disk.free()
+    begin(disk.folder / "run")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    nowhere = pytest.raises(RecipeError, match="/proc/nowhere cannot be written: No such file")
+    with nowhere, claim("/proc/nowhere", RECIPE):
+        pass
+    monkeypatch.setattr("os.replace", denied)  # the tests may be root's, whom nothing is denied
+    with pytest.raises(RecipeError, match="cannot be written: Permission"), claim(tmp_path, RECIPE):
+        pass
