@@ -4,12 +4,16 @@ from importlib import import_module
 from typing import Any
 
 from jaxft import gradients, methods, schedules
+from jaxft.anchor import Anchor
 from jaxft.carryover import carry
+from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import (
     CheckpointError,
     DataError,
     JaxftError,
     LabelError,
+    NonFiniteError,
+    ParallelError,
     PatternError,
     RecipeError,
     WeightsError,
@@ -18,7 +22,7 @@ from jaxft.groups import StagePlan, plan
 from jaxft.labels import FROZEN, combine, label, partition, paths, summary
 from jaxft.optim import SGD, Adam, AdamW, RMSprop, multi_transform
 from jaxft.plateau import ReduceLROnPlateau
-from jaxft.stages import EarlyStop, Stage, Update
+from jaxft.stages import Stage, Update
 
 # What labels a tree must not import what trains a ResNet: the rest comes when asked for.
 _LAZY = {
@@ -41,6 +45,8 @@ __all__ = [  # in the order in which one meets them
     "Stage",
     "Update",
     "EarlyStop",
+    "Plateau",
+    "Anchor",
     "SGD",
     "Adam",
     "AdamW",
@@ -55,6 +61,8 @@ __all__ = [  # in the order in which one meets them
     "WeightsError",
     "DataError",
     "CheckpointError",
+    "NonFiniteError",
+    "ParallelError",
     "gradients",
     "methods",
     "schedules",

@@ -31,3 +31,7 @@ class LabelError(JaxftError):
 
 class ParallelError(JaxftError):
     """The processes of a run, or their devices, do not come together."""
+
+
+class NonFiniteError(JaxftError):
+    """A loss or a gradient has become infinite or NaN."""

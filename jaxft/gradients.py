@@ -5,7 +5,7 @@ then they cannot bring back the backward pass through what is frozen. For the sa
 average of the weights (`optax.incremental_update`) should be one of the trainable half.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +29,20 @@ def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
     norm = optax.tree.norm(gradients)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), norm
+
+
+def group_norms(tree: Tree, groups: Sequence[str]) -> dict[str, jax.Array]:
+    """The L2 norm of each group's leaves; `groups` names that of each leaf of `tree`.
+
+    >>> norms = group_norms({"a": jnp.array([3.0, 4.0]), "b": None, "c": jnp.ones(1)}, ["x", "y"])
+    >>> {group: float(norm) for group, norm in norms.items()}
+    {'x': 5.0, 'y': 1.0}
+    """
+    leaves = jax.tree.leaves(tree)
+    return {
+        group: optax.tree.norm([x for x, g in zip(leaves, groups, strict=True) if g == group])
+        for group in dict.fromkeys(groups)
+    }
 
 
 def accumulate(value_and_grad: Callable[[Any], T], batches: Any) -> T:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import optax
 
@@ -52,7 +53,7 @@ class StagePlan:
         `optimizer` is that of groups for which neither `Update` nor stage name one.
         `steps_per_epoch` turns steps into the epochs that schedules count.
         """
-        length = {"epochs": self.stage.epochs, "steps_per_epoch": steps_per_epoch}
+        length = self._length(steps_per_epoch)
         groups = {
             group: group_transform(update.optimizer, update.lr, update.schedule, **length)
             for group, update in self.updates(optimizer).items()
@@ -61,12 +62,31 @@ class StagePlan:
 
     def rates_at(self, opt_state: optax.OptState, *, steps_per_epoch: int = 1) -> dict[str, float]:
         """The learning rate of each group's next step."""
-        length = {"epochs": self.stage.epochs, "steps_per_epoch": steps_per_epoch}
+        length = self._length(steps_per_epoch)
         states = {group: opt_state.inner_states[group].inner_state for group in self.patterns}
+        # The few numbers that count, of whichever devices they are on.
+        states = {
+            group: jax.device_get(state._replace(rule=None)) for group, state in states.items()
+        }
         return {
             group: float(group_rate(update.lr, update.schedule, states[group], **length))
             for group, update in self.updates().items()
         }
+
+    def _length(self, steps_per_epoch: int) -> dict[str, int]:
+        steps = self.stage.length(steps_per_epoch)
+        return {"steps": steps, "steps_per_epoch": steps_per_epoch}
+
+    def reductions(self, opt_state: optax.OptState) -> int:
+        """How often a ReduceLROnPlateau of the stage has reduced its rate; the most of several."""
+        return max(
+            (
+                int(opt_state.inner_states[group].inner_state.plateau.reductions)
+                for group, update in self.updates().items()
+                if isinstance(update.schedule, ReduceLROnPlateau)
+            ),
+            default=0,
+        )
 
     def after_epoch(
         self, opt_state: optax.OptState, *, loss: float, accuracy: float = math.nan

@@ -10,17 +10,20 @@ fields of `Stage`, which go before its own in all of its stages.
 >>> stages = full(1e-3, epochs=5, optimizer=SGD(momentum=0.9), until=EarlyStop("loss"))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Literal, TypedDict, Unpack
 
+from jaxft.anchor import Anchor
+from jaxft.choices import Augment, Balance, NormChoice
+from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
 from jaxft.optim import SGD, Adam, AdamW, Rule
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.schedules import ClosedForm, CosineAnnealingLR, FastaiOneCycle, SlantedTriangular
-from jaxft.stages import EarlyStop, Stage
+from jaxft.stages import Stage
 
 Blocks = Sequence[Pattern | tuple[Pattern, ...]]
 """A network's order, e.g. `[("conv1", "bn1"), "layer1", "layer2", "fc"]`."""
@@ -31,14 +34,29 @@ class Fields(TypedDict, total=False):
 
     schedule: ClosedForm | ReduceLROnPlateau | None
     optimizer: Rule | None
-    until: EarlyStop | None
+    until: EarlyStop | Plateau | None
     hand_on: Literal["best", "last"]
     carry: Literal["reset", "keep"]
+    steps: int | None
+    minutes: float | None
+    norms: NormChoice | Mapping[str, NormChoice]
+    clip_norm: float | None
+    accumulate: int
+    ema: float | None
+    anchor: Anchor | None
+    class_weights: tuple[float, ...] | None
+    batch_size: int | None
+    augment: Augment | None
+    erasing: float | None
+    mixup: float | None
+    cutmix: float | None
+    label_smoothing: float | None
+    balance: Balance | None
 
 
 # What the sources use.
-LPFT = Fields(optimizer=SGD(momentum=0.9))
-SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4))
+LPFT = Fields(optimizer=SGD(momentum=0.9), norms="E")
+SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4), norms="E")
 ULMFIT = Fields(
     optimizer=Adam(b1=0.7, b2=0.99), schedule=SlantedTriangular(), carry="keep", hand_on="last"
 )
@@ -165,15 +183,15 @@ def discriminative(
     epochs: int,
     head_lr: float = 2e-3,
     head_epochs: int = 1,
-    norms: Sequence[Pattern] = (),
+    train_norms: Sequence[Pattern] = (),
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
     """The last block, then all of them, each stage one cycle: `fine_tune` of fastai.
 
     Rates rise from `low` at the first block to `high` at the last in equal ratios, fastai's
-    `slice(low, high)`. Alone, the last block trains at `head_lr`, and with it `norms` at a tenth
-    of that: in fastai all of the network's. Its own three blocks of a ResNet are the stem to
-    layer2, layer3 and layer4, and the head.
+    `slice(low, high)`. Alone, the last block trains at `head_lr`, and with it `train_norms` at a
+    tenth of that: in fastai all of the network's. Its own three blocks of a ResNet are the stem
+    to layer2, layer3 and layer4, and the head.
 
     >>> for stage in discriminative([("stem", "layer1"), "layer2", "fc"], epochs=5):
     ...     print(stage.name, {block: f"{rate:g}" for block, rate in stage.train.items()})
@@ -181,7 +199,7 @@ def discriminative(
     all {'fc': '0.001', 'layer2': '0.0001', 'stem': '1e-05', 'layer1': '1e-05'}
     """
     order = _order("discriminative", blocks, low=low, high=high)
-    head = dict.fromkeys(order[-1], head_lr) | dict.fromkeys(norms, head_lr / 10)
+    head = dict.fromkeys(order[-1], head_lr) | dict.fromkeys(train_norms, head_lr / 10)
     every = _rates(order, high, (low / high) ** (1 / (len(order) - 1)))
     rise = Fields(schedule=FastaiOneCycle(pct_start=0.99))
     cycle = Fields(schedule=FastaiOneCycle(pct_start=0.3, div=5.0))

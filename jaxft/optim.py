@@ -122,25 +122,25 @@ def group_transform(
     lr: float,
     schedule: ClosedForm | ReduceLROnPlateau,
     *,
-    epochs: int,
+    steps: int,
     steps_per_epoch: int,
 ) -> optax.GradientTransformation:
     """One group's transform: `rule`'s direction times minus the rate that `schedule` gives.
+
+    `steps` is the stage's length, `steps_per_epoch` turns it into epochs for schedules by epoch.
 
     Rule and schedule keep states of their own, so that `carry` can take the one and leave the
     other: a schedule starts with its stage.
     """
 
-    length = {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
     def direction(position: jax.Array | int) -> optax.GradientTransformation:
         if isinstance(rule, optax.GradientTransformation):
             return rule
         if isinstance(schedule, ReduceLROnPlateau):
             return rule.direction()
-        return rule.direction(
-            schedule.momentum(*_time(schedule, position, epochs, steps_per_epoch))
-        )
+        return rule.direction(schedule.momentum(*_time(schedule, position, **length)))
 
     def init(params: Tree) -> GroupState:
         plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
@@ -166,23 +166,33 @@ def group_rate(
     schedule: ClosedForm | ReduceLROnPlateau,
     state: GroupState,
     *,
-    epochs: int,
+    steps: int,
     steps_per_epoch: int,
 ) -> jax.Array:
     """The learning rate of a group's next step."""
     if isinstance(schedule, ReduceLROnPlateau):
         assert state.plateau is not None
         return schedule.rate(lr, state.plateau)
-    return schedule.rate(lr, *_time(schedule, state.position, epochs, steps_per_epoch))
+    time = _time(schedule, state.position, steps, steps_per_epoch)
+    return schedule.rate(lr, *time)
 
 
 def _time(
-    schedule: ClosedForm, position: jax.Array | int, epochs: int, steps_per_epoch: int
+    schedule: ClosedForm, position: jax.Array | int, steps: int, steps_per_epoch: int
 ) -> tuple[jax.Array | int, int]:
     """A position and the stage's length in the schedule's unit."""
     if schedule.by == "epoch":
-        return position // steps_per_epoch, epochs
-    return position, epochs * steps_per_epoch
+        return position // steps_per_epoch, -(-steps // steps_per_epoch)
+    return position, steps
+
+
+def pass_step(opt_state: optax.OptState) -> optax.OptState:
+    """The state after a step that was not taken: moments stay, schedules go on."""
+    return jax.tree.map(
+        lambda x: x._replace(position=x.position + 1) if isinstance(x, GroupState) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, GroupState),
+    )
 
 
 def multi_transform(

@@ -12,7 +12,8 @@ import yaml
 from etils import epath
 
 from jaxft import atomic
-from jaxft.data import Augment, Balance, OnBadImage, Preprocessing
+from jaxft.choices import Augment, Balance
+from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
 from jaxft.errors import DataError, RecipeError
@@ -20,7 +21,14 @@ from jaxft.models import Model, create
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
 
-_CHANGES_NOTHING = ("workers", "cache_mib")  # but how fast a run is
+# But how fast a run is, what it may lose, and, by rounding, what more devices add up.
+_CHANGES_NOTHING = (
+    "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "on_nonfinite",
+)  # fmt: skip
+# What a stage may say for itself.
+_OF_A_STAGE = (
+    "batch_size", "augment", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,18 @@ class Recipe:
     """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, statistics and optimizer are float32."""
+    statistics: Literal["global", "replica"] = "global"
+    """What norm layers see of a batch on several devices: all of it, or each device its part, as in
+    torch's DistributedDataParallel."""
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """Whether each device holds all parameters, or a part of the large ones; changes no result
+    but by rounding."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite ends the run, or is left out and counted."""
+    checkpoint_steps: int = 0
+    """Also save a checkpoint every so many steps; 0: after each epoch. Changes no result."""
+    sync_steps: int = 10
+    """The host looks at losses every so many steps; changes no result."""
     workers: int = 2
     """Threads that read images, 0 for none of their own; changes no result."""
     cache_mib: int = 512
@@ -105,7 +125,10 @@ class Recipe:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        counts = {1: ("batch_size", "image_size", "resize_size"), 0: ("workers", "cache_mib")}
+        counts = {
+            1: ("batch_size", "image_size", "resize_size", "sync_steps"),
+            0: ("workers", "cache_mib", "checkpoint_steps"),
+        }
         for least, fields in counts.items():
             low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]
             if low:
@@ -126,6 +149,8 @@ class Recipe:
         check_stages(self.stages)
         if self.from_scratch:
             check_stages(self.from_scratch)
+        for stage in (*self.stages, *self.from_scratch):
+            self.during(stage)
 
     def _check_splits(self) -> None:
         for field in ("train_split", "val_split"):
@@ -169,6 +194,28 @@ class Recipe:
             mean=self.mean or own.mean,
             std=self.std or own.std,
         )
+
+    def during(self, stage: Stage) -> "Recipe":
+        """This recipe as it is in a stage, which goes before it in what it says for itself.
+
+        Raises RecipeError where the two do not go together.
+        """
+        own = {field: getattr(stage, field) for field in _OF_A_STAGE}
+        own = {field: value for field, value in own.items() if value is not None}
+        recipe = self
+        if own:
+            nothing: dict[str, Any] = dict.fromkeys(own)
+            plain = dataclasses.replace(stage, **nothing)
+            try:
+                recipe = dataclasses.replace(self, stages=(plain,), from_scratch=(), **own)
+            except RecipeError as error:
+                raise RecipeError(f"stage {stage.name!r}: {error}") from error
+        if recipe.batch_size % stage.accumulate:
+            raise RecipeError(
+                f"stage {stage.name!r}: a batch of {recipe.batch_size} cannot be worked through in "
+                f"{stage.accumulate} equal parts; set accumulate to a divisor."
+            )
+        return recipe
 
     def network(self, num_classes: int) -> Model:
         """The recipe's network, without any arrays yet."""

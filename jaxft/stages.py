@@ -4,28 +4,19 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import optax
 
+from jaxft.anchor import Anchor
+from jaxft.choices import Augment, Balance, NormChoice
+from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
 from jaxft.optim import Optimizer, Rule
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.schedules import ClosedForm, Constant
-
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """Ends a stage once `patience` epochs in a row have not improved on its best."""
-
-    monitor: Literal["accuracy", "loss"] = "accuracy"
-    patience: int = 3
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise RecipeError(f"EarlyStop: patience is {self.patience}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +41,9 @@ class Update:
 class Stage:
     """What trains, at which rate, for how long, and how it ends.
 
+    A stage is as long as `epochs` or `steps` say, whichever is over first, and ends earlier by
+    `until` or `minutes`. Validation follows each epoch, and the last one however short it is.
+
     Attributes:
       name: shown in tables and logs; unique within a recipe.
       train: pattern to learning rate (or `Update`); the first that matches a parameter wins,
@@ -62,6 +56,18 @@ class Stage:
         counts: a stage that never improves hands on what it got) or from its `last`.
       carry: `reset` starts every group's optimizer afresh, like a new torch optimizer; `keep`
         keeps that of groups which have trained before, like `add_param_group`.
+      steps: optimizer steps, at most.
+      minutes: of training and validation, at most. What such a stage does depends on the machine.
+      norms: what the norm layers use, one of `jaxft.choices.NormChoice` for all of them or for
+        those that each pattern selects (B for the rest): `{"layer4": "A", "*": "E"}`.
+      clip_norm: gradients are scaled down to this norm over all that trains.
+      accumulate: a batch is worked through in so many parts, one after another, for their memory.
+      ema: the decay, each step, of an average of the weights and running statistics since the
+        stage's start; it is what validation sees and what the stage hands on. 0.999, say.
+      anchor: a penalty that holds the weights near the pretrained ones (L2-SP).
+      class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; instead of `balance`.
+      batch_size, augment, erasing, mixup, cutmix, label_smoothing, balance: instead of the
+        recipe's.
 
     >>> from jaxft import Adam, schedules
     >>> stage = Stage(
@@ -75,19 +81,40 @@ class Stage:
 
     name: str
     train: Mapping[Pattern, float | Update]
-    epochs: int
+    epochs: int | None = None
     schedule: ClosedForm | ReduceLROnPlateau | None = None
     optimizer: Rule | None = None
-    until: EarlyStop | None = None
+    until: EarlyStop | Plateau | None = None
     hand_on: Literal["best", "last"] = "best"
     carry: Literal["reset", "keep"] = "reset"
+    _: KW_ONLY
+    steps: int | None = None
+    minutes: float | None = None
+    norms: NormChoice | Mapping[str, NormChoice] = "B"
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    anchor: Anchor | None = None
+    class_weights: tuple[float, ...] | None = None
+    batch_size: int | None = None
+    augment: Augment | None = None
+    erasing: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    label_smoothing: float | None = None
+    balance: Balance | None = None
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a saved recipe holds no unknown field
 
     def __post_init__(self) -> None:
-        wrong, rules = [], {"its optimizer": self.optimizer}
+        wrong = [*self._wrong_rates(), *self._wrong_limits()]
         if not self.name:
-            wrong.append("its name is empty")
+            wrong.insert(0, "its name is empty")
+        if wrong:
+            raise RecipeError(f"stage {self.name!r}: {'; '.join(wrong)}.")
+
+    def _wrong_rates(self) -> list[str]:
+        wrong, rules = [], {"its optimizer": self.optimizer}
         if not self.train:
             wrong.append("it trains nothing; name a pattern and a rate in `train`")
         for pattern, update in self.train.items():
@@ -103,10 +130,47 @@ class Stage:
                 wrong.append(
                     f"{place} is {rule!r}; it must be one of jaxft's or an optax transform"
                 )
-        if self.epochs < 1:
-            wrong.append(f"it has {self.epochs} epochs; it must have at least 1")
-        if wrong:
-            raise RecipeError(f"stage {self.name!r}: {'; '.join(wrong)}.")
+        return wrong
+
+    def _wrong_limits(self) -> list[str]:
+        wrong = []
+        if self.epochs is None and self.steps is None:
+            wrong.append("it has no length; give it epochs or steps")
+        for limit in ("epochs", "steps", "accumulate"):
+            if (count := getattr(self, limit)) is not None and count < 1:
+                wrong.append(f"it has {count} {limit}; it must have at least 1")
+        for limit in ("minutes", "clip_norm"):
+            if (value := getattr(self, limit)) is not None and not (
+                _is_number(value) and value > 0
+            ):
+                wrong.append(f"{limit} is {value}; it must be a positive, finite number")
+        if self.ema is not None and not 0 < self.ema < 1:
+            wrong.append(f"ema is {self.ema}; a decay lies between 0 and 1")
+        if self.class_weights is not None and not (
+            all(_is_number(w) and w >= 0 for w in self.class_weights) and any(self.class_weights)
+        ):
+            wrong.append(f"class_weights are {self.class_weights}; none is negative, not all are 0")
+        for choice in self.norm_choices.values():
+            if choice not in get_args(NormChoice):
+                wrong.append(
+                    f"norms has {choice!r}; it must be one of {', '.join(get_args(NormChoice))}"
+                )
+        schedules = [self.schedule, *(_as_update(u).schedule for u in self.train.values())]
+        if isinstance(self.until, Plateau) and not any(
+            isinstance(schedule, ReduceLROnPlateau) for schedule in schedules
+        ):
+            wrong.append("until is a Plateau, which counts those of a ReduceLROnPlateau schedule")
+        return wrong
+
+    @property
+    def norm_choices(self) -> Mapping[str, NormChoice]:
+        """`norms` by pattern, in order of precedence."""
+        return {"*": self.norms} if isinstance(self.norms, str) else self.norms
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Its steps, if nothing ends it earlier."""
+        epochs = [] if self.epochs is None else [self.epochs * steps_per_epoch]
+        return min(epochs + ([] if self.steps is None else [self.steps]))
 
     def resolve(self, pattern: Pattern, optimizer: Rule) -> "Resolved":
         """How what `pattern` selects trains, every default filled in.

@@ -50,13 +50,21 @@ BY_HAND = {
     ),
     "surgical": (
         surgical(BLOCKS, "norm", 1e-3, epochs=15),
-        [Stage("norm", {"stem": 1e-3, "norm": 1e-3}, 15, optimizer=Adam(weight_decay=1e-4))],
+        [
+            Stage(
+                "norm",
+                {"stem": 1e-3, "norm": 1e-3},
+                15,
+                optimizer=Adam(weight_decay=1e-4),
+                norms="E",
+            )
+        ],
     ),
     "linear probe": (
         linear_probe_then_finetune(BLOCKS, 1e-2, 1e-4, probe_epochs=5),
         [
-            Stage("probe", {"fc": 1e-2}, 5, None, MOMENTUM),
-            Stage("all", {"*": 1e-4}, 20, CosineAnnealingLR(), MOMENTUM),
+            Stage("probe", {"fc": 1e-2}, 5, None, MOMENTUM, norms="E"),
+            Stage("all", {"*": 1e-4}, 20, CosineAnnealingLR(), MOMENTUM, norms="E"),
         ],
     ),
     "gradual": (
@@ -85,7 +93,7 @@ BY_HAND = {
         ],
     ),
     "discriminative": (
-        discriminative(BLOCKS, epochs=5, norms=["**.bn"]),
+        discriminative(BLOCKS, epochs=5, train_norms=["**.bn"]),
         [
             Stage("head", {"fc": 2e-3, "**.bn": 2e-4}, 1, RISE, **FASTAI),
             Stage(
@@ -146,7 +154,7 @@ def test_what_trains_in_a_resnet(stages, trains):
 
 
 def test_fastai_trains_the_norms_beside_the_head():
-    head, every = jaxft.plan(discriminative(ORDER, epochs=1, norms=NORMS), PARAMS)
+    head, every = jaxft.plan(discriminative(ORDER, epochs=1, train_norms=NORMS), PARAMS)
     trained = zip(PATHS, leaf_labels(PARAMS, head.labels), strict=True)
     vectors = [path for path in PATHS if path.endswith(("scale", "bias"))]
     assert [path for path, name in trained if name != FROZEN] == sorted(["fc.kernel", *vectors])

@@ -15,7 +15,7 @@ RATE, STEPS = 0.1, 6
 
 
 def rated(optimizer, rate):
-    return group_transform(optimizer, rate, Constant(), epochs=1, steps_per_epoch=STEPS)
+    return group_transform(optimizer, rate, Constant(), steps=STEPS, steps_per_epoch=STEPS)
 
 
 def gradient(step):

@@ -1,8 +1,8 @@
 """From a source spec to batches of images: `open_source`, a `Preprocessing`, the batches."""
 
+from jaxft.choices import Augment, Balance
 from jaxft.data.arrays import arrays
-from jaxft.data.augment import Augment, View
-from jaxft.data.balance import Balance
+from jaxft.data.augment import View
 from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from jaxft.data.cache import Cached
 from jaxft.data.preprocessing import Preprocessing

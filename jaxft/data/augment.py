@@ -8,24 +8,6 @@ from PIL import Image
 
 from jaxft.data import color, policies, transforms
 
-Augment = Literal[
-    "none", "crop_flip", "shift", "shift_flip", "flip", "jitter", "randaugment", "trivialaugment"
-]
-"""The training view.
-
-- `none`: the evaluation view.
-- `crop_flip`: a random box scaled to the input size, mirrored half of the time. torchvision's
-  ImageNet training, its transfer-learning tutorial and d2l's.
-- `shift`: the evaluation view moved by up to an eighth.
-- `shift_flip`: the same, mirrored half of the time. At 32 pixels that is CIFAR's: pad by 4, crop.
-- `flip`: the evaluation view, mirrored half of the time.
-- `jitter`, `randaugment`, `trivialaugment`: `crop_flip`, then colours by up to 40 %, or the policy
-  of that name as torchvision's reference training has it.
-
-Erasing, mixup and label smoothing act on normalised batches on the device: `jaxft.data.erasing`,
-`jaxft.data.mix`.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class View:

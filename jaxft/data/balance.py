@@ -1,18 +1,8 @@
 """Classes of unequal size: weights for the loss, or draws in which each class is as likely."""
 
-from typing import Literal
-
 import numpy as np
 
 from jaxft.data.protocol import Source
-
-Balance = Literal["none", "loss", "sampling"]
-"""What makes up for classes of unequal size.
-
-- `none`: nothing does; each image counts once an epoch.
-- `loss`: images weigh as `class_weights` says.
-- `sampling`: an epoch draws as many images as there are with replacement, as `balanced_draws`.
-"""
 
 
 def class_weights(source: Source) -> tuple[float, ...]:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxft.choices import Augment
 from jaxft.data.augment import View
 from jaxft.data.balance import balanced_draws
 from jaxft.data.prefetch import prefetch
-from jaxft.data.preprocessing import Augment, Preprocessing, eval_view, train_view
+from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
 from jaxft.data.protocol import Source
 from jaxft.errors import DataError
 

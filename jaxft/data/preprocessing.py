@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from jaxft.choices import Augment
 from jaxft.data import transforms
-from jaxft.data.augment import VIEWS, Augment, View, vary
+from jaxft.data.augment import VIEWS, View, vary
 from jaxft.errors import DataError
 
 

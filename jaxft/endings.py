@@ -1,0 +1,60 @@
+"""What ends a stage before its epochs are over."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxft.errors import RecipeError
+
+Monitor = Literal["accuracy", "top5", "loss"]
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Ends a stage once `patience` epochs in a row have not improved on its best.
+
+    As Keras, Lightning and torch's usual loop count: an epoch improves if it is strictly better
+    than the last that did by more than `min_delta`; NaN never is. What the first epoch has to
+    improve on is the stage's start. `monitor` is also what the stage's best is chosen by.
+
+    Attributes:
+      monitor: of the validation images; accuracies from 0 to 1, the loss in nats.
+      patience: epochs.
+      min_delta: in units of what is monitored; less is no improvement.
+      min_epochs: the stage has at least as many; patience is counted from its start all the same.
+      mode: whether `min` or `max` is better; by default `min` for a loss, else `max`.
+    """
+
+    monitor: Monitor = "accuracy"
+    patience: int = 3
+    min_delta: float = 0.0
+    min_epochs: int = 0
+    mode: Literal["min", "max"] | None = None
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.patience < 1:
+            wrong.append(f"patience is {self.patience}; it must be at least 1")
+        if not self.min_delta >= 0:
+            wrong.append(f"min_delta is {self.min_delta}; it must not be negative")
+        if self.min_epochs < 0:
+            wrong.append(f"min_epochs is {self.min_epochs}; it must not be negative")
+        if wrong:
+            raise RecipeError(f"EarlyStop: {'; '.join(wrong)}.")
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Ends a stage when its `ReduceLROnPlateau` asks for one reduction more than `reductions`.
+
+    Plateaus are counted as torch's scheduler counts them, so `Plateau(0)` ends with the first.
+    """
+
+    reductions: int = 2
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.reductions < 0:
+            raise RecipeError(f"Plateau: reductions is {self.reductions}; it must not be negative.")
