@@ -132,6 +132,10 @@ class Checkpoints:
         with self._failing_clearly():
             self._manager.save(step, args=args)
 
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, from the oldest."""
+        return sorted(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, if there is one."""
         return self._manager.latest_step()

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.errors import ParallelError
@@ -125,26 +124,6 @@ def _answer(arguments: dict[str, Any]) -> str:
     return " Process 0 is there; of the others some are not."
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes logs and what the run hands back."""
-    return jax.process_index() == 0
-
-
-def agree(flag: bool) -> bool:
-    """Whether `flag` is True in any process; all must ask, at the same point of the program.
-
-    It waits for the devices, unless there is but one process, which pays nothing.
-    """
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
-    multihost_utils.sync_global_devices(name)
-
-
 def _all_devices() -> Mesh:
     # Not jax.make_mesh, which orders a TPU's devices by its wiring: a process would then not
     # have one run of rows of the batch, and what a row is would depend on the number of hosts.
@@ -191,10 +170,20 @@ class Devices:
 
     def batch(self, part: T) -> T:
         """The batch of which each process has its `part`: NumPy arrays [b ...], divided by rows."""
-        rows = NamedSharding(self.mesh, PartitionSpec(_BATCH))
+        rows = self._rows
         if rows.is_fully_addressable:
             return jax.device_put(part, rows)  # all arrays at once
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), part)
+
+    def abstract_batch(self, shapes: T) -> T:
+        """Shapes, types and places of a whole batch, as `abstract` gives those of parameters."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), shapes
+        )
+
+    @property
+    def _rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(_BATCH))
 
     def shardings(self, tree: Any) -> Any:
         """Where each leaf belongs; `tree` is of anything that has a shape.

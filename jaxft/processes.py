@@ -1,4 +1,4 @@
-"""What one process does for all: the processes of a run share its folder."""
+"""What the processes of a run do together, and what the first one does for all."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,22 @@ _LONGEST = 4096  # bytes of an answer to the others
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+    """Whether `flag` is True in any process; all must ask, at the same point of the program.
+
+    It waits for the devices, unless there is but one process, which pays nothing.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def first_answers(ask: Callable[[], str]) -> str:

@@ -3,16 +3,26 @@
     python scripts/finetune.py CONFIG --workdir DIR [any field of the recipe as an option]
 
 CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run; with
-`CONFIG --help` it shows its fields.
+`CONFIG --help` it shows its fields. DIR may lie in a bucket (gs://...).
+
+SIGTERM, or Ctrl-C, has the run save where it is and end, with exit code 75 (or 130); the same
+command goes on. Ctrl-C twice ends it at once.
 """
 
 import argparse
+import os
+import signal
 import sys
 
 import tyro
 
-from jaxft import JaxftError, Recipe, finetune
+from jaxft import JaxftError, Recipe, finetune, parallel, processes
 from jaxft.recipe import read
+from jaxft.train.compilation import keep_programs
+from jaxft.train.interruption import InterruptedRunError
+
+# 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 def main(arguments: list[str]) -> None:
@@ -22,27 +32,43 @@ def main(arguments: list[str]) -> None:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("config")
+    parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--workdir", metavar="DIR")
+    fork = parser.add_argument_group("a new run from the end of another run's stage")
+    fork.add_argument("--fork-from", metavar="RUN", help="the other run's workdir")
+    fork.add_argument("--stage", help="the stage, in both recipes; default: the last that ended")
+    hosts = parser.add_argument_group("several hosts, where they do not find each other")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone")
+    hosts.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         return
     known, options = parser.parse_known_args(arguments)
     if known.workdir is None and not {"-h", "--help"} & set(options):
         parser.error("--workdir DIR is required")
+    keep_programs()
     try:
+        parallel.start(known.coordinator, known.processes, known.process)
         recipe = tyro.cli(
             Recipe,
             default=read(known.config),
             args=options,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
-        result = finetune(recipe, known.workdir)
+        result = finetune(recipe, known.workdir, fork_from=known.fork_from, stage=known.stage)
+    except InterruptedRunError as stopped:
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        # Not sys.exit: it would wait for what the compiler does in the background.
+        os._exit(EXIT_CODES[stopped.signal])
     except (JaxftError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+    processes.barrier("end")  # or the first to end would take the others along
+    if not processes.is_first():
+        return
     print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")
     if result.from_scratch:
         print(f"From scratch:       {result.from_scratch.accuracy:.4f}")

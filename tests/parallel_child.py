@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from jaxft import SGD, Stage, models, parallel, partition, plan
+from jaxft import SGD, Stage, models, parallel, partition, plan, processes
 from jaxft.data import Preprocessing, train_batches
 from jaxft.labels import combine
 from jaxft.parallel import Devices
@@ -45,12 +45,7 @@ def train(devices):
     params, stats = MODEL.init(jax.random.key(0))
     stage = plan([Stage("late", {"layer*": 0.1, "fc": 0.1}, 1)], params)[0]
     transform = stage.transform(SGD(momentum=0.9))
-    step = train_step(MODEL, transform, preprocessing, "batch")
-
-    def placed(state, frozen, batch, key):
-        return devices.constrain(step(state, frozen, batch, key))
-
-    compiled = jax.jit(placed, donate_argnums=0)
+    step = train_step(MODEL, transform, preprocessing, "batch", devices=devices)
     trainable, frozen = partition(params, stage.labels)
     start = TrainState(trainable, stats, transform.init(params))
     state, frozen = devices.put(start), devices.put(frozen)
@@ -71,7 +66,7 @@ def train(devices):
     for part in batches:
         before = state
         batch = devices.batch(part)
-        state, sums = compiled(state, frozen, batch, jax.random.key(1))
+        state, (sums, *_) = step(state, frozen, batch, jax.random.key(1))
         losses.append(float(sums.loss) / float(sums.examples))
         stable.append(jax.tree.map(lambda x: x.sharding, state) == wanted)
         donated.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(before)))
@@ -79,7 +74,7 @@ def train(devices):
     seen = {
         "rows": batch.mask.shape[0],
         "batch": str(batch.image.sharding.spec),
-        "programs": compiled._cache_size(),
+        "programs": step._cache_size(),
         "stable": all(stable),
         "donated": all(donated),
         "divided": sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state)),
@@ -129,15 +124,15 @@ def main(out, *joining):
         cases["one"] = Devices(mesh=one)
     trained = {case: train(devices) for case, devices in cases.items()}
     seen = {case: seen for case, (_, seen) in trained.items()}
-    seen["agree"] = [parallel.agree(False), parallel.agree(parallel.is_first())]
-    seen["first"] = parallel.is_first()
+    seen["agree"] = [processes.agree(False), processes.agree(processes.is_first())]
+    seen["first"] = processes.is_first()
     seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
     seen["shard"] = cases["fsdp"].shard
     if joining:
         parallel.start()  # does nothing
     os.kill(os.getpid(), signal.SIGTERM)
     seen["signals"] = signals
-    parallel.barrier("end")
+    processes.barrier("end")
     np.savez(f"{out}.npz", **{case: array for case, (array, _) in trained.items()})
     with open(f"{out}.json", "w") as file:
         json.dump(seen, file)

@@ -19,7 +19,6 @@ from rich.progress import (
 
 from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
-from jaxft.models import NormMode
 
 EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
 
@@ -41,9 +40,9 @@ class Console:
         self._out.print(text.rstrip(), markup=False, style=style, soft_wrap=True)
 
     def stage(
-        self, plan: StagePlan, title: str, params: Tree, norms: Mapping[str, NormMode]
+        self, plan: StagePlan, title: str, cost: str, params: Tree, norms: Mapping[str, str]
     ) -> None:
-        """The table of a stage: who trains, how fast, and what its norm layers use."""
+        """The table of a stage: who trains, how fast, and the modes of its norm layers, by path."""
         labels = leaf_labels(params, plan.labels)
         sizes, modes = Counter[str](), dict[str, Counter[str]]()
         for path, label, leaf in zip(paths(params), labels, jax.tree.leaves(params), strict=True):
@@ -53,7 +52,7 @@ class Console:
                 modes.setdefault(label, Counter())[norms[layer]] += 1
 
         updates = plan.updates()
-        rows = [("group", "parameters", "share", "rate", "schedule", "norm statistics")]
+        rows = [("group", "parameters", "share", "rate", "schedule", "norm layers")]
         for group in [*updates, *([FROZEN] if FROZEN in sizes else [])]:
             rate, schedule = "-", "-"
             if group in updates:
@@ -65,6 +64,7 @@ class Console:
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         line = "  {:{}}  {:>{}}  {:>{}}  {:>{}}  {:{}}  {:{}}"
         self.row(f"\n{title}", style="bold")
+        self.say(cost)
         self.row("")
         for row in rows:
             cells = chain.from_iterable(zip(row, widths, strict=True))
@@ -73,7 +73,7 @@ class Console:
         self.row("\n" + EPOCH_ROW.format(*heads))
 
     @contextmanager
-    def epoch(self, epoch: int, steps: int) -> Iterator["Bar"]:
+    def epoch(self, epoch: int, steps: int, done: int = 0) -> Iterator["Bar"]:
         """A bar over the steps of an epoch, on a terminal only; it leaves nothing behind."""
         columns = (
             TextColumn("  epoch {task.description}"),
@@ -84,7 +84,8 @@ class Console:
         )
         shown = self._out.is_terminal and not self._out.quiet
         with Progress(*columns, console=self._out, transient=True, disable=not shown) as progress:
-            yield Bar(progress, progress.add_task(str(epoch), total=steps, loss=float("nan")))
+            task = progress.add_task(str(epoch), total=steps, completed=done, loss=float("nan"))
+            yield Bar(progress, task)
 
     def epoch_row(
         self,
@@ -112,11 +113,6 @@ class Bar:
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
-
-    @property
-    def shown(self) -> bool:
-        """Whether anyone sees it: else a loss need not be fetched from the device."""
-        return not self._progress.disable
 
     def advance(self, loss: float) -> None:
         """One step further."""

@@ -14,10 +14,7 @@ from jaxft.report.events import EventFile
 
 
 class MetricsLog:
-    """The records of one run, continued after `step`: rows of later steps are dropped.
-
-    A run that was killed after it wrote a row and before its checkpoint was whole trains that
-    epoch again; it must not appear twice.
+    """The records of one run, from where it begins.
 
     Records are not worth a run. What cannot be written, as the disk is full, is kept and written
     with the next row; what is still missing when the log is closed is a warning.
@@ -25,20 +22,26 @@ class MetricsLog:
     writes: of several processes the first alone; the others' rows go nowhere.
     """
 
-    def __init__(self, workdir: str | PathLike[str], *, step: int, writes: bool = True) -> None:
-        self._writes, self._failure = writes, ""
-        if not writes:
+    def __init__(self, workdir: str | PathLike[str], *, writes: bool = True) -> None:
+        self._workdir, self._writes, self._failure = epath.Path(workdir), writes, ""
+        self._path = self._workdir / "metrics.jsonl"
+        self._events: EventFile | None = None
+
+    def begin(self, step: int) -> None:
+        """Goes on after a step: rows of later ones are dropped.
+
+        A run that was killed after it wrote a row and before its checkpoint was whole trains that
+        epoch again; it must not appear twice.
+        """
+        if not self._writes:
             return
-        self._path = epath.Path(workdir) / "metrics.jsonl"
         rows = self._path.read_text().splitlines() if self._path.exists() else []
         self._rows = [row for row in rows if _step(row) <= step]
-        self._events = EventFile(epath.Path(workdir) / "tensorboard", purge_step=step + 1)
+        self._events = EventFile(self._workdir / "tensorboard", purge_step=step + 1)
         self._flush()
 
     def close(self) -> None:
         """Writes out what is missing, if it can."""
-        if not self._writes:
-            return
         self._flush()
         if self._failure:
             warnings.warn(
@@ -52,7 +55,7 @@ class MetricsLog:
 
         TensorBoard gets its floats at `row["step"]`, and those of a group as `group/name`.
         """
-        if not self._writes:
+        if self._events is None:
             return
         self._rows.append(json.dumps(_strict(row), allow_nan=False))
         self._events.add(row["step"], dict(_floats(row)))
@@ -60,6 +63,8 @@ class MetricsLog:
 
     def _flush(self) -> None:
         self._failure = ""
+        if self._events is None:
+            return
         try:
             # Whole: an object of a bucket takes no more, and what a full disk cuts short is no row.
             atomic.write(self._path, "".join(row + "\n" for row in self._rows))

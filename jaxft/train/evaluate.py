@@ -1,6 +1,5 @@
 """Evaluation: every example counts once, whatever the batch size."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,22 +15,18 @@ from jaxft.train.step import Tally, tally
 
 @dataclass(frozen=True)
 class Score:
-    """Means over a set of examples: cross entropy in nats, accuracy from 0 to 1."""
+    """Means over a set of examples: cross entropy in nats, accuracies from 0 to 1."""
 
     loss: float
     accuracy: float
-
-    def better_than(self, other: "Score", monitor: str) -> bool:
-        """Strictly better by `accuracy` or `loss`; every number is better than NaN."""
-        sign = -1 if monitor == "loss" else 1
-        mine, theirs = sign * getattr(self, monitor), sign * getattr(other, monitor)
-        return mine > theirs or (math.isnan(theirs) and not math.isnan(mine))
+    top5: float
 
 
 def score(tallies: Iterable[Tally]) -> Score:
     """The means of many batches' sums; added on the host in float64."""
-    loss, correct, examples = np.sum(np.asarray(jax.device_get(list(tallies)), np.float64), axis=0)
-    return Score(loss=float(loss / examples), accuracy=float(correct / examples))
+    rows = np.asarray(jax.device_get(list(tallies)), np.float64)
+    loss, correct, top5, examples = np.sum(rows, axis=0)
+    return Score(float(loss / examples), float(correct / examples), float(top5 / examples))
 
 
 def eval_step(
@@ -50,6 +45,6 @@ def eval_step(
         if tta == "flip":
             mirrored, _ = model.apply(params, stats, images[:, :, ::-1], norms="running")
             logits = (logits + mirrored) / 2
-        return tally(logits, batch)
+        return tally(logits, batch.target, batch.mask)
 
     return jax.jit(step)

@@ -4,26 +4,30 @@ import dataclasses
 import os
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
+from etils import epath
 
-from jaxft import data, models, weights
-from jaxft.carryover import carry_with_remarks
+from jaxft import checkpoint, data, models, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
-from jaxft.errors import CheckpointError
-from jaxft.groups import StagePlan, plan
+from jaxft.groups import plan
 from jaxft.labels import Tree
+from jaxft.parallel import Devices
+from jaxft.processes import is_first
 from jaxft.recipe import Recipe, resolve
+from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
-from jaxft.train import export
+from jaxft.train import export, fork
 from jaxft.train.evaluate import Score, eval_step
-from jaxft.train.progress import Progress
-from jaxft.train.stage import Run, Snapshot, train_stage
+from jaxft.train.fork import Fork
+from jaxft.train.interruption import Interruption, interruptible
+from jaxft.train.program import Program, program
+from jaxft.train.run import Run
+from jaxft.train.sequence import Start, train_stages
 from jaxft.train.workdir import check, claim, saved
 from jaxft.weights.head import new_head
 
@@ -50,28 +54,40 @@ def finetune(
     workdir: str | os.PathLike[str],
     *,
     data: Source | Splits | None = None,
+    fork_from: str | os.PathLike[str] | None = None,
+    stage: str | None = None,
     console: Console | None = None,
 ) -> Result:
     """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
 
-    A run killed at any moment and called again ends bit-identically to one that was not.
+    A run killed at any moment and called again ends bit-identically to one that was not. SIGTERM,
+    or one SIGINT, has it save where it is and end.
 
     data: images to use instead of those that the recipe names, such as `jaxft.data.arrays(...)`;
       `recipe.data` is then no more than their name, in what is printed and saved.
+    fork_from: another run's workdir: this one starts from the end of its stage called `stage` (of
+      its last that has ended) and goes on with the recipe's stage after that.
 
     Raises:
       JaxftError: anything wrong with recipe, data, weights or folder, before training starts;
         later only what could not be known (an image that has become unreadable, a full disk).
+      InterruptedRunError: a signal has ended it.
+      NonFiniteError: the loss has become NaN or infinite.
     """
-    recipe, workdir, console = resolve(recipe), Path(workdir), console or Console()
+    recipe, folder = resolve(recipe), epath.Path(workdir)
+    console = console or Console(quiet=not is_first())
     recipe.network(num_classes=1)  # its name and options, before anything takes time
-    begun, source = saved(workdir), None
+    begun, source, forked = saved(folder), None, None
     if begun:
         recipe = recipe.expecting(begun.preprocessing)
-    check(workdir, recipe)
+    elif fork_from is not None:
+        forked = fork.find(fork_from, stage)
+        fork.check(forked, recipe)
+        recipe = recipe.expecting(forked.recipe.preprocessing)
+    check(folder, recipe)
     splits = _open(recipe, data)
     # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
-    if not begun:
+    if not begun and not forked:
         source = weights.read(recipe.weights) if recipe.weights else None
         recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
     scratch = dataclasses.replace(
@@ -81,24 +97,25 @@ def finetune(
         stages=recipe.from_scratch or recipe.stages,
         from_scratch=(),
     )
-    check(workdir / "from_scratch", scratch)
+    check(folder / "from_scratch", scratch)
+    devices = Devices(recipe.sharding)
     model = recipe.network(len(splits.train.classes))
-    start = _start(recipe, model, source, workdir)
-    plans = plan(recipe.stages, start[0])
-    if recipe.from_scratch:
-        plan(recipe.from_scratch, start[0])  # its patterns must not fail after hours of the others
+    start = _start(recipe, model, source, shapes_only=bool(begun or forked))
+    programs = _programs(recipe, model, splits, devices, start)
+    if recipe.from_scratch:  # its patterns must not fail after hours of the others
+        compared = _programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0]))
     for remark in (*splits.remarks, *(source.remarks if source else ())):
         console.say(remark)
-    result = _run(recipe, model, splits, plans, start, workdir, console)
-    if recipe.from_scratch:
-        console.row("\nFor comparison, the same network from random weights:")
-        folder = workdir / "from_scratch"
-        start = _start(scratch, model, None, folder)
-        plans = plan(scratch.stages, start[0])
-        console.row(_prologue(scratch, splits, start[0]))
-        other = _run(scratch, model, splits, plans, start, folder, console)
-        result = dataclasses.replace(result, from_scratch=other.score)
+    with interruptible() as interruption:
+        result = _run(programs, splits, start, forked, recipe, folder, console, interruption)
+        if recipe.from_scratch:
+            console.row("\nFor comparison, the same network from random weights:")
+            beside = folder / "from_scratch"
+            start = _start(scratch, model, None, shapes_only=bool(saved(beside)))
+            console.row(_prologue(scratch, splits, start[0]))
+            other = _run(compared, splits, start, None, scratch, beside, console, interruption)
+            result = dataclasses.replace(result, from_scratch=other.score)
     return result
 
 
@@ -112,8 +129,6 @@ def _open(recipe: Recipe, given: Source | Splits | None) -> Splits:
         seed=recipe.seed,
         on_bad_image=recipe.on_bad_image,
     )
-    # Whether drop_last leaves anything must be known before there is a folder.
-    data.steps_per_epoch(splits.train, recipe.batch_size, drop_last=recipe.drop_last)
     count = sum(map(len, splits))
 
     def kept(source: Source) -> Source:
@@ -124,45 +139,21 @@ def _open(recipe: Recipe, given: Source | Splits | None) -> Splits:
     return Splits(kept(splits.train), kept(splits.val), splits.remarks)
 
 
-def _run(
-    recipe: Recipe,
-    model: models.Model,
-    splits: Splits,
-    plans: tuple[StagePlan, ...],
-    start: tuple[Tree, Tree],
-    workdir: Path,
-    console: Console,
-) -> Result:
-    with claim(workdir, recipe), closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        step = checkpoints.latest_step()
-        with closing(MetricsLog(workdir, step=step or 0)) as metrics:
-            evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
-            run = Run(recipe, model, splits, plans, evaluator, checkpoints, metrics, console)
-            if step is None:
-                progress = Progress.at_start(0, 0, run.evaluate(*start))
-                current = best = Snapshot(*start, _fresh(run, 0, start[0]))
-            else:
-                progress, current, best = _resume(run, step, *start)
-            progress, current = _train_stages(run, progress, current, best)
-        handed_on = progress.handed_on(plans[-1].stage)
-        exported = export.write(
-            workdir,
-            recipe,
-            model,
-            current.params,
-            current.stats,
-            classes=splits.train.classes,
-            score=handed_on,
-        )
-    return Result(handed_on, exported, checkpoints.path(progress.step))
+def _programs(
+    recipe: Recipe, model: models.Model, splits: Splits, devices: Devices, shapes: Start
+) -> tuple[Program, ...]:
+    return tuple(
+        program(index, stage, recipe, model, splits.train, devices, shapes)
+        for index, stage in enumerate(plan(recipe.stages, shapes[0]))
+    )
 
 
 def _start(
-    recipe: Recipe, model: models.Model, source: weights.Weights | None, workdir: Path
-) -> tuple[Tree, Tree]:
-    """What the run starts from; of one that has begun, the shapes."""
+    recipe: Recipe, model: models.Model, source: weights.Weights | None, *, shapes_only: bool
+) -> Start:
+    """The parameters and statistics that the run starts from."""
     key = jax.random.key(recipe.seed)
-    if saved(workdir):
+    if shapes_only:
         return jax.eval_shape(model.init, key)
     if source:
         return weights.load(source, model, head=recipe.head, key=key)
@@ -172,72 +163,53 @@ def _start(
     return params, stats
 
 
-def _train_stages(
-    run: Run, progress: Progress, current: Snapshot, best: Snapshot
-) -> tuple[Progress, Snapshot]:
-    while True:
-        if not progress.ended:
-            progress, current = train_stage(run, progress, current, best)
-        following = progress.stage + 1
-        if following == len(run.plans):
-            return progress, current
-        stage = run.plans[progress.stage].stage
-        progress = Progress.at_start(following, progress.step, progress.handed_on(stage))
-        opt_state, remarks = _next_state(run, following, current.opt_state, current.params)
-        for remark in remarks:
-            run.console.say(remark)
-        current = best = current._replace(opt_state=opt_state)
-
-
-def _resume(run: Run, step: int, params: Tree, stats: Tree) -> tuple[Progress, Snapshot, Snapshot]:
-    """The arrays of a checkpoint, in the structure of the stage that wrote it."""
-    fields = run.checkpoints.progress(step)
-    if (before := fields.pop("data")) != run.data:
-        raise CheckpointError(
-            f"the images have changed since {run.checkpoints.path(step)} was written:\n  "
-            f"{before} then,\n  {run.data} now.\nBring them back, or choose another --workdir."
+def _run(
+    programs: tuple[Program, ...],
+    splits: Splits,
+    start: Start,
+    forked: Fork | None,
+    recipe: Recipe,
+    workdir: epath.Path,
+    console: Console,
+    interruption: Interruption,
+) -> Result:
+    devices, model = programs[0].devices, programs[0].model
+    with (
+        claim(workdir, recipe),
+        closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
+        closing(MetricsLog(workdir, writes=is_first())) as metrics,
+    ):
+        if is_first():
+            environment.append(workdir)
+        anchor = None
+        if any(program.plan.stage.anchor for program in programs):
+            if checkpoints.latest_step() is None:
+                pretrained = fork.start(forked) if forked else start
+                checkpoint.save_weights(workdir / "start", *pretrained)
+            anchor = devices.put(checkpoint.read_weights(workdir / "start")[0])
+        evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
+        run = Run(
+            recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
+            interruption, anchor,
+        )  # fmt: skip
+        progress, handed_on = train_stages(run, start, forked)
+    score = progress.handed_on(programs[-1].plan.stage)
+    params, stats = devices.host((handed_on.params, handed_on.stats))
+    exported = workdir / "model.safetensors"
+    if is_first():
+        export.write(
+            workdir, recipe, model, params, stats, classes=splits.train.classes, score=score
         )
-    progress = Progress.from_fields(fields)
-    stage = run.plans[progress.stage].stage
-    run.console.say(
-        f"Going on from step {step}: stage {stage.name!r}, "
-        f"{'ended' if progress.ended else 'after'} epoch {progress.epoch} of {stage.epochs}."
-    )
-    opt_state = jax.eval_shape(partial(_state_at, run, progress.stage), params)
-    like = Snapshot(params, stats, opt_state)._asdict()
-    if not progress.ended:
-        like["best"] = dict(like)
-    arrays = run.checkpoints.restore(step, like)
-    best = Snapshot(**arrays.pop("best")) if "best" in arrays else Snapshot(**arrays)
-    return progress, Snapshot(**arrays), best
-
-
-def _fresh(run: Run, stage: int, params: Tree) -> Tree:
-    return run.transform(stage).init(params)
-
-
-def _next_state(run: Run, stage: int, state: Tree, params: Tree) -> tuple[Tree, list[str]]:
-    """The optimizer's state at a stage's start, given that at the end of the one before."""
-    plan, fresh = run.plans[stage], _fresh(run, stage, params)
-    if plan.stage.carry == "reset":
-        return fresh, []
-    return carry_with_remarks(state, fresh, park=plan.park)
-
-
-def _state_at(run: Run, stage: int, params: Tree) -> Tree:
-    """A state of a stage's structure, with what is parked: as if all stages before had run."""
-    state = _fresh(run, 0, params)
-    for k in range(1, stage + 1):
-        state, _ = _next_state(run, k, state, params)
-    return state
+    return Result(score, exported, checkpoints.path(progress.step))
 
 
 def _prologue(recipe: Recipe, splits: Splits, params: Tree) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     devices = jax.devices()
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
         f"{recipe.model}, {count:,} parameters, from {recipe.weights or 'random weights'}\n"
         f"{recipe.data}: {len(splits.train):,} images to train on, {len(splits.val):,} to "
         f"validate, {len(splits.train.classes)} classes\n"
-        f"on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+        f"on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}{processes}"
     )

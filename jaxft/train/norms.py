@@ -1,19 +1,68 @@
-"""Which statistics each norm layer uses in a stage."""
+"""Which statistics each norm layer uses in a stage, and what such a combination is called."""
 
 from collections.abc import Mapping
 
-from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.choices import NormChoice
+from jaxft.errors import PatternError, RecipeError
+from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths
 from jaxft.models import NormMode
 
+# Of frozen layers. Those that train are in mode `batch`, but for E.
+_FROZEN_MODES: dict[NormChoice, NormMode] = {
+    "A": "batch",
+    "B": "running",
+    "D": "batch_fixed",
+    "E": "running",
+}
 
-def norm_modes(params: Tree, stats: Tree, labels: Tree) -> Mapping[str, NormMode]:
-    """The mode of each norm layer: `batch` if its parameters train, `running` if frozen.
 
-    Frozen layers then compute what they computed when they were pretrained, and their running
-    statistics stay bit-identical (mode B of Keras, timm and detection, instead of torch's
-    default of letting frozen layers drift).
+def norm_modes(
+    params: Tree, stats: Tree, labels: Tree, choices: Mapping[str, NormChoice] | None = None
+) -> Mapping[str, NormMode]:
+    """The mode of each norm layer, by its path.
+
+    `choices` are by pattern, and the first that matches counts. Without one it is B: what is frozen
+    computes as it did when it was pretrained, and its running statistics stay bit-identical.
+
+    Raises:
+      PatternError: a pattern that matches no norm layer, or is shadowed.
+      RecipeError: C, whose norm layers all train, for some that are frozen.
     """
-    layers = {path.rpartition(".")[0] for path in paths(stats)}
+    if not paths(stats):
+        return {}
+    chosen, complaints = match(stats, list(choices or {}))
+    if complaints:
+        raise PatternError("\n".join(f"norms: {complaint}" for complaint in complaints))
+    wanted = dict(zip(map(_layer, paths(stats)), chosen, strict=True))
+    trained = trained_layers(params, labels)
+    modes: dict[str, NormMode] = {}
+    for layer in sorted(wanted):
+        index = wanted[layer]
+        choice = "B" if index is None else [*(choices or {}).values()][index]
+        if layer in trained:
+            modes[layer] = "running" if choice == "E" else "batch"
+        elif choice != "C":
+            modes[layer] = _FROZEN_MODES[choice]
+    if frozen := sorted(wanted.keys() - modes.keys()):
+        raise RecipeError(
+            f"norms: in mode C all norm layers train, and {len(frozen)} are frozen, such as "
+            f"{frozen[0]}. Give them a rate in `train`, or choose A, B or D."
+        )
+    return modes
+
+
+def trained_layers(params: Tree, labels: Tree) -> set[str]:
+    """The paths of the layers of which some parameter trains."""
     named = zip(paths(params), leaf_labels(params, labels), strict=True)
-    trained = {path.rpartition(".")[0] for path, label in named if label != FROZEN}
-    return {layer: "batch" if layer in trained else "running" for layer in sorted(layers)}
+    return {_layer(path) for path, label in named if label != FROZEN}
+
+
+def mode_names(params: Tree, labels: Tree, modes: Mapping[str, NormMode]) -> dict[str, str]:
+    """What each layer's mode is called: its letter of `NormChoice`, and the mode."""
+    trained = trained_layers(params, labels)
+    letters = {"batch": "AC", "running": "BE", "batch_fixed": "D"}  # frozen, or trains
+    return {layer: f"{letters[mode][layer in trained]} {mode}" for layer, mode in modes.items()}
+
+
+def _layer(path: str) -> str:
+    return path.rpartition(".")[0]

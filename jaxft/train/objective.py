@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from jaxft.data.erasing import erase, erasing_boxes
@@ -35,10 +36,10 @@ class Objective:
         mask: ArrayLike,
         num_classes: int,
         key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array]:
         """Normalised images [b h w c] and their targets: float32 [b k], not yet smoothed.
 
-        None instead of the targets if the loss is plain cross entropy with `target`, int [b].
+        The targets are `target` itself, int [b], if the loss is plain cross entropy.
         """
         if self.erasing:
             count, height, width, _ = images.shape
@@ -46,7 +47,7 @@ class Objective:
             boxes = erasing_boxes(drawn, count, height, width, probability=self.erasing)
             images = erase(images, boxes)
         if not (self.mixup or self.cutmix or self.label_smoothing or self.class_weights):
-            return images, None
+            return images, jnp.asarray(target)
         targets, mask = soft_targets(jnp.asarray(target), num_classes), jnp.asarray(mask)
         key = _named(key, "mixing")
         if self.mixup and self.cutmix:
@@ -59,20 +60,29 @@ class Objective:
             return cutmix(key, images, targets, mask, alpha=self.cutmix)
         return images, targets
 
-    def mean_loss(self, logits: jax.Array, targets: jax.Array, mask: ArrayLike) -> jax.Array:
-        """The cross entropy of logits [b k] with targets [b k], a mean over the rows of `mask`.
+    def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The cross entropy of logits [b k] with each row's targets: [b k], or classes int [b].
 
-        Rows count by their targets' weights, and the sum is divided by these weights' sum. With
-        one class a row that is torch's `CrossEntropyLoss(weight=..., label_smoothing=...)`; of
-        mixed classes torch would divide by the number of rows, and the weights set the pace.
+        The mean is their sum over that of `weights`. With one class a row that is torch's
+        `CrossEntropyLoss(weight=..., label_smoothing=...)`; of mixed classes torch would divide by
+        the number of rows, and the weights set the pace.
         """
-        weights = jnp.ones(targets.shape[-1], logits.dtype)
-        if self.class_weights is not None:
-            weights = jnp.asarray(self.class_weights, logits.dtype)
+        if targets.ndim == 1:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / targets.shape[-1]
-        losses = -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
-        total = jnp.sum(targets @ weights, where=jnp.asarray(mask))
-        return jnp.sum(losses, where=jnp.asarray(mask)) / total
+        weights = self._class_weights(targets)
+        return -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
+
+    def weights(self, targets: jax.Array) -> jax.Array:
+        """How much each row counts, [b]."""
+        if targets.ndim == 1:
+            return jnp.ones(targets.shape, jnp.float32)
+        return targets @ self._class_weights(targets)
+
+    def _class_weights(self, targets: jax.Array) -> jax.Array:
+        if self.class_weights is None:
+            return jnp.ones(targets.shape[-1], targets.dtype)
+        return jnp.asarray(self.class_weights, targets.dtype)
 
 
 def _named(key: jax.Array, name: str) -> jax.Array:

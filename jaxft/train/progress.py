@@ -1,10 +1,12 @@
 """Where a run is, and when a stage ends: plain values, decided without any array."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxft.endings import EarlyStop, Plateau
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 
@@ -15,11 +17,15 @@ class Progress:
 
     Attributes:
       stage: index of the stage.
-      epoch: epochs completed in it.
+      epoch: epochs completed in it, with their validation.
       step: steps completed since the run began; numbers the checkpoints.
       score: by validation, after the last epoch.
       best: the stage's best score, its start included.
       best_epoch: when that was; 0 is the stage's start.
+      position: steps completed in the epoch that is under way.
+      bar: the last score that was an improvement to `EarlyStop`.
+      waited: epochs since.
+      seconds: spent on the stage.
       ended: why the stage ended; empty while it goes on.
     """
 
@@ -28,41 +34,68 @@ class Progress:
     step: int
     score: Score
     best: Score
+    bar: Score
     best_epoch: int = 0
+    position: int = 0
+    waited: int = 0
+    seconds: float = 0.0
     ended: str = ""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Progress":
         """The inverse of `dataclasses.asdict`."""
-        scores = {name: Score(**fields[name]) for name in ("score", "best")}
+        scores = {name: Score(**fields[name]) for name in ("score", "best", "bar")}
         return cls(**{**fields, **scores})
 
     @classmethod
     def at_start(cls, stage: int, step: int, score: Score) -> "Progress":
         """The beginning of a stage, which is its candidate 0."""
-        return cls(stage=stage, epoch=0, step=step, score=score, best=score)
+        return cls(stage=stage, epoch=0, step=step, score=score, best=score, bar=score)
 
-    def after_epoch(self, stage: Stage, steps: int, score: Score) -> "Progress":
-        """The position one epoch of `steps` steps later, and whether that ends the stage."""
-        epoch = self.epoch + 1
-        monitor = stage.until.monitor if stage.until else "accuracy"
-        improved = score.better_than(self.best, monitor)
-        best_epoch = epoch if improved else self.best_epoch
-        ended = ""
-        if stage.until and epoch - best_epoch >= stage.until.patience:
-            ended = f"{monitor} has not improved for {epoch - best_epoch} epochs"
-        elif epoch >= stage.epochs:
-            ended = f"{epoch} of {stage.epochs} epochs done"
+    def after_step(self) -> "Progress":
+        """One step further into the epoch."""
+        return dataclasses.replace(self, step=self.step + 1, position=self.position + 1)
+
+    def after_epoch(
+        self, stage: Stage, score: Score, *, done: str = "", reductions: int = 0
+    ) -> "Progress":
+        """The position once an epoch is validated, and whether that ends the stage.
+
+        done: why the stage has no further epoch, if it has none.
+        reductions: how often a `ReduceLROnPlateau` has reduced the rate.
+        """
+        epoch, until = self.epoch + 1, stage.until
+        rule = until if isinstance(until, EarlyStop) else EarlyStop()
+        improved = _better(score, self.best, rule)
+        cleared = _better(score, self.bar, rule, by=rule.min_delta)
+        waited = 0 if cleared else self.waited + 1
+        if isinstance(until, EarlyStop) and waited >= until.patience and epoch >= until.min_epochs:
+            margin = f" by more than {until.min_delta:g}" if until.min_delta else ""
+            plural = "s" * (waited > 1)
+            done = f"{until.monitor} has not improved{margin} for {waited} epoch{plural}"
+        if isinstance(until, Plateau) and reductions > until.reductions:
+            done = f"the rate met its plateau number {reductions}"
         return dataclasses.replace(
             self,
             epoch=epoch,
-            step=self.step + steps,
+            position=0,
             score=score,
             best=score if improved else self.best,
-            best_epoch=best_epoch,
-            ended=ended,
+            best_epoch=epoch if improved else self.best_epoch,
+            bar=score if cleared else self.bar,
+            waited=waited,
+            ended=done,
         )
 
     def handed_on(self, stage: Stage) -> Score:
         """The score of what the next stage starts from."""
         return self.best if stage.hand_on == "best" else self.score
+
+
+def _better(new: Score, old: Score, rule: EarlyStop, by: float = 0.0) -> bool:
+    """Strictly better by more than a margin; every number is better than NaN."""
+    smaller = (rule.mode or ("min" if rule.monitor == "loss" else "max")) == "min"
+    ours, theirs = getattr(new, rule.monitor), getattr(old, rule.monitor)
+    if math.isnan(theirs):
+        return not math.isnan(ours)
+    return bool(ours + by < theirs if smaller else ours - by > theirs)

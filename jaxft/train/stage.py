@@ -1,254 +1,225 @@
 """One stage: epochs of steps, each followed by validation and a checkpoint."""
 
-import dataclasses
+import math
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Never
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 
 from jaxft import data
-from jaxft.checkpoint import Checkpoints
-from jaxft.data import Batch, Cached, Splits
-from jaxft.data.balance import class_weights
-from jaxft.groups import StagePlan
-from jaxft.labels import Tree, combine, partition
-from jaxft.models import Model
-from jaxft.recipe import Recipe
-from jaxft.report.console import Console
-from jaxft.report.metrics import MetricsLog
-from jaxft.train.evaluate import Score, score
-from jaxft.train.norms import norm_modes
-from jaxft.train.objective import Objective
-from jaxft.train.progress import Progress
-from jaxft.train.step import Tally, TrainState, train_step
+from jaxft.data import Batch, Cached
+from jaxft.errors import NonFiniteError
+from jaxft.processes import agree
+from jaxft.stages import Stage
+from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.position import Position, shown
+from jaxft.train.program import Compiled, Program, Snapshot
+from jaxft.train.record import row
+from jaxft.train.run import Run
+from jaxft.train.step import Record
+from jaxft.train.sums import Sums
 from jaxft.train.waiting import Waiting
 
 
-class Snapshot(NamedTuple):
-    """All arrays of a run at one moment: full parameters, statistics, optimizer state."""
+def train_stage(run: Run, program: Program, compiled: Compiled, position: Position) -> Snapshot:
+    """Trains from `position`, which moves along, to the stage's end; returns what it hands on.
 
-    params: Tree
-    stats: Tree
-    opt_state: optax.OptState
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same from the first stage to the last."""
-
-    recipe: Recipe
-    model: Model
-    splits: Splits
-    plans: tuple[StagePlan, ...]
-    eval_step: Callable[[Tree, Tree, Batch], Tally]
-    checkpoints: Checkpoints
-    metrics: MetricsLog
-    console: Console
-
-    @property
-    def data(self) -> dict[str, object]:
-        """What of the images a run depends on and a recipe does not say."""
-        train, val = self.splits
-        return {"train": len(train), "val": len(val), "classes": list(train.classes)}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches that hold every training image once, but for what `drop_last` drops."""
-        recipe = self.recipe
-        return data.steps_per_epoch(
-            self.splits.train, recipe.batch_size, drop_last=recipe.drop_last
-        )
-
-    @property
-    def objective(self) -> Objective:
-        """What the steps of all stages minimise."""
-        recipe = self.recipe
-        weighted = recipe.balance == "loss"
-        return Objective(
-            label_smoothing=recipe.label_smoothing,
-            class_weights=class_weights(self.splits.train) if weighted else None,
-            erasing=recipe.erasing,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-        )
-
-    def transform(self, stage: int) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of a stage."""
-        plan, optimizer = self.plans[stage], self.recipe.optimizer
-        return plan.transform(optimizer, steps_per_epoch=self.steps_per_epoch)
-
-    def evaluate(self, params: Tree, stats: Tree) -> Score:
-        """The score on the validation images, each counted once."""
-        batches = data.eval_batches(
-            self.splits.val,
-            self.recipe.preprocessing,
-            batch_size=self.recipe.batch_size,
-            workers=self.recipe.workers,
-        )
-        tallies: list[Tally] = []
-        with closing(batches):
-            for batch in batches:
-                tallies.append(self.eval_step(params, stats, batch))
-                jax.block_until_ready(tallies[-2:-1])  # as in training
-        return score(tallies)
-
-
-def train_stage(
-    run: Run, progress: Progress, current: Snapshot, best: Snapshot
-) -> tuple[Progress, Snapshot]:
-    """Trains from `progress` to the stage's end; returns its last progress and what it hands on.
-
-    `current` and `best` are the arrays at `progress` and at the stage's best epoch so far.
+    Raises:
+      InterruptedRunError: a signal asked it to stop; it has saved where it was.
+      NonFiniteError: a step's loss or gradients are not finite, and the recipe has it stop.
     """
-    plan, recipe = run.plans[progress.stage], run.recipe
-    norms = norm_modes(current.params, current.stats, plan.labels)
-    transform, steps = run.transform(progress.stage), run.steps_per_epoch
-    step = train_step(run.model, transform, recipe.preprocessing, norms, run.objective)
-
-    title = (
-        f"Stage {progress.stage + 1} of {len(run.plans)}: {plan.stage.name}, "
-        f"{'at most ' if plan.stage.until else ''}{plan.stage.epochs} epochs of {steps} steps"
-    )
-    run.console.stage(plan, title, current.params, norms)
-    if progress.epoch == 0:
-        run.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
-
-    trainable, frozen = partition(current.params, plan.labels)
-    # The step donates its state, so what must outlive it is copied out of it.
-    state = _copy(TrainState(trainable, current.stats, current.opt_state))
+    recipe, start = program.recipe, position.progress
+    # The step donates its state, and what it comes from is the stage's candidate 0.
+    position.state = compiled.copy(position.state)
     batches = data.train_batches(
         run.splits.train,
         recipe.preprocessing,
         augment=recipe.augment,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        stage=progress.stage,
-        first_epoch=progress.epoch,
-        epochs=plan.stage.epochs,
+        stage=program.index,
+        first_epoch=start.epoch,
+        first_step=start.position,
+        epochs=program.epochs,
         workers=recipe.workers,
         drop_last=recipe.drop_last,
         balanced=recipe.balance == "sampling",
+        rows=program.rows,
+        shard=run.devices.shard,
     )
     advised = False
     with closing(batches):
-        while not progress.ended:
-            started = time.perf_counter()
-            rates = plan.rates_at(state.opt_state, steps_per_epoch=steps)
-            state, trained, waiting = _train_epoch(
-                run, progress, step, state, frozen, batches, steps
-            )
-            validated = run.evaluate(combine(state.trainable, frozen), state.stats)
-            opt_state = plan.after_epoch(state.opt_state, **dataclasses.asdict(validated))
-            state = state._replace(opt_state=opt_state)
-            current = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
-            progress = progress.after_epoch(plan.stage, steps, validated)
-            improved = progress.best_epoch == progress.epoch
-            if improved:
-                best = Snapshot(combine(_copy(state.trainable), frozen), *_copy(state[1:]))
-            _record(run, progress, trained, rates, time.perf_counter() - started, improved)
-            if not advised and (advice := _advice(run, waiting, progress.epoch)):
+        while True:
+            _train_epoch(run, program, compiled, position, batches)
+            handed_on = _end_epoch(run, program, compiled, position)
+            if not advised and (advice := _advice(run, position)):
                 run.console.say(advice)
                 advised = True  # once a stage: it does not get better
-            if progress.ended and plan.stage.hand_on == "best":
-                current = best
-            _save(run, progress, current, best)
-    run.console.row("")
-    run.console.say(_epilogue(plan, progress))
-    return progress, current
+            if handed_on:
+                return handed_on
 
 
 def _train_epoch(
-    run: Run,
-    progress: Progress,
-    step: Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]],
-    state: TrainState,
-    frozen: Tree,
-    batches: Iterator[Batch],
-    steps: int,
-) -> tuple[TrainState, Score, Waiting]:
-    tallies: list[Tally] = []
-    key = jax.random.key(run.recipe.seed)
-    idle, started = 0.0, time.perf_counter()
-    with run.console.epoch(progress.epoch + 1, steps) as bar:
-        for i in range(steps):
+    run: Run, program: Program, compiled: Compiled, position: Position, batches: Iterator[Batch]
+) -> None:
+    """Takes the steps that the epoch has left, unless its stage's time is up before."""
+    recipe, plan = program.recipe, program.plan
+    epoch, length = position.progress.epoch, program.epoch_length(position.progress.epoch)
+    if position.progress.position == 0:
+        state, per_epoch = position.state.opt_state, program.steps_per_epoch
+        position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
+    unseen: list[Record] = []
+    idle, mark = 0.0, time.perf_counter()
+
+    def look() -> None:
+        nonlocal idle, mark
+        _check_finite(run, program, position, unseen)
+        now = time.perf_counter()
+        position.sums = position.sums.plus(jax.device_get(unseen), seconds=now - mark, idle=idle)
+        idle, mark = 0.0, now
+        unseen.clear()
+
+    with run.console.epoch(epoch + 1, length, position.progress.position) as bar:
+        while position.progress.position < length:
             asked = time.perf_counter()
             batch = next(batches)
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
-            if tallies and tallies[-1].loss.is_ready():  # type: ignore[attr-defined]
+            if not unseen or unseen[-1].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
-            batch = jax.device_put(batch)
-            state, sums = step(state, frozen, batch, jax.random.fold_in(key, progress.step + i))
-            tallies.append(sums)
-            if i == 0:
-                started = time.perf_counter()  # not before: it has compiled
-            before = jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
-            bar.advance(score(before).loss if before and bar.shown else float("nan"))
-    trained = score(tallies)
-    return state, trained, Waiting(time.perf_counter() - started, idle)
+            number = np.int32(position.progress.step)
+            position.state, record = compiled.step(
+                position.state, position.frozen, run.devices.batch(batch), number, run.start
+            )
+            position.progress = position.progress.after_step()
+            unseen.append(record)
+            jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
+
+            last = position.progress.position == length
+            synced = last or len(unseen) >= recipe.sync_steps
+            if synced:
+                look()
+            bar.advance(position.sums.score.loss)
+            if last:
+                return  # validation asks at once whether it is to stop
+            if synced or jax.process_count() == 1:
+                if run.stop_asked():
+                    look()
+                    _stop(run, program, position)
+                if plan.stage.minutes and agree(_time_is_up(plan.stage, position)):
+                    look()
+                    return
+            if (every := recipe.checkpoint_steps) and position.progress.step % every == 0:
+                look()
+                _save(run, position)
 
 
-def _advice(run: Run, waiting: Waiting, epoch: int) -> str | None:
-    train = run.splits.train
-    cached = not isinstance(train, Cached) or train.complete
-    cores = os.cpu_count() or 1
-    return waiting.advice(epoch, workers=run.recipe.workers, cores=cores, cached=cached)
-
-
-def _record(
-    run: Run,
-    progress: Progress,
-    trained: Score,
-    rates: dict[str, float],
-    seconds: float,
-    improved: bool,
-) -> None:
-    plan = run.plans[progress.stage]
+def _end_epoch(
+    run: Run, program: Program, compiled: Compiled, position: Position
+) -> Snapshot | None:
+    """Validates, records and saves; returns what the stage hands on, if that was its end."""
+    plan, started = program.plan, time.perf_counter()
+    validated = run.evaluate(*position.shown[:2])
+    if validated is None:
+        _stop(run, program, position)
+    opt_state = plan.after_epoch(
+        position.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
+    )
+    position.state = position.state._replace(opt_state=run.devices.put(opt_state))
+    position.tick()
+    progress = position.progress.after_epoch(
+        plan.stage,
+        validated,
+        done=_done(program, position),
+        reductions=plan.reductions(opt_state),
+    )
+    position.progress = progress
+    improved = progress.best_epoch == progress.epoch
+    if improved:
+        position.best = shown(compiled.copy(position.state), position.frozen)
+    seconds = position.sums.seconds + time.perf_counter() - started
+    told = row(plan, progress, position.sums, seconds=seconds)
     run.console.epoch_row(
         progress.epoch,
-        trained.loss,
-        progress.score.loss,
-        progress.score.accuracy,
+        told["train_loss"],
+        validated.loss,
+        validated.accuracy,
         seconds,
         "best" if improved else "",
     )
-    run.metrics.write(
-        {
-            "stage": plan.stage.name,
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
-            "val_loss": progress.score.loss,
-            "val_accuracy": progress.score.accuracy,
-            "rates": rates,  # of the epoch's first step
-            "seconds": seconds,
-        }
+    run.metrics.write(told)
+    if not progress.ended:
+        _save(run, position)
+        return None
+    handed_on = position.best if plan.stage.hand_on == "best" else position.shown
+    run.save(position.fields(), handed_on._asdict(), keep=True)
+    return handed_on
+
+
+def _save(run: Run, position: Position) -> None:
+    run.save(position.fields(), position.arrays())
+
+
+def _stop(run: Run, program: Program, position: Position) -> Never:
+    """Saves, unless that has been done at this very step, and ends the run."""
+    step = position.progress.step
+    if run.checkpoints.latest_step() != step:
+        _save(run, position)
+    number = run.interruption.signal or signal.SIGTERM  # or it reached another process
+    raise InterruptedRunError(
+        f"{signal.Signals(number).name} came in stage {program.plan.stage.name!r}, and step {step} "
+        "is saved. The same command goes on from there.",
+        number,
     )
 
 
-def _save(run: Run, progress: Progress, current: Snapshot, best: Snapshot) -> None:
-    arrays = current._asdict()
-    if not progress.ended:  # what an ended stage hands on is all that matters of it
-        arrays["best"] = best._asdict()
-    header = {**dataclasses.asdict(progress), "data": run.data}
-    run.checkpoints.save(progress.step, header, arrays)
+def _check_finite(run: Run, program: Program, position: Position, records: list[Record]) -> None:
+    if program.recipe.on_nonfinite == "skip":
+        return
+    progress, first = position.progress, position.progress.step - len(records) + 1
+    for step, record in enumerate(records, first):
+        if record.finite:
+            continue
+        mean = float(record.tally.loss) / float(record.tally.examples)
+        what = "the gradients are not finite" if math.isfinite(mean) else f"the loss is {mean}"
+        saved = run.checkpoints.latest_step()
+        raise NonFiniteError(
+            f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: {what}. "
+            + (f"The checkpoint of step {saved} is good. " if saved else "")
+            + "With --on-nonfinite skip the same command goes on and leaves such steps out. Lower "
+            "rates or a clip_norm make another recipe, for another --workdir; --fork-from takes "
+            "over the stages that went well."
+        )
 
 
-def _epilogue(plan: StagePlan, progress: Progress) -> str:
-    sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
-    if plan.stage.hand_on == "last":
-        return sentence + f"Its last epoch goes on (accuracy {progress.score.accuracy:.4f})."
-    accuracy = f"accuracy {progress.best.accuracy:.4f}"
-    if progress.best_epoch == 0:
-        return sentence + f"No epoch improved on its start, which goes on ({accuracy})."
-    return sentence + f"Epoch {progress.best_epoch} was its best and goes on ({accuracy})."
+def _done(program: Program, position: Position) -> str:
+    """Why there is no further epoch, if there is none."""
+    stage, progress = program.plan.stage, position.progress
+    steps = progress.epoch * program.steps_per_epoch + progress.position
+    if steps >= program.steps and steps == stage.steps:
+        return f"{steps} of {steps} steps done"
+    if steps >= program.steps:
+        return f"{program.epochs} of {program.epochs} epochs done"
+    if stage.minutes and agree(_time_is_up(stage, position)):
+        return f"its {stage.minutes:g} minutes are over"
+    return ""
 
 
-def _copy(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.copy, tree)
+def _time_is_up(stage: Stage, position: Position) -> bool:
+    position.tick()
+    return stage.minutes is not None and position.progress.seconds >= 60 * stage.minutes
+
+
+def _advice(run: Run, position: Position) -> str | None:
+    train, sums = run.splits.train, position.sums
+    cached = not isinstance(train, Cached) or train.complete
+    return Waiting(sums.seconds, sums.idle).advice(
+        position.progress.epoch,
+        workers=run.recipe.workers,
+        cores=os.cpu_count() or 1,
+        cached=cached,
+    )

@@ -1,15 +1,21 @@
 """The training step: gradients of the trainable half, through one multi_transform, donated."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from jaxft import gradients
+from jaxft.anchor import Anchor
 from jaxft.data import Batch, Preprocessing
-from jaxft.labels import Tree, combine
+from jaxft.labels import FROZEN, Tree, combine
 from jaxft.models import Model, Norms
+from jaxft.optim import pass_step
+from jaxft.parallel import Devices
 from jaxft.train.objective import Objective
 
 
@@ -19,6 +25,8 @@ class TrainState(NamedTuple):
     trainable: Tree
     stats: Tree
     opt_state: optax.OptState
+    average: tuple[Tree, Tree] | None = None
+    """Of `(trainable, stats)` over the steps, where the stage has an `ema`."""
 
 
 class Tally(NamedTuple):
@@ -26,17 +34,36 @@ class Tally(NamedTuple):
 
     loss: jax.Array
     correct: jax.Array
+    top5: jax.Array
     examples: jax.Array
 
 
-def tally(logits: jax.Array, batch: Batch) -> Tally:
-    """Cross entropy and hits of logits `[b k]`, summed over the rows that are not padding."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
-    correct = logits.argmax(-1) == batch.target
+class Record(NamedTuple):
+    """What a step tells of itself; norms are L2, by group, and scalars."""
+
+    tally: Tally
+    gradient_norms: dict[str, jax.Array]
+    """Before clipping."""
+    update_norms: dict[str, jax.Array]
+    """Of the change to the parameters."""
+    finite: jax.Array
+    """Whether the loss and all gradients are."""
+
+
+def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
+    """Cross entropy and hits of logits `[b k]`, summed over the rows that are not padding.
+
+    With five classes or fewer every row is among the top five.
+    """
+    target, mask = jnp.asarray(target), jnp.asarray(mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    own = jnp.take_along_axis(logits, target[:, None], axis=-1)
+    rank = jnp.sum(~(logits <= own), axis=-1)  # among NaN, the last
     return Tally(
-        loss=jnp.sum(losses, where=batch.mask),
-        correct=jnp.sum(correct, where=batch.mask),
-        examples=jnp.sum(batch.mask),
+        loss=jnp.sum(losses, where=mask),
+        correct=jnp.sum(logits.argmax(-1) == target, where=mask),
+        top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
+        examples=jnp.sum(mask),
     )
 
 
@@ -47,42 +74,124 @@ def train_step(
     norms: Norms,
     objective: Objective = Objective(),
     *,
+    labels: Tree = None,
+    anchor: Anchor | None = None,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    skip_nonfinite: bool = False,
     replicas: int = 1,
-) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, Tally]]:
-    """The jitted step of a stage: `(state, frozen, batch, key) -> (state, tally)`.
+    devices: Devices | None = None,
+) -> Callable[..., tuple[TrainState, Record]]:
+    """The jitted step of a stage: `(state, frozen, batch, key, start=None) -> (state, record)`.
 
     The loss is the mean cross entropy over the batch's actual rows, or as `objective` has it.
     Gradients are taken of the trainable half alone, so that the compiled step has no backward pass
     through what lies before it. The state is donated: its buffers are the next state's. `key`
-    draws dropout, erasing and mixing. With `replicas`, each of so many equal parts of a batch has
-    batch statistics of its own, as in torch's `DistributedDataParallel`.
+    draws dropout, erasing and mixing; `start` are the parameters that an `anchor` holds to.
 
-    The tally's `loss` is the loss that is minimised, times the rows; its `correct` are hits of each
-    image's own class, whatever is mixed into it.
+    The record's `loss` is the loss that is minimised, times the rows, without the anchor's penalty;
+    its `correct` are hits of each image's own class, whatever is mixed into it.
+
+    labels: the stage's, to tell norms by group; none: without norms.
+    accumulate: the batch is worked through in so many parts of consecutive rows, by which it must
+      be divisible; norm layers see one part at a time, as in torch's loops.
+    skip_nonfinite: a step whose loss or gradients are not finite changes nothing and its images
+      are not in the record; else it is taken, and `finite` tells.
+    replicas: see `Model.apply`.
+    devices: where the state belongs, and stays.
     """
+    groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
     def loss(
-        trainable: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple]:
+        trainable: Tree, stats: Tree, frozen: Tree, part: _Rows, total: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Tally]]:
+        logits, stats = model.apply(
+            combine(trainable, frozen),
+            stats,
+            part.images,
+            norms=norms,
+            mask=part.mask,
+            replicas=replicas,
+            key=part.key,
+        )
+        losses = objective.losses(logits, part.targets)
+        share = jnp.sum(losses, where=part.mask) / total
+        return share, (stats, tally(logits, part.target, part.mask)._replace(loss=share))
+
+    def backward(
+        state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[Tree, Tree, Tally]:
+        """Gradients, new statistics and sums of a whole batch."""
         images = preprocessing.normalize(batch.image)
         images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
-        params = combine(trainable, frozen)
-        logits, stats = model.apply(
-            params, stats, images, norms=norms, mask=batch.mask, replicas=replicas, key=key
-        )
-        sums = tally(logits, batch)
-        if targets is None:
-            return sums.loss / sums.examples, (stats, sums)
-        mean = objective.mean_loss(logits, targets, batch.mask)
-        return mean, (stats, sums._replace(loss=mean * sums.examples))
+        total = jnp.sum(objective.weights(targets), where=batch.mask)
+        rows = _Rows(images, targets, batch.target, batch.mask, key)
+        gradient = partial(jax.grad(loss, has_aux=True), state.trainable)
+        if accumulate == 1:
+            found, (stats, sums) = gradient(state.stats, frozen, rows, total)
+            return found, stats, sums
+
+        def add(sofar: tuple[Tree, Tree, Tally], part: _Rows) -> tuple[tuple, None]:
+            found, (stats, sums) = gradient(sofar[1], frozen, part, total)
+            added = jax.tree.map(jnp.add, (sofar[0], sofar[2]), (found, sums))
+            return (added[0], stats, added[1]), None
+
+        parts = rows.split(accumulate)
+        shapes = jax.eval_shape(gradient, state.stats, frozen, parts.first(), total)
+        found, (_, sums) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, (found, state.stats, sums), parts)[0]
 
     def step(
-        state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, Tally]:
-        trainable, stats, opt_state = state
-        gradient = jax.grad(loss, has_aux=True)
-        gradients, (stats, sums) = gradient(trainable, stats, frozen, batch, key)
-        updates, opt_state = transform.update(gradients, opt_state, trainable)
-        return TrainState(optax.apply_updates(trainable, updates), stats, opt_state), sums
+        state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
+    ) -> tuple[TrainState, Record]:
+        trainable, _, opt_state, average = state
+        found, stats, sums = backward(state, frozen, batch, key)
+        mean, sums = sums.loss, sums._replace(loss=sums.loss * sums.examples)
+        if anchor:
+            found = anchor.pull(found, trainable, start, model.head)
+        gradient_norms = gradients.group_norms(found, groups)
+        finite = jnp.isfinite(jnp.array([mean, optax.tree.norm(found)])).all()
+        if clip_norm:
+            found, _ = gradients.clip(found, clip_norm)
+        updates, opt_state = transform.update(found, opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        update_norms = gradients.group_norms(updates, groups)
+        if ema:
+            average = optax.incremental_update((trainable, stats), average, 1 - ema)
+        new = TrainState(trainable, stats, opt_state, average)
+        record = Record(sums, gradient_norms, update_norms, finite)
+        if skip_nonfinite:
+            kept = state._replace(opt_state=pass_step(state.opt_state))
+            nothing = jax.tree.map(jnp.zeros_like, record)
+            new, record = jax.tree.map(partial(jnp.where, finite), (new, record), (kept, nothing))
+        return devices.constrain((new, record)) if devices else (new, record)
 
     return jax.jit(step, donate_argnums=0)
+
+
+class _Rows(NamedTuple):
+    """A batch on its way through the network, with a leading axis of parts once it is split."""
+
+    images: jax.Array
+    targets: jax.Array
+    """What the loss is of: [b k], or classes int [b]."""
+    target: ArrayLike
+    """Each image's own class, int [b]."""
+    mask: ArrayLike
+    key: jax.Array
+
+    def split(self, count: int) -> "_Rows":
+        def split(x: ArrayLike) -> jax.Array:
+            return jnp.reshape(x, (count, -1, *jnp.shape(x)[1:]))
+
+        return _Rows(
+            split(self.images),
+            split(self.targets),
+            split(self.target),
+            split(self.mask),
+            jax.random.split(self.key, count),
+        )
+
+    def first(self) -> "_Rows":
+        return jax.tree.map(lambda x: x[0], self)

@@ -12,6 +12,12 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxft.report.metrics import MetricsLog
 
 
+def begun(workdir, step, **options):
+    log = MetricsLog(workdir, **options)
+    log.begin(step)
+    return log
+
+
 def row(step, **more):
     return {"stage": "head", "epoch": step, "step": step, "val_loss": 0.5, **more}
 
@@ -52,7 +58,7 @@ def test_a_row_in_both(tmp_path):
         gradient_norms={"fc": {"mean": 2.0}},
         improved=True,
     )
-    with closing(MetricsLog(tmp_path, step=0)) as log:
+    with closing(begun(tmp_path, 0)) as log:
         log.write(written)
     assert rows(tmp_path) == [
         {**written, "val_loss": None, "rates": {"fc": 0.5, "layer4": None}}
@@ -65,25 +71,25 @@ def test_a_row_in_both(tmp_path):
 
 
 def test_rows_after_the_step_that_the_run_goes_on_from_are_dropped(tmp_path):
-    with closing(MetricsLog(tmp_path, step=0)) as log:
+    with closing(begun(tmp_path, 0)) as log:
         for step in (10, 20, 30):
             log.write(row(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('null\n{"stage": "head", "st')  # by an older jaxft, and killed
-    with closing(MetricsLog(tmp_path, step=20)) as log:
+    with closing(begun(tmp_path, 20)) as log:
         log.write(row(30, val_loss=0.25))
     assert rows(tmp_path) == [row(10), row(20), row(30, val_loss=0.25)]
     assert events(tmp_path)[-2:] == [(21, "purged", None), (30, "val_loss", 0.25)]
 
 
 def test_another_process_than_the_first_writes_nothing(tmp_path):
-    with closing(MetricsLog(tmp_path, step=0, writes=False)) as log:
+    with closing(begun(tmp_path, 0, writes=False)) as log:
         log.write(row(1))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
-    log = MetricsLog(disk.folder, step=0)
+    log = begun(disk.folder, 0)
     log.write(row(1))
     disk.fill(but=0)
     long = {f"layer{n}": 0.5 for n in range(1000)}
@@ -99,7 +105,7 @@ def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
 
 
 def test_what_a_full_disk_never_takes_is_a_warning(disk):
-    log = MetricsLog(disk.folder, step=0)
+    log = begun(disk.folder, 0)
     disk.fill(but=0)
     log.write(row(2, rates={f"layer{n}": 0.5 for n in range(1000)}))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl, or .* are missing: .*No space left"):

@@ -1,47 +1,94 @@
 """When a stage ends and which epoch was its best, against hand-computed cases."""
 
+import dataclasses
+import json
+
 import pytest
 
-from jaxft import EarlyStop, Stage
+from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
 from jaxft.train.evaluate import Score
 from jaxft.train.progress import Progress
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
+EPOCHS = "epochs done"  # that the stage has no further epoch
+WAITED, MARGIN = "has not improved for", "has not improved by more than"
 
 
-def follow(stage, start, values, field):
+def follow(stage, start, values, field, *, length=None, reductions=()):
     """Runs through epochs with these values; returns the progress when it ended."""
-    other = {"accuracy": "loss", "loss": "accuracy"}[field]
-    at = lambda value: Score(**{field: value, other: 0.5})  # noqa: E731
+    other = Score(loss=0.5, accuracy=0.5, top5=0.5)
+    at = lambda value: dataclasses.replace(other, **{field: value})  # noqa: E731
     progress = Progress.at_start(2, 10, at(start))
-    for value in values:
+    for epoch, value in enumerate(values, 1):
         assert not progress.ended
-        progress = progress.after_epoch(stage, 3, at(value))
+        progress = progress.after_step().after_step().after_step()
+        done = EPOCHS if epoch == length else ""
+        met = reductions[epoch - 1] if reductions else 0
+        progress = progress.after_epoch(stage, at(value), done=done, reductions=met)
     return progress
 
 
-@pytest.mark.parametrize(
-    ("until", "field", "start", "values", "best_epoch", "ended"),
-    [
-        (None, "accuracy", 0.5, [0.6, 0.7, 0.65], 2, "3 of 3 epochs done"),
-        (None, "accuracy", 0.9, [0.6, 0.7, 0.65], 0, "3 of 3 epochs done"),
-        (None, "accuracy", 0.5, [0.7, 0.7], 1, ""),  # a tie is no improvement
-        (None, "accuracy", 0.7, [0.7], 0, ""),
-        (None, "accuracy", NAN, [NAN, 0.1, NAN], 2, "3 of 3 epochs done"),
-        (EarlyStop(patience=2), "accuracy", 0.5, [0.6, 0.6, 0.5], 1, "has not improved for 2"),
-        (EarlyStop(patience=1), "accuracy", 0.5, [0.5], 0, "has not improved for 1"),
-        (EarlyStop(patience=1), "accuracy", 0.5, [NAN], 0, "has not improved for 1"),
-        (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.9], 1, "has not improved for 2"),
-        (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, "3 of 3 epochs done"),
-        (EarlyStop("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
-    ],
-)  # fmt: skip
+CASES = [  # until, field, its value at the start and after each epoch -> best epoch, why it ended
+    # Without a rule of its own a stage goes by accuracy, to its last epoch.
+    (None, "accuracy", 0.5, [0.6, 0.7, 0.65], 2, EPOCHS),
+    (None, "accuracy", 0.9, [0.6, 0.7, 0.65], 0, EPOCHS),
+    (None, "accuracy", 0.5, [0.7, 0.7], 1, ""),  # a tie is no improvement
+    (None, "accuracy", 0.7, [0.7], 0, ""),
+    (None, "accuracy", NAN, [NAN, 0.1, NAN], 2, EPOCHS),
+    # patience: waited >= patience, strictly better starts anew
+    (EarlyStop(patience=2), "accuracy", 0.5, [0.6, 0.6, 0.5], 1, f"{WAITED} 2 epochs"),
+    (EarlyStop(patience=2), "accuracy", 0.5, [0.4, 0.6, 0.5], 2, EPOCHS),
+    (EarlyStop(patience=1), "accuracy", 0.5, [0.5], 0, f"accuracy {WAITED} 1 epoch"),
+    (EarlyStop(patience=1), "accuracy", 0.5, [NAN], 0, f"{WAITED} 1 epoch"),
+    (EarlyStop(patience=1), "accuracy", NAN, [NAN], 0, f"{WAITED} 1 epoch"),
+    (EarlyStop("top5", patience=1), "top5", 0.5, [0.6, 0.5], 1, f"top5 {WAITED} 1 epoch"),
+    (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.9], 1, f"loss {WAITED} 2 epochs"),
+    (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, EPOCHS),
+    (EarlyStop("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
+    (EarlyStop("loss", patience=2), "loss", INF, [3.0, INF, INF], 1, f"{WAITED} 2 epochs"),
+    # mode: whatever the monitor
+    (EarlyStop("loss", patience=1, mode="max"), "loss", 1.0, [1.1, 1.0], 1, f"{WAITED} 1 epoch"),
+    (EarlyStop(patience=1, mode="min"), "accuracy", 0.5, [0.4, 0.4], 1, f"{WAITED} 1 epoch"),
+    # min_delta: more than that; the bar stays where it was last cleared, the best does not
+    (EarlyStop(patience=2, min_delta=0.25), "accuracy", 0.0, [0.25, 0.5, 0.5], 2, EPOCHS),
+    (EarlyStop(patience=2, min_delta=0.25), "accuracy", 0.0, [0.125, 0.25], 2, MARGIN),
+    (EarlyStop("loss", patience=1, min_delta=0.5), "loss", 2.0, [1.25, 0.5, 0.25], 3, MARGIN),
+    # min_epochs: not before, and the wait goes on counting
+    (EarlyStop(patience=1, min_epochs=3), "accuracy", 0.5, [0.4, 0.4], 0, ""),
+    (EarlyStop(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, f"{WAITED} 2 epochs"),
+    (EarlyStop(patience=3, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("until", "field", "start", "values", "best_epoch", "ended"), CASES)
 def test_stage_end(until, field, start, values, best_epoch, ended):
-    progress = follow(Stage("x", {"*": 1.0}, epochs=3, until=until), start, values, field)
+    stage = Stage("x", {"*": 1.0}, epochs=3, until=until)
+    progress = follow(stage, start, values, field, length=3)
     assert progress.best_epoch == best_epoch
     assert ended in progress.ended
     assert bool(ended) == bool(progress.ended)
     assert (progress.stage, progress.epoch, progress.step) == (2, len(values), 10 + 3 * len(values))
+    assert progress.position == 0
+    fields = json.loads(json.dumps(dataclasses.asdict(progress)))
+    assert repr(Progress.from_fields(fields)) == repr(progress)
+
+
+def test_a_sentence_names_the_margin():
+    stage = Stage("x", {"*": 1.0}, epochs=3, until=EarlyStop(patience=1, min_delta=0.25))
+    ended = follow(stage, 0.5, [0.5], "accuracy").ended
+    assert ended == "accuracy has not improved by more than 0.25 for 1 epoch"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "met", "ended_after"), [(0, [0, 1], 2), (1, [0, 1, 1, 2], 4), (2, [0, 1, 2], None)]
+)
+def test_a_plateau_too_many_ends_a_stage(allowed, met, ended_after):
+    plateau = ReduceLROnPlateau(patience=0)
+    stage = Stage("x", {"*": 1.0}, epochs=9, schedule=plateau, until=Plateau(allowed))
+    progress = follow(stage, 0.5, [0.4] * len(met), "accuracy", reductions=met)
+    assert bool(progress.ended) == (ended_after == len(met))
+    if ended_after:
+        assert progress.ended == f"the rate met its plateau number {allowed + 1}"
 
 
 @pytest.mark.parametrize(("hand_on", "expected"), [("best", 0.7), ("last", 0.65)])
@@ -49,3 +96,21 @@ def test_what_is_handed_on(hand_on, expected):
     stage = Stage("x", {"*": 1.0}, epochs=3, hand_on=hand_on)
     progress = follow(stage, 0.5, [0.6, 0.7, 0.65], "accuracy")
     assert progress.handed_on(stage).accuracy == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda: EarlyStop(patience=0), "patience is 0; it must be at least 1"),
+        (
+            lambda: EarlyStop(min_delta=-1.0, min_epochs=-1),
+            "min_delta is -1.0; .*; min_epochs is -1; it must not be negative",
+        ),
+        (lambda: EarlyStop(min_delta=NAN), "min_delta is nan"),
+        (lambda: Plateau(-1), "reductions is -1"),
+        (lambda: Stage("x", {"*": 1.0}, 3, until=Plateau(1)), "Plateau, which counts those of a"),
+    ],
+)
+def test_wrong_rules(rule, message):
+    with pytest.raises(RecipeError, match=message):
+        rule()

@@ -125,17 +125,17 @@ def test_padding_changes_nothing(start):
     step, state, frozen, _ = prepare(start, 2, SGD())
     short = Batch(*(rows[:5] for rows in batch(size=8, real=5)))
     exact, exact_sums = step(state, frozen, short, KEY)
-    assert int(sums.examples) == int(exact_sums.examples) == 5
+    assert int(sums.tally.examples) == int(exact_sums.tally.examples) == 5
     for a, b in zip(*map(jax.tree.leaves, (padded, exact)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_score_counts_each_example_once():
     tallies = [
-        Tally(np.float32(8), np.int32(3), np.int32(4)),
-        Tally(np.float32(2), np.int32(1), np.int32(1)),
+        Tally(np.float32(8), np.int32(3), np.int32(4), np.int32(4)),
+        Tally(np.float32(2), np.int32(1), np.int32(1), np.int32(1)),
     ]
-    assert score(tallies) == Score(loss=2.0, accuracy=0.8)
+    assert score(tallies) == Score(loss=2.0, accuracy=0.8, top5=1.0)
 
 
 def test_evaluation_leaves_padding_out(start):

@@ -1,0 +1,137 @@
+"""A new run that starts from what a stage of another run has handed on."""
+
+import dataclasses
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft import checkpoint
+from jaxft import recipe as recipes
+from jaxft.checkpoint import Checkpoints
+from jaxft.errors import CheckpointError, RecipeError
+from jaxft.labels import Tree, paths
+from jaxft.recipe import Recipe
+from jaxft.train.program import Snapshot
+from jaxft.train.progress import Progress
+from jaxft.train.resume import read, state_shapes
+from jaxft.train.run import Run
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The end of a stage of another run.
+
+    Attributes:
+      workdir: that run's.
+      stage: its name, in that run and in the new one.
+      step: of its last checkpoint.
+      recipe: of that run.
+      fields: its progress, as `jaxft.train.resume.read` takes it.
+    """
+
+    workdir: Path
+    stage: str
+    step: int
+    recipe: Recipe
+    fields: dict[str, Any]
+
+
+def find(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork:
+    """The end of the stage called `stage`, or else of the last one that has ended.
+
+    Raises CheckpointError where there is none.
+    """
+    workdir = Path(workdir)
+    recipe_file, folder = workdir / "recipe.yaml", workdir / "checkpoints"
+    if not (recipe_file.is_file() and checkpoint.exist(folder)):
+        raise CheckpointError(f"{workdir} holds no run with a checkpoint to fork from.")
+    recipe = recipes.read(recipe_file)
+    ended = {}
+    with closing(Checkpoints(folder)) as checkpoints:
+        for step in checkpoints.steps():
+            fields = checkpoints.progress(step)
+            if fields["ended"]:
+                name = recipe.stages[fields["stage"]].name
+                ended[name] = Fork(workdir, name, step, recipe, fields)
+    if stage is None and ended:
+        return [*ended.values()][-1]
+    if stage not in ended:
+        raise CheckpointError(
+            f"{workdir} has no checkpoint of the end of stage {stage!r}; "
+            + (f"stages that have ended: {', '.join(ended)}." if ended else "no stage has ended.")
+        )
+    return ended[stage]
+
+
+def check(fork: Fork, recipe: Recipe) -> int:
+    """The index of the fork's stage in the recipe that is to go on after it.
+
+    Raises RecipeError if it has no such stage, or nothing after it.
+    """
+    names = [stage.name for stage in recipe.stages]
+    if fork.stage not in names:
+        raise RecipeError(
+            f"a fork from stage {fork.stage!r} goes on with the stage after it, and the recipe has "
+            f"no stage of that name; it has {', '.join(names)}."
+        )
+    if names[-1] == fork.stage:
+        raise RecipeError(f"the recipe has no stage after {fork.stage!r}, from which it forks.")
+    return names.index(fork.stage)
+
+
+def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Snapshot]:
+    """The new run's progress, at the end of the fork's stage, and the arrays; saved as its own.
+
+    The optimizer's state comes along only where the next stage is to keep it. `params` and `stats`
+    need only be shapes.
+
+    Raises CheckpointError if the arrays do not fit the new recipe.
+    """
+    index = check(fork, run.recipe)
+    progress, _, _ = read(fork.fields)
+    progress = dataclasses.replace(
+        progress, stage=index, ended=f"it is that of {fork.workdir}", seconds=0.0
+    )
+    like = Snapshot(params, stats, state_shapes(run.programs, index, params))
+    with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
+        if run.programs[index + 1].plan.stage.carry == "keep":
+            arrays = checkpoints.restore(fork.step, run.devices.abstract(like)._asdict())
+            at = Snapshot(**arrays)
+        else:
+            trees = checkpoint.read_weights(Path(checkpoints.path(fork.step)))
+            for name, found, wanted in zip(("parameters", "statistics"), trees, like, strict=False):
+                _check_shapes(fork, name, found, wanted)
+            fresh = jax.jit(run.programs[index].transform.init)(trees[0])
+            at = Snapshot(*run.devices.put((*trees, fresh)))
+    # From here on the run is one like any other that has come this far.
+    run.save({**dataclasses.asdict(progress), "sums": fork.fields["sums"]}, at._asdict(), keep=True)
+    return progress, at
+
+
+def start(fork: Fork) -> tuple[Tree, Tree]:
+    """What that run started from, as far as it knows, or else what its stage has handed on."""
+    kept = fork.workdir / "start"
+    return checkpoint.read_weights(
+        kept if kept.exists() else fork.workdir / "checkpoints" / str(fork.step)
+    )
+
+
+def _check_shapes(fork: Fork, name: str, found: Tree, wanted: Tree) -> None:
+    ours = dict(zip(paths(wanted), (x.shape for x in jax.tree.leaves(wanted)), strict=True))
+    theirs = dict(zip(paths(found), (x.shape for x in jax.tree.leaves(found)), strict=True))
+    wrong = [
+        f"{path}: {theirs.get(path, 'missing')}, not {ours.get(path, 'in the recipe')}"
+        for path in ours | theirs
+        if ours.get(path) != theirs.get(path)
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(
+            f"the {name} of {fork.workdir}, stage {fork.stage!r}, do not fit this recipe:\n  "
+            + "\n  ".join(wrong[:8])
+            + more
+        )

@@ -1,0 +1,77 @@
+"""Where a stage is, with all its arrays: what each step moves, and what a checkpoint holds."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxft.labels import Tree, combine
+from jaxft.train.program import Program, Snapshot
+from jaxft.train.progress import Progress
+from jaxft.train.step import TrainState
+from jaxft.train.sums import Sums
+
+
+@dataclass
+class Position:
+    """A stage under way.
+
+    Attributes:
+      progress: the counts.
+      state, frozen: the arrays, as the steps have them.
+      best: those of the stage's best epoch so far, as validation saw them.
+      sums: of the epoch that is under way.
+    """
+
+    progress: Progress
+    state: TrainState
+    frozen: Tree
+    best: Snapshot
+    sums: Sums
+    _ticked: float = field(default_factory=time.perf_counter)
+
+    @property
+    def shown(self) -> Snapshot:
+        """The arrays as validation sees them: their average, where the stage has one."""
+        return shown(self.state, self.frozen)
+
+    def arrays(self) -> dict[str, Tree]:
+        """The items of a checkpoint of a stage that goes on."""
+        trainable, stats, opt_state, average = self.state
+        now = Snapshot(combine(trainable, self.frozen), stats, opt_state)
+        items = {**now._asdict(), "best": self.best._asdict()}
+        return items if average is None else {**items, "average": list(average)}
+
+    def fields(self) -> dict[str, Any]:
+        """Its progress as JSON."""
+        self.tick()
+        return {**dataclasses.asdict(self.progress), "sums": dataclasses.asdict(self.sums)}
+
+    def tick(self) -> None:
+        """Counts the time since the last tick as the stage's."""
+        now = time.perf_counter()
+        seconds = self.progress.seconds + now - self._ticked
+        self.progress, self._ticked = dataclasses.replace(self.progress, seconds=seconds), now
+
+
+def shown(state: TrainState, frozen: Tree) -> Snapshot:
+    """The average of a state, where it has one, or else itself."""
+    trainable, stats = state.average or (state.trainable, state.stats)
+    return Snapshot(combine(trainable, frozen), stats, state.opt_state)
+
+
+def at_start(program: Program, progress: Progress, current: Snapshot) -> Position:
+    """The position at a stage's start, whose arrays are its candidate 0."""
+    state, frozen = program.state(current)
+    return Position(progress, state, frozen, best=current, sums=Sums())
+
+
+def restored(
+    program: Program, progress: Progress, sums: Sums, arrays: Mapping[str, Tree]
+) -> Position:
+    """The position that a checkpoint holds, whose items are `arrays`."""
+    items = dict(arrays)
+    best, average = Snapshot(**items.pop("best")), items.pop("average", None)
+    state, frozen = program.state(Snapshot(**items))
+    return Position(progress, state._replace(average=average), frozen, best, sums)

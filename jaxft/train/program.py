@@ -1,0 +1,193 @@
+"""A stage over this run's network, images and devices: what its compiled step depends on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxft.data import Batch, steps_per_epoch
+from jaxft.data.balance import class_weights
+from jaxft.data.protocol import Source
+from jaxft.errors import PatternError, RecipeError
+from jaxft.groups import StagePlan
+from jaxft.labels import Tree, partition
+from jaxft.models import Model, NormMode
+from jaxft.parallel import Devices
+from jaxft.recipe import Recipe
+from jaxft.train.compilation import flops
+from jaxft.train.norms import norm_modes
+from jaxft.train.objective import Objective
+from jaxft.train.step import TrainState, train_step
+
+
+class Snapshot(NamedTuple):
+    """All arrays of a run at one moment: full parameters, statistics, optimizer state."""
+
+    params: Tree
+    stats: Tree
+    opt_state: optax.OptState
+
+
+class Compiled(NamedTuple):
+    """The programs of a stage, compiled for its shapes."""
+
+    fresh: Callable[[Tree], optax.OptState]
+    """An optimizer's state for the parameters, as at its first step."""
+    copy: Callable[[TrainState], TrainState]
+    """The same in other buffers."""
+    step: Callable[..., Any]
+    """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
+    the global step. The state is donated."""
+    flops: float
+    """Of a step."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One stage, every default filled in.
+
+    Attributes:
+      index: of the stage in its run.
+      plan: what trains.
+      recipe: as it is in this stage.
+      model: the network.
+      devices: where it runs.
+      norms: the mode of each norm layer.
+      objective: what its steps minimise.
+      steps_per_epoch: batches that hold every training image once.
+    """
+
+    index: int
+    plan: StagePlan
+    recipe: Recipe
+    model: Model
+    devices: Devices
+    norms: Mapping[str, NormMode]
+    objective: Objective
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """The stage's length, if nothing ends it earlier."""
+        return self.plan.stage.length(self.steps_per_epoch)
+
+    @property
+    def epochs(self) -> int:
+        """Likewise; the last one may be short."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    def epoch_length(self, epoch: int) -> int:
+        """The steps of an epoch, counted from 0."""
+        return min(self.steps_per_epoch, self.steps - epoch * self.steps_per_epoch)
+
+    @property
+    def rows(self) -> int:
+        """Of a batch's arrays: each of its parts in equal shares for the devices."""
+        parts = self.plan.stage.accumulate
+        return parts * self.devices.rows(self.recipe.batch_size // parts)
+
+    @property
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The stage's optimizer."""
+        return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
+
+    def state(self, at: Snapshot) -> tuple[TrainState, Tree]:
+        """The state of its steps, and the frozen half; in the same buffers."""
+        trainable, frozen = partition(at.params, self.plan.labels)
+        average = (trainable, at.stats) if self.plan.stage.ema else None
+        return TrainState(trainable, at.stats, at.opt_state, average), frozen
+
+    def compile(self, shapes: Snapshot) -> Compiled:
+        """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
+        stage, recipe, devices = self.plan.stage, self.recipe, self.devices
+        step = train_step(
+            self.model,
+            self.transform,
+            recipe.preprocessing,
+            self.norms,
+            self.objective,
+            labels=self.plan.labels,
+            anchor=stage.anchor,
+            clip_norm=stage.clip_norm,
+            accumulate=stage.accumulate,
+            ema=stage.ema,
+            skip_nonfinite=recipe.on_nonfinite == "skip",
+            replicas=len(devices) if recipe.statistics == "replica" else 1,
+            devices=devices,
+        )
+
+        def numbered(
+            state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree
+        ) -> tuple:
+            key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+            return step(state, frozen, batch, key, start)
+
+        def fresh(params: Tree) -> optax.OptState:
+            return devices.constrain(self.transform.init(params))
+
+        def copy(state: TrainState) -> TrainState:
+            return devices.constrain(jax.tree.map(jnp.copy, state))
+
+        state, frozen = devices.abstract(self.state(shapes))
+        side = recipe.preprocessing.image_size
+        batch = devices.abstract_batch(
+            Batch(
+                np.empty((self.rows, side, side, 3), np.uint8),
+                np.empty(self.rows, np.int32),
+                np.empty(self.rows, bool),
+            )
+        )
+        params = devices.abstract(shapes.params)
+        start = params if stage.anchor else None
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        compiled = (
+            jax.jit(numbered, donate_argnums=0).lower(state, frozen, batch, number, start).compile()
+        )
+        return Compiled(
+            jax.jit(fresh).lower(params).compile(),
+            jax.jit(copy).lower(state).compile(),
+            compiled,
+            flops(compiled),
+        )
+
+
+def program(
+    index: int,
+    plan: StagePlan,
+    recipe: Recipe,
+    model: Model,
+    source: Source,
+    devices: Devices,
+    shapes: tuple[Tree, Tree],
+) -> Program:
+    """The program of a stage that trains on `source`; `shapes` are of parameters and statistics.
+
+    Raises JaxftError for what of the stage does not fit the network or the images.
+    """
+    stage = plan.stage
+    recipe = recipe.during(stage)
+    try:
+        norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
+    except (PatternError, RecipeError) as error:
+        raise type(error)(f"stage {stage.name!r}: {error}") from error
+    weights = stage.class_weights
+    if weights is None and recipe.balance == "loss":
+        weights = class_weights(source)
+    if weights is not None and len(weights) != len(source.classes):
+        raise RecipeError(
+            f"stage {stage.name!r} has {len(weights)} class_weights, and there are "
+            f"{len(source.classes)} classes: {', '.join(source.classes)}."
+        )
+    objective = Objective(
+        label_smoothing=recipe.label_smoothing,
+        class_weights=weights,
+        erasing=recipe.erasing,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+    )
+    steps = steps_per_epoch(source, recipe.batch_size, drop_last=recipe.drop_last)
+    return Program(index, plan, recipe, model, devices, norms, objective, steps)

@@ -1,0 +1,74 @@
+"""What a stage says of itself: its length and cost, a row an epoch, a sentence at its end."""
+
+import resource
+import sys
+from typing import Any
+
+import jax
+
+from jaxft.groups import StagePlan
+from jaxft.train.program import Compiled, Program
+from jaxft.train.progress import Progress
+from jaxft.train.sums import Sums
+
+
+def row(plan: StagePlan, progress: Progress, sums: Sums, *, seconds: float) -> dict[str, Any]:
+    """An epoch as `metrics.jsonl` has it; `seconds` are with its validation."""
+    trained, validated = sums.score, progress.score
+    return {
+        "stage": plan.stage.name,
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "train_loss": trained.loss,
+        "train_accuracy": trained.accuracy,
+        "train_top5": trained.top5,
+        "val_loss": validated.loss,
+        "val_accuracy": validated.accuracy,
+        "val_top5": validated.top5,
+        "rates": dict(sums.rates),
+        "gradient_norms": sums.mean(sums.gradient_norms),
+        "update_norms": sums.mean(sums.update_norms),
+        "skipped_steps": sums.skipped,
+        "seconds": seconds,
+        "images_per_second": sums.tally[-1] / sums.seconds if sums.seconds else 0.0,
+        "input_wait_seconds": sums.idle,
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+
+
+def _peak_memory_mib() -> float:
+    """Of the first device, or of the process where devices do not tell, as the CPU does not."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return float(stats["peak_bytes_in_use"] / 2**20)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def title(program: Program, of: int) -> str:
+    """Which stage it is `of` how many, and how long."""
+    stage, steps = program.plan.stage, program.steps
+    most = "at most " if stage.until or stage.minutes else ""
+    if steps == stage.steps:
+        length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
+    else:
+        length = f"{most}{program.epochs} epochs of {program.steps_per_epoch} steps"
+    return f"Stage {program.index + 1} of {of}: {stage.name}, {length}"
+
+
+def cost(compiled: Compiled, seconds: float) -> str:
+    """What a step takes; `seconds` were spent on compiling it."""
+    giga = compiled.flops >= 1e9
+    amount = f"{compiled.flops / (1e9 if giga else 1e6):.3g} {'G' if giga else 'M'}FLOP"
+    return f"{amount} a step, compiled in {seconds:.1f} s"
+
+
+def epilogue(plan: StagePlan, progress: Progress) -> str:
+    """Why the stage ended, and what goes on from it."""
+    sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
+    if plan.stage.hand_on == "last":
+        return sentence + f"Its last epoch goes on (accuracy {progress.score.accuracy:.4f})."
+    accuracy = f"accuracy {progress.best.accuracy:.4f}"
+    if progress.best_epoch == 0:
+        return sentence + f"No epoch improved on its start, which goes on ({accuracy})."
+    return sentence + f"Epoch {progress.best_epoch} was its best and goes on ({accuracy})."

@@ -1,0 +1,81 @@
+"""A run: what stays the same from its first stage to its last."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxft import data
+from jaxft.checkpoint import Checkpoints
+from jaxft.data import Batch, Splits
+from jaxft.labels import Tree
+from jaxft.parallel import Devices
+from jaxft.processes import agree
+from jaxft.recipe import Recipe
+from jaxft.report.console import Console
+from jaxft.report.metrics import MetricsLog
+from jaxft.train.evaluate import Score, score
+from jaxft.train.interruption import Interruption
+from jaxft.train.program import Program
+from jaxft.train.step import Tally
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages share.
+
+    Attributes:
+      programs: one a stage.
+      eval_step: see `jaxft.train.evaluate.eval_step`.
+      start: the parameters that the run started from, if a stage has an anchor.
+    """
+
+    recipe: Recipe
+    splits: Splits
+    programs: tuple[Program, ...]
+    devices: Devices
+    eval_step: Callable[[Tree, Tree, Batch], Tally]
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    console: Console
+    interruption: Interruption
+    start: Tree | None
+
+    @property
+    def data(self) -> dict[str, object]:
+        """What of the images a run depends on and a recipe does not say."""
+        train, val = self.splits
+        return {"train": len(train), "val": len(val), "classes": list(train.classes)}
+
+    def save(
+        self, progress: dict[str, Any], arrays: dict[str, Tree], *, keep: bool = False
+    ) -> None:
+        """Starts to write a checkpoint; see `Checkpoints.save`."""
+        header = {**progress, "data": self.data}
+        self.checkpoints.save(progress["step"], header, arrays, keep=keep)
+
+    def stop_asked(self) -> bool:
+        """Whether a signal has come, to any process; all must ask, at the same point."""
+        return agree(self.interruption.signal is not None)
+
+    def evaluate(self, params: Tree, stats: Tree) -> Score | None:
+        """The score on the validation images, each counted once; none if a signal has come."""
+        recipe = self.recipe
+        batches = data.eval_batches(
+            self.splits.val,
+            recipe.preprocessing,
+            batch_size=recipe.batch_size,
+            workers=recipe.workers,
+            rows=self.devices.rows(recipe.batch_size),
+            shard=self.devices.shard,
+        )
+        tallies: list[Tally] = []
+        with closing(batches):
+            for index, batch in enumerate(batches):
+                tallies.append(self.eval_step(params, stats, self.devices.batch(batch)))
+                jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
+                if index % recipe.sync_steps == 0 and self.stop_asked():
+                    return None
+        return score(tallies)

@@ -1,0 +1,105 @@
+"""Stage follows stage: each hands on its arrays, and the next one's programs are ready by then."""
+
+import signal
+from functools import partial
+
+import jax
+
+from jaxft.labels import Tree
+from jaxft.train import fork
+from jaxft.train.compilation import Ahead
+from jaxft.train.fork import Fork
+from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.norms import mode_names
+from jaxft.train.position import Position, at_start
+from jaxft.train.program import Compiled, Program, Snapshot
+from jaxft.train.progress import Progress
+from jaxft.train.record import cost, epilogue, title
+from jaxft.train.resume import next_state, resume, state_shapes
+from jaxft.train.run import Run
+from jaxft.train.stage import train_stage
+
+Start = tuple[Tree, Tree]
+"""Parameters and statistics; shapes alone where a run need not start from them."""
+
+
+def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:
+    """Goes through the stages from where the run is; returns the end of the last.
+
+    Raises as `train_stage` and `resume` do.
+    """
+    shapes = jax.eval_shape(lambda: start)
+    found = resume(run, *shapes)
+    run.metrics.begin(found[0].step if found else 0)
+    if not found and forked:
+        found = fork.take(run, forked, *shapes)
+    index = found[0].stage + bool(found[0].ended) if found else 0
+    if index < len(run.programs):
+        ahead = _compile(run, index, shapes)
+    progress, at = found or _begin(run, start)
+    while index < len(run.programs):
+        program = run.programs[index]
+        compiled = ahead.result(partial(_glance, run))
+        position = at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
+        _announce(run, program, cost(compiled, ahead.seconds), position)
+        if index + 1 < len(run.programs):
+            ahead = _compile(run, index + 1, shapes)
+        at = train_stage(run, program, compiled, position)
+        progress = position.progress
+        run.console.row("")
+        run.console.say(epilogue(program.plan, progress))
+        index += 1
+    assert isinstance(at, Snapshot)  # the last stage has ended
+    return progress, at
+
+
+def _begin(run: Run, start: Start) -> tuple[Progress, Snapshot]:
+    params, stats = run.devices.put(start)
+    score = run.evaluate(params, stats)
+    if score is None:
+        raise _stopped(run)
+    return Progress.at_start(0, 0, score), Snapshot(params, stats, None)
+
+
+def _compile(run: Run, index: int, shapes: Start) -> Ahead[Compiled]:
+    """Begins to compile a stage, in the background."""
+    state = state_shapes(run.programs, index, shapes[0])
+    return Ahead(partial(run.programs[index].compile, Snapshot(*shapes, state)))
+
+
+def _enter(
+    run: Run, program: Program, compiled: Compiled, before: Progress, at: Snapshot
+) -> Position:
+    """A stage's start, from what the one before has handed on; of the first, the run's."""
+    state, progress = compiled.fresh(at.params), before
+    if program.index:
+        state, remarks = next_state(program, at.opt_state, state)
+        for remark in remarks:
+            run.console.say(remark)
+        score = before.handed_on(run.programs[before.stage].plan.stage)
+        progress = Progress.at_start(program.index, before.step, score)
+    return at_start(program, progress, at._replace(opt_state=state))
+
+
+def _announce(run: Run, program: Program, cost: str, position: Position) -> None:
+    plan, progress, params = program.plan, position.progress, position.best.params
+    names = mode_names(params, plan.labels, program.norms)
+    run.console.stage(plan, title(program, len(run.programs)), cost, params, names)
+    if progress.epoch == progress.position == 0:
+        run.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
+
+
+def _glance(run: Run) -> None:
+    """Ends a wait when a signal has come; several processes must agree on that, and do so later."""
+    if jax.process_count() == 1 and run.stop_asked():
+        raise _stopped(run)
+
+
+def _stopped(run: Run) -> InterruptedRunError:
+    saved = run.checkpoints.latest_step()
+    where = f"step {saved} is saved" if saved else "nothing has been trained yet"
+    number = run.interruption.signal or signal.SIGTERM
+    return InterruptedRunError(
+        f"{signal.Signals(number).name} came, and {where}. The same command goes on from there.",
+        number,
+    )
