@@ -13,6 +13,10 @@ class RecipeError(JaxftError):
     """A recipe, or the run it should start or continue, does not hold together."""
 
 
+class ModelError(JaxftError):
+    """A module of the user's own cannot serve as a network."""
+
+
 class WeightsError(JaxftError):
     """A weights file does not fit the network."""
 

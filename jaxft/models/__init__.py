@@ -1,6 +1,8 @@
-"""Networks as pure functions on plain trees."""
+"""Networks as pure functions on plain trees: the registry's, and modules of the user's own."""
 
 from jaxft.models.model import Model, NormMode, Norms
+from jaxft.models.own_linen import Linen
+from jaxft.models.own_nnx import NNX
 from jaxft.models.registry import create, names
 
-__all__ = ["Model", "NormMode", "Norms", "create", "names"]
+__all__ = ["NNX", "Linen", "Model", "NormMode", "Norms", "create", "names"]

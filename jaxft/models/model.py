@@ -57,12 +57,18 @@ class Model(Outline, Protocol):
 
     `params` are what a gradient can reach; `stats` are the running statistics of the norm
     layers. Both are nested dicts with string keys whose dotted paths name the network's
-    parts as PyTorch does, down to the module (`layer4.0.conv1.kernel`).
+    parts; ours do as PyTorch does, down to the module (`layer4.0.conv1.kernel`). `Linen` and
+    `NNX` make such a network of a module of the user's own.
     """
 
     @property
     def name(self) -> str:
-        """What the registry calls this network."""
+        """What the registry, or the user, calls this network."""
+        ...
+
+    @property
+    def torch_named(self) -> bool:
+        """Whether weights files have torch's names and layouts for it, or just its own paths."""
         ...
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:

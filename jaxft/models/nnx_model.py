@@ -1,10 +1,9 @@
 """A Flax NNX module as a `Model`: plain nested dicts outside, the module only inside `apply`.
 
-Of NNX this uses `graphdef`, `state`, `merge`, `eval_shape` and `to_pure_dict`. Its own jit, grad
+Of NNX this uses `split`, `merge`, `state`, `eval_shape` and `to_pure_dict`. Its own jit, grad
 and optimizers are never needed, because every jax transform sees arrays in dicts.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,8 @@ from jax.typing import ArrayLike
 
 from jaxft.models.context import Context
 from jaxft.models.model import Norms, Outline, Tree
+from jaxft.models.modes import layer_modes, norm_layers
+from jaxft.models.nnx_trees import inside, outside
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,15 @@ class NNXModel:
         """Number of logits."""
         return self.config.num_classes
 
+    @property
+    def torch_named(self) -> bool:
+        """Always."""
+        return True
+
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh `(params, stats)`, float32."""
         module = self._build(key)
-        return _outside(nnx.state(module, nnx.Param)), _outside(nnx.state(module, nnx.BatchStat))
+        return outside(module, nnx.Param), outside(module, nnx.BatchStat)
 
     def apply(
         self,
@@ -75,22 +81,22 @@ class NNXModel:
         a norm layer or name one that does not exist.
         """
         blocks = self._run(first, last)
-        self._check_norms(norms)
-        module: Any = nnx.merge(self._abstract[0], _inside(params), _inside(stats))
-        output = module(inputs, Context(norms, mask, replicas, key), blocks)
-        if "batch" not in ([norms] if isinstance(norms, str) else norms.values()):
-            return output, stats
-        return output, _outside(nnx.state(module, nnx.BatchStat))
+        graph, params_state, stats_state, layers = self._abstract
+        modes = layer_modes(self.name, layers, norms)
+        module: Any = nnx.merge(graph, inside(params, params_state), inside(stats, stats_state))
+        output = module(inputs, Context(modes, mask, replicas, key), blocks)
+        return output, outside(module, nnx.BatchStat) if "batch" in modes.values() else stats
 
     def _build(self, key: jax.Array) -> nnx.Module:
         return self.module(self.config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
 
     @cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, frozenset[str]]:
-        """The module without its arrays, and the paths of its norm layers."""
+    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, frozenset[str]]:
+        """The module without its arrays, their shapes, and the paths of its norm layers."""
         module = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
-        norms = frozenset(_parents(_outside(nnx.state(module, nnx.BatchStat))))
-        return nnx.graphdef(module), norms
+        graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
+        params, stats = states
+        return graph, params, stats, norm_layers(outside(module, nnx.BatchStat))
 
     def _run(self, first: str | None, last: str | None) -> tuple[str, ...]:
         try:
@@ -104,38 +110,3 @@ class NNXModel:
                 f"its blocks are, in order: {', '.join(self.blocks)}"
             )
         return self.blocks[start:end]
-
-    def _check_norms(self, norms: Norms) -> None:
-        if isinstance(norms, str):
-            return
-        wrong = sorted(self._abstract[1] ^ norms.keys())
-        if wrong:
-            raise ValueError(
-                f"norms must name each norm layer of {self.name} once; "
-                f"missing or unknown: {', '.join(wrong)}"
-            )
-
-
-def _outside(state: nnx.State) -> Tree:
-    """Plain nested dicts; the indices of lists become strings."""
-    return _rekey(nnx.to_pure_dict(state), str)
-
-
-def _inside(tree: Tree) -> Tree:
-    """The inverse of `_outside`: NNX wants the indices of lists as integers."""
-    return _rekey(tree, lambda key: int(key) if key.isdecimal() else key)
-
-
-def _rekey(tree: Tree, rename: Callable[[Any], str | int]) -> Tree:
-    if not isinstance(tree, dict):
-        return tree
-    return {rename(key): _rekey(value, rename) for key, value in tree.items()}
-
-
-def _parents(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """The dotted path of each dict that holds leaves."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _parents(value, (*path, key))
-        else:
-            yield ".".join(path)

@@ -16,24 +16,51 @@ Start = Literal["fresh", "zeros", "xavier"]
 and bias are zero (BiT). `xavier`: its kernel is uniform in +-sqrt(6 / (inputs + outputs))."""
 
 
+def with_head(
+    model: Model, params: Tree, start: Start | Mapping[str, Tree], key: jax.Array
+) -> Tree:
+    """`params` with `new_head`'s in the place of their own; what is below `params` is shared."""
+
+    def put(tree: Tree, path: list[str]) -> Tree:
+        if not path:
+            return new_head(model, start, key)
+        return {**tree, path[0]: put(tree[path[0]], path[1:])}
+
+    return put(params, model.head.split("."))
+
+
 def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) -> Tree:
     """The `params` at `model.head`: drawn as `start` says, or `start` itself if it is such a tree.
 
-    Raises WeightsError for a tree of another structure or other shapes.
+    Raises WeightsError for a tree of another structure or other shapes, and where a head of several
+    layers does not number them.
     """
     # Compiled, so that no memory or time goes to the body, of which nothing is asked for.
-    head = jax.jit(lambda key: model.init(key)[0][model.head])(key)
+    head = jax.jit(lambda key: _at(model.init(key)[0], model.head))(key)
     if isinstance(start, Mapping):
         if (given := _shapes(start)) != (wanted := _shapes(head)):
             raise WeightsError(f"the head given has {given}; {model.name} wants {wanted}")
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(start))
+    if start == "fresh":
+        return head
+    if "kernel" not in head and not all(map(str.isdecimal, head)):
+        raise WeightsError(
+            f"which layer of {model.name}'s head {model.head!r} is the last, and to start from "
+            f"{start}, is not known: name that layer as the head, or start it fresh"
+        )
     last = head if "kernel" in head else head[max(head, key=int)]
     if start == "zeros":
         last.update(jax.tree.map(jnp.zeros_like, last))
-    elif start == "xavier":
+    else:
         bound = math.sqrt(6 / sum(last["kernel"].shape))
         last["kernel"] = jax.random.uniform(key, last["kernel"].shape, jnp.float32, -bound, bound)
     return head
+
+
+def _at(tree: Tree, path: str) -> Tree:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

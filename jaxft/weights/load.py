@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
-from jaxft.weights.head import Start, new_head
-from jaxft.weights.names import TorchTensor, torch_tensors
+from jaxft.weights.head import Start, with_head
+from jaxft.weights.names import TorchTensor, file_tensors
 from jaxft.weights.read import Weights, read
 from jaxft.weights.report import mismatch
 
@@ -23,7 +23,7 @@ def load(
     head: Literal["keep"] | Start | Mapping[str, Tree] = "keep",
     key: jax.Array | None = None,
 ) -> tuple[Tree, Tree]:
-    """The `(params, stats)` of a file, float32 and structured as `model.init`'s.
+    """The `(params, stats)` of a file, in the structure and dtypes of `model.init`'s.
 
     weights: what `read` takes, or gives. What `read` remarks of a source is a UserWarning here.
     head: `keep` the file's, or start from another: `fresh`, `zeros`, `xavier` (see `Start`), drawn
@@ -40,7 +40,7 @@ def load(
         raise ValueError(f"head is {', '.join(('keep', *get_args(Start)))} or a tree, not {head!r}")
     key = jax.random.key(0) if key is None else key
     if not isinstance(weights, Weights):
-        weights = read(weights)
+        weights = read(weights, own_names=not model.torch_named)
         if weights.remarks:
             warnings.warn(" ".join(weights.remarks), stacklevel=2)
 
@@ -49,7 +49,7 @@ def load(
         return name.endswith("num_batches_tracked") or (head != "keep" and in_head)
 
     abstract = jax.eval_shape(model.init, key)
-    tensors = torch_tensors(*abstract)
+    tensors = file_tensors(model, *abstract)
     wanted = {t.name: t for t in jax.tree.leaves(tensors) if not skipped(t.name)}
     found = {name: x for name, x in weights.tensors.items() if not skipped(name)}
     report = mismatch(wanted, found, model.head)
@@ -59,9 +59,9 @@ def load(
     def leaf(tensor: TorchTensor, shape: jax.ShapeDtypeStruct) -> Any:
         if tensor.name not in found:
             return shape  # the new head's
-        return jnp.array(tensor.from_torch(found[tensor.name].read()), jnp.float32)
+        return jnp.array(tensor.from_torch(found[tensor.name].read()), shape.dtype)
 
     params, stats = jax.tree.map(leaf, tensors, abstract)
     if head != "keep":
-        params[model.head] = new_head(model, head, key)
+        params = with_head(model, params, head, key)
     return params, stats

@@ -1,4 +1,4 @@
-"""How torch names and lays out each of our arrays."""
+"""How a weights file names and lays out each of our arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxft.errors import WeightsError
-from jaxft.models.model import Tree
+from jaxft.models.model import Model, Tree
+from jaxft.models.modes import dotted
 
 # (our leaf, its rank): (torch's leaf, our axes in torch's order). All else in a path is the same.
 _TABLE: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
@@ -22,7 +23,7 @@ _TABLE: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """One of our arrays as torch has it."""
+    """One of our arrays as torch has it, or as a file of a network that torch does not know."""
 
     name: str
     """`layer4.0.conv1.weight`."""
@@ -37,6 +38,27 @@ class TorchTensor:
     def from_torch(self, array: np.ndarray) -> np.ndarray:
         """Torch's layout to ours."""
         return np.transpose(array, np.argsort(self.axes))
+
+
+def file_tensors(model: Model, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """As `torch_tensors`, or for a network of the user's own with its own paths and layouts.
+
+    No table could know the latter: a flattened image, a transposed convolution or attention have
+    other layouts in torch than a kernel's rank says.
+    """
+    return (torch_tensors if model.torch_named else own_tensors)(params, stats)
+
+
+def own_tensors(params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """The two trees with a `TorchTensor` for each leaf, named by its path and laid out as it is."""
+
+    def as_it_is(path: tuple[Any, ...], leaf: Any) -> TorchTensor:
+        return TorchTensor(dotted(path), leaf.shape, tuple(range(len(leaf.shape))))
+
+    return (
+        jax.tree_util.tree_map_with_path(as_it_is, params),
+        jax.tree_util.tree_map_with_path(as_it_is, stats),
+    )
 
 
 def torch_tensors(params: Tree, stats: Tree) -> tuple[Tree, Tree]:

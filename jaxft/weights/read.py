@@ -14,7 +14,7 @@ from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.weights.families import renamed
 from jaxft.weights.locate import locate
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.names import own_tensors, torch_tensors
 from jaxft.weights.tensors import DTYPES, LazyTensor
 from jaxft.weights.torch_file import open_torch
 from jaxft.weights.unwrap import unwrap
@@ -24,7 +24,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by torchvision's names, whatever their file calls them.
+    """Tensors by torchvision's names, whatever their file calls them, or by those it calls them.
 
     source: what they were asked for by.
     preprocessing: what they expect of images, where their source says.
@@ -43,7 +43,7 @@ class Weights:
         return rows[-1] if rows else None
 
 
-def read(source: str | PathLike[str]) -> Weights:
+def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     """Opens weights without reading a tensor yet.
 
     `source` is anything that `locate` finds: a path, `hf:OWNER/REPO`, `torchvision:ENUM.MEMBER`,
@@ -51,17 +51,21 @@ def read(source: str | PathLike[str]) -> Weights:
     (opened without torch and without running anything in it), a run's folder, or one of its
     checkpoints.
 
+    own_names: for a network that is not `torch_named`: names and layouts stay as they are.
+
     Raises:
       WeightsError: there is no such thing, or it holds no weights.
     """
     name = fspath(source)
     located = locate(name)
     if located.path.is_dir():
-        content = _run(located.path)
+        content = _run(located.path, own_names)
     elif _is_safetensors(located.path):
         content = _safetensors(located.path)
     else:
-        content = open_torch(located.path)
+        content, own_names = open_torch(located.path), False  # torch names nothing as Flax does
+    if own_names:
+        return Weights(name, content, located.preprocessing, ())
     tensors, remarks = unwrap(content, name, located.entry)
     targets = renamed(tensors, name)
     named = {targets[theirs]: tensor for theirs, tensor in tensors.items()}
@@ -93,7 +97,7 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _run(folder: Path) -> dict[str, LazyTensor]:
+def _run(folder: Path, own_names: bool) -> dict[str, LazyTensor]:
     """A run's newest checkpoint, or the one that the folder is, or what was exported to it."""
     from jaxft import checkpoint  # slow to import, and few need it
 
@@ -104,7 +108,7 @@ def _run(folder: Path) -> dict[str, LazyTensor]:
         trees = checkpoint.read_weights(checkpoints if checkpoints.is_dir() else folder)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-    tensors = jax.tree.leaves(torch_tensors(*trees))
+    tensors = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))
     return {
         tensor.name: LazyTensor(tensor.shape, _NAMES[array.dtype], partial(tensor.to_torch, array))
         for tensor, array in zip(tensors, jax.tree.leaves(trees), strict=True)

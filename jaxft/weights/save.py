@@ -1,4 +1,4 @@
-"""Writes a network's trees as a torch-named safetensors file."""
+"""Writes a network's trees as a safetensors file."""
 
 from os import PathLike
 from pathlib import Path
@@ -10,15 +10,17 @@ from safetensors import numpy as safetensors
 from jaxft import atomic
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.names import file_tensors
 
 
 def save(path: str | PathLike[str], model: Model, params: Tree, stats: Tree) -> None:
     """Writes `params` and `stats` with torch's names and layouts, in their own dtypes.
 
     The file appears whole or not at all, over any older one. `torch.load_state_dict` takes it as
-    it is (`num_batches_tracked` aside), and so does `load`, bit for bit. Raises WeightsError
-    where the trees are not the model's, OSError where the folder cannot be written.
+    it is (`num_batches_tracked` aside), and so does `load`, bit for bit. A module of the user's
+    own keeps its own paths and layouts (`Conv_0.kernel`), which safetensors and any JAX code read.
+    Raises WeightsError where the trees are not the model's, OSError where the folder cannot be
+    written.
     """
     path = Path(path)
     trees = (params, stats)
@@ -28,8 +30,8 @@ def save(path: str | PathLike[str], model: Model, params: Tree, stats: Tree) -> 
             f"cannot write {path}: these params and stats are not those of a {model.name} "
             f"with {model.num_classes} classes"
         )
-    tensors = jax.tree.leaves(torch_tensors(*expected))
+    tensors = jax.tree.leaves(file_tensors(model, *expected))
     arrays = jax.device_get(jax.tree.leaves(trees))
     named = {t.name: t.to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
     # Not safetensors' own `save_file`: that leaves the file readable by its owner alone.
-    atomic.write(path, safetensors.save(named, {"format": "pt"}))
+    atomic.write(path, safetensors.save(named, {"format": "pt" if model.torch_named else "flax"}))
