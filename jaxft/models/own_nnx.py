@@ -99,23 +99,26 @@ def _norms(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): x for path, x in found}
 
 
+class _Governed(nnx.BatchNorm):
+    """A batch norm whose statistics and rows are told beforehand, whatever its call says."""
+
+    jaxft_path: str
+    jaxft_mode: NormMode
+    jaxft_mask: ArrayLike | None
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> jax.Array:
+        rows = rows_of(self.jaxft_path, x, self.jaxft_mask)
+        rows = mask if rows is None else rows if mask is None else rows & mask
+        return super().__call__(x, self.jaxft_mode == "running", mask=rows)
+
+
 @cache
-def _governed(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """A class of batch norms whose statistics and rows are told beforehand.
-
-    A layer of a merged copy, which lives for one call, can change its class to it: nothing else
-    comes between a call that names its statistics and the layer.
-    """
-
-    class Governed(kind):  # type: ignore[misc, valid-type]
-        def __call__(
-            self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
-        ) -> jax.Array:
-            rows = rows_of(self.jaxft_path, x, self.jaxft_mask)
-            rows = mask if rows is None else rows if mask is None else rows & mask
-            return super().__call__(x, self.jaxft_mode == "running", mask=rows)
-
-    return Governed
+def _governed(kind: type[nnx.BatchNorm]) -> type[_Governed]:
+    """The class to which a layer of that kind can change, in the merged copy that a call makes."""
+    # Last but for its base: a subclass with a call of its own comes to it by super().
+    return type(kind.__name__, (kind, _Governed), {}) if kind is not nnx.BatchNorm else _Governed
 
 
 def _stream(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array | None) -> jax.Array:
