@@ -81,9 +81,9 @@ class NNXModel:
         a norm layer or name one that does not exist.
         """
         blocks = self._run(first, last)
-        graph, params_state, stats_state, layers = self._abstract
+        graph, like_params, like_stats, layers = self._abstract
         modes = layer_modes(self.name, layers, norms)
-        module: Any = nnx.merge(graph, inside(params, params_state), inside(stats, stats_state))
+        module: Any = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats))
         output = module(inputs, Context(modes, mask, replicas, key), blocks)
         return output, outside(module, nnx.BatchStat) if "batch" in modes.values() else stats
 
@@ -91,11 +91,11 @@ class NNXModel:
         return self.module(self.config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
 
     @cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, frozenset[str]]:
+    def _abstract(self) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[str]]:
         """The module without its arrays, their shapes, and the paths of its norm layers."""
         module = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
         graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
-        params, stats = states
+        params, stats = map(nnx.to_pure_dict, states)
         return graph, params, stats, norm_layers(outside(module, nnx.BatchStat))
 
     def _run(self, first: str | None, last: str | None) -> tuple[str, ...]:

@@ -12,18 +12,14 @@ def outside(module: nnx.Module, kind: type[nnx.Variable[Any]]) -> Tree:
     return _outside(nnx.to_pure_dict(nnx.state(module, kind)))
 
 
-def inside(tree: Tree, like: nnx.State) -> Tree:
-    """The inverse of `outside`: with the keys that the state `like` has."""
-    return _inside(tree, nnx.to_pure_dict(like))
+def inside(tree: Tree, like: Tree) -> Tree:
+    """The inverse of `outside`: with the keys of `like`, such as `nnx.to_pure_dict` gives."""
+    if not isinstance(like, dict):
+        return tree
+    return {key: inside(tree[str(key)], value) for key, value in like.items()}
 
 
 def _outside(tree: Tree) -> Tree:
     if not isinstance(tree, dict):
         return tree
     return {str(key): _outside(value) for key, value in tree.items()}
-
-
-def _inside(tree: Tree, like: Tree) -> Tree:
-    if not isinstance(like, dict):
-        return tree
-    return {key: _inside(tree[str(key)], value) for key, value in like.items()}

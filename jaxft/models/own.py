@@ -183,17 +183,23 @@ class OwnModel(ABC):
         return jax.eval_shape(run, *self._trees, jnp.zeros((2, *self.shape)))
 
 
-def rows_of(layer: str, x: jax.Array, mask: ArrayLike | None) -> jax.Array | None:
-    """A mask of rows `[b]` as it broadcasts against what a norm layer is given, `[b ...]`."""
+def rows_of(
+    layer: str, x: jax.Array, mask: ArrayLike | None, own: jax.Array | None
+) -> jax.Array | None:
+    """The values of a norm layer's input `[b ...]` that enter its statistics; None: all do.
+
+    Those of the rows of `mask` `[b]`, and of them those of the mask that the module gives itself.
+    """
     if mask is None:
-        return None
-    mask = jnp.asarray(mask, bool)
-    if x.shape[0] != len(mask):
+        return own
+    rows = jnp.asarray(mask, bool)
+    if x.shape[0] != len(rows):
         raise ValueError(
-            f"{layer} is given {list(x.shape)} in a batch of {len(mask)}: which of its rows are "
-            "padding is not known. Keep the batch its first axis, or use drop_last=True."
+            f"{layer} is given {list(x.shape)} in a batch of {len(rows)}: which of its rows are "
+            "padding is not known. Keep the batch its first axis, or pass no mask."
         )
-    return mask.reshape(-1, *(1 for _ in x.shape[1:]))
+    rows = rows.reshape(-1, *(1 for _ in x.shape[1:]))
+    return rows if own is None else rows & own
 
 
 def _check_head(name: str, head: str, params: Tree) -> None:

@@ -118,9 +118,13 @@ class _Governor:
         return method(*args, **kwargs)
 
     def _normalize(
-        self, path: str, method: Any, x: jax.Array, _: bool | None = None, **kwargs: Any
+        self,
+        path: str,
+        method: Any,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
-        kwargs.pop("use_running_average", None)
-        rows, own = rows_of(path, x, self.mask), kwargs.pop("mask", None)
-        rows = own if rows is None else rows if own is None else rows & own
-        return method(x, self.modes.get(path, "running") == "running", mask=rows, **kwargs)
+        running = self.modes.get(path, "running") == "running"
+        return method(x, running, mask=rows_of(path, x, self.mask, mask))

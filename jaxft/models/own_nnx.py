@@ -1,10 +1,10 @@
 """A Flax NNX module of the user's own as a `Model`."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class NNX(OwnModel):
     @property
     def name(self) -> str:
         """The module's class."""
-        return type(self._abstract).__name__
+        return self._abstract.name
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh `(params, stats)`, bit for bit those of `build(rngs=nnx.Rngs(key))`."""
@@ -61,9 +61,9 @@ class NNX(OwnModel):
         mask: ArrayLike | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
-        graph, like_params, like_stats, streams = self._split
+        graph, _, _, (like_params, like_stats, like_streams) = self._abstract
         streams = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _stream(dotted(path), leaf, key), nnx.to_pure_dict(streams)
+            lambda path, leaf: _stream(dotted(path), leaf, key), like_streams
         )
         module = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats), streams)
         module.eval() if key is None else module.train()
@@ -74,29 +74,56 @@ class NNX(OwnModel):
         return logits, outside(module, nnx.BatchStat)
 
     def _batch_norms(self) -> set[str]:
-        return {*_norms(self._abstract)}
+        return self._abstract.norms
 
     @cached_property
-    def _abstract(self) -> nnx.Module:
-        module: nnx.Module = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
-        return module
+    def _abstract(self) -> "_Abstract":
+        found = []
 
-    @cached_property
-    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
-        graph, *states = nnx.split(self._abstract, *_KINDS, ...)
-        params, stats, streams, others = states
-        if found := [".".join(map(str, path)) for path, _ in nnx.to_flat_state(others)]:
+        def trace(key: jax.Array) -> list[Tree]:
+            module = self.build(rngs=nnx.Rngs(key))
+            graph, *states = nnx.split(module, *_KINDS, ...)
+            others = {*map(_dotted, nnx.to_flat_state(states.pop()).paths), *_arrays(module)}
+            found.append((graph, type(module).__name__, {*_norms(module)}, others))
+            return [nnx.to_pure_dict(state) for state in states]
+
+        shapes = jax.eval_shape(trace, jax.random.key(0))
+        graph, name, norms, others = found[0]
+        if others:
             raise ModelError(
-                f"{self.name} has state at {', '.join(found)} that is neither nnx.Param nor "
+                f"{name} has state at {', '.join(sorted(others))} that is neither nnx.Param nor "
                 "nnx.BatchStat nor of a random stream: only those are trained, saved and resumed. "
-                "Constants can be made in the call."
+                "Constants can be made in the call, or be numpy's."
             )
-        return graph, params, stats, streams
+        return _Abstract(graph, name, norms, shapes)
+
+
+class _Abstract(NamedTuple):
+    """A module without its arrays: the paths of its batch norms, the shapes of each of `_KINDS`."""
+
+    graph: nnx.GraphDef
+    name: str
+    norms: set[str]
+    shapes: list[Tree]
 
 
 def _norms(module: nnx.Module) -> dict[str, Any]:
     found = ((path, x) for path, x in nnx.iter_modules(module) if isinstance(x, nnx.BatchNorm))
-    return {".".join(map(str, path)): x for path, x in found}
+    return {_dotted(path): x for path, x in found}
+
+
+def _arrays(module: nnx.Module) -> set[str]:
+    """Where a module keeps arrays as they are: while it is traced NNX takes them for static."""
+    return {
+        _dotted((*path, name))
+        for path, part in nnx.iter_modules(module)
+        for name, value in vars(part).items()
+        if isinstance(value, jax.Array)
+    }
+
+
+def _dotted(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))
 
 
 class _Governed(nnx.BatchNorm):
@@ -109,8 +136,7 @@ class _Governed(nnx.BatchNorm):
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
     ) -> jax.Array:
-        rows = rows_of(self.jaxft_path, x, self.jaxft_mask)
-        rows = mask if rows is None else rows if mask is None else rows & mask
+        rows = rows_of(self.jaxft_path, x, self.jaxft_mask, mask)
         return super().__call__(x, self.jaxft_mode == "running", mask=rows)
 
 

@@ -50,10 +50,13 @@ def direct(model, params, stats, images, flags, trains):
             **flags,
         )  # fmt: skip
         return logits.astype(jnp.float32), new.get("batch_stats", {})
-    graph, like_params, like_stats, streams = nnx.split(
+    graph, *states, streams = nnx.split(
         model.build(rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat, ...
     )
-    module = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats), streams)
+    pure = [
+        inside(t, nnx.to_pure_dict(like)) for t, like in zip((params, stats), states, strict=True)
+    ]
+    module = nnx.merge(graph, *pure, streams)
     module.train() if trains else module.eval()
     return module(images, **flags), model.trees(module)[1]
 

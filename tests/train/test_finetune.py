@@ -151,7 +151,7 @@ class KilledError(Exception):
     """Stands for a SIGKILL."""
 
 
-def run_and_die(recipe, workdir, step, monkeypatch):
+def run_and_die(recipe, workdir, step, monkeypatch, **given):
     """A run that dies right after it began to write the checkpoint of `step`."""
     real = Checkpoints.save
 
@@ -163,7 +163,7 @@ def run_and_die(recipe, workdir, step, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(KilledError):
-            finetune(recipe, workdir, console=QUIET)
+            finetune(recipe, workdir, console=QUIET, **given)
 
 
 @pytest.mark.parametrize("step", [4, 8, 12, 24])

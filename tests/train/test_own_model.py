@@ -1,0 +1,99 @@
+"""Whole runs of modules of the user's own, on the digits."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.core import freeze
+from test_finetune import QUIET, RECIPE, rows, run_and_die, without_seconds
+
+import jaxft
+from jaxft import RecipeError, Stage, WeightsError, finetune, weights
+from jaxft.models import NNX, Linen
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from own_modules import Compact, Told
+
+LINEN = Linen(Compact(dropout=0.1), shape=(8, 8, 3), head="head")
+STAGES = (
+    Stage("head", {"head": 1e-2}, epochs=1),
+    Stage("late", {"head": 1e-3, "*_1": 1e-3, "Dense_0": 1e-3}, epochs=2, hand_on="last"),
+    Stage("all", {"*": 1e-3}, epochs=1, hand_on="last"),
+)
+OWN = dataclasses.replace(RECIPE, model="cnn", weights=None, dropout=0.0, stages=STAGES)
+
+
+def pretrained():
+    params, stats = LINEN.init(jax.random.key(5))
+    return freeze(params), freeze(jax.tree.map(lambda x: x + 0.5, stats))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return workdir, finetune(OWN, workdir, model=LINEN, start=pretrained(), console=QUIET)
+
+
+def flat(trees):
+    """Bytes by path."""
+    leaves = jax.tree.leaves(trees)
+    return {p: np.asarray(x).tobytes() for p, x in zip(jaxft.paths(trees), leaves, strict=True)}
+
+
+def test_stages_train_what_they_name_and_nothing_else(unbroken, tmp_path):
+    workdir, result = unbroken
+    assert [row["stage"] for row in rows(workdir)] == ["head", "late", "late", "all"]
+    start = flat(pretrained())
+    after = flat(weights.load(result.weights, LINEN))
+    assert not [path for path in start if after[path] == start[path]]
+
+    recipe = dataclasses.replace(OWN, stages=STAGES[:2])
+    two = finetune(recipe, tmp_path / "run", model=LINEN, start=pretrained(), console=QUIET)
+    after = flat(weights.load(two.weights, LINEN))
+    frozen = {path for path in start if after[path] == start[path]}
+    assert {path.split(".", 1)[1] for path in frozen} == {
+        "Conv_0.kernel", "Conv_0.bias", "BatchNorm_0.scale", "BatchNorm_0.bias",
+        "BatchNorm_0.mean", "BatchNorm_0.var",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_killed_run_ends_like_the_unbroken(step, unbroken, tmp_path, monkeypatch):
+    whole, result = unbroken
+    mine = {"model": LINEN, "start": pretrained()}
+    run_and_die(OWN, tmp_path / "run", step, monkeypatch, **mine)
+    again = finetune(OWN, tmp_path / "run", model=LINEN, console=QUIET)
+    assert again.weights.read_bytes() == result.weights.read_bytes()
+    assert without_seconds(tmp_path / "run") == without_seconds(whole)
+
+
+def test_weights_of_a_run_start_another(unbroken, tmp_path):
+    recipe = dataclasses.replace(OWN, weights=str(unbroken[0]), head="keep", stages=STAGES[:1])
+    result = finetune(recipe, tmp_path / "run", model=LINEN, console=QUIET)
+    before, after = (flat(weights.load(r.weights, LINEN)) for r in (unbroken[1], result))
+    assert {path for path in before if after[path] != before[path]} <= {
+        "0.head.kernel", "0.head.bias",
+    }  # fmt: skip
+
+
+def test_an_nnx_module_trains(tmp_path):
+    model = NNX(Told, shape=(8, 8, 3), head="fc")
+    recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, hand_on="last"),))
+    start = model.init(jax.random.key(OWN.seed))
+    result = finetune(recipe, tmp_path / "run", model=model, console=QUIET)
+    before, after = flat(start), flat(weights.load(result.weights, model))
+    assert {path for path in before if after[path] != before[path]} == {"0.fc.kernel", "0.fc.bias"}
+
+
+def test_what_does_not_fit_is_said_before_training(tmp_path):
+    ten = dataclasses.replace(OWN, data="digits")
+    with pytest.raises(RecipeError, match="Compact has 5 classes, the images 10"):
+        finetune(ten, tmp_path / "run", model=LINEN, console=QUIET)
+    params, stats = pretrained()
+    wrong = (params, {"BatchNorm_0": stats["BatchNorm_0"]})
+    with pytest.raises(WeightsError, match=r"1.BatchNorm_1.mean, 1.BatchNorm_1.var$"):
+        finetune(OWN, tmp_path / "run", model=LINEN, start=wrong, console=QUIET)
+    assert not (tmp_path / "run").exists()
