@@ -59,7 +59,7 @@ class OwnModel(ABC):
         except TypeError as error:
             raise ModelError(
                 f"{self.name} cannot be hashed, and a network must be a static argument of a "
-                f"compiled step. Where its fields are lists or dicts, make them tuples: {error}"
+                f"compiled step. Where its fields are lists or dicts, make them tuples."
             ) from error
         _check_head(self.name, self.head, self._trees[0])
         if ungoverned := sorted(self._layers ^ self._batch_norms()):

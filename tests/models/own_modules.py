@@ -35,11 +35,12 @@ class Nested(nn.Module):
     """Norms without parameters, a dropout that is always on, a module as a field."""
 
     out: nn.Module = nn.Dense(5)
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x):
         x = Block(name="block")(x).mean((1, 2))
-        return self.out(nn.Dropout(0.5, deterministic=False)(x))
+        return self.out(nn.Dropout(self.dropout, deterministic=False)(x))
 
 
 class Quiet(nn.BatchNorm):
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         x = nn.ConvTranspose(4, (2, 2))(x)
         x = nn.GroupNorm(2)(x)
         x = x.reshape(len(x), -1, 4) + nn.Embed(64, 4)(jnp.arange(x.shape[1] * x.shape[2]))
-        x = nn.LayerNorm()(nn.MultiHeadDotProductAttention(2, name="linear")(x))
+        x = nn.LayerNorm()(nn.MultiHeadDotProductAttention(2)(nn.Dense(4, name="linear")(x)))
         return nn.Dense(5, name="head")(x.mean(1))
 
 

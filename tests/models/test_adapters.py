@@ -144,21 +144,25 @@ def test_padding_changes_nothing(name):
 
 
 DROPPING = {
-    "linen": Linen(Compact(dropout=0.5), shape=SHAPE, head="head"),
-    "always on": NESTED,
-    "called": NNX(partial(Told, dropout=0.5), shape=SHAPE, head="fc"),
-    "viewed": NNX(partial(Viewed, dropout=0.5), shape=SHAPE, head="head.out"),
+    "linen": lambda rate: Linen(Compact(dropout=rate), shape=SHAPE, head="head"),
+    "always on": lambda rate: Linen(Nested(dropout=rate), shape=SHAPE, head="out"),
+    "called": lambda rate: NNX(partial(Told, dropout=rate), shape=SHAPE, head="fc"),
+    "viewed": lambda rate: NNX(partial(Viewed, dropout=rate), shape=SHAPE, head="head.out"),
 }
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_a_key_draws_what_is_dropped(name):
-    model = DROPPING[name]
+    model, undropped = DROPPING[name](0.5), DROPPING[name](0.0)
     params, stats = drawn(model)
-    apply = lambda key=None: model.apply(params, stats, IMAGES, norms="running", key=key)[0]  # noqa: E731
-    np.testing.assert_array_equal(apply(KEY), apply(KEY))
-    seen = {np.asarray(apply(key)).tobytes() for key in (None, None, KEY, jax.random.key(8))}
-    assert len(seen) == 3
+
+    def logits(model, key=None):
+        return np.asarray(model.apply(params, stats, IMAGES, norms="running", key=key)[0])
+
+    np.testing.assert_array_equal(logits(model), logits(undropped))
+    np.testing.assert_array_equal(logits(model, KEY), logits(model, KEY))
+    keys = (None, KEY, jax.random.key(8))
+    assert len({logits(model, key).tobytes() for key in keys}) == 3
 
 
 def test_two_dropouts_draw_apart():
