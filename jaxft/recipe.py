@@ -25,6 +25,7 @@ from jaxft.stages import Stage, check_stages
 _CHANGES_NOTHING = (
     "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "on_nonfinite",
 )  # fmt: skip
+_OF_OUR_NETWORKS = ("stride_in_1x1", "concat_pool", "dropout", "drop_path", "dtype")
 # What a stage may say for itself.
 _OF_A_STAGE = (
     "batch_size", "augment", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
@@ -216,6 +217,16 @@ class Recipe:
                 f"{stage.accumulate} equal parts; set accumulate to a divisor."
             )
         return recipe
+
+    def check_own_network(self) -> None:
+        """Raises RecipeError for fields that shape jaxft's networks alone."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        said = [name for name in _OF_OUR_NETWORKS if getattr(self, name) != fields[name]]
+        if said:
+            raise RecipeError(
+                f"{', '.join(said)} shape jaxft's own networks; a network that is given has such "
+                "things in itself. Leave them out of the recipe."
+            )
 
     def network(self, num_classes: int) -> Model:
         """The recipe's network, without any arrays yet."""

@@ -44,12 +44,13 @@ class Console:
     ) -> None:
         """The table of a stage: who trains, how fast, and the modes of its norm layers, by path."""
         labels = leaf_labels(params, plan.labels)
-        sizes, modes = Counter[str](), dict[str, Counter[str]]()
+        sizes, modes, seen = Counter[str](), dict[str, Counter[str]](), set[str]()
         for path, label, leaf in zip(paths(params), labels, jax.tree.leaves(params), strict=True):
             sizes[label] += leaf.size
-            layer, _, name = path.rpartition(".")
-            if layer in norms and name == "scale":  # each norm layer has one
+            layer = path.rpartition(".")[0]
+            if layer in norms and layer not in seen:
                 modes.setdefault(label, Counter())[norms[layer]] += 1
+                seen.add(layer)
 
         updates = plan.updates()
         rows = [("group", "parameters", "share", "rate", "schedule", "norm layers")]

@@ -13,6 +13,7 @@ from jaxft import checkpoint, data, models, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
+from jaxft.errors import RecipeError
 from jaxft.groups import plan
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
@@ -27,9 +28,9 @@ from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
 from jaxft.train.program import Program, program
 from jaxft.train.run import Run
-from jaxft.train.sequence import Start, train_stages
+from jaxft.train.sequence import train_stages
+from jaxft.train.start import Start, drawn, given, shapes
 from jaxft.train.workdir import check, claim, saved
-from jaxft.weights.head import new_head
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def finetune(
     workdir: str | os.PathLike[str],
     *,
     data: Source | Splits | None = None,
+    model: models.Model | None = None,
+    start: Start | None = None,
     fork_from: str | os.PathLike[str] | None = None,
     stage: str | None = None,
     console: Console | None = None,
@@ -65,6 +68,9 @@ def finetune(
 
     data: images to use instead of those that the recipe names, such as `jaxft.data.arrays(...)`;
       `recipe.data` is then no more than their name, in what is printed and saved.
+    model: the network to use instead of the one that `recipe.model` names, such as
+      `jaxft.models.Linen(...)`; likewise.
+    start: `(params, stats)` of that network to start from, instead of weights or random ones.
     fork_from: another run's workdir: this one starts from the end of its stage called `stage` (of
       its last that has ended) and goes on with the recipe's stage after that.
 
@@ -76,7 +82,10 @@ def finetune(
     """
     recipe, folder = resolve(recipe), epath.Path(workdir)
     console = console or Console(quiet=not is_first())
-    recipe.network(num_classes=1)  # its name and options, before anything takes time
+    if model is None:
+        recipe.network(num_classes=1)  # its name and options, before anything takes time
+    else:
+        recipe.check_own_network()
     begun, source, forked = saved(folder), None, None
     if begun:
         recipe = recipe.expecting(begun.preprocessing)
@@ -88,7 +97,8 @@ def finetune(
     splits = _open(recipe, data)
     # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
     if not begun and not forked:
-        source = weights.read(recipe.weights) if recipe.weights else None
+        own_names = model is not None and not model.torch_named
+        source = weights.read(recipe.weights, own_names=own_names) if recipe.weights else None
         recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
     scratch = dataclasses.replace(
         recipe,
@@ -99,12 +109,28 @@ def finetune(
     )
     check(folder / "from_scratch", scratch)
     devices = Devices(recipe.sharding)
-    model = recipe.network(len(splits.train.classes))
-    start = _start(recipe, model, source, shapes_only=bool(begun or forked))
+    classes = splits.train.classes
+    model = model or recipe.network(len(classes))
+    if model.num_classes != len(classes):
+        raise RecipeError(
+            f"{model.name} has {model.num_classes} classes, and the images have {len(classes)}: "
+            f"{', '.join(classes)}."
+        )
+    origin = recipe.weights or "random weights"
+    if forked:
+        origin = f"stage {forked.stage!r} of {forked.workdir}"
+    elif start is not None:
+        origin = "the arrays given"
+    if begun or forked:
+        start = shapes(model)
+    elif start is None:
+        start = drawn(recipe, model, source)
+    else:
+        start = given(model, start)
     programs = _programs(recipe, model, splits, devices, start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = _programs(scratch, model, splits, devices, start)
-    console.row(_prologue(recipe, splits, start[0]))
+    console.row(_prologue(recipe, splits, start[0], origin))
     for remark in (*splits.remarks, *(source.remarks if source else ())):
         console.say(remark)
     with interruptible() as interruption:
@@ -112,8 +138,8 @@ def finetune(
         if recipe.from_scratch:
             console.row("\nFor comparison, the same network from random weights:")
             beside = folder / "from_scratch"
-            start = _start(scratch, model, None, shapes_only=bool(saved(beside)))
-            console.row(_prologue(scratch, splits, start[0]))
+            start = shapes(model) if saved(beside) else drawn(scratch, model, None)
+            console.row(_prologue(scratch, splits, start[0], "random weights"))
             other = _run(compared, splits, start, None, scratch, beside, console, interruption)
             result = dataclasses.replace(result, from_scratch=other.score)
     return result
@@ -140,27 +166,12 @@ def _open(recipe: Recipe, given: Source | Splits | None) -> Splits:
 
 
 def _programs(
-    recipe: Recipe, model: models.Model, splits: Splits, devices: Devices, shapes: Start
+    recipe: Recipe, model: models.Model, splits: Splits, devices: Devices, like: Start
 ) -> tuple[Program, ...]:
     return tuple(
-        program(index, stage, recipe, model, splits.train, devices, shapes)
-        for index, stage in enumerate(plan(recipe.stages, shapes[0]))
+        program(index, stage, recipe, model, splits.train, devices, like)
+        for index, stage in enumerate(plan(recipe.stages, like[0]))
     )
-
-
-def _start(
-    recipe: Recipe, model: models.Model, source: weights.Weights | None, *, shapes_only: bool
-) -> Start:
-    """The parameters and statistics that the run starts from."""
-    key = jax.random.key(recipe.seed)
-    if shapes_only:
-        return jax.eval_shape(model.init, key)
-    if source:
-        return weights.load(source, model, head=recipe.head, key=key)
-    params, stats = model.init(key)
-    if recipe.head in ("zeros", "xavier"):
-        params[model.head] = new_head(model, recipe.head, key)
-    return params, stats
 
 
 def _run(
@@ -203,12 +214,12 @@ def _run(
     return Result(score, exported, checkpoints.path(progress.step))
 
 
-def _prologue(recipe: Recipe, splits: Splits, params: Tree) -> str:
+def _prologue(recipe: Recipe, splits: Splits, params: Tree, origin: str) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     devices = jax.devices()
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
-        f"{recipe.model}, {count:,} parameters, from {recipe.weights or 'random weights'}\n"
+        f"{recipe.model}, {count:,} parameters, from {origin}\n"
         f"{recipe.data}: {len(splits.train):,} images to train on, {len(splits.val):,} to "
         f"validate, {len(splits.train.classes)} classes\n"
         f"on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}{processes}"

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 
-from jaxft.labels import Tree
 from jaxft.train import fork
 from jaxft.train.compilation import Ahead
 from jaxft.train.fork import Fork
@@ -18,9 +17,7 @@ from jaxft.train.record import cost, epilogue, title
 from jaxft.train.resume import next_state, resume, state_shapes
 from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
-
-Start = tuple[Tree, Tree]
-"""Parameters and statistics; shapes alone where a run need not start from them."""
+from jaxft.train.start import Start
 
 
 def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:

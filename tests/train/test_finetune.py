@@ -37,7 +37,7 @@ from jaxft.recipe import read, save
 from jaxft.report.console import Console
 from jaxft.schedules import CosineAnnealingLR
 from jaxft.train.evaluate import eval_step, score
-from jaxft.train.loop import _start
+from jaxft.train.start import drawn
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 
@@ -215,7 +215,7 @@ def test_cheap_mistakes_show_before_weights_are_fetched(tmp_path, monkeypatch):
 def test_a_head_without_weights_starts_as_asked(start, tmp_path):
     recipe = dataclasses.replace(RECIPE, weights=None, head=start)
     model = recipe.network(5)
-    params, _ = _start(recipe, model, None, shapes_only=False)
+    params, _ = drawn(recipe, model, None)
     expected = new_head(model, start, jax.random.key(recipe.seed))
     jax.tree.map(np.testing.assert_array_equal, params["fc"], expected)
 
