@@ -14,7 +14,7 @@ from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
-from jaxft.train.progress import Progress
+from jaxft.train.resume import read
 from jaxft.weights.export import PLATFORMS, serialize
 
 
@@ -44,12 +44,17 @@ def write(
 
 
 def export(
-    workdir: Path, folder: Path | None = None, *, platforms: tuple[str, ...] = PLATFORMS
+    workdir: Path,
+    folder: Path | None = None,
+    *,
+    model: Model | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
 ) -> tuple[Path, Score]:
     """Writes what a run's newest checkpoint has to hand back, whether the run has ended or not.
 
     That is `model.safetensors` and `model.json`, as a run itself writes them at its end, and
     `model.jaxexport`, see `weights.export.serialize`; into `folder`, or else into the workdir.
+    `model` is that which the run was given, if it was given one.
     Returns the weights' path and their validation score: the best of the stage so far.
 
     Raises:
@@ -63,10 +68,10 @@ def export(
         step = kept.latest_step()
         assert step is not None
         fields = kept.progress(step)
-    classes = fields.pop("data")["classes"]
-    progress = Progress.from_fields(fields)
+    progress, _, of_data = read(fields)
+    classes = of_data["classes"]
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
-    model = recipe.network(len(classes))
+    model = model or recipe.network(len(classes))
     params, stats = weights.load(kept.path(step), model)
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def test_an_nnx_module_trains(tmp_path):
 
 def test_what_does_not_fit_is_said_before_training(tmp_path):
     ten = dataclasses.replace(OWN, data="digits")
-    with pytest.raises(RecipeError, match="Compact has 5 classes, the images 10"):
+    with pytest.raises(RecipeError, match="Compact has 5 classes, and the images have 10"):
         finetune(ten, tmp_path / "run", model=LINEN, console=QUIET)
     params, stats = pretrained()
     wrong = (params, {"BatchNorm_0": stats["BatchNorm_0"]})
