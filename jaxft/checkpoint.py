@@ -246,7 +246,8 @@ class Checkpoints:
         for step, old in _replaced(self.folder).items():
             if step in _steps(self.folder):
                 old.rmtree()
-            else:  # nothing took its place
+            else:  # nothing whole took its place
+                self.path(step).rmtree(missing_ok=True)
                 old.rename(self.path(step))
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
             unfinished.rmtree(missing_ok=True)

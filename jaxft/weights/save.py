@@ -1,7 +1,6 @@
 """Writes a network's trees as a safetensors file."""
 
 from os import PathLike
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ def save(path: str | PathLike[str], model: Model, params: Tree, stats: Tree) -> 
     Raises WeightsError where the trees are not the model's, OSError where the folder cannot be
     written.
     """
-    path = Path(path)
     trees = (params, stats)
     expected = jax.eval_shape(model.init, jax.random.key(0))
     if jax.tree.map(jnp.shape, trees) != jax.tree.map(jnp.shape, expected):
