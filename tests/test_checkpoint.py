@@ -135,6 +135,7 @@ def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(tmp_path, monkey
     with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(7, {"score": 0.5}, {"params": {}})
     monkeypatch.undo()
+    assert names(run) == {"7"}
 
     found = []
     for moment in moments:
@@ -308,6 +309,7 @@ with closing(Checkpoints(folder)) as checkpoints:
     for sharding, remarks in ((apart, 1), (everywhere, 0)):
         found = restored(sharding)
         assert (found.step, len(found.remarks)) == (2, remarks), found
+        assert found.arrays["params"]["x"].sharding == sharding
         for shard in found.arrays["params"]["x"].addressable_shards:
             np.testing.assert_array_equal(shard.data, 2 * whole[shard.index])
     checkpoints.save(3, {}, {"params": {"x": part(3)}})

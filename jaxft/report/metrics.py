@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -65,12 +66,13 @@ class MetricsLog:
         self._failure = ""
         if self._events is None:
             return
-        try:
-            # Whole: an object of a bucket takes no more, and what a full disk cuts short is no row.
-            atomic.write(self._path, "".join(row + "\n" for row in self._rows))
-            self._events.flush()
-        except OSError as error:
-            self._failure = str(error)
+        # Whole: an object of a bucket cannot grow, and what a full disk cuts short is no row.
+        rows = "".join(row + "\n" for row in self._rows)
+        for write in (partial(atomic.write, self._path, rows), self._events.flush):
+            try:
+                write()
+            except OSError as error:
+                self._failure = str(error)
 
 
 def _floats(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
