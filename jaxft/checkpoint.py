@@ -61,7 +61,8 @@ class Checkpoints:
     """The checkpoints of one run; to be closed (`contextlib.closing`).
 
     Those that are marked stay; of the others the newest two: while one is being written the other
-    is whole. One process's alone but for reading, see `train.workdir.claim`.
+    is whole. One run's, see `train.workdir.claim`; an onlooker beside it must neither `save` nor
+    ask for the `newest`.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
@@ -88,7 +89,9 @@ class Checkpoints:
         """
         with self._failing_clearly():
             self._manager.close()
-        if is_first():  # it does not call for the others: they may have met an error
+        # Not an onlooker, beside whom a run may be writing; and without a call for the other
+        # processes, which may have met an error.
+        if self._writing is not None and is_first():
             self._tidy()
 
     def save(

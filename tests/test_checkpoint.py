@@ -106,6 +106,17 @@ def test_a_mark_can_come_with_a_replacement_and_go(tmp_path):
     assert names(tmp_path) == {"1", "3", "4"}
 
 
+def test_an_onlooker_leaves_alone_what_a_run_is_writing(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, {"x": 1}, {"params": PARAMS})
+    shutil.copytree(tmp_path / "1", tmp_path / "replaced-2")
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    before = sorted(tmp_path.rglob("*"))
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.progress(checkpoints.latest_step()) == {"x": 1}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_earlier_step_is_refused(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(3, {}, {"params": PARAMS})
