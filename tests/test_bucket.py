@@ -30,7 +30,8 @@ def newest():
         return checkpoints.newest(lambda progress: {"params": whole})
 
 for start in range(2):
-    with claim(folder, recipe), closing(MetricsLog(folder, step=start)) as log:
+    with claim(folder, recipe), closing(MetricsLog(folder)) as log:
+        log.begin(start)
         environment.append(folder)
         log.write({"step": start + 1, "val_loss": float("nan"), "rates": {"fc": 0.5}})
 assert saved(folder) is None

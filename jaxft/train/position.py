@@ -22,6 +22,8 @@ class Position:
       state, frozen: the arrays, as the steps have them.
       best: those of the stage's best epoch so far, as validation saw them.
       sums: of the epoch that is under way.
+      began: when the stage's first step since a start began, by `time.perf_counter`; 0 before.
+      validated: when its last validation so far was over, likewise.
     """
 
     progress: Progress
@@ -29,6 +31,8 @@ class Position:
     frozen: Tree
     best: Snapshot
     sums: Sums
+    began: float = 0.0
+    validated: float = 0.0
     _ticked: float = field(default_factory=time.perf_counter)
 
     @property

@@ -56,6 +56,14 @@ def title(program: Program, of: int) -> str:
     return f"Stage {program.index + 1} of {of}: {stage.name}, {length}"
 
 
+def gap(seconds: float, compiled: float) -> str:
+    """How long the devices waited for a stage; `compiled` are the seconds it took to compile."""
+    return (
+        f"Its first step came {seconds:.2f} s after the last validation before it; compiling it "
+        f"took {compiled:.2f} s."
+    )
+
+
 def cost(compiled: Compiled, seconds: float) -> str:
     """What a step takes; `seconds` were spent on compiling it."""
     giga = compiled.flops >= 1e9

@@ -13,7 +13,7 @@ from jaxft.train.norms import mode_names
 from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.progress import Progress
-from jaxft.train.record import cost, epilogue, title
+from jaxft.train.record import cost, epilogue, gap, title
 from jaxft.train.resume import next_state, resume, state_shapes
 from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
@@ -34,18 +34,22 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
     progress, at = found or _begin(run, start)
+    validated = 0.0
     while index < len(run.programs):
         program = run.programs[index]
         compiled = ahead.result(partial(_glance, run))
         position = at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
-        _announce(run, program, cost(compiled, ahead.seconds), position)
+        seconds = ahead.seconds
+        _announce(run, program, cost(compiled, seconds), position)
         if index + 1 < len(run.programs):
             ahead = _compile(run, index + 1, shapes)
         at = train_stage(run, program, compiled, position)
         progress = position.progress
         run.console.row("")
         run.console.say(epilogue(program.plan, progress))
-        index += 1
+        if validated:
+            run.console.say(gap(position.began - validated, seconds))
+        validated, index = position.validated, index + 1
     assert isinstance(at, Snapshot)  # the last stage has ended
     return progress, at
 
@@ -60,8 +64,12 @@ def _begin(run: Run, start: Start) -> tuple[Progress, Snapshot]:
 
 def _compile(run: Run, index: int, shapes: Start) -> Ahead[Compiled]:
     """Begins to compile a stage, in the background."""
-    state = state_shapes(run.programs, index, shapes[0])
-    return Ahead(partial(run.programs[index].compile, Snapshot(*shapes, state)))
+
+    def compiled() -> Compiled:
+        state = state_shapes(run.programs, index, shapes[0])
+        return run.programs[index].compile(Snapshot(*shapes, state))
+
+    return Ahead(compiled)
 
 
 def _enter(

@@ -95,6 +95,7 @@ def _train_epoch(
             position.state, record = compiled.step(
                 position.state, position.frozen, run.devices.batch(batch), number, run.start
             )
+            position.began = position.began or time.perf_counter()
             position.progress = position.progress.after_step()
             unseen.append(record)
             jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
@@ -126,6 +127,7 @@ def _end_epoch(
     validated = run.evaluate(*position.shown[:2])
     if validated is None:
         _stop(run, program, position)
+    position.validated = time.perf_counter()
     opt_state = plan.after_epoch(
         position.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
     )
