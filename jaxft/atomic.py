@@ -2,6 +2,7 @@
 
 import os
 from os import PathLike
+from pathlib import Path
 
 from etils import epath
 
@@ -26,6 +27,11 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def anywhere(path: str | PathLike[str]) -> Path:
+    """A path on a disk, which is `pathlib`'s own, or in a bucket, which does as those do."""
+    return epath.Path(path) if in_bucket(path) else Path(path)
 
 
 def in_bucket(path: str | PathLike[str]) -> bool:

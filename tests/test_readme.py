@@ -100,6 +100,13 @@ def test_the_data_example_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs/noise/model.safetensors").samefile(names["result"].weights)
 
 
+def test_the_example_with_a_network_of_ones_own_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLES["A network of your own"][0], names)
+    assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_configs_open_with_their_command_and_result(path):
     docstring = path.read_text().split('"""')[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxft import checkpoint
+from jaxft import atomic, checkpoint
 from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
@@ -45,9 +45,9 @@ def find(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork:
 
     Raises CheckpointError where there is none.
     """
-    workdir = Path(workdir)
+    workdir = atomic.anywhere(workdir)
     recipe_file, folder = workdir / "recipe.yaml", workdir / "checkpoints"
-    if not (recipe_file.is_file() and checkpoint.exist(folder)):
+    if not (recipe_file.exists() and checkpoint.exist(folder)):
         raise CheckpointError(f"{workdir} holds no run with a checkpoint to fork from.")
     recipe = recipes.read(recipe_file)
     ended = {}
@@ -102,7 +102,7 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Sna
             arrays = checkpoints.restore(fork.step, run.devices.abstract(like)._asdict())
             at = Snapshot(**arrays)
         else:
-            trees = checkpoint.read_weights(Path(checkpoints.path(fork.step)))
+            trees = checkpoint.read_weights(checkpoints.path(fork.step))
             for name, found, wanted in zip(("parameters", "statistics"), trees, like, strict=False):
                 _check_shapes(fork, name, found, wanted)
             fresh = jax.jit(run.programs[index].transform.init)(trees[0])

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from etils import epath
 
-from jaxft import checkpoint, data, models, weights
+from jaxft import atomic, checkpoint, data, models, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
@@ -80,7 +79,7 @@ def finetune(
       InterruptedRunError: a signal has ended it.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    recipe, folder = resolve(recipe), epath.Path(workdir)
+    recipe, folder = resolve(recipe), atomic.anywhere(workdir)
     console = console or Console(quiet=not is_first())
     if model is None:
         recipe.network(num_classes=1)  # its name and options, before anything takes time
@@ -180,7 +179,7 @@ def _run(
     start: Start,
     forked: Fork | None,
     recipe: Recipe,
-    workdir: epath.Path,
+    workdir: Path,
     console: Console,
     interruption: Interruption,
 ) -> Result:
@@ -211,7 +210,7 @@ def _run(
         export.write(
             workdir, recipe, model, params, stats, classes=splits.train.classes, score=score
         )
-    return Result(score, exported, checkpoints.path(progress.step))
+    return Result(score, exported, workdir / "checkpoints" / str(progress.step))
 
 
 def _prologue(recipe: Recipe, splits: Splits, params: Tree, origin: str) -> str:
