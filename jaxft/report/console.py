@@ -100,13 +100,17 @@ class Console:
         """A row of the stage's growing table; epoch 0 is the stage's start."""
         cells = (
             epoch or "start",
-            "-" if train_loss is None else f"{train_loss:.4f}",
-            f"{val_loss:.4f}",
+            "-" if train_loss is None else _loss(train_loss),
+            _loss(val_loss),
             f"{accuracy:.4f}",
             "-" if seconds is None else f"{seconds:.1f}",
             remark,
         )
         self.row(EPOCH_ROW.format(*cells))
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}" if loss < 1e4 else f"{loss:.3e}"
 
 
 class Bar:

@@ -78,9 +78,10 @@ def _train_epoch(
 
     def look() -> None:
         nonlocal idle, mark
-        _check_finite(run, program, position, unseen)
+        records = jax.device_get(unseen)
+        _check_finite(run, program, position, records)
         now = time.perf_counter()
-        position.sums = position.sums.plus(jax.device_get(unseen), seconds=now - mark, idle=idle)
+        position.sums = position.sums.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
         unseen.clear()
 
@@ -145,13 +146,14 @@ def _end_epoch(
         position.best = shown(compiled.copy(position.state), position.frozen)
     seconds = position.sums.seconds + time.perf_counter() - started
     told = row(plan, progress, position.sums, seconds=seconds)
+    skipped = f"{position.sums.skipped} steps skipped" if position.sums.skipped else ""
     run.console.epoch_row(
         progress.epoch,
         told["train_loss"],
         validated.loss,
         validated.accuracy,
         seconds,
-        "best" if improved else "",
+        ", ".join(filter(None, ("best" if improved else "", skipped))),
     )
     run.metrics.write(told)
     if not progress.ended:
