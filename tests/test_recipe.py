@@ -11,7 +11,9 @@ from jaxft import (
     SGD,
     Adam,
     AdamW,
+    Anchor,
     EarlyStop,
+    Plateau,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -41,7 +43,29 @@ RECIPE = Recipe(
     data="folder:ants",
     weights="resnet18.safetensors",
     stages=(
-        Stage("head", train={"fc": 1e-3}, epochs=5, until=EarlyStop("loss", patience=2)),
+        Stage(
+            "head",
+            train={"fc": 1e-3},
+            epochs=5,
+            until=EarlyStop("loss", patience=2, min_delta=0.01, min_epochs=2, mode="min"),
+            norms={"layer4": "A", "*": "E"},
+            anchor=Anchor(0.2, 0.0),
+            class_weights=(1.0, 2.5),
+            ema=0.99,
+            batch_size=8,
+            augment="flip",
+        ),
+        Stage(
+            "plateau",
+            train={"fc": 1e-3},
+            steps=50,
+            minutes=2.5,
+            schedule=ReduceLROnPlateau(),
+            until=Plateau(1),
+            norms="D",
+            clip_norm=1.0,
+            accumulate=2,
+        ),
         Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
         Stage(
             "all",
@@ -217,6 +241,41 @@ def test_the_network_is_the_recipes():
     }
     recipe = dataclasses.replace(RECIPE, model="resnet50", **options)
     assert recipe.network(7) == models.create("resnet50", num_classes=7, **options)
+
+
+def test_a_stage_goes_before_the_recipe_in_what_it_says():
+    stage = Stage("a", {"*": 1.0}, 1, batch_size=8, augment="none", label_smoothing=0.1, mixup=0.0)
+    recipe = dataclasses.replace(RECIPE, mixup=0.2, stages=(stage, *RECIPE.stages))
+    during = recipe.during(stage)
+    found = (during.batch_size, during.augment, during.label_smoothing, during.mixup)
+    assert found == (8, "none", 0.1, 0.0)
+    assert (during.model, during.cutmix) == (recipe.model, recipe.cutmix)
+    assert recipe.during(RECIPE.stages[-1]) is recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a chance"),
+        ({"batch_size": 0}, "stage 'a': batch_size must be at least 1"),
+        ({"batch_size": 1, "mixup": 0.2}, "stage 'a': mixup mixes images of a batch"),
+        ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be worked through in 5 equal parts"),
+        ({"batch_size": 8, "accumulate": 3}, "stage 'a': a batch of 8 cannot"),
+    ],
+    ids=str,
+)
+def test_what_a_stage_says_must_go_with_the_recipe(fields, message):
+    stages = (Stage("a", {"*": 1.0}, 1, **fields),)
+    for where in ("stages", "from_scratch"):
+        with pytest.raises(RecipeError, match=message):
+            dataclasses.replace(RECIPE, **{where: stages})
+
+
+def test_fields_of_our_networks_mean_nothing_to_another():
+    RECIPE.check_own_network()
+    recipe = dataclasses.replace(RECIPE, dropout=0.1, dtype="bfloat16")
+    with pytest.raises(RecipeError, match="dropout, dtype shape jaxft's own networks"):
+        recipe.check_own_network()
 
 
 OWN = Preprocessing(

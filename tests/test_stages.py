@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import jaxft
 from jaxft import EarlyStop, PatternError, RecipeError, ReduceLROnPlateau, Stage
 from jaxft.labels import leaf_labels
+from jaxft.schedules import CosineAnnealingLR
 
 PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}
 
@@ -73,12 +74,48 @@ def test_groups_partition_the_parameters_and_refine_every_stage(stages):
         ({"train": {"fc": 1.0, "late": float("inf")}}, "rate of 'late' is inf"),
         ({"epochs": 0}, "0 epochs"),
         ({"epochs": 0, "train": {}}, "trains nothing.*; it has 0 epochs"),
+        ({"epochs": None}, "it has no length; give it epochs or steps"),
+        ({"steps": 0, "accumulate": 0}, "it has 0 steps; .*; it has 0 accumulate"),
+        ({"minutes": 0.0, "clip_norm": -1.0}, "minutes is 0.0; .*; clip_norm is -1.0"),
+        ({"ema": 1.0}, "ema is 1.0; a decay lies between 0 and 1"),
+        ({"class_weights": (0.0, 0.0)}, "class_weights are .*not all are 0"),
+        ({"class_weights": (1.0, -1.0)}, "class_weights are .*none is negative"),
+        ({"norms": "F"}, "norms has 'F'; it must be one of A, B, C, D, E"),
+        ({"norms": {"fc": "b"}}, "norms has 'b'"),
     ],
     ids=str,
 )
 def test_wrong_stages(fields, message):
     with pytest.raises(RecipeError, match=message):
         Stage(**{"name": "x", "train": {"fc": 1.0}, "epochs": 1, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"epochs": 3}, 12),
+        ({"steps": 5}, 5),
+        ({"epochs": 1, "steps": 5}, 4),
+        ({"epochs": 2, "steps": 5}, 5),
+    ],
+    ids=str,
+)
+def test_the_length_is_whichever_is_over_first(fields, steps):
+    assert Stage("x", {"fc": 1.0}, **fields).length(steps_per_epoch=4) == steps
+
+
+def test_a_schedule_ends_with_the_steps():
+    stage = Stage("x", {"fc": 1.0}, steps=5, schedule=CosineAnnealingLR(by="step"))
+    params = jax.tree.map(np.float32, PARAMS)
+    (plan,) = jaxft.plan([stage], params)
+    transform = plan.transform(steps_per_epoch=4)
+    state = transform.init(params)
+    rates = []
+    for _ in range(6):
+        rates.append(plan.rates_at(state, steps_per_epoch=4)["fc"])
+        _, state = transform.update(params, state, params)
+    assert rates[5] == pytest.approx(0.0, abs=1e-7)
+    assert rates[4] > 0.09
 
 
 def test_wrong_patience():

@@ -1,0 +1,60 @@
+"""Programs compiled ahead: their results, their errors, and waits that end early."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.train.compilation import Ahead, flops, keep_programs
+
+
+def test_the_result_is_the_functions():
+    ahead = Ahead(lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile())
+    assert ahead.result()(jnp.zeros(3)).tolist() == [1, 1, 1]
+    assert ahead.seconds > 0
+    assert ahead.result() is ahead.result()
+
+
+def test_its_error_is_raised_where_the_result_is_asked_for():
+    ahead = Ahead(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ahead.result()
+
+
+def test_a_glance_may_end_the_wait():
+    hold = threading.Event()
+    ahead = Ahead(hold.wait)
+
+    def glance():
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ahead.result(glance)
+    hold.set()
+    assert ahead.result() is True
+
+
+def test_it_computes_in_the_callers_precision():
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            ahead = Ahead(lambda: jnp.zeros(1, float).dtype)
+        assert ahead.result() == ("float64" if wide else "float32")
+
+
+def test_flops_are_those_of_the_program():
+    a = jnp.zeros((8, 16))
+    compiled = jax.jit(lambda a, b: a @ b).lower(a, a.T).compile()
+    assert flops(compiled) == 2 * 8 * 16 * 8
+
+
+def test_programs_are_kept_in_the_cache_folder_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    named = jax.config.jax_compilation_cache_dir
+    for given, expected in ((None, str(tmp_path / "programs")), ("elsewhere", "elsewhere")):
+        try:
+            jax.config.update("jax_compilation_cache_dir", given)
+            keep_programs()
+            assert jax.config.jax_compilation_cache_dir == expected
+        finally:
+            jax.config.update("jax_compilation_cache_dir", named)
