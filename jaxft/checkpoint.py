@@ -122,9 +122,7 @@ class Checkpoints:
         newest = self.latest_step()
         if newest is not None and step < newest:  # Orbax declines it without a word
             raise RuntimeError(f"{self.folder}: step {step} is before {newest}.")
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(arrays))) + _OVERHEAD
-        if lack := first_answers(lambda: self._lack(needed)):
-            raise self._failure(lack)
+        self.check_room(arrays)
         if step == newest:
             self._rename(str(step), f"{_REPLACED}{step}")
         (self._marked.add if keep else self._marked.discard)(step)
@@ -134,6 +132,13 @@ class Checkpoints:
         self._writing = step
         with self._failing_clearly():
             self._manager.save(step, args=args)
+
+    def check_room(self, arrays: Mapping[str, Tree]) -> None:
+        """Raises CheckpointError if the disk has no room for arrays of these shapes."""
+        leaves = jax.tree.leaves(dict(arrays))
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + _OVERHEAD
+        if lack := first_answers(lambda: self._lack(needed)):
+            raise self._failure(lack)
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, from the oldest."""

@@ -264,7 +264,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Writes a recipe as YAML that `read` takes back as an equal one."""
-    atomic.write(path, yaml.safe_dump(_fields(recipe), sort_keys=False))
+    atomic.write(path, yaml.safe_dump(fields(recipe), sort_keys=False))
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -282,7 +282,7 @@ def resolve(recipe: Recipe) -> Recipe:
                 f"stage {stage.name!r}: {wrong[0]!r} cannot be saved with the run; a recipe's "
                 "patterns are strings, its optimizers jaxft's. (jaxft.plan takes any.)"
             )
-    return _validated(_fields(recipe), source="recipe")
+    return _validated(fields(recipe), source="recipe")
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
@@ -295,9 +295,9 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     ]
 
 
-def _fields(recipe: Recipe) -> dict[str, Any]:
-    fields = pydantic.TypeAdapter(Recipe).dump_python(recipe, mode="json", warnings=False)
-    return dict(fields)
+def fields(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as YAML, or JSON, has it."""
+    return dict(pydantic.TypeAdapter(Recipe).dump_python(recipe, mode="json", warnings=False))
 
 
 def _validated(fields: Any, *, source: str) -> Recipe:

@@ -78,4 +78,6 @@ def restored(
     items = dict(arrays)
     best, average = Snapshot(**items.pop("best")), items.pop("average", None)
     state, frozen = program.state(Snapshot(**items))
-    return Position(progress, state._replace(average=average), frozen, best, sums)
+    if average is not None:
+        state = state._replace(average=tuple(average))
+    return Position(progress, state, frozen, best, sums)

@@ -26,14 +26,15 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
     """
 
     def like(fields: Mapping[str, Any]) -> dict[str, Tree]:
-        _, _, before = read(fields)
+        progress, _, before = read(fields)
         if before != run.data:
             raise CheckpointError(
                 f"the images have changed since {run.checkpoints.path(fields['step'])} was "
                 f"written:\n  {before} then,\n  {run.data} now.\n"
                 "Bring them back, or choose another --workdir."
             )
-        return run.devices.abstract(structure(run.programs, fields, params, stats))
+        items = structure(run.programs, progress.stage, params, stats, ended=bool(progress.ended))
+        return run.devices.abstract(items)
 
     found = run.checkpoints.newest(like)
     if found is None:
@@ -49,17 +50,15 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
 
 
 def structure(
-    programs: tuple[Program, ...], fields: Mapping[str, Any], params: Tree, stats: Tree
+    programs: tuple[Program, ...], stage: int, params: Tree, stats: Tree, *, ended: bool = False
 ) -> dict[str, Tree]:
-    """The items of a checkpoint with these `fields`, as shapes."""
-    progress, _, _ = read(fields)
-    program = programs[progress.stage]
-    at = Snapshot(params, stats, state_shapes(programs, progress.stage, params))
+    """The items of a checkpoint within a stage, or of its end, as shapes."""
+    at = Snapshot(params, stats, state_shapes(programs, stage, params))
     items: dict[str, Tree] = at._asdict()
-    if not progress.ended:
+    if not ended:
         items["best"] = at._asdict()
-        if (average := program.state(at)[0].average) is not None:
-            items["average"] = average
+        if (average := programs[stage].state(at)[0].average) is not None:
+            items["average"] = list(average)
     return items
 
 
@@ -90,6 +89,7 @@ def next_state(
 def read(fields: Mapping[str, Any]) -> tuple[Progress, Sums, Mapping[str, Any]]:
     """What `Run.save` was given of the progress, and what it added of the images."""
     rest = dict(fields)
+    del rest["recipe"]  # for whoever finds the checkpoint alone
     data, sums = rest.pop("data"), Sums.from_fields(rest.pop("sums"))
     return Progress.from_fields(rest), sums, data
 

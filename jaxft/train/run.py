@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxft import data
+from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Batch, Splits
 from jaxft.labels import Tree
@@ -53,7 +54,7 @@ class Run:
         self, progress: dict[str, Any], arrays: dict[str, Tree], *, keep: bool = False
     ) -> None:
         """Starts to write a checkpoint; see `Checkpoints.save`."""
-        header = {**progress, "data": self.data}
+        header = {**progress, "data": self.data, "recipe": recipes.fields(self.recipe)}
         self.checkpoints.save(progress["step"], header, arrays, keep=keep)
 
     def stop_asked(self) -> bool:

@@ -14,7 +14,7 @@ from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.record import cost, epilogue, gap, title
-from jaxft.train.resume import next_state, resume, state_shapes
+from jaxft.train.resume import next_state, resume, state_shapes, structure
 from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
 from jaxft.train.start import Start
@@ -31,6 +31,8 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
     if not found and forked:
         found = fork.take(run, forked, *shapes)
     index = found[0].stage + bool(found[0].ended) if found else 0
+    for program in run.programs[index:]:  # better now than after hours
+        run.checkpoints.check_room(structure(run.programs, program.index, *shapes))
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
     progress, at = found or _begin(run, start)
