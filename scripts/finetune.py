@@ -13,6 +13,7 @@ import argparse
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import tyro
 
@@ -58,14 +59,11 @@ def main(arguments: list[str]) -> None:
         )
         result = finetune(recipe, known.workdir, fork_from=known.fork_from, stage=known.stage)
     except InterruptedRunError as stopped:
-        print(f"\n{stopped}", file=sys.stderr, flush=True)
-        # Not sys.exit: it would wait for what the compiler does in the background.
-        os._exit(EXIT_CODES[stopped.signal])
+        leave(f"\n{stopped}", EXIT_CODES[stopped.signal])
     except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        leave(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        leave("\nInterrupted. The same command goes on from the last checkpoint.", 130)
     processes.barrier("end")  # or the first to end would take the others along
     if not processes.is_first():
         return
@@ -74,6 +72,13 @@ def main(arguments: list[str]) -> None:
         print(f"From scratch:       {result.from_scratch.accuracy:.4f}")
     print(f"Weights     {result.weights} (torch's names; model.json beside it)")
     print(f"Checkpoint  {result.checkpoint}")
+
+
+def leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # sys.exit would wait for what is being compiled ahead
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ class Ahead(Generic[T]):
                 self._error = error
             self.seconds = time.perf_counter() - started
 
-        # A daemon: a run that is to stop does not wait for a compiler.
-        self._thread = threading.Thread(target=work, name="jaxft-compile", daemon=True)
+        # No daemon: Python's end would be the compiler's abort.
+        self._thread = threading.Thread(target=work, name="jaxft-compile")
         self._thread.start()
 
     def result(self, glance: Callable[[], None] = lambda: None) -> T:

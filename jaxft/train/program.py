@@ -151,7 +151,7 @@ class Program:
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
             compiled,
-            flops(compiled),
+            flops(compiled) * stage.accumulate,  # of a loop's body XLA counts one turn
         )
 
 

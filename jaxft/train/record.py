@@ -52,7 +52,8 @@ def title(program: Program, of: int) -> str:
     if steps == stage.steps:
         length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
     else:
-        length = f"{most}{program.epochs} epochs of {program.steps_per_epoch} steps"
+        plural = "s" * (program.epochs > 1)
+        length = f"{most}{program.epochs} epoch{plural} of {program.steps_per_epoch} steps"
     return f"Stage {program.index + 1} of {of}: {stage.name}, {length}"
 
 

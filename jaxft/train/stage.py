@@ -73,6 +73,7 @@ def _train_epoch(
     if position.progress.position == 0:
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
         position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
+    start = run.start if plan.stage.anchor else None
     unseen: list[Record] = []
     idle, mark = 0.0, time.perf_counter()
 
@@ -94,7 +95,7 @@ def _train_epoch(
                 idle += time.perf_counter() - asked
             number = np.int32(position.progress.step)
             position.state, record = compiled.step(
-                position.state, position.frozen, run.devices.batch(batch), number, run.start
+                position.state, position.frozen, run.devices.batch(batch), number, start
             )
             position.began = position.began or time.perf_counter()
             position.progress = position.progress.after_step()
