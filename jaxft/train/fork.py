@@ -92,9 +92,10 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Sna
     Raises CheckpointError if the arrays do not fit the new recipe.
     """
     index = check(fork, run.recipe)
-    progress, _, _ = read(fork.fields)
+    before, _, _ = read(fork.fields)
+    score = before.handed_on(fork.recipe.stages[before.stage])
     progress = dataclasses.replace(
-        progress, stage=index, ended=f"it is that of {fork.workdir}", seconds=0.0
+        Progress.at_start(index, before.step, score), ended=f"it is that of {fork.workdir}"
     )
     like = Snapshot(params, stats, state_shapes(run.programs, index, params))
     with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
