@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -220,6 +221,18 @@ class Devices:
     def constrain(self, tree: T) -> T:
         """Within a compiled function: the arrays stay, or come, where they belong."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def spread(self, parts: jax.Array) -> jax.Array:
+        """Within a compiled function: parts of a batch [n b ...], each as `batch` divides one.
+
+        Each is padded to equal shares for the devices.
+        """
+        count = parts.shape[1]
+        padding = [(0, 0), (0, self.rows(count) - count), *[(0, 0)] * (parts.ndim - 2)]
+        # By way of whole copies: the compiler finds no other, and warns of it unless told so.
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, PartitionSpec()))
+        place = NamedSharding(self.mesh, PartitionSpec(None, _BATCH))
+        return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), place)
 
     def abstract(self, tree: Any) -> Any:
         """The tree's shapes, types and places, as Orbax restores and `jit(...).lower` compiles."""

@@ -86,9 +86,8 @@ class Program:
 
     @property
     def rows(self) -> int:
-        """Of a batch's arrays: each of its parts in equal shares for the devices."""
-        parts = self.plan.stage.accumulate
-        return parts * self.devices.rows(self.recipe.batch_size // parts)
+        """Of a batch's arrays: in equal shares for the devices."""
+        return self.devices.rows(self.recipe.batch_size)
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
@@ -114,6 +113,7 @@ class Program:
             anchor=stage.anchor,
             clip_norm=stage.clip_norm,
             accumulate=stage.accumulate,
+            batch_size=recipe.batch_size,
             ema=stage.ema,
             skip_nonfinite=recipe.on_nonfinite == "skip",
             replicas=len(devices) if recipe.statistics == "replica" else 1,

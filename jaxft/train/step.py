@@ -78,6 +78,7 @@ def train_step(
     anchor: Anchor | None = None,
     clip_norm: float | None = None,
     accumulate: int = 1,
+    batch_size: int | None = None,
     ema: float | None = None,
     skip_nonfinite: bool = False,
     replicas: int = 1,
@@ -96,6 +97,8 @@ def train_step(
     labels: the stage's, to tell norms by group; none: without norms.
     accumulate: the batch is worked through in so many parts of consecutive rows, by which it must
       be divisible; norm layers see one part at a time, as in torch's loops.
+    batch_size: of a full batch, where its arrays have more rows, to fill the devices; these are in
+      no part, or what a part is would depend on the number of devices.
     skip_nonfinite: a step whose loss or gradients are not finite changes nothing and its images
       are not in the record; else it is taken, and `finite` tells.
     replicas: see `Model.apply`.
@@ -137,7 +140,7 @@ def train_step(
             added = jax.tree.map(jnp.add, (sofar[0], sofar[2]), (found, sums))
             return (added[0], stats, added[1]), None
 
-        parts = rows.split(accumulate)
+        parts = rows.split(accumulate, batch_size or len(batch.mask), devices)
         shapes = jax.eval_shape(gradient, state.stats, frozen, parts.first(), total)
         found, (_, sums) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, (found, state.stats, sums), parts)[0]
@@ -181,9 +184,12 @@ class _Rows(NamedTuple):
     mask: ArrayLike
     key: jax.Array
 
-    def split(self, count: int) -> "_Rows":
+    def split(self, count: int, batch_size: int, devices: Devices | None) -> "_Rows":
+        size = batch_size // count
+
         def split(x: ArrayLike) -> jax.Array:
-            return jnp.reshape(x, (count, -1, *jnp.shape(x)[1:]))
+            parts = jnp.reshape(jnp.asarray(x)[:batch_size], (count, size, *jnp.shape(x)[1:]))
+            return devices.spread(parts) if devices else parts
 
         return _Rows(
             split(self.images),
