@@ -85,6 +85,11 @@ def finetune(
         recipe.network(num_classes=1)  # its name and options, before anything takes time
     else:
         recipe.check_own_network()
+        if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):
+            raise RecipeError(
+                f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {model.name}, "
+                "take the statistics of the whole batch. Leave it at 'global'."
+            )
     begun, source, forked = saved(folder), None, None
     if begun:
         recipe = recipe.expecting(begun.preprocessing)

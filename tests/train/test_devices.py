@@ -1,0 +1,268 @@
+"""Whole runs on one device, on eight and on two times four: the same losses, and any goes on."""
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen
+from safetensors.numpy import load_file
+
+from jaxft import Recipe, RecipeError, Stage, finetune, models
+from jaxft.checkpoint import Checkpoints
+from jaxft.labels import paths
+from jaxft.recipe import save
+from jaxft.report.console import Console
+
+CHILD = Path(__file__).with_name("devices_child.py")
+QUIET = Console(quiet=True)
+# 23 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
+# random numbers by row, sees a batch's statistics, or adds up over all parameters.
+RECIPE = Recipe(
+    model="cifar_resnet8",
+    weights="asset:digits_0to4",
+    data="digits:5-9",
+    train_split="train[:30]",
+    val_split="train[30:50]",
+    batch_size=12,
+    augment="shift",
+    image_size=8,
+    resize_size=8,
+    dropout=0.1,
+    sync_steps=1,
+    stages=(
+        Stage("head", {"fc": 1e-2}, epochs=6, batch_size=30),
+        Stage(
+            "late",
+            {"fc": 1e-3, "layer3": 1e-3},
+            epochs=3,
+            norms="A",
+            carry="keep",
+            mixup=0.2,
+            erasing=0.5,
+            clip_norm=1.0,
+        ),
+        Stage("all", {"*": 1e-3}, epochs=4, norms="C", batch_size=20, accumulate=2, ema=0.5),
+    ),
+)
+# Its norm layers see the batch, and its one step is soon compiled.
+BRIEF = dataclasses.replace(RECIPE, stages=(Stage("brief", {"fc": 1e-2}, epochs=1, norms="A"),))
+
+
+def rows(workdir):
+    return [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(workdir):
+    """All losses, norms and accuracies of a run, and its weights, by their names."""
+    found = load_file(workdir / "model.safetensors")
+    for row in rows(workdir):
+        at = f"{row['stage']} {row['epoch']}"
+        for name in ("loss", "accuracy", "top5"):
+            found |= {f"{at} {half} {name}": row[f"{half}_{name}"] for half in ("train", "val")}
+        for kind in ("gradient_norms", "update_norms"):
+            found |= {f"{at} {kind} {group}": norm for group, norm in row[kind].items()}
+    return found
+
+
+def assert_same(workdir, one):
+    found, expected = numbers(workdir), numbers(one)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL."""
+
+
+def start(lines, devices, *joining):
+    """The child, that of several processes or the only one, with so many virtual devices."""
+    # Unoptimised programs compile in half the time.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", CHILD, json.dumps(lines), *map(str, joining)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )
+
+
+def start_pair(lines):
+    """Two processes of four devices, each with its lines."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    return [start(own, 4, address, 2, process) for process, own in enumerate(lines)]
+
+
+def end(process):
+    """Exit code, stdout and stderr, without what gloo has to say."""
+    try:
+        out, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, re.sub(r"^\[Gloo\] .*\n", "", out, flags=re.MULTILINE), errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs are, each in a folder of its name, and their recipes."""
+    folder = tmp_path_factory.mktemp("runs")
+    save(RECIPE, folder / "recipe.yaml")
+    save(BRIEF, folder / "brief.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The run on one device; another, `moved`, dies at the end of its first stage."""
+    finetune(RECIPE, folder / "one", console=QUIET)
+    finetune(BRIEF, folder / "brief", console=QUIET)
+    real = Checkpoints.save
+
+    def save_and_die(self, step, *args, **kwargs):
+        real(self, step, *args, **kwargs)
+        if step == 6:
+            raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(KilledError):
+            finetune(RECIPE, folder / "moved", console=QUIET)
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def eight(folder, one):
+    """How a process of eight devices ended; `moved` stopped at step 11, within an epoch."""
+
+    def line(workdir, *options, recipe="recipe"):
+        file = str(folder / f"{recipe}.yaml")
+        return [file, "--workdir", str(folder / workdir), *options]
+
+    lines = [
+        (line("eight-replicated"), 0),
+        (line("eight-fsdp", "--sharding", "fsdp"), 0),
+        (line("eight-replica", "--statistics", "replica", recipe="brief"), 0),
+        (line("moved"), 5),
+    ]
+    return end(start(lines, 8))
+
+
+@pytest.fixture(scope="module")
+def two(folder, eight):
+    """How two processes of four ended; `moved` stopped at step 16, the second having been asked."""
+    recipe = str(folder / "recipe.yaml")
+    moved = [recipe, "--workdir", str(folder / "moved"), "--sharding", "fsdp"]
+    lines = [
+        [recipe, "--workdir", str(folder / "two-replicated")],
+        [recipe, "--workdir", str(folder / "two-fsdp"), "--sharding", "fsdp"],
+        [recipe, "--workdir", str(folder / "two-fsdp"), "--seed", "1"],
+        [recipe, "--workdir", str(folder / "two-nan"), "--stages.0.train.fc", "1e38"],
+    ]
+    own = [[*((line, 0) for line in lines), (moved, steps)] for steps in (0, 5)]
+    return [end(process) for process in start_pair(own)]
+
+
+def test_the_processes_end_as_they_were_asked(eight, two):
+    assert eight[0] == 75, eight[2]
+    assert eight[2].strip() == (
+        "SIGTERM came in stage 'late', and step 11 is saved. The same command goes on from there."
+    )
+    stopped = "SIGTERM came in stage 'all', and step 16 is saved."
+    for code, _, errors in two:
+        assert code == 75, errors
+        assert errors.count(stopped) == 1, errors
+        assert errors.count("holds a run of another recipe:\n  seed: 0 -> 1\n") == 1
+        assert errors.count("NonFiniteError: stage 'head', epoch") == 1
+        assert "Traceback" not in errors
+
+
+def test_only_the_first_process_prints(two):
+    (_, first, _), (_, second, _) = two
+    assert first.count("Validation accuracy") == 2  # of the two that came to their ends
+    assert first.count("on 8 cpu devices, 2 processes") == 4  # the refused one has no prologue
+    assert second == ""
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("devices", ["eight", "two"])
+def test_losses_and_weights_are_those_of_one_device(devices, sharding, one, two):
+    assert_same(one.with_name(f"{devices}-{sharding}"), one)
+
+
+def test_a_run_moves_from_one_to_eight_to_two_processes_and_back(one, two):
+    moved = one.with_name("moved")
+    with closing(Checkpoints(moved / "checkpoints")) as checkpoints:
+        assert checkpoints.latest_step() == 16
+    finetune(RECIPE, moved, console=QUIET)
+    assert_same(moved, one)
+    where = [(row["stage"], row["epoch"], row["step"]) for row in rows(moved)]
+    assert where == [(row["stage"], row["epoch"], row["step"]) for row in rows(one)]
+
+
+def test_statistics_of_each_replica_are_others(folder, one, eight):
+    """By more than rounding, and by less than another training would be."""
+    expected, found = (rows(folder / run)[0]["train_loss"] for run in ("brief", "eight-replica"))
+    assert 1e-3 < abs(found - expected) < 0.5
+
+
+def test_fsdp_divides_parameters_optimizer_and_average_among_the_devices(eight):
+    """By what of a step's arguments lies on each device, of which there are eight."""
+    found = re.findall(r"^arguments of (\w+), (\w+): (\d+) bytes$", eight[1], re.MULTILINE)
+    held = {(stage, sharding): int(count) for stage, sharding, count in found}
+    params, _ = jax.eval_shape(RECIPE.network(5).init, jax.random.key(0))
+    sizes = {
+        path: 4 * x.size for path, x in zip(paths(params), jax.tree.leaves(params), strict=True)
+    }
+    large = {path: size for path, size in sizes.items() if size >= 4 * 2**12}
+    assert sum(large.values()) > 0.9 * sum(sizes.values())
+    # Each once; with its momentum where it trains; and with its average.
+    of_late = sum((1 + path.startswith("layer3")) * size for path, size in large.items())
+    for stage, divided in {"late": of_late, "all": 3 * sum(large.values())}.items():
+        assert held[stage, "replicated"] - held[stage, "fsdp"] == divided * 7 // 8
+
+
+def test_an_error_in_one_process_ends_both(tmp_path):
+    (tmp_path / "file").touch()
+    save(BRIEF, tmp_path / "brief.yaml")
+    lines = [
+        [([str(tmp_path / "brief.yaml"), "--workdir", str(tmp_path / workdir)], 0)]
+        for workdir in ("run", "file")
+    ]
+    (first, *_), (second, _, errors) = map(end, start_pair(lines))
+    assert first != 0
+    assert second != 0
+    assert errors.startswith(f"RecipeError: {tmp_path / 'file'} is a file; --workdir must name")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class Own(linen.Module):
+    @linen.compact
+    def __call__(self, images, train):
+        images = linen.BatchNorm(use_running_average=not train)(images)
+        return linen.Dense(5, name="head")(images.mean((1, 2)))
+
+
+def test_flaxs_norm_layers_have_no_replicas(tmp_path):
+    model = models.Linen(Own(), shape=(8, 8, 3), head="head")
+    recipe = dataclasses.replace(
+        BRIEF,
+        weights=None,
+        dropout=0.0,
+        statistics="replica",
+        stages=(Stage("brief", {"head": 1e-2}, epochs=1),),
+    )
+    with pytest.raises(RecipeError, match="statistics='replica' needs norm layers"):
+        finetune(recipe, tmp_path / "run", model=model, console=QUIET)
+    assert not (tmp_path / "run").exists()
