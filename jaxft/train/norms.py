@@ -32,7 +32,9 @@ def norm_modes(
         return {}
     chosen, complaints = match(stats, list(choices or {}))
     if complaints:
-        raise PatternError("\n".join(f"norms: {complaint}" for complaint in complaints))
+        raise PatternError(
+            "\n".join(f"norms: among the norm layers, {complaint}" for complaint in complaints)
+        )
     wanted = dict(zip(map(_layer, paths(stats)), chosen, strict=True))
     trained = trained_layers(params, labels)
     modes: dict[str, NormMode] = {}

@@ -53,15 +53,16 @@ class Record(NamedTuple):
 def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
     """Cross entropy and hits of logits `[b k]`, summed over the rows that are not padding.
 
-    With five classes or fewer every row is among the top five.
+    With five classes or fewer every row is among the top five. One whose own logit is NaN is no
+    hit, though `argmax` finds it: a network that has diverged must not score.
     """
     target, mask = jnp.asarray(target), jnp.asarray(mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     own = jnp.take_along_axis(logits, target[:, None], axis=-1)
-    rank = jnp.sum(~(logits <= own), axis=-1)  # among NaN, the last
+    rank = jnp.sum(~(logits <= own), axis=-1)  # NaN goes before numbers, and its own is the last
     return Tally(
         loss=jnp.sum(losses, where=mask),
-        correct=jnp.sum(logits.argmax(-1) == target, where=mask),
+        correct=jnp.sum((logits.argmax(-1) == target) & (rank == 0), where=mask),
         top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
         examples=jnp.sum(mask),
     )
@@ -161,7 +162,10 @@ def train_step(
         trainable = optax.apply_updates(trainable, updates)
         update_norms = gradients.group_norms(updates, groups)
         if ema:
-            average = optax.incremental_update((trainable, stats), average, 1 - ema)
+            # Not ema * a + (1 - ema) * x, whose rounding would move what stands still.
+            average = jax.tree.map(
+                lambda a, x: a + (1 - ema) * (x - a), average, (trainable, stats)
+            )
         new = TrainState(trainable, stats, opt_state, average)
         record = Record(sums, gradient_norms, update_norms, finite)
         if skip_nonfinite:

@@ -20,7 +20,7 @@ OPTIMIZER = SGD(momentum=0.9)
 
 
 def samples(tensors):
-    """Eight elements of each tensor, some from everywhere; a row each, in the order of the names."""
+    """Eight elements of each tensor, from everywhere; a row each, in the order of the names."""
     flat = [np.asarray(tensors[name]).ravel() for name in sorted(tensors)]
     return np.stack([x[np.linspace(0, x.size - 1, 8).astype(int)] for x in flat])
 

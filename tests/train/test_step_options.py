@@ -2,29 +2,40 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64_stages import assert_as_recorded, train
+from float64_stages import assert_as_recorded, rows, train
+from test_ddp import MODEL, batch
 
-from jaxft import Anchor, Stage
+from jaxft import Anchor, Recipe, Stage, data, plan
+from jaxft.data import Preprocessing
+from jaxft.parallel import Devices
+from jaxft.schedules import CosineAnnealingLR
+from jaxft.train.compilation import flops
+from jaxft.train.evaluate import eval_step
+from jaxft.train.program import Snapshot, program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
-TRAIN = {"fc": 0.05, "layer3": 0.02}
 EMA = 0.75
 WEIGHTS = (1.0, 0.5, 2.0, 4.0, 0.25, 1.0, 0.0, 3.0, 1.5, 1.0)
+
+
+def late(name="x", **settings):
+    return Stage(name, {"fc": 0.05, "layer3": 0.02}, steps=4, norms="A", **settings)
+
+
 CASES = {
-    "clip": (Stage("x", TRAIN, steps=4, norms="A", clip_norm=3.0),),
-    "accumulate": (Stage("x", TRAIN, steps=4, norms="A", accumulate=4),),
-    "ema": (Stage("x", TRAIN, steps=4, norms="A", ema=EMA),),
+    "clip": (late(clip_norm=3.0),),
+    "accumulate": (late(accumulate=4),),
+    "ema": (late(ema=EMA),),
     # The second stage is still held to where the run began.
-    "anchor": (
-        Stage("x", TRAIN, steps=4, norms="A", anchor=Anchor(0.5, 0.25)),
-        Stage("y", TRAIN, steps=4, norms="A", anchor=Anchor(2.0, 0.5), clip_norm=3.0),
-    ),
-    "classes": (Stage("x", TRAIN, steps=4, norms="A", class_weights=WEIGHTS, label_smoothing=0.25),),
+    "anchor": (late(anchor=Anchor(0.5, 0.25)), late("y", anchor=Anchor(2.0, 0.5), clip_norm=3.0)),
+    "classes": (late(class_weights=WEIGHTS, label_smoothing=0.25),),
     "all": (
-        Stage(
-            "x", TRAIN, steps=4, norms="A", clip_norm=3.0, accumulate=2, ema=EMA, anchor=Anchor(0.5, 0.25),
+        late(
+            clip_norm=3.0, accumulate=2, ema=EMA, anchor=Anchor(0.5, 0.25),
             class_weights=WEIGHTS, label_smoothing=0.25,
         ),
     ),
@@ -49,3 +60,72 @@ def test_the_recording_is_torchs(golden):
     from record_stage_steps import recorded
 
     assert_as_recorded(recorded(CASES), golden)
+
+
+def start_of(stage, **settings):
+    """A stage's compiled program, its first state and frozen half, and the starting weights."""
+    recipe = Recipe(
+        model=MODEL.name, data="random", stages=(stage,), batch_size=8, image_size=16, **settings
+    )
+    params, stats = MODEL.init(jax.random.key(0))
+    (planned,) = plan([stage], params)
+    source = data.arrays(*rows(0), classes="0123456789")
+    prepared = program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
+    at = Snapshot(params, stats, prepared.transform.init(params))
+    compiled = prepared.compile(at)
+    state, frozen = prepared.state(at)
+    return compiled, compiled.copy(state), frozen, params
+
+
+def test_an_average_does_not_move_what_stands_still():
+    """Rounding must not, or frozen layers would validate and be handed on as others."""
+    compiled, state, frozen, _ = start_of(Stage("x", {"fc": 0.05}, steps=99, ema=0.999))
+    before = jax.tree.map(jnp.copy, state)
+    for number in range(30):
+        state, _ = compiled.step(state, frozen, batch(number), np.int32(number), None)
+    jax.tree.map(np.testing.assert_array_equal, state.average[1], before.stats)
+    moved = state.average[0]["fc"]["kernel"] - before.trainable["fc"]["kernel"]
+    whole = state.trainable["fc"]["kernel"] - before.trainable["fc"]["kernel"]
+    assert 0 < np.linalg.norm(moved) < 0.1 * np.linalg.norm(whole)
+
+
+def test_a_skipped_step_leaves_all_but_the_schedule():
+    """Its loss is finite and its gradients are not, for the weights that it is held to are NaN."""
+    stage = late(
+        schedule=CosineAnnealingLR(by="step"), ema=EMA, clip_norm=3.0, anchor=Anchor(), accumulate=2
+    )
+    compiled, state, frozen, start = start_of(stage, on_nonfinite="skip")
+    state, record = compiled.step(state, frozen, batch(0), np.int32(0), start)
+    assert record.finite
+    assert record.tally.examples == 8
+    before, nan = jax.device_get(state), jax.tree.map(lambda x: x * jnp.nan, start)
+    state, record = compiled.step(state, frozen, batch(1), np.int32(1), nan)
+    assert not any(np.any(x) for x in jax.tree.leaves(record))
+    after = jax.device_get(state)
+    for group in ("fc", "layer3"):
+        old, new = (s.opt_state.inner_states[group].inner_state for s in (before, after))
+        assert (old.position, new.position) == (1, 2)
+    held = after._replace(opt_state=before.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, held, before)
+    rules = [
+        {g: x.inner_state.rule for g, x in s.opt_state.inner_states.items() if g != "frozen"}
+        for s in (before, after)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *rules)
+    state, record = compiled.step(state, frozen, batch(2), np.int32(2), start)
+    assert record.finite
+
+
+def test_no_option_brings_the_frozen_backward_back():
+    everything = {
+        "clip_norm": 1.0, "ema": 0.9, "anchor": Anchor(), "class_weights": WEIGHTS,
+        "label_smoothing": 0.1,
+    }  # fmt: skip
+    head, whole = (
+        start_of(Stage("x", {pattern: 0.1}, steps=9, **everything), on_nonfinite="skip")[0].flops
+        for pattern in ("fc", "*")
+    )
+    forward = eval_step(MODEL, Preprocessing(image_size=16))
+    least = flops(forward.lower(*MODEL.init(jax.random.key(0)), batch(0)).compile())
+    assert least < head < 1.03 * least
+    assert whole > 2.5 * least
