@@ -24,7 +24,7 @@ from jaxft.report.console import Console
 
 CHILD = Path(__file__).with_name("devices_child.py")
 QUIET = Console(quiet=True)
-# 23 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
+# 21 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
 # random numbers by row, sees a batch's statistics, or adds up over all parameters.
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -39,7 +39,7 @@ RECIPE = Recipe(
     dropout=0.1,
     sync_steps=1,
     stages=(
-        Stage("head", {"fc": 1e-2}, epochs=6, batch_size=30),
+        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20),
         Stage(
             "late",
             {"fc": 1e-3, "layer3": 1e-3},
@@ -50,7 +50,7 @@ RECIPE = Recipe(
             erasing=0.5,
             clip_norm=1.0,
         ),
-        Stage("all", {"*": 1e-3}, epochs=4, norms="C", batch_size=20, accumulate=2, ema=0.5),
+        Stage("all", {"*": 1e-3}, epochs=2, norms="C", batch_size=20, accumulate=2, ema=0.5),
     ),
 )
 # Its norm layers see the batch, and its one step is soon compiled.
@@ -132,7 +132,7 @@ def one(folder):
 
     def save_and_die(self, step, *args, **kwargs):
         real(self, step, *args, **kwargs)
-        if step == 6:
+        if step == 8:
             raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,7 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def eight(folder, one):
-    """How a process of eight devices ended; `moved` stopped at step 11, within an epoch."""
+    """How a process of eight devices ended; `moved` stopped at step 13, within an epoch."""
 
     def line(workdir, *options, recipe="recipe"):
         file = str(folder / f"{recipe}.yaml")
@@ -161,7 +161,7 @@ def eight(folder, one):
 
 @pytest.fixture(scope="module")
 def two(folder, eight):
-    """How two processes of four ended; `moved` stopped at step 16, the second having been asked."""
+    """How two processes of four ended; `moved` stopped at step 18, the second having been asked."""
     recipe = str(folder / "recipe.yaml")
     moved = [recipe, "--workdir", str(folder / "moved"), "--sharding", "fsdp"]
     lines = [
@@ -177,9 +177,9 @@ def two(folder, eight):
 def test_the_processes_end_as_they_were_asked(eight, two):
     assert eight[0] == 75, eight[2]
     assert eight[2].strip() == (
-        "SIGTERM came in stage 'late', and step 11 is saved. The same command goes on from there."
+        "SIGTERM came in stage 'late', and step 13 is saved. The same command goes on from there."
     )
-    stopped = "SIGTERM came in stage 'all', and step 16 is saved."
+    stopped = "SIGTERM came in stage 'all', and step 18 is saved."
     for code, _, errors in two:
         assert code == 75, errors
         assert errors.count(stopped) == 1, errors
@@ -204,7 +204,7 @@ def test_losses_and_weights_are_those_of_one_device(devices, sharding, one, two)
 def test_a_run_moves_from_one_to_eight_to_two_processes_and_back(one, two):
     moved = one.with_name("moved")
     with closing(Checkpoints(moved / "checkpoints")) as checkpoints:
-        assert checkpoints.latest_step() == 16
+        assert checkpoints.latest_step() == 18
     finetune(RECIPE, moved, console=QUIET)
     assert_same(moved, one)
     where = [(row["stage"], row["epoch"], row["step"]) for row in rows(moved)]
