@@ -2,17 +2,12 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jaxft import (
     Adam,
@@ -33,7 +28,7 @@ from jaxft import (
 )
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Preprocessing
-from jaxft.recipe import read, save
+from jaxft.recipe import read
 from jaxft.report.console import Console
 from jaxft.schedules import CosineAnnealingLR
 from jaxft.train.evaluate import eval_step, score
@@ -117,34 +112,6 @@ def test_a_finished_run_is_not_run_again(unbroken):
     before = (workdir / "metrics.jsonl").read_text()
     assert finetune(RECIPE, workdir, console=QUIET) == result
     assert (workdir / "metrics.jsonl").read_text() == before
-
-
-def test_kill_9_in_the_second_stage_changes_nothing(unbroken, tmp_path):
-    """Killed twice in mid-epoch, then finished: bit-identical to the unbroken run."""
-    workdir, _ = unbroken
-    save(RECIPE, tmp_path / "recipe.yaml")
-    killed = tmp_path / "killed"
-    script = [sys.executable, ROOT / "scripts/finetune.py", tmp_path / "recipe.yaml"]
-    command = [*script, "--workdir", killed]
-    for row in ("      1 ", "      2 "):  # of the second stage
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-        ) as process:
-            seen = []
-            for line in process.stdout:
-                seen.append(line)
-                if "Stage 2 of 3" in "".join(seen) and line.startswith(row):
-                    process.send_signal(signal.SIGKILL)
-                    break
-            assert process.wait() == -signal.SIGKILL, "".join(seen)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Going on from step" in done.stdout
-    assert "Stage 1 of 3" not in done.stdout
-    expected, found = (load_file(run / "model.safetensors") for run in (workdir, killed))
-    assert expected.keys() == found.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert without_seconds(killed) == without_seconds(workdir)
 
 
 class KilledError(Exception):

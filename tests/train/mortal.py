@@ -1,0 +1,73 @@
+"""A short run that a test may end at any point, and what its end is compared by."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxft import Adam, Recipe, Stage, finetune
+from jaxft.recipe import save
+from jaxft.report.console import Console
+
+QUIET = Console(quiet=True)
+# Stages end at steps 8, 18 (within an epoch) and 26; checkpoints also at each third step.
+RECIPE = Recipe(
+    model="cifar_resnet8",
+    weights="asset:digits_0to4",
+    data="digits:5-9",
+    train_split="train[:-100]",
+    val_split="train[-100:]",
+    shots=6,
+    optimizer=Adam(),
+    batch_size=8,
+    augment="shift",
+    image_size=8,
+    resize_size=8,
+    dropout=0.1,
+    checkpoint_steps=3,
+    stages=(
+        Stage("head", {"fc": 1e-2}, epochs=2),
+        Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=10, carry="keep", ema=0.9),
+        Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
+    ),
+)
+CHILD = Path(__file__).with_name("mortal_child.py")
+MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
+
+
+def run_until(point, workdir, *, signals="SIGKILL", recipe=RECIPE):
+    """The finished process of a run that the signals meet at a point; see `mortal_child.py`."""
+    file = workdir.with_suffix(".yaml")
+    save(recipe, file)
+    return subprocess.run(
+        [sys.executable, CHILD, signals, point, file, "--workdir", workdir],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def go_on(workdir, recipe=RECIPE):
+    return finetune(recipe, workdir, console=QUIET)
+
+
+def steps(workdir):
+    """Those of the whole checkpoints."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def rows(workdir):
+    """Those of `metrics.jsonl`, without what the machine decides."""
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in found]
+
+
+def assert_same_end(workdir, other):
+    """Bit-identical weights and equal records."""
+    file = "model.safetensors"
+    assert (workdir / file).read_bytes() == (other / file).read_bytes()
+    assert rows(workdir) == rows(other)
+    odd = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
+    assert not odd

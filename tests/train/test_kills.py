@@ -1,0 +1,93 @@
+"""Killed at any point and called again, a run ends bit-identically to an unbroken one.
+
+`scripts/soak.py` does the same at random moments, for as long as one likes.
+"""
+
+import signal
+
+import pytest
+from mortal import QUIET, RECIPE, assert_same_end, go_on, run_until
+
+from jaxft import finetune
+from jaxft.checkpoint import Checkpoints
+from jaxft.train.progress import Progress
+from jaxft.train.run import Run
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    go_on(workdir)
+    return workdir
+
+
+def test_sigkill_changes_nothing(unbroken, tmp_path):
+    """While it writes within an epoch, as a stage ends, in the first step after, within an epoch,
+    and while it writes a stage's end: one run, killed five times."""
+    workdir = tmp_path / "killed"
+    for point in ("save:6", "stage:head", "step:9", "step:14", "save:18"):
+        died = run_until(point, workdir)
+        assert died.returncode == -signal.SIGKILL, (point, died.stdout, died.stderr)
+    go_on(workdir)
+    assert_same_end(workdir, unbroken)
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL, but that a write under way is finished."""
+
+
+def die(monkeypatch, owner, name, at):
+    """Has a call of `owner.name` fail, if `at` is true of its arguments."""
+    real = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if at(*args):
+            raise KilledError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "points"),
+    [
+        (Progress, "after_step", (1, 4, 7, 8, 9, 18, 19, 25)),
+        (Checkpoints, "save", (3, 8, 15, 18, 26)),
+    ],
+    ids=["step", "save"],
+)
+def test_whatever_is_lost_is_done_again(owner, name, points, unbroken, tmp_path, monkeypatch):
+    """A step that was not finished; a checkpoint that was not begun, also that of a stage's end."""
+    workdir = tmp_path / "killed"
+    for point in points:
+        with monkeypatch.context() as patch:
+            die(
+                patch,
+                owner,
+                name,
+                lambda self, step=None, *_: (step or self.step + 1) == point,  # noqa: B023
+            )
+            with pytest.raises(KilledError):
+                finetune(RECIPE, workdir, console=QUIET)
+    go_on(workdir)
+    assert_same_end(workdir, unbroken)
+
+
+def test_validation_that_was_cut_short_is_done_again(unbroken, tmp_path, monkeypatch):
+    """Of the run's start, of an epoch, and of the same once more."""
+    workdir = tmp_path / "killed"
+    real = Run.evaluate
+    for call in (1, 2, 1):
+        calls = []
+
+        def failing(*args, calls=calls, call=call):
+            calls.append(call)
+            if len(calls) == call:
+                raise KilledError
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(Run, "evaluate", failing)
+            go_on(workdir)
+    go_on(workdir)
+    assert_same_end(workdir, unbroken)
