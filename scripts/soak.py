@@ -94,11 +94,11 @@ class Start:
             return "in start-up"
         if not (written or self.last(" ended: ")):
             return "before a save"
-        if self.saving():
-            return SAVE
         if self.last(" ended: ") > self.last("train loss"):
             return END
-        return FIRST if self.lines[-1].startswith("  start") else WITHIN
+        if self.lines[-1].strip().startswith("start "):
+            return FIRST
+        return SAVE if self.saving() else WITHIN
 
 
 def aims(chance: random.Random, kills: int) -> Iterator[tuple[int, str]]:
@@ -118,8 +118,8 @@ def strike(start: Start, aim: str, chance: random.Random) -> None:
         "SIGTERM": (start.trains, 0.6),
         WITHIN: (start.trains, 0.6),
         SAVE: (lambda: start.trains() and start.saving(), 0.02),
-        END: (lambda: start.last(" ended") > 0, 0.1),
-        FIRST: (lambda: start.last("train loss") > start.last(" ended") > 0, 0.3),
+        END: (lambda: start.last(" ended: ") > 0, 0.005),
+        FIRST: (lambda: start.last("train loss") > start.last(" ended: ") > 0, 0.3),
     }
     moment, seconds = moments[aim]
     start.wait(moment)
