@@ -162,13 +162,13 @@ def eight(folder, one):
 @pytest.fixture(scope="module")
 def two(folder, eight):
     """How two processes of four ended; `moved` stopped at step 18, the second having been asked."""
-    recipe = str(folder / "recipe.yaml")
+    recipe, brief = str(folder / "recipe.yaml"), str(folder / "brief.yaml")
     moved = [recipe, "--workdir", str(folder / "moved"), "--sharding", "fsdp"]
     lines = [
         [recipe, "--workdir", str(folder / "two-replicated")],
         [recipe, "--workdir", str(folder / "two-fsdp"), "--sharding", "fsdp"],
         [recipe, "--workdir", str(folder / "two-fsdp"), "--seed", "1"],
-        [recipe, "--workdir", str(folder / "two-nan"), "--stages.0.train.fc", "1e38"],
+        [brief, "--workdir", str(folder / "two-nan"), "--stages.0.train.fc", "1e38"],
     ]
     own = [[*((line, 0) for line in lines), (moved, steps)] for steps in (0, 5)]
     return [end(process) for process in start_pair(own)]
@@ -184,15 +184,16 @@ def test_the_processes_end_as_they_were_asked(eight, two):
         assert code == 75, errors
         assert errors.count(stopped) == 1, errors
         assert errors.count("holds a run of another recipe:\n  seed: 0 -> 1\n") == 1
-        assert errors.count("NonFiniteError: stage 'head', epoch") == 1
+        assert errors.count("NonFiniteError: stage 'brief', epoch") == 1
         assert "Traceback" not in errors
 
 
-def test_only_the_first_process_prints(two):
+def test_only_the_first_process_prints_and_logs(folder, two):
     (_, first, _), (_, second, _) = two
     assert first.count("Validation accuracy") == 2  # of the two that came to their ends
     assert first.count("on 8 cpu devices, 2 processes") == 4  # the refused one has no prologue
     assert second == ""
+    assert len(list((folder / "two-fsdp" / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
