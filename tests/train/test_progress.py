@@ -46,6 +46,9 @@ CASES = [  # until, field, its value at the start and after each epoch -> best e
     (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, EPOCHS),
     (EarlyStop("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
     (EarlyStop("loss", patience=2), "loss", INF, [3.0, INF, INF], 1, f"{WAITED} 2 epochs"),
+    # from nothing, anything clears the bar, whatever the margin
+    (EarlyStop(patience=1, min_delta=0.5), "accuracy", NAN, [0.1, 0.2], 2, f"{MARGIN} 0.5 for 1"),
+    (EarlyStop("loss", patience=1, min_delta=0.5), "loss", INF, [3.0, 2.4], 2, ""),
     # mode: whatever the monitor
     (EarlyStop("loss", patience=1, mode="max"), "loss", 1.0, [1.1, 1.0], 1, f"{WAITED} 1 epoch"),
     (EarlyStop(patience=1, mode="min"), "accuracy", 0.5, [0.4, 0.4], 1, f"{WAITED} 1 epoch"),
@@ -57,12 +60,19 @@ CASES = [  # until, field, its value at the start and after each epoch -> best e
     (EarlyStop(patience=1, min_epochs=3), "accuracy", 0.5, [0.4, 0.4], 0, ""),
     (EarlyStop(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, f"{WAITED} 2 epochs"),
     (EarlyStop(patience=3, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, ""),
+    (EarlyStop(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.6], 2, ""),
+    (EarlyStop(patience=1, min_epochs=9), "accuracy", 0.5, [0.4, 0.4, 0.4], 0, EPOCHS),
+    # the best is by what is monitored, and of a Plateau by accuracy as without a rule
+    (EarlyStop(patience=2), "loss", 1.0, [0.9, 0.8], 0, f"accuracy {WAITED} 2 epochs"),
+    (Plateau(), "accuracy", 0.5, [0.6, 0.4], 1, ""),
+    (Plateau(), "loss", 1.0, [0.5, 0.4, 0.3], 0, EPOCHS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("until", "field", "start", "values", "best_epoch", "ended"), CASES)
 def test_stage_end(until, field, start, values, best_epoch, ended):
-    stage = Stage("x", {"*": 1.0}, epochs=3, until=until)
+    plateau = ReduceLROnPlateau() if isinstance(until, Plateau) else None
+    stage = Stage("x", {"*": 1.0}, epochs=3, until=until, schedule=plateau)
     progress = follow(stage, start, values, field, length=3)
     assert progress.best_epoch == best_epoch
     assert ended in progress.ended

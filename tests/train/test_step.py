@@ -10,7 +10,7 @@ from jaxft.data import Batch, Preprocessing
 from jaxft.labels import combine, leaf_labels
 from jaxft.train.evaluate import Score, eval_step, score
 from jaxft.train.norms import norm_modes
-from jaxft.train.step import Tally, TrainState, train_step
+from jaxft.train.step import Tally, TrainState, tally, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
@@ -136,6 +136,44 @@ def test_score_counts_each_example_once():
         Tally(np.float32(2), np.int32(1), np.int32(1), np.int32(1)),
     ]
     assert score(tallies) == Score(loss=2.0, accuracy=0.8, top5=1.0)
+
+
+NAN = np.nan
+HITS = [  # logits of six classes, the target, whether it is a hit, whether among the top five
+    ([0, 5, 4, 3, 2, 1], 1, True, True),
+    ([0, 5, 4, 3, 2, 1], 5, False, True),
+    ([0, 5, 4, 3, 2, 1], 0, False, False),
+    # ties: the first of the largest is the prediction; as many as are larger go before
+    ([1, 1, 1, 1, 1, 1], 0, True, True),
+    ([1, 1, 1, 1, 1, 1], 5, False, True),
+    ([2, 2, 2, 2, 2, 1], 5, False, False),
+    ([3, 2, 2, 2, 1, 1], 4, False, True),
+    ([3, 3, 2, 2, 2, 1], 4, False, True),
+    ([np.inf, 1, 1, 1, 1, 1], 0, True, True),
+    ([-np.inf, 1, 1, 1, 1, 1], 0, False, False),
+    # NaN goes before all numbers, and is never a hit itself
+    ([NAN, 5, 4, 3, 2, 1], 1, False, True),
+    ([NAN, 5, 4, 3, 2, 1], 4, False, True),
+    ([NAN, 5, 4, 3, 2, 1], 5, False, False),
+    ([NAN, 5, 4, 3, 2, 1], 0, False, False),
+    ([NAN] * 6, 0, False, False),
+]
+
+
+def test_hits_by_hand():
+    logits, target, hit, among = map(np.array, zip(*HITS, strict=True))
+    each = jax.vmap(tally)(logits[:, None].astype(np.float32), target[:, None], np.ones((15, 1), bool))
+    np.testing.assert_array_equal(each.correct, hit)
+    np.testing.assert_array_equal(each.top5, among)
+    whole = tally(jnp.asarray(logits, jnp.float32), target, np.arange(15) < 9)
+    assert (int(whole.correct), int(whole.top5), int(whole.examples)) == (3, 7, 9)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_with_few_classes_each_number_is_among_the_top_five(classes):
+    logits = jnp.arange(classes * 1.0)[None].repeat(classes, 0)
+    sums = tally(logits.at[0, 0].set(NAN), np.arange(classes), np.ones(classes, bool))
+    assert (int(sums.correct), int(sums.top5)) == (1, classes - 1)
 
 
 def test_evaluation_leaves_padding_out(start):

@@ -1,0 +1,333 @@
+"""What a stage has of its own holds in that stage only, and what a run records of it is true."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxft import (
+    SGD,
+    Anchor,
+    JaxftError,
+    Plateau,
+    Recipe,
+    ReduceLROnPlateau,
+    Stage,
+    data,
+    finetune,
+    models,
+    plan,
+    schedules,
+    weights,
+)
+from jaxft.data import Batch, Preprocessing, Splits
+from jaxft.data.digits import read
+from jaxft.parallel import Devices
+from jaxft.report.console import Console
+from jaxft.train.evaluate import Score, eval_step, score
+from jaxft.train.objective import Objective
+from jaxft.train.program import program
+from jaxft.train.progress import Progress
+from jaxft.train.run import Run
+
+MODEL = models.create("cifar_resnet8", num_classes=10)
+DIGITS = read("0-9")
+TRAIN, VAL = DIGITS.take(np.arange(24)), DIGITS.take(np.arange(24, 48))
+CONSOLE = Console(quiet=True)
+SIZE = Preprocessing(image_size=8, resize_size=8)
+
+
+def recipe(*stages, **fields):
+    plain = {"augment": "none", "optimizer": SGD(), "batch_size": 6, "sync_steps": 100}
+    return Recipe(
+        model=MODEL.name, data="digits", stages=stages, image_size=8, resize_size=8,
+        **{**plain, **fields},
+    )  # fmt: skip
+
+
+def run(workdir, *stages, seed=1, **fields):
+    """The rows of a run from `MODEL.init`, and its result."""
+    given = {"data": Splits(TRAIN, VAL), "start": MODEL.init(jax.random.key(seed))}
+    result = finetune(recipe(*stages, **fields), workdir, console=CONSOLE, **given)
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row) for row in rows], result
+
+
+OWN = {
+    "batch_size": 8, "augment": "shift", "erasing": 0.3, "mixup": 0.2, "cutmix": 1.0,
+    "label_smoothing": 0.1, "balance": "sampling",
+}  # fmt: skip
+
+
+def programs(*stages, **fields):
+    given = recipe(*stages, **fields)
+    start = jax.eval_shape(MODEL.init, jax.random.key(0))
+    return [
+        program(index, stage, given, MODEL, TRAIN, Devices(), start)
+        for index, stage in enumerate(plan(stages, start[0]))
+    ]
+
+
+@pytest.mark.parametrize("field", OWN)
+def test_a_setting_of_a_stage_is_of_no_other(field):
+    before, own, after = programs(
+        Stage("before", {"fc": 0.1}, 1),
+        Stage("own", {"fc": 0.1}, 1, **{field: OWN[field]}),
+        Stage("after", {"fc": 0.1}, 1),
+    )
+    for other in (before, after):
+        assert dataclasses.replace(other.recipe, stages=own.recipe.stages) == dataclasses.replace(
+            own.recipe, **{field: getattr(other.recipe, field)}
+        )
+        assert other.objective == Objective()
+    assert getattr(own.recipe, field) == OWN[field] != getattr(before.recipe, field)
+    if hasattr(own.objective, field):
+        assert own.objective == Objective(**{field: OWN[field]})
+    steps = 3 if field == "batch_size" else 4
+    assert (before.steps, own.steps, after.steps) == (4, steps, 4)
+    assert (before.rows, own.rows) == (6, own.recipe.batch_size)
+
+
+def test_a_stage_can_take_back_what_the_recipe_says():
+    plain, whole = (
+        Stage("plain", {"fc": 0.1}, 1, mixup=0.0, label_smoothing=0.0, balance="none"),
+        Stage("whole", {"fc": 0.1}, 1, class_weights=(1.0, 2.0) * 5),
+    )
+    first, second = programs(plain, whole, mixup=0.2, label_smoothing=0.1, balance="loss")
+    assert first.objective == Objective()
+    assert second.objective == Objective(
+        mixup=0.2, label_smoothing=0.1, class_weights=(1.0, 2.0) * 5
+    )
+    (balanced,) = programs(Stage("x", {"fc": 0.1}, 1), balance="loss")
+    counts = np.bincount(TRAIN.targets, minlength=10)
+    assert balanced.objective.class_weights == pytest.approx(24 / (10 * counts))
+
+
+def test_a_run_draws_each_stages_batches_as_it_says(tmp_path, monkeypatch):
+    drawn, real = [], data.train_batches
+
+    def spied(source, preprocessing, **settings):
+        drawn.append([settings[name] for name in ("batch_size", "augment", "balanced", "rows")])
+        return real(source, preprocessing, **settings)
+
+    monkeypatch.setattr(data, "train_batches", spied)
+    rows, _ = run(
+        tmp_path / "run",
+        Stage("own", {"fc": 0.1}, 1, batch_size=8, augment="shift", balance="sampling"),
+        Stage("recipe's", {"fc": 0.1}, 1),
+        Stage("parts", {"fc": 0.1}, 1, batch_size=10, accumulate=2),
+    )
+    assert drawn == [[8, "shift", True, 8], [6, "none", False, 6], [10, "none", False, 10]]
+    assert [row["step"] for row in rows] == [3, 7, 10]
+
+
+def test_a_row_tells_what_happened(tmp_path):
+    """One step of the head, worked out in numpy."""
+    rows, result = run(
+        tmp_path / "run", Stage("one", {"fc": 0.5}, 1, hand_on="last"), batch_size=24
+    )
+    params, stats = MODEL.init(jax.random.key(1))
+    images = SIZE.normalize(TRAIN.images)
+    features, _ = MODEL.apply(params, stats, images, norms="running", last="layer3")
+    features = np.asarray(features, np.float64).mean((1, 2))
+    logits = features @ np.asarray(params["fc"]["kernel"]) + np.asarray(params["fc"]["bias"])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    onehot = np.eye(10)[TRAIN.targets]
+    error = (shares - onehot) / 24
+    norm = math.hypot(np.linalg.norm(features.T @ error), np.linalg.norm(error.sum(0)))
+    better = (logits > np.sum(logits * onehot, 1, keepdims=True)).sum(1)
+    (row,) = rows
+    close = pytest.approx
+    expected = {
+        "stage": "one",
+        "epoch": 1,
+        "step": 1,
+        "train_loss": close(-np.mean(np.log((shares * onehot).sum(1))), rel=1e-5),
+        "train_accuracy": close(np.mean(better == 0)),
+        "train_top5": close(np.mean(better < 5)),
+        "rates": {"fc": close(0.5)},
+        "gradient_norms": {"fc": close(norm, rel=1e-5)},
+        "update_norms": {"fc": close(0.5 * norm, rel=1e-5)},
+        "skipped_steps": 0,
+        **{f"val_{name}": value for name, value in dataclasses.asdict(result.score).items()},
+    }
+    measured = {"seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib"}
+    assert row.keys() == expected.keys() | measured
+    assert {name: row[name] for name in expected} == expected
+    assert all(row[name] > 0 for name in measured - {"input_wait_seconds"})
+    # The rate of the steps alone: validation's time is in `seconds` only.
+    assert row["images_per_second"] > 24 / row["seconds"]
+    assert row["input_wait_seconds"] >= 0
+
+
+def test_an_average_is_validated_exported_and_handed_on(tmp_path):
+    """Runs of one step, of two, and of two with their average, which then stands still."""
+
+    def trained(name, *stages):
+        rows, result = run(tmp_path / name, *stages)
+        return rows, load_file(result.weights)
+
+    stage = Stage("x", {"*": 0.05}, steps=2, hand_on="last", norms="C")
+    params, stats = MODEL.init(jax.random.key(1))
+    _, one = trained("one", dataclasses.replace(stage, steps=1))
+    _, two = trained("two", stage)
+    still = Stage("still", {"fc.bias": 1e-30}, steps=1, hand_on="last")
+    rows, average = trained("average", dataclasses.replace(stage, ema=0.75), still)
+    weights.save(tmp_path / "start.safetensors", MODEL, params, stats)
+    start = load_file(tmp_path / "start.safetensors")
+    for name, a in average.items():
+        if a.ndim:
+            expected = 0.75 * (0.75 * start[name] + 0.25 * one[name]) + 0.25 * two[name]
+            np.testing.assert_allclose(a, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert np.abs(average["fc.weight"] - two["fc.weight"]).max() > 1e-3
+    params, stats = weights.load(tmp_path / "average" / "model.safetensors", MODEL)
+    batch = Batch(VAL.images, VAL.targets, np.ones(24, bool))
+    found = score([eval_step(MODEL, SIZE)(params, stats, batch)])
+    for row in rows:  # the average has not moved since
+        assert row["val_loss"] == pytest.approx(found.loss, rel=1e-5)
+        assert row["val_accuracy"] == found.accuracy
+
+
+def test_an_anchor_is_where_the_run_began_and_holds_in_its_stage_only(tmp_path):
+    free = Stage("free", {"layer3": 0.5}, steps=1, hand_on="last")
+    held = dataclasses.replace(free, name="held", anchor=Anchor(body=1e6), clip_norm=1e-30)
+    rows, _ = run(tmp_path / "run", free, held, dataclasses.replace(free, name="again"))
+    assert [row["stage"] for row in rows] == ["free", "held", "again"]
+    moved, pulled = rows[0]["update_norms"]["layer3"], rows[1]["gradient_norms"]["layer3"]
+    assert pulled == pytest.approx(1e6 * moved, rel=1e-4)
+    assert rows[1]["update_norms"]["layer3"] < 1e-29
+    assert rows[2]["gradient_norms"]["layer3"] < 100
+
+
+def test_the_host_looks_at_the_device_every_few_steps(tmp_path, monkeypatch):
+    step, read = [0], set()
+    kind, after = type(jnp.zeros(())), Progress.after_step
+    real = kind._value
+
+    def value(array):
+        read.add(step[0])
+        return real.fget(array)
+
+    def after_step(self):
+        step[0] = self.step + 1
+        return after(self)
+
+    monkeypatch.setattr(Progress, "after_step", after_step)
+    monkeypatch.setattr(kind, "_value", property(value))
+    rows, _ = run(
+        tmp_path / "run",
+        Stage("x", {"fc": 0.1}, 1),
+        batch_size=3,
+        sync_steps=3,
+        on_nonfinite="skip",
+    )
+    assert rows[0]["step"] == 8
+    assert read == {0, 3, 6, 8}
+
+
+LOSSES = [1.0, 0.95, 0.92, 0.91, 0.85, 0.5, 0.46, 0.46, math.nan, 0.46, 0.47]
+PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 1}
+RATES = [0.01] * 3 + [0.005] * 5 + [0.0025] * 3  # torch 2.13.0; the next one is 0.00125
+
+
+def test_the_plateaus_are_torchs():
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **PLATEAU)
+    rates = []
+    for loss in LOSSES:
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(loss)
+    assert rates == RATES
+    assert optimizer.param_groups[0]["lr"] == 0.00125
+
+
+def test_how_stages_end(tmp_path, monkeypatch, capsys):
+    """Whichever of steps, epochs, minutes and plateaus comes first, within an epoch or after it."""
+    losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
+    monkeypatch.setattr(Run, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
+    after, clock, passed = Progress.after_step, time.perf_counter, [0.0]
+
+    def after_step(
+        self,
+    ):  # in the third stage: of a thousand seconds, what the machine adds is lost
+        passed[0] += 1000 * (self.stage == 2)
+        return after(self)
+
+    monkeypatch.setattr(Progress, "after_step", after_step)
+    fake = SimpleNamespace(perf_counter=lambda: clock() + passed[0])
+    monkeypatch.setattr("jaxft.train.position.time", fake)
+    head, cosine = {"fc": 0.01}, schedules.CosineAnnealingLR(by="step")
+    stages = (
+        Stage("steps", head, steps=6, schedule=cosine),
+        Stage("epochs", head, epochs=1, steps=6, schedule=cosine),
+        Stage("minutes", head, epochs=9, minutes=100, schedule=cosine),
+        Stage(
+            "plateaus", head, 20, schedule=ReduceLROnPlateau(**PLATEAU), until=Plateau(reductions=2)
+        ),
+    )
+    monkeypatch.setattr(sys.modules[__name__], "CONSOLE", Console())
+    rows, _ = run(tmp_path / "run", *stages)
+    ends = [(row["stage"], row["epoch"], row["step"]) for row in rows]
+    assert ends[:5] == [
+        ("steps", 1, 4), ("steps", 2, 6), ("epochs", 1, 10), ("minutes", 1, 14), ("minutes", 2, 16),
+    ]  # fmt: skip
+    assert ends[5:] == [("plateaus", n, 16 + 4 * n) for n in range(1, 12)]
+    rates = [row["rates"]["fc"] for row in rows]
+    # A closed form is as long as its stage would be: 6 steps, 4, and 36.
+    cosines = [(1 + math.cos(math.pi * at)) / 200 for at in (0, 4 / 6, 0, 0, 4 / 36)]
+    assert rates[:5] == pytest.approx(cosines)
+    assert rates[5:] == pytest.approx(RATES)
+    said = " ".join(capsys.readouterr().out.split())
+    for sentence in (
+        "Stage 1 of 4: steps, 6 steps, 4 an epoch",
+        "Stage 'steps' ended: 6 of 6 steps done.",
+        "Stage 2 of 4: epochs, 1 epochs of 4 steps",
+        "Stage 'epochs' ended: 1 of 1 epochs done.",
+        "Stage 3 of 4: minutes, at most 9 epochs of 4 steps",
+        "Stage 'minutes' ended: its 100 minutes are over.",
+        "Stage 4 of 4: plateaus, at most 20 epochs of 4 steps",
+        "Stage 'plateaus' ended: the rate met its plateau number 3.",
+    ):
+        assert sentence in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "message"),
+    [
+        ({"class_weights": (1.0, 2.0)}, {}, "has 2 class_weights, and there are 10 classes: 0, 1"),
+        ({"norms": "C"}, {}, "norms: in mode C all norm layers train, and 7 are frozen"),
+        ({"norms": {"layer9": "A"}}, {}, "pattern 'layer9' matches"),
+        ({"accumulate": 4}, {}, "a batch of 6 cannot be worked through in 4 equal parts"),
+        ({"accumulate": 4, "batch_size": 10}, {}, "a batch of 10 cannot"),
+        ({"batch_size": 0}, {}, "batch_size must be at least 1"),
+        ({"batch_size": 1}, {"mixup": 0.2}, "mixup mixes images of a batch; batch_size is 1"),
+        ({"label_smoothing": 1.0}, {}, "label_smoothing is 1.0"),
+        ({"erasing": -0.1}, {}, "erasing is -0.1"),
+        ({"augment": "mirror"}, {}, "augment"),
+        ({"ema": 1.0}, {}, "ema is 1.0; a decay lies between 0 and 1"),
+        ({"clip_norm": 0.0}, {}, "clip_norm is 0.0"),
+        ({"minutes": math.inf}, {}, "minutes is inf"),
+        ({"steps": 0}, {}, "it has 0 steps"),
+        ({"until": Plateau()}, {}, "counts those of a ReduceLROnPlateau"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_errors_before_there_is_a_folder(settings, fields, message, tmp_path):
+    with pytest.raises(JaxftError, match=message) as caught:
+        run(
+            tmp_path / "run",
+            Stage("good", {"fc": 0.1}, 1),
+            Stage("wrong", {"fc": 0.1}, 1, **settings),
+            **fields,
+        )
+    assert "stages.1" in str(caught.value) or "stage 'wrong'" in str(caught.value)
+    assert not (tmp_path / "run").exists()
