@@ -195,17 +195,7 @@ class Checkpoints:
 
         Raises CheckpointError with all that is missing, extra, or of another shape or type.
         """
-        saved, wanted = self._header(step)["layout"], _layout(like)
-        if saved != wanted:
-            other = [
-                f"{path}: {saved.get(path, 'missing')}, not {wanted.get(path, 'in the run')}"
-                for path in [*wanted, *(saved.keys() - wanted.keys())]
-                if saved.get(path) != wanted.get(path)
-            ]
-            more = f"\n  and {len(other) - 8} more" if len(other) > 8 else ""
-            raise CheckpointError(
-                f"{self.path(step)} does not fit this run:\n  " + "\n  ".join(other[:8]) + more
-            )
+        self._fits(step, self._header(step)["layout"], like)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -221,6 +211,24 @@ class Checkpoints:
         except Exception as error:  # Orbax has no type of its own for what it cannot read
             raise _DamagedError(f"{self.path(step)} cannot be read: {_line(error)}.") from error
         return {name: restored[name] if name in items else like[name] for name in like}
+
+    def check(self, step: int, like: Mapping[str, Tree]) -> None:
+        """Raises CheckpointError as `restore` would for the items that `like` has; reads none."""
+        layout, items = self._header(step)["layout"], tuple(f"[{name!r}]" for name in like)
+        self._fits(step, {k: v for k, v in layout.items() if k.startswith(items)}, like)
+
+    def _fits(self, step: int, saved: Mapping[str, str], like: Mapping[str, Tree]) -> None:
+        wanted = _layout(like)
+        if saved != wanted:
+            other = [
+                f"{path}: {saved.get(path, 'missing')}, not {wanted.get(path, 'in the run')}"
+                for path in [*wanted, *(saved.keys() - wanted.keys())]
+                if saved.get(path) != wanted.get(path)
+            ]
+            more = f"\n  and {len(other) - 8} more" if len(other) > 8 else ""
+            raise CheckpointError(
+                f"{self.path(step)} does not fit this run:\n  " + "\n  ".join(other[:8]) + more
+            )
 
     def _header(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(header=ocp.args.JsonRestore())
@@ -334,13 +342,17 @@ def _absolute(folder: str | PathLike[str]) -> epath.Path:
     return place if in_bucket(place) else place.resolve()
 
 
-def save_weights(folder: str | PathLike[str], params: Tree, stats: Tree) -> None:
+def save_weights(
+    folder: str | PathLike[str], params: Tree, stats: Tree, *, replace: bool = False
+) -> None:
     """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
+
+    Without `replace` there must be none yet.
 
     Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
     """
     with ocp.StandardCheckpointer() as writer:
-        writer.save(_absolute(folder), {"params": params, "stats": stats})
+        writer.save(_absolute(folder), {"params": params, "stats": stats}, force=replace)
 
 
 def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:

@@ -13,9 +13,9 @@ from jaxft import atomic, checkpoint
 from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
-from jaxft.labels import Tree, paths
+from jaxft.labels import Tree
 from jaxft.recipe import Recipe
-from jaxft.train.program import Snapshot
+from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.resume import read, state_shapes
 from jaxft.train.run import Run
@@ -83,13 +83,32 @@ def check(fork: Fork, recipe: Recipe) -> int:
     return names.index(fork.stage)
 
 
+def check_arrays(
+    fork: Fork, index: int, programs: tuple[Program, ...], params: Tree, stats: Tree
+) -> None:
+    """Raises CheckpointError if what stage `index` is to hand on does not fit the new recipe.
+
+    `params` and `stats` need only be shapes.
+    """
+    with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
+        checkpoints.check(fork.step, _taken_over(index, programs, params, stats))
+
+
+def _taken_over(
+    index: int, programs: tuple[Program, ...], params: Tree, stats: Tree
+) -> dict[str, Tree]:
+    """As shapes, what the stage after `index` takes over: the optimizer's state, if it keeps it."""
+    items = {"params": params, "stats": stats}
+    if programs[index + 1].plan.stage.carry == "keep":
+        items["opt_state"] = state_shapes(programs, index, params)
+    return items
+
+
 def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Snapshot]:
     """The new run's progress, at the end of the fork's stage, and the arrays; saved as its own.
 
     The optimizer's state comes along only where the next stage is to keep it. `params` and `stats`
-    need only be shapes.
-
-    Raises CheckpointError if the arrays do not fit the new recipe.
+    need only be shapes; see `check_arrays`.
     """
     index = check(fork, run.recipe)
     before, _, _ = read(fork.fields)
@@ -97,15 +116,12 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Sna
     progress = dataclasses.replace(
         Progress.at_start(index, before.step, score), ended=f"it is that of {fork.workdir}"
     )
-    like = Snapshot(params, stats, state_shapes(run.programs, index, params))
     with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
-        if run.programs[index + 1].plan.stage.carry == "keep":
-            arrays = checkpoints.restore(fork.step, run.devices.abstract(like)._asdict())
-            at = Snapshot(**arrays)
+        like = _taken_over(index, run.programs, params, stats)
+        if "opt_state" in like:
+            at = Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
         else:
             trees = checkpoint.read_weights(checkpoints.path(fork.step))
-            for name, found, wanted in zip(("parameters", "statistics"), trees, like, strict=False):
-                _check_shapes(fork, name, found, wanted)
             fresh = jax.jit(run.programs[index].transform.init)(trees[0])
             at = Snapshot(*run.devices.put((*trees, fresh)))
     # From here on the run is one like any other that has come this far.
@@ -119,20 +135,3 @@ def start(fork: Fork) -> tuple[Tree, Tree]:
     return checkpoint.read_weights(
         kept if kept.exists() else fork.workdir / "checkpoints" / str(fork.step)
     )
-
-
-def _check_shapes(fork: Fork, name: str, found: Tree, wanted: Tree) -> None:
-    ours = dict(zip(paths(wanted), (x.shape for x in jax.tree.leaves(wanted)), strict=True))
-    theirs = dict(zip(paths(found), (x.shape for x in jax.tree.leaves(found)), strict=True))
-    wrong = [
-        f"{path}: {theirs.get(path, 'missing')}, not {ours.get(path, 'in the recipe')}"
-        for path in ours | theirs
-        if ours.get(path) != theirs.get(path)
-    ]
-    if wrong:
-        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise CheckpointError(
-            f"the {name} of {fork.workdir}, stage {fork.stage!r}, do not fit this recipe:\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-        )

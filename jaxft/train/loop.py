@@ -81,6 +81,8 @@ def finetune(
     """
     recipe, folder = resolve(recipe), atomic.anywhere(workdir)
     console = console or Console(quiet=not is_first())
+    if stage is not None and fork_from is None:
+        raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
     if model is None:
         recipe.network(num_classes=1)  # its name and options, before anything takes time
     else:
@@ -95,7 +97,7 @@ def finetune(
         recipe = recipe.expecting(begun.preprocessing)
     elif fork_from is not None:
         forked = fork.find(fork_from, stage)
-        fork.check(forked, recipe)
+        ended = fork.check(forked, recipe)
         recipe = recipe.expecting(forked.recipe.preprocessing)
     check(folder, recipe)
     splits = _open(recipe, data)
@@ -132,6 +134,8 @@ def finetune(
     else:
         start = given(model, start)
     programs = _programs(recipe, model, splits, devices, start)
+    if forked:
+        fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = _programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0], origin))
@@ -200,7 +204,8 @@ def _run(
         if any(program.plan.stage.anchor for program in programs):
             if checkpoints.latest_step() is None:
                 pretrained = fork.start(forked) if forked else start
-                checkpoint.save_weights(workdir / "start", *pretrained)
+                # A run that died before its first checkpoint may have left another recipe's.
+                checkpoint.save_weights(workdir / "start", *pretrained, replace=True)
             anchor = devices.put(checkpoint.read_weights(workdir / "start")[0])
         evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
         run = Run(

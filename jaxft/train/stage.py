@@ -73,7 +73,7 @@ def _train_epoch(
     if position.progress.position == 0:
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
         position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
-    start = run.start if plan.stage.anchor else None
+    anchor = run.start if plan.stage.anchor else None  # as the step was compiled
     unseen: list[Record] = []
     idle, mark = 0.0, time.perf_counter()
 
@@ -95,7 +95,7 @@ def _train_epoch(
                 idle += time.perf_counter() - asked
             number = np.int32(position.progress.step)
             position.state, record = compiled.step(
-                position.state, position.frozen, run.devices.batch(batch), number, start
+                position.state, position.frozen, run.devices.batch(batch), number, anchor
             )
             position.began = position.began or time.perf_counter()
             position.progress = position.progress.after_step()

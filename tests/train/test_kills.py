@@ -3,12 +3,14 @@
 `scripts/soak.py` does the same at random moments, for as long as one likes.
 """
 
+import dataclasses
+import shutil
 import signal
 
 import pytest
-from mortal import QUIET, RECIPE, assert_same_end, go_on, run_until
+from mortal import RECIPE, assert_same_end, go_on, run_until
 
-from jaxft import finetune
+from jaxft import Anchor
 from jaxft.checkpoint import Checkpoints
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
@@ -68,9 +70,24 @@ def test_whatever_is_lost_is_done_again(owner, name, points, unbroken, tmp_path,
                 lambda self, step=None, *_: (step or self.step + 1) == point,  # noqa: B023
             )
             with pytest.raises(KilledError):
-                finetune(RECIPE, workdir, console=QUIET)
+                go_on(workdir)
     go_on(workdir)
     assert_same_end(workdir, unbroken)
+
+
+def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """A run that has kept its start, whole or in part, and then died at once starts again."""
+    first = dataclasses.replace(RECIPE.stages[0], anchor=Anchor())
+    recipe = dataclasses.replace(RECIPE, stages=(first,))
+    with monkeypatch.context() as patch:
+        die(patch, Checkpoints, "save", lambda *_: True)
+        with pytest.raises(KilledError):
+            go_on(tmp_path / "killed", recipe)
+    start = tmp_path / "killed" / "start"
+    shutil.copytree(start, start.with_name("start.orbax-checkpoint-tmp"))
+    for workdir in ("killed", "unbroken"):
+        go_on(tmp_path / workdir, recipe)
+    assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_validation_that_was_cut_short_is_done_again(unbroken, tmp_path, monkeypatch):
