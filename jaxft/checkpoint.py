@@ -20,7 +20,6 @@ from os import PathLike
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -37,7 +36,7 @@ _REPLACED, _CORRUPT = "replaced-", "corrupt-"
 def exist(folder: str | PathLike[str]) -> bool:
     """Whether the folder holds a whole checkpoint."""
     place = epath.Path(folder)
-    return place.exists() and bool(_steps(place) | _replaced(place).keys())
+    return place.exists() and bool(whole_steps(place) | _replaced(place).keys())
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        _hush()
+        hush()
         self.folder = epath.Path(folder)
         self._writing: int | None = None
         self._marked: set[int] = set()
         self._manager = ocp.CheckpointManager(
-            _absolute(self.folder),
+            absolute(self.folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Marked(self._marked),
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -260,7 +259,7 @@ class Checkpoints:
     def _tidy(self) -> str:
         """Clears away what a write has left, whole or cut short; not while there is one."""
         for step, old in _replaced(self.folder).items():
-            if step in _steps(self.folder):
+            if step in whole_steps(self.folder):
                 old.rmtree()
             else:  # nothing whole took its place
                 self.path(step).rmtree(missing_ok=True)
@@ -289,7 +288,7 @@ class Checkpoints:
             raise self._failure(cause[0] if cause else str(error)) from error
 
     def _failure(self, cause: str) -> CheckpointError:
-        whole = _steps(self.folder) | _replaced(self.folder).keys()
+        whole = whole_steps(self.folder) | _replaced(self.folder).keys()
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}: {cause}. "
             + (f"All up to step {max(whole)} is safe; the" if whole else "The")
@@ -326,7 +325,7 @@ def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in keyed}
 
 
-def _steps(folder: epath.Path) -> set[int]:
+def whole_steps(folder: epath.Path) -> set[int]:
     """Those of the whole checkpoints in a folder."""
     return {found.step for found in ocp.path.step.standard_name_format().find_all(folder)}
 
@@ -337,57 +336,13 @@ def _replaced(folder: epath.Path) -> dict[int, epath.Path]:
     return {int(path.name.removeprefix(_REPLACED)): path for path in paths}
 
 
-def _absolute(folder: str | PathLike[str]) -> epath.Path:
+def absolute(folder: str | PathLike[str]) -> epath.Path:
+    """The folder as Orbax wants it."""
     place = epath.Path(folder)
     return place if in_bucket(place) else place.resolve()
 
 
-def save_weights(
-    folder: str | PathLike[str], params: Tree, stats: Tree, *, replace: bool = False
-) -> None:
-    """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
-
-    Without `replace` there must be none yet.
-
-    Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
-    """
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(_absolute(folder), {"params": params, "stats": stats}, force=replace)
-
-
-def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
-    """`params` and `stats` as numpy arrays, on whatever devices they were when written.
-
-    `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
-    which the newest counts. A run's are the best of the stage so far, or what an ended one hands
-    on. Raises CheckpointError where there is none.
-    """
-    place = epath.Path(folder)
-    if steps := _steps(place):
-        place /= str(max(steps))
-    if (place / "best").is_dir():
-        best = _arrays(place / "best")
-        return best["params"], best["stats"]
-    if all((place / item).is_dir() for item in ("params", "stats")):
-        return _arrays(place / "params"), _arrays(place / "stats")
-    if not (place / "_METADATA").is_file():
-        raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
-    both = _arrays(place)
-    if not {"params", "stats"} <= both.keys():
-        raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
-    return both["params"], both["stats"]
-
-
-def _arrays(folder: epath.Path) -> Any:
-    _hush()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        folder = _absolute(folder)
-        tree = reader.metadata(folder).item_metadata.tree
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return reader.restore(folder, ocp.args.PyTreeRestore(restore_args=kinds))
-
-
-def _hush() -> None:
+def hush() -> None:
     """Keeps Orbax from logging what our errors say, each of its threads with a traceback."""
     logging.getLogger("absl").addFilter(_is_news)  # once: it is the same filter every time
 

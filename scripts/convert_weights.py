@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from jaxft import JaxftError, models, weights
-from jaxft.checkpoint import save_weights
+from jaxft.weights.orbax import save_weights
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.resume import read, state_shapes
 from jaxft.train.run import Run
+from jaxft.weights import orbax
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Sna
         if "opt_state" in like:
             at = Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
         else:
-            trees = checkpoint.read_weights(checkpoints.path(fork.step))
+            trees = orbax.read_weights(checkpoints.path(fork.step))
             fresh = jax.jit(run.programs[index].transform.init)(trees[0])
             at = Snapshot(*run.devices.put((*trees, fresh)))
     # From here on the run is one like any other that has come this far.
@@ -132,6 +133,6 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Sna
 def start(fork: Fork) -> tuple[Tree, Tree]:
     """What that run started from, as far as it knows, or else what its stage has handed on."""
     kept = fork.workdir / "start"
-    return checkpoint.read_weights(
+    return orbax.read_weights(
         kept if kept.exists() else fork.workdir / "checkpoints" / str(fork.step)
     )

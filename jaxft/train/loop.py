@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import atomic, checkpoint, data, models, weights
+from jaxft import atomic, data, models, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
@@ -30,6 +30,7 @@ from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, given, shapes
 from jaxft.train.workdir import check, claim, saved
+from jaxft.weights import orbax
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,8 @@ def _run(
             if checkpoints.latest_step() is None:
                 pretrained = fork.start(forked) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
-                checkpoint.save_weights(workdir / "start", *pretrained, replace=True)
-            anchor = devices.put(checkpoint.read_weights(workdir / "start")[0])
+                orbax.save_weights(workdir / "start", *pretrained, replace=True)
+            anchor = devices.put(orbax.read_weights(workdir / "start")[0])
         evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
         run = Run(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,

@@ -99,13 +99,13 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _run(folder: Path, own_names: bool) -> dict[str, LazyTensor]:
     """A run's newest checkpoint, or the one that the folder is, or what was exported to it."""
-    from jaxft import checkpoint  # slow to import, and few need it
+    from jaxft.weights import orbax  # slow to import, and few need it
 
     checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
     if exported.is_file() and not checkpoints.is_dir():
         return _safetensors(exported)
     try:
-        trees = checkpoint.read_weights(checkpoints if checkpoints.is_dir() else folder)
+        trees = orbax.read_weights(checkpoints if checkpoints.is_dir() else folder)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
     tensors = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))

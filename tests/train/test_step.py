@@ -162,7 +162,9 @@ HITS = [  # logits of six classes, the target, whether it is a hit, whether amon
 
 def test_hits_by_hand():
     logits, target, hit, among = map(np.array, zip(*HITS, strict=True))
-    each = jax.vmap(tally)(logits[:, None].astype(np.float32), target[:, None], np.ones((15, 1), bool))
+    each = jax.vmap(tally)(
+        logits[:, None].astype(np.float32), target[:, None], np.ones((15, 1), bool)
+    )
     np.testing.assert_array_equal(each.correct, hit)
     np.testing.assert_array_equal(each.top5, among)
     whole = tally(jnp.asarray(logits, jnp.float32), target, np.arange(15) < 9)

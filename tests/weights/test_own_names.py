@@ -11,10 +11,10 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.flax import save_file
 
-from jaxft.checkpoint import save_weights
 from jaxft.errors import WeightsError
 from jaxft.models import NNX, Linen
 from jaxft.weights import load, save
+from jaxft.weights.orbax import save_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from own_modules import Attention, Compact, Nested, Odd, Viewed

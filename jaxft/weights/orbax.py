@@ -1,0 +1,58 @@
+"""Weights alone as an Orbax checkpoint, and out of a run's."""
+
+from os import PathLike
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxft.checkpoint import absolute, hush, whole_steps
+from jaxft.errors import CheckpointError
+from jaxft.labels import Tree
+
+
+def save_weights(
+    folder: str | PathLike[str], params: Tree, stats: Tree, *, replace: bool = False
+) -> None:
+    """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
+
+    Without `replace` there must be none yet.
+
+    Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
+    """
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(absolute(folder), {"params": params, "stats": stats}, force=replace)
+
+
+def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
+    """`params` and `stats` as numpy arrays, on whatever devices they were when written.
+
+    `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
+    which the newest counts. A run's are the best of the stage so far, or what an ended one hands
+    on. Raises CheckpointError where there is none.
+    """
+    place = epath.Path(folder)
+    if steps := whole_steps(place):
+        place /= str(max(steps))
+    if (place / "best").is_dir():
+        best = _arrays(place / "best")
+        return best["params"], best["stats"]
+    if all((place / item).is_dir() for item in ("params", "stats")):
+        return _arrays(place / "params"), _arrays(place / "stats")
+    if not (place / "_METADATA").is_file():
+        raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
+    both = _arrays(place)
+    if not {"params", "stats"} <= both.keys():
+        raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
+    return both["params"], both["stats"]
+
+
+def _arrays(folder: epath.Path) -> Any:
+    hush()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        folder = absolute(folder)
+        tree = reader.metadata(folder).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(folder, ocp.args.PyTreeRestore(restore_args=kinds))
