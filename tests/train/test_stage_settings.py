@@ -175,7 +175,7 @@ def test_an_average_is_validated_exported_and_handed_on(tmp_path):
         rows, result = run(tmp_path / name, *stages)
         return rows, load_file(result.weights)
 
-    stage = Stage("x", {"*": 0.05}, steps=2, hand_on="last", norms="C")
+    stage = Stage("x", {"fc": 0.05, "layer3": 0.05}, steps=2, hand_on="last", norms="A")
     params, stats = MODEL.init(jax.random.key(1))
     _, one = trained("one", dataclasses.replace(stage, steps=1))
     _, two = trained("two", stage)

@@ -27,9 +27,8 @@ def late(name="x", **settings):
 
 
 CASES = {
-    "clip": (late(clip_norm=3.0),),
     "accumulate": (late(accumulate=4),),
-    "ema": (late(ema=EMA),),
+    "ema": (late(ema=EMA, clip_norm=3.0),),
     # The second stage is still held to where the run began.
     "anchor": (late(anchor=Anchor(0.5, 0.25)), late("y", anchor=Anchor(2.0, 0.5), clip_norm=3.0)),
     "classes": (late(class_weights=WEIGHTS, label_smoothing=0.25),),
@@ -80,6 +79,9 @@ def start_of(stage, **settings):
 def test_an_average_does_not_move_what_stands_still():
     """Rounding must not, or frozen layers would validate and be handed on as others."""
     compiled, state, frozen, _ = start_of(Stage("x", {"fc": 0.05}, steps=99, ema=0.999))
+    pretrained = jax.tree.map(lambda x: x + jnp.linspace(0.1, 0.9, x.size), state.stats)
+    average = (state.average[0], jax.tree.map(jnp.copy, pretrained))
+    state = state._replace(stats=pretrained, average=average)
     before = jax.tree.map(jnp.copy, state)
     for number in range(30):
         state, _ = compiled.step(state, frozen, batch(number), np.int32(number), None)
@@ -121,11 +123,7 @@ def test_no_option_brings_the_frozen_backward_back():
         "clip_norm": 1.0, "ema": 0.9, "anchor": Anchor(), "class_weights": WEIGHTS,
         "label_smoothing": 0.1,
     }  # fmt: skip
-    head, whole = (
-        start_of(Stage("x", {pattern: 0.1}, steps=9, **everything), on_nonfinite="skip")[0].flops
-        for pattern in ("fc", "*")
-    )
+    head = start_of(Stage("x", {"fc": 0.1}, steps=9, **everything), on_nonfinite="skip")[0].flops
     forward = eval_step(MODEL, Preprocessing(image_size=16))
     least = flops(forward.lower(*MODEL.init(jax.random.key(0)), batch(0)).compile())
     assert least < head < 1.03 * least
-    assert whole > 2.5 * least
