@@ -162,7 +162,7 @@ def train_step(
         trainable = optax.apply_updates(trainable, updates)
         update_norms = gradients.group_norms(updates, groups)
         if ema:
-            # Not ema * a + (1 - ema) * x, whose rounding would move what stands still.
+            # Not optax.incremental_update, whose rounding moves what stands still.
             average = jax.tree.map(
                 lambda a, x: a + (1 - ema) * (x - a), average, (trainable, stats)
             )
