@@ -36,21 +36,44 @@ CHILD = Path(__file__).with_name("mortal_child.py")
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 
 
-def run_until(point, workdir, *, signals="SIGKILL", recipe=RECIPE):
-    """The finished process of a run that the signals meet at a point; see `mortal_child.py`."""
+def begin_until(point, workdir, *, signals="SIGKILL"):
+    """The process of a run that the signals meet at a point; see `mortal_child.py`."""
     file = workdir.with_suffix(".yaml")
-    save(recipe, file)
-    return subprocess.run(
+    save(RECIPE, file)
+    return subprocess.Popen(
         [sys.executable, CHILD, signals, point, file, "--workdir", workdir],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         env={**os.environ, "COLUMNS": "200"},
     )
 
 
+def run_until(point, workdir, *, signals="SIGKILL"):
+    """Its exit code and what it said on stderr."""
+    with begin_until(point, workdir, signals=signals) as process:
+        _, said = process.communicate(timeout=300)
+    return process.returncode, said
+
+
 def go_on(workdir, recipe=RECIPE):
     return finetune(recipe, workdir, console=QUIET)
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL, but that a write under way is finished."""
+
+
+def die(monkeypatch, owner, name, at):
+    """Has a call of `owner.name` fail, if `at` is true of its arguments."""
+    real = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if at(*args):
+            raise KilledError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
 
 
 def steps(workdir):
@@ -69,5 +92,8 @@ def assert_same_end(workdir, other):
     file = "model.safetensors"
     assert (workdir / file).read_bytes() == (other / file).read_bytes()
     assert rows(workdir) == rows(other)
-    odd = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
-    assert not odd
+
+
+def odd_names(workdir):
+    """What lies among the checkpoints and is none."""
+    return [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]

@@ -8,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from mortal import RECIPE, assert_same_end, go_on, run_until
+from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, run_until
 
 from jaxft import Anchor
 from jaxft.checkpoint import Checkpoints
@@ -16,38 +16,16 @@ from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("unbroken")
-    go_on(workdir)
-    return workdir
-
-
-def test_sigkill_changes_nothing(unbroken, tmp_path):
+def test_sigkill_changes_nothing(whole, tmp_path):
     """While it writes within an epoch, as a stage ends, in the first step after, within an epoch,
     and while it writes a stage's end: one run, killed five times."""
     workdir = tmp_path / "killed"
     for point in ("save:6", "stage:head", "step:9", "step:14", "save:18"):
-        died = run_until(point, workdir)
-        assert died.returncode == -signal.SIGKILL, (point, died.stdout, died.stderr)
+        code, said = run_until(point, workdir)
+        assert code == -signal.SIGKILL, (point, said)
     go_on(workdir)
-    assert_same_end(workdir, unbroken)
-
-
-class KilledError(Exception):
-    """Stands for a SIGKILL, but that a write under way is finished."""
-
-
-def die(monkeypatch, owner, name, at):
-    """Has a call of `owner.name` fail, if `at` is true of its arguments."""
-    real = getattr(owner, name)
-
-    def failing(*args, **kwargs):
-        if at(*args):
-            raise KilledError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, failing)
+    assert_same_end(workdir, whole)
+    assert odd_names(workdir) == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +36,7 @@ def die(monkeypatch, owner, name, at):
     ],
     ids=["step", "save"],
 )
-def test_whatever_is_lost_is_done_again(owner, name, points, unbroken, tmp_path, monkeypatch):
+def test_whatever_is_lost_is_done_again(owner, name, points, whole, tmp_path, monkeypatch):
     """A step that was not finished; a checkpoint that was not begun, also that of a stage's end."""
     workdir = tmp_path / "killed"
     for point in points:
@@ -72,7 +50,7 @@ def test_whatever_is_lost_is_done_again(owner, name, points, unbroken, tmp_path,
             with pytest.raises(KilledError):
                 go_on(workdir)
     go_on(workdir)
-    assert_same_end(workdir, unbroken)
+    assert_same_end(workdir, whole)
 
 
 def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, monkeypatch):
@@ -90,7 +68,7 @@ def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, m
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_validation_that_was_cut_short_is_done_again(unbroken, tmp_path, monkeypatch):
+def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatch):
     """Of the run's start, of an epoch, and of the same once more."""
     workdir = tmp_path / "killed"
     real = Run.evaluate
@@ -108,4 +86,4 @@ def test_validation_that_was_cut_short_is_done_again(unbroken, tmp_path, monkeyp
             with pytest.raises(KilledError):
                 go_on(workdir)
     go_on(workdir)
-    assert_same_end(workdir, unbroken)
+    assert_same_end(workdir, whole)

@@ -1,0 +1,75 @@
+"""What else may happen to a run: a full disk, damaged files, a second run in its folder."""
+
+import os
+import signal
+
+import pytest
+from mortal import (
+    RECIPE,
+    KilledError,
+    assert_same_end,
+    begin_until,
+    die,
+    go_on,
+    odd_names,
+    steps,
+)  # fmt: skip
+
+from jaxft import CheckpointError, RecipeError, finetune
+from jaxft.checkpoint import Checkpoints
+from jaxft.report.console import Console
+from jaxft.train.progress import Progress
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(whole, disk, monkeypatch):
+    workdir, real = disk.folder / "run", Checkpoints.save
+
+    def fill_and_save(self, step, *args, **kwargs):
+        if step == 15:
+            self._manager.wait_until_finished()  # the one before is to fit
+            disk.fill(but=2**19)
+        real(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fill_and_save)
+        with pytest.raises(CheckpointError, match=r"are free\. All up to step 12 is safe"):
+            go_on(workdir)
+    assert steps(workdir)[-1] == 12
+    disk.free()
+    go_on(workdir)
+    assert_same_end(workdir, whole)
+    assert odd_names(workdir) == []
+
+
+def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
+        with pytest.raises(KilledError):
+            go_on(workdir)
+    newest = workdir / "checkpoints" / "12"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    finetune(RECIPE, workdir, console=Console())
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "/12 is damaged: " in said
+    assert "Going on from step 9: stage 'late'" in said
+    assert_same_end(workdir, whole)
+    assert odd_names(workdir) == ["corrupt-12"]
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
+    workdir = tmp_path / "run"
+    with begin_until("step:5", workdir, signals="SIGSTOP") as first:
+        _, status = os.waitpid(first.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        try:
+            with pytest.raises(RecipeError, match=f"another process is training in {workdir}"):
+                go_on(workdir)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        _, said = first.communicate(timeout=300)
+    assert first.returncode == 0, said
+    assert_same_end(workdir, whole)
