@@ -42,4 +42,6 @@ NormChoice = Literal["A", "B", "C", "D", "E"]
 | C | none: all of them train   | batch, running move | fastai, Lightning's `train_bn=True`    |
 | D | batch, running ones stay  | batch, running move | Lightning's `train_bn=False`           |
 | E | running                   | running             | LP-FT, surgical fine-tuning            |
+
+A layer with neither scale nor bias, as another's network may have, counts as frozen.
 """

@@ -214,13 +214,12 @@ def _run(
             interruption, anchor,
         )  # fmt: skip
         progress, handed_on = train_stages(run, start, forked)
-    score = progress.handed_on(programs[-1].plan.stage)
-    params, stats = devices.host((handed_on.params, handed_on.stats))
-    exported = workdir / "model.safetensors"
-    if is_first():
-        export.write(
-            workdir, recipe, model, params, stats, classes=splits.train.classes, score=score
-        )
+        score = progress.handed_on(programs[-1].plan.stage)
+        trees = devices.host((handed_on.params, handed_on.stats))
+        exported = workdir / "model.safetensors"
+        if is_first():
+            classes = splits.train.classes
+            export.write(workdir, recipe, model, *trees, classes=classes, score=score)
     return Result(score, exported, workdir / "checkpoints" / str(progress.step))
 
 
