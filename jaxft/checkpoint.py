@@ -1,8 +1,7 @@
-"""Checkpoints by Orbax, and nothing else knows Orbax.
+"""Checkpoints by Orbax, and nothing else of a run knows Orbax.
 
-One folder a checkpoint, named by the global step, written in the background. Each holds a
-`header` (JSON: the run's progress, whether it is to stay, and the layout of the arrays) and the
-arrays, as items that can be restored one by one; and the checksums of its files.
+One folder a checkpoint, named by the global step, written in the background: a `header` (JSON: the
+run's progress, whether it stays, the arrays' layout), the arrays as items, and checksums.
 
 Beside them may lie `replaced-<step>`, until the checkpoint that replaces it is whole, and
 `corrupt-<step>`, which could not be read. All processes of a run share the folder; only the first
@@ -244,13 +243,10 @@ class Checkpoints:
                 checksums.seal(unnamed)
 
     def _lack(self, needed: int) -> str:
-        if in_bucket(self.folder):
+        if in_bucket(self.folder) or (free := shutil.disk_usage(self.folder).free) >= needed:
             return ""
-        free = shutil.disk_usage(self.folder).free
         # A write that fails half-way is safe too, but loud.
-        return (
-            f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free" if free < needed else ""
-        )
+        return f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free"
 
     def _settle(self) -> None:
         first_answers(self._tidy)
