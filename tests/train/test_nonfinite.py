@@ -75,15 +75,14 @@ def test_such_steps_are_left_out_and_counted(skipping):
 def test_it_stops_at_the_step_and_can_go_on_without_it(synced, skipping, tmp_path):
     """However late the host looks at the losses, no checkpoint comes in between."""
     recipe = dataclasses.replace(STOPPING, sync_steps=synced)
-    sentence = (
-        r"stage 'head', epoch 1, step (\d): the loss is (nan|inf)\. (.*)With --on-nonfinite skip"
-    )
-    with pytest.raises(NonFiniteError, match=sentence) as stop:
+    with pytest.raises(NonFiniteError, match=r"'head', epoch 1, step \d: the loss is ") as stop:
         run(recipe, tmp_path)
-    step = int(stop.match(sentence) and str(stop.value).split("step ")[1][0])
+    said = str(stop.value)
+    step = int(said.partition("step ")[2][0])
     good = (step - 1) // 3 * 3
     assert steps(tmp_path) == ([good] if good else [])
-    assert (f"The checkpoint of step {good} is good." in str(stop.value)) == bool(good)
+    assert (f"The checkpoint of step {good} is good. " in said) == bool(good)
+    assert "With --on-nonfinite skip the same command goes on" in said
     run(SKIPPING, tmp_path)
     assert_same_end(tmp_path, skipping)
 
@@ -97,15 +96,11 @@ def test_what_was_skipped_is_known_to_who_goes_on(skipping, tmp_path, monkeypatc
     assert_same_end(tmp_path, skipping)
 
 
-@pytest.mark.parametrize(
-    ("rate", "spoilt"), [(1e-3, "conv1"), (1e39, None)], ids=["loss", "update"]
-)
-def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on(rate, spoilt):
-    """Of weights, statistics, moments and their count, and the average; whatever overflows."""
+def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on():
+    """Of weights, statistics, moments and their count, and the average."""
     params, stats = MODEL.init(jax.random.key(0))
-    if spoilt:
-        params[spoilt] = jax.tree.map(lambda x: x * jnp.nan, params[spoilt])
-    (stage,) = plan([Stage("head", {"fc": rate}, 1)], params)
+    params["conv1"] = jax.tree.map(lambda x: x * jnp.nan, params["conv1"])
+    (stage,) = plan([Stage("head", {"fc": 1e-3}, 1)], params)
     transform = stage.transform(Adam())
     trainable, frozen = partition(params, stage.labels)
     step = train_step(
