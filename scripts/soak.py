@@ -10,6 +10,7 @@ or last arrays differ in anything but timings.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -154,8 +155,10 @@ def differences(one: Path, other: Path) -> Iterator[str]:
     """What the ends of two runs do not share."""
     if (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes():
         yield "model.safetensors"
-    if rows(one) != rows(other):
-        yield "metrics.jsonl"
+    for ours, theirs in itertools.zip_longest(rows(one), rows(other)):
+        if ours != theirs:
+            yield f"metrics.jsonl, which should have {ours} and has {theirs}"
+            break
     for item in ("params", "stats", "opt_state"):
         ours, theirs = arrays(one, item), arrays(other, item)
         same = jax.tree.structure(ours) == jax.tree.structure(theirs)

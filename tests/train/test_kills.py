@@ -8,10 +8,12 @@ import shutil
 import signal
 
 import pytest
-from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, run_until
+from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, rows, run_until
 
 from jaxft import Anchor
 from jaxft.checkpoint import Checkpoints
+from jaxft.train.evaluate import Score
+from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
@@ -66,6 +68,24 @@ def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, m
     for workdir in ("killed", "unbroken"):
         go_on(tmp_path / workdir, recipe)
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_path, monkeypatch):
+    """Asked to stop in validation, it saves the epoch's last step; then it dies as it saves the
+    epoch's end, by the same number."""
+    workdir = tmp_path / "killed"
+    scores = iter([Score(1.0, 0.5, 1.0), None])
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", lambda *_: next(scores))
+        with pytest.raises(InterruptedRunError, match="step 4 is saved"):
+            go_on(workdir)
+    with monkeypatch.context() as patch:
+        die(patch, Checkpoints, "save", lambda _, step, *__: step == 4)
+        with pytest.raises(KilledError):
+            go_on(workdir)
+    assert [row["step"] for row in rows(workdir)] == [4]
+    go_on(workdir)
+    assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(whole)]
 
 
 def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatch):
