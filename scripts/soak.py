@@ -119,8 +119,9 @@ def strike(start: Start, aim: str, chance: random.Random) -> None:
         "SIGTERM": (start.trains, 0.6),
         WITHIN: (start.trains, 0.6),
         SAVE: (lambda: start.trains() and start.saving(), 0.02),
-        END: (lambda: start.last(" ended: ") > 0, 0.005),
-        FIRST: (lambda: start.last("train loss") > start.last(" ended: ") > 0, 0.3),
+        # The run says of a stage that it "ended" also where it goes on from there.
+        END: (lambda: start.last(" ended") > 0, 0.005),
+        FIRST: (lambda: start.last("train loss") > start.last(" ended") > 0, 0.6),
     }
     moment, seconds = moments[aim]
     start.wait(moment)
