@@ -25,6 +25,14 @@ def main(lines, *joining):
     options = ("--coordinator", "--processes", "--process")
     joining = [text for pair in zip(options, joining, strict=False) for text in pair]
     finetune = runpy.run_path(str(SCRIPT))["main"]
+    leave = finetune.__globals__["leave"]
+
+    def leave_if_stopped(message, code):
+        if code == 1:  # an error: on to the next command line
+            sys.exit(message)
+        leave(message, code)
+
+    finetune.__globals__["leave"] = leave_if_stopped
     parallel.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     parallel._PARTING = 2  # of 20 seconds
     advance, steps = Bar.advance, 0

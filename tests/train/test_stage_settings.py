@@ -290,7 +290,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
     for sentence in (
         "Stage 1 of 4: steps, 6 steps, 4 an epoch",
         "Stage 'steps' ended: 6 of 6 steps done.",
-        "Stage 2 of 4: epochs, 1 epochs of 4 steps",
+        "Stage 2 of 4: epochs, 1 epoch of 4 steps",
         "Stage 'epochs' ended: 1 of 1 epochs done.",
         "Stage 3 of 4: minutes, at most 9 epochs of 4 steps",
         "Stage 'minutes' ended: its 100 minutes are over.",
