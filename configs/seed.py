@@ -1,0 +1,23 @@
+"""The seed recipe: the head, then layer4 with it at a tenth of the rate, then everything.
+
+    python scripts/finetune.py configs/seed.py --workdir runs/seed
+
+Source: the usual two-stage PyTorch script: `requires_grad` off for the body, SGD on `fc`; then a
+new SGD over `layer4` and `fc`. The third stage is optional there. Norm mode A, as without a word
+in PyTorch: frozen layers normalise with the batch, and their running statistics move.
+"""
+
+from jaxft import SGD, Recipe, Stage
+
+recipe = Recipe(
+    model="resnet18",
+    weights="hf:timm/resnet18.tv_in1k",
+    data="folder:data/hymenoptera",
+    optimizer=SGD(momentum=0.9),
+    batch_size=32,
+    stages=(
+        Stage("head", train={"fc": 1e-3}, epochs=5, norms="A"),
+        Stage("late", train={"fc": 1e-3, "layer4": 1e-4}, epochs=5, norms="A"),
+        Stage("all", train={"fc": 1e-3, "layer4": 1e-4, "*": 1e-5}, epochs=5, norms="A"),
+    ),
+)
