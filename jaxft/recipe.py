@@ -237,7 +237,8 @@ class Recipe:
             concat_pool=self.concat_pool,
             dropout=self.dropout,
             drop_path=self.drop_path,
-            dtype=self.dtype,
+            # None: that of the images, float32 unless a caller's own are wider.
+            dtype=None if self.dtype == "float32" else self.dtype,
         )
 
 

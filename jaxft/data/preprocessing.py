@@ -35,8 +35,14 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
-        """uint8 [b h w 3] to float32, as torchvision's `ToTensor` and `Normalize`; jittable."""
-        scaled = jnp.asarray(images).astype(jnp.float32) / 255
+        """uint8 [b h w 3] to float32, as torchvision's `ToTensor` and `Normalize`; jittable.
+
+        Floats are taken to be normalised already, and stay as they are.
+        """
+        images = jnp.asarray(images)
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return images
+        scaled = images.astype(jnp.float32) / 255
         return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 

@@ -21,7 +21,7 @@ from jaxft.recipe import Recipe
 from jaxft.train.compilation import flops
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.step import Record, TrainState, train_step
 
 
 class Snapshot(NamedTuple):
@@ -100,10 +100,12 @@ class Program:
         average = (trainable, at.stats) if self.plan.stage.ema else None
         return TrainState(trainable, at.stats, at.opt_state, average), frozen
 
-    def compile(self, shapes: Snapshot) -> Compiled:
-        """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
-        stage, recipe, devices = self.plan.stage, self.recipe, self.devices
-        step = train_step(
+    def train_step(
+        self, *, keep_gradients: bool = False
+    ) -> Callable[..., tuple[TrainState, Record]]:
+        """The stage's step; see `jaxft.train.step.train_step`."""
+        stage, recipe = self.plan.stage, self.recipe
+        return train_step(
             self.model,
             self.transform,
             recipe.preprocessing,
@@ -116,9 +118,15 @@ class Program:
             batch_size=recipe.batch_size,
             ema=stage.ema,
             skip_nonfinite=recipe.on_nonfinite == "skip",
-            replicas=len(devices) if recipe.statistics == "replica" else 1,
-            devices=devices,
+            replicas=len(self.devices) if recipe.statistics == "replica" else 1,
+            devices=self.devices,
+            keep_gradients=keep_gradients,
         )
+
+    def compile(self, shapes: Snapshot) -> Compiled:
+        """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
+        stage, recipe, devices = self.plan.stage, self.recipe, self.devices
+        step = self.train_step()
 
         def numbered(
             state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree

@@ -48,6 +48,8 @@ class Record(NamedTuple):
     """Of the change to the parameters."""
     finite: jax.Array
     """Whether the loss and all gradients are."""
+    gradients: Tree = None
+    """Before clipping, where the step was asked to keep them."""
 
 
 def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
@@ -84,6 +86,7 @@ def train_step(
     skip_nonfinite: bool = False,
     replicas: int = 1,
     devices: Devices | None = None,
+    keep_gradients: bool = False,
 ) -> Callable[..., tuple[TrainState, Record]]:
     """The jitted step of a stage: `(state, frozen, batch, key, start=None) -> (state, record)`.
 
@@ -104,6 +107,7 @@ def train_step(
       are not in the record; else it is taken, and `finite` tells.
     replicas: see `Model.apply`.
     devices: where the state belongs, and stays.
+    keep_gradients: the record has them, for who wants to look.
     """
     groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
@@ -154,6 +158,7 @@ def train_step(
         mean, sums = sums.loss, sums._replace(loss=sums.loss * sums.examples)
         if anchor:
             found = anchor.pull(found, trainable, start, model.head)
+        kept = found if keep_gradients else None
         gradient_norms = gradients.group_norms(found, groups)
         finite = jnp.isfinite(jnp.array([mean, optax.tree.norm(found)])).all()
         if clip_norm:
@@ -167,11 +172,11 @@ def train_step(
                 lambda a, x: a + (1 - ema) * (x - a), average, (trainable, stats)
             )
         new = TrainState(trainable, stats, opt_state, average)
-        record = Record(sums, gradient_norms, update_norms, finite)
+        record = Record(sums, gradient_norms, update_norms, finite, kept)
         if skip_nonfinite:
-            kept = state._replace(opt_state=pass_step(state.opt_state))
+            old = state._replace(opt_state=pass_step(state.opt_state))
             nothing = jax.tree.map(jnp.zeros_like, record)
-            new, record = jax.tree.map(partial(jnp.where, finite), (new, record), (kept, nothing))
+            new, record = jax.tree.map(partial(jnp.where, finite), (new, record), (old, nothing))
         return devices.constrain((new, record)) if devices else (new, record)
 
     return jax.jit(step, donate_argnums=0)
