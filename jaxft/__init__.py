@@ -21,6 +21,7 @@ from jaxft.errors import (
 )
 from jaxft.groups import StagePlan, plan
 from jaxft.labels import FROZEN, combine, label, partition, paths, summary
+from jaxft.logistic import LogisticRegression, logistic_regression
 from jaxft.optim import SGD, Adam, AdamW, RMSprop, multi_transform
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.stages import Stage, Update
@@ -45,6 +46,7 @@ __all__ = [  # in the order in which one meets them
     "FROZEN",
     "Stage",
     "Update",
+    "LogisticRegression",
     "EarlyStop",
     "Plateau",
     "Anchor",
@@ -55,6 +57,7 @@ __all__ = [  # in the order in which one meets them
     "ReduceLROnPlateau",
     "plan",
     "StagePlan",
+    "logistic_regression",
     "JaxftError",
     "PatternError",
     "LabelError",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxft.errors import PatternError
+from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Pattern, Tree, match, show, unflatten
 from jaxft.optim import SGD, Rule, group_rate, group_transform, multi_transform
 from jaxft.plateau import PlateauState, ReduceLROnPlateau
@@ -38,11 +38,16 @@ class StagePlan:
 
     @property
     def rates(self) -> dict[str, float]:
-        """The base learning rate of each group that trains."""
+        """The base learning rate of each group that trains; none of one that is solved."""
         return {group: update.lr for group, update in self.updates().items()}
 
     def updates(self, optimizer: Rule = SGD()) -> dict[str, Resolved]:
-        """How each group trains, every default filled in; `optimizer` is the last resort."""
+        """How each group trains, every default filled in; `optimizer` is the last resort.
+
+        Of a stage that is solved, nothing.
+        """
+        if self.stage.solver:
+            return {}
         return {g: self.stage.resolve(p, optimizer) for g, p in self.patterns.items()}
 
     def transform(
@@ -52,7 +57,14 @@ class StagePlan:
 
         `optimizer` is that of groups for which neither `Update` nor stage name one.
         `steps_per_epoch` turns steps into the epochs that schedules count.
+
+        Raises RecipeError for a stage that is solved.
         """
+        if self.stage.solver:
+            raise RecipeError(
+                f"stage {self.stage.name!r} is solved and has no optimizer: put kernel and bias of "
+                "jaxft.logistic_regression(features, targets, ...) in the head's place."
+            )
         length = self._length(steps_per_epoch)
         groups = {
             group: group_transform(update.optimizer, update.lr, update.schedule, **length)

@@ -222,6 +222,10 @@ class Devices:
         """Within a compiled function: the arrays stay, or come, where they belong."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
+    def gather(self, tree: T) -> T:
+        """Within a compiled function: every device gets the whole arrays."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+
     def spread(self, parts: jax.Array) -> jax.Array:
         """Within a compiled function: parts of a batch [n b ...], each as `batch` divides one.
 
@@ -230,7 +234,7 @@ class Devices:
         count = parts.shape[1]
         padding = [(0, 0), (0, self.rows(count) - count), *[(0, 0)] * (parts.ndim - 2)]
         # By way of whole copies: the compiler finds no other, and warns of it unless told so.
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, PartitionSpec()))
+        parts = self.gather(parts)
         place = NamedSharding(self.mesh, PartitionSpec(None, _BATCH))
         return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), place)
 

@@ -1,10 +1,13 @@
 """What the processes of a run do together, and what the first one does for all."""
 
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 _LONGEST = 4096  # bytes of an answer to the others
 
@@ -28,6 +31,13 @@ def barrier(name: str) -> None:
     """Waits until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def of_first(tree: T) -> T:
+    """The first process's arrays, in NumPy's memory in every process; all must ask."""
+    if jax.process_count() == 1:
+        return tree
+    return cast(T, jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree)))
 
 
 def first_answers(ask: Callable[[], str]) -> str:

@@ -14,6 +14,7 @@ from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
+from jaxft.logistic import LogisticRegression
 from jaxft.optim import Optimizer, Rule
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.schedules import ClosedForm, Constant
@@ -47,7 +48,9 @@ class Stage:
     Attributes:
       name: shown in tables and logs; unique within a recipe.
       train: pattern to learning rate (or `Update`); the first that matches a parameter wins,
-        and what none matches is frozen.
+        and what none matches is frozen. `{"fc": LogisticRegression()}` solves the head instead of
+        stepping it: such a stage has but a name, `hand_on` and `carry` besides, and counts as one
+        step of one epoch.
       epochs: passes over the training data, at most.
       schedule: of all groups that name none of their own; constant by default.
       optimizer: likewise; the recipe's by default.
@@ -80,7 +83,7 @@ class Stage:
     """
 
     name: str
-    train: Mapping[Pattern, float | Update]
+    train: Mapping[Pattern, float | Update | LogisticRegression]
     epochs: int | None = None
     schedule: ClosedForm | ReduceLROnPlateau | None = None
     optimizer: Rule | None = None
@@ -107,11 +110,28 @@ class Stage:
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a saved recipe holds no unknown field
 
     def __post_init__(self) -> None:
-        wrong = [*self._wrong_rates(), *self._wrong_limits()]
+        if self.solver:
+            wrong = self._wrong_if_solved()
+        else:
+            wrong = [*self._wrong_rates(), *self._wrong_limits()]
         if not self.name:
             wrong.insert(0, "its name is empty")
         if wrong:
             raise RecipeError(f"stage {self.name!r}: {'; '.join(wrong)}.")
+
+    def _wrong_if_solved(self) -> list[str]:
+        wrong = []
+        if len(self.train) > 1:
+            wrong.append("beside a LogisticRegression nothing else trains")
+        said = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "train", "hand_on", "carry")
+            and getattr(self, field.name) != field.default
+        ]
+        if said:
+            wrong.append(f"it is solved and takes no steps; leave out {', '.join(said)}")
+        return wrong
 
     def _wrong_rates(self) -> list[str]:
         wrong, rules = [], {"its optimizer": self.optimizer}
@@ -163,12 +183,19 @@ class Stage:
         return wrong
 
     @property
+    def solver(self) -> LogisticRegression | None:
+        """What solves the head, if the stage takes no steps."""
+        return next((x for x in self.train.values() if isinstance(x, LogisticRegression)), None)
+
+    @property
     def norm_choices(self) -> Mapping[str, NormChoice]:
         """`norms` by pattern, in order of precedence."""
         return {"*": self.norms} if isinstance(self.norms, str) else self.norms
 
     def length(self, steps_per_epoch: int) -> int:
-        """Its steps, if nothing ends it earlier."""
+        """Its steps, if nothing ends it earlier; one if it is solved."""
+        if self.solver:
+            return 1
         epochs = [] if self.epochs is None else [self.epochs * steps_per_epoch]
         return min(epochs + ([] if self.steps is None else [self.steps]))
 
@@ -190,7 +217,8 @@ class Stage:
         return Resolved(float(update.lr), schedule, rule)
 
 
-def _as_update(given: float | Update) -> Update:
+def _as_update(given: float | Update | LogisticRegression) -> Update:
+    assert not isinstance(given, LogisticRegression)  # such a stage has no rates
     return given if isinstance(given, Update) else Update(lr=given)
 
 

@@ -94,7 +94,8 @@ class Model(Outline, Protocol):
         `first`. Rows where `mask` `[b]` is False are padding: they enter no statistics. Batch
         statistics are of the whole batch, or with `replicas` of so many equal parts of it. `key`
         draws dropout and stochastic depth; without one, nothing is dropped.
-        Returns the output of `last` (logits `[b k]` for the head) and the new `stats`, which
-        are `stats` itself wherever `norms` does not say `batch`.
+        Returns the output of `last` (logits `[b k]` for the head; of the block before it the
+        features `[b d]`) and the new `stats`, which are `stats` itself wherever `norms` does not
+        say `batch`.
         """
         ...

@@ -164,6 +164,7 @@ class ResNet(nnx.Module):
         self.dtype = config.dtype
         self.imagenet = config.layout == "imagenet"
         self.concat_pool = config.concat_pool
+        self.last_layer = config.blocks[-2]
         self.conv1 = stem(config, rngs)
         self.bn1 = BatchNorm(c)
         self.maxpool = MaxPool()
@@ -188,15 +189,17 @@ class ResNet(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, blocks: Sequence[str]) -> jax.Array:
         """The output of the last of `blocks`, given the input `x` of the first.
 
-        Images are `[b h w 3]`; logits `[b k]` have the wider dtype of features and parameters.
+        Images are `[b h w 3]`; the last layer hands features `[b c]` to the head; logits `[b k]`
+        have the wider dtype of features and parameters.
         """
         for name in blocks:
             if name == "stem":
                 x = self._stem(x, context)
             elif name == "head":
-                x = self._head(x, context)
+                x = self.fc(self.dropout(x, context.below("dropout")), context.below("fc"))
             else:
                 x = getattr(self, name)(x, context.below(name))
+                x = self._pool(x) if name == self.last_layer else x
         return x
 
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
@@ -205,11 +208,10 @@ class ResNet(nnx.Module):
         x = nnx.relu(self.bn1(x, context.below("bn1")))
         return self.maxpool(x, context) if self.imagenet else x
 
-    def _head(self, x: jax.Array, context: Context) -> jax.Array:
-        pooled = x.mean((1, 2))
-        if self.concat_pool:
-            pooled = jnp.concatenate([x.max((1, 2)), pooled], -1)
-        return self.fc(self.dropout(pooled, context.below("dropout")), context.below("fc"))
+    def _pool(self, x: jax.Array) -> jax.Array:
+        """`[b h w c]` to `[b c]`, with `concat_pool` to `[b 2c]`."""
+        mean = x.mean((1, 2))
+        return jnp.concatenate([x.max((1, 2)), mean], -1) if self.concat_pool else mean
 
 
 def stem(config: ResNetConfig, rngs: nnx.Rngs) -> Conv | Sequential:

@@ -54,8 +54,8 @@ class Console:
 
         updates = plan.updates()
         rows = [("group", "parameters", "share", "rate", "schedule", "norm layers")]
-        for group in [*updates, *([FROZEN] if FROZEN in sizes else [])]:
-            rate, schedule = "-", "-"
+        for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
+            rate, schedule = "-" if group == FROZEN else "solved", "-"
             if group in updates:
                 rate = f"{updates[group].lr:g}"
                 schedule = type(updates[group].schedule).__name__
@@ -90,14 +90,14 @@ class Console:
 
     def epoch_row(
         self,
-        epoch: int,
+        epoch: int | str,
         train_loss: float | None,
         val_loss: float,
         accuracy: float,
         seconds: float | None,
         remark: str = "",
     ) -> None:
-        """A row of the stage's growing table; epoch 0 is the stage's start."""
+        """A row of the stage's growing table; epoch 0 is its start, a word a candidate's."""
         cells = (
             epoch or "start",
             "-" if train_loss is None else _loss(train_loss),

@@ -14,11 +14,13 @@ from jaxft.data.balance import class_weights
 from jaxft.data.protocol import Source
 from jaxft.errors import PatternError, RecipeError
 from jaxft.groups import StagePlan
-from jaxft.labels import Tree, partition
+from jaxft.labels import FROZEN, Tree, partition
 from jaxft.models import Model, NormMode
+from jaxft.optim import multi_transform
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
 from jaxft.train.compilation import flops
+from jaxft.train.features import check_solvable, feature_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.step import Record, TrainState, train_step
@@ -41,7 +43,7 @@ class Compiled(NamedTuple):
     """The same in other buffers."""
     step: Callable[..., Any]
     """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
-    the global step. The state is donated."""
+    the global step. The state is donated. Of a stage that is solved it is a `feature_step`."""
     flops: float
     """Of a step."""
 
@@ -91,7 +93,9 @@ class Program:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The stage's optimizer."""
+        """The stage's optimizer; if it is solved, one that only keeps what is parked."""
+        if self.plan.stage.solver:
+            return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
 
     def state(self, at: Snapshot) -> tuple[TrainState, Tree]:
@@ -152,9 +156,13 @@ class Program:
         params = devices.abstract(shapes.params)
         start = params if stage.anchor else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        compiled = (
-            jax.jit(numbered, donate_argnums=0).lower(state, frozen, batch, number, start).compile()
-        )
+        if stage.solver:
+            features = feature_step(self.model, recipe.preprocessing, devices)
+            lowered = features.lower(params, devices.abstract(shapes.stats), batch)
+        else:
+            stepping = jax.jit(numbered, donate_argnums=0)
+            lowered = stepping.lower(state, frozen, batch, number, start)
+        compiled = lowered.compile()
         return Compiled(
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
@@ -178,6 +186,8 @@ def program(
     """
     stage = plan.stage
     recipe = recipe.during(stage)
+    if stage.solver:
+        check_solvable(plan, model, *shapes, image_size=recipe.preprocessing.image_size)
     try:
         norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
     except (PatternError, RecipeError) as error:

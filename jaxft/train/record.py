@@ -49,7 +49,9 @@ def title(program: Program, of: int) -> str:
     """Which stage it is `of` how many, and how long."""
     stage, steps = program.plan.stage, program.steps
     most = "at most " if stage.until or stage.minutes else ""
-    if steps == stage.steps:
+    if stage.solver:
+        length = f"a logistic regression on features of {program.steps_per_epoch} batches"
+    elif steps == stage.steps:
         length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
     else:
         plural = "s" * (program.epochs > 1)
@@ -65,11 +67,15 @@ def gap(seconds: float, compiled: float) -> str:
     )
 
 
-def cost(compiled: Compiled, seconds: float) -> str:
-    """What a step takes; `seconds` were spent on compiling it."""
+def cost(program: Program, compiled: Compiled, seconds: float) -> str:
+    """What a step takes, or of a stage that is solved the features of a batch.
+
+    `seconds` were spent on compiling it.
+    """
+    unit = "batch" if program.plan.stage.solver else "step"
     giga = compiled.flops >= 1e9
     amount = f"{compiled.flops / (1e9 if giga else 1e6):.3g} {'G' if giga else 'M'}FLOP"
-    return f"{amount} a step, compiled in {seconds:.1f} s"
+    return f"{amount} a {unit}, compiled in {seconds:.1f} s"
 
 
 def epilogue(plan: StagePlan, progress: Progress) -> str:

@@ -1,16 +1,18 @@
 """A run: what stays the same from its first stage to its last."""
 
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 
 from jaxft import data
 from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Batch, Splits
+from jaxft.data import Batch, Source, Splits
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
 from jaxft.processes import agree
@@ -18,9 +20,11 @@ from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.evaluate import Score, score
-from jaxft.train.interruption import Interruption
+from jaxft.train.interruption import InterruptedRunError, Interruption
 from jaxft.train.program import Program
 from jaxft.train.step import Tally
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,39 @@ class Run:
 
     def evaluate(self, params: Tree, stats: Tree) -> Score | None:
         """The score on the validation images, each counted once; none if a signal has come."""
+        tallies = self.of_each_batch(self.splits.val, partial(self.eval_step, params, stats))
+        return None if tallies is None else score(tallies)
+
+    def of_each_batch(self, source: Source, step: Callable[[Batch], T]) -> list[T] | None:
+        """What a compiled step makes of the source's images in their order, each seen once.
+
+        None if a signal has come.
+        """
         recipe = self.recipe
         batches = data.eval_batches(
-            self.splits.val,
+            source,
             recipe.preprocessing,
             batch_size=recipe.batch_size,
             workers=recipe.workers,
             rows=self.devices.rows(recipe.batch_size),
             shard=self.devices.shard,
         )
-        tallies: list[Tally] = []
+        made: list[T] = []
         with closing(batches):
             for index, batch in enumerate(batches):
-                tallies.append(self.eval_step(params, stats, self.devices.batch(batch)))
-                jax.block_until_ready(tallies[-2:-1])  # or the host fills the device ahead
+                made.append(step(self.devices.batch(batch)))
+                jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
                 if index % recipe.sync_steps == 0 and self.stop_asked():
                     return None
-        return score(tallies)
+        return made
+
+    def stopped(self) -> InterruptedRunError:
+        """The error of a run that has been asked to stop, and has nothing to save."""
+        saved = self.checkpoints.latest_step()
+        where = f"step {saved} is saved" if saved else "nothing has been trained yet"
+        number = self.interruption.signal or signal.SIGTERM  # or it reached another process
+        return InterruptedRunError(
+            f"{signal.Signals(number).name} came, and {where}. The same command goes on from "
+            "there.",
+            number,
+        )

@@ -1,6 +1,5 @@
 """Stage follows stage: each hands on its arrays, and the next one's programs are ready by then."""
 
-import signal
 from functools import partial
 
 import jax
@@ -8,7 +7,6 @@ import jax
 from jaxft.train import fork
 from jaxft.train.compilation import Ahead
 from jaxft.train.fork import Fork
-from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.norms import mode_names
 from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
@@ -42,7 +40,7 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         compiled = ahead.result(partial(_glance, run))
         position = at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
         seconds = ahead.seconds
-        _announce(run, program, cost(compiled, seconds), position)
+        _announce(run, program, cost(program, compiled, seconds), position)
         if index + 1 < len(run.programs):
             ahead = _compile(run, index + 1, shapes)
         at = train_stage(run, program, compiled, position)
@@ -65,7 +63,7 @@ def _begin(run: Run, start: Start) -> tuple[Progress, Snapshot]:
     params, stats = run.devices.put(start)
     score = run.evaluate(params, stats)
     if score is None:
-        raise _stopped(run)
+        raise run.stopped()
     return Progress.at_start(0, 0, score), Snapshot(params, stats, None)
 
 
@@ -104,14 +102,4 @@ def _announce(run: Run, program: Program, cost: str, position: Position) -> None
 def _glance(run: Run) -> None:
     """Ends a wait when a signal has come; several processes must agree on that, and do so later."""
     if jax.process_count() == 1 and run.stop_asked():
-        raise _stopped(run)
-
-
-def _stopped(run: Run) -> InterruptedRunError:
-    saved = run.checkpoints.latest_step()
-    where = f"step {saved} is saved" if saved else "nothing has been trained yet"
-    number = run.interruption.signal or signal.SIGTERM
-    return InterruptedRunError(
-        f"{signal.Signals(number).name} came, and {where}. The same command goes on from there.",
-        number,
-    )
+        raise run.stopped()

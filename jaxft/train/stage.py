@@ -21,6 +21,7 @@ from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.record import row
 from jaxft.train.run import Run
+from jaxft.train.solve import solve
 from jaxft.train.step import Record
 from jaxft.train.sums import Sums
 from jaxft.train.waiting import Waiting
@@ -34,6 +35,12 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
       NonFiniteError: a step's loss or gradients are not finite, and the recipe has it stop.
     """
     recipe, start = program.recipe, position.progress
+    if program.plan.stage.solver:
+        if start.position == 0:  # else only its validation is missing
+            solve(run, program, compiled, position)
+        handed_on = _end_epoch(run, program, compiled, position)
+        assert handed_on is not None
+        return handed_on
     # The step donates its state, and what it comes from is the stage's candidate 0.
     position.state = compiled.copy(position.state)
     batches = data.train_batches(
@@ -204,6 +211,8 @@ def _check_finite(run: Run, program: Program, position: Position, records: list[
 def _done(program: Program, position: Position) -> str:
     """Why there is no further epoch, if there is none."""
     stage, progress = program.plan.stage, position.progress
+    if stage.solver:
+        return "it is solved"
     steps = progress.epoch * program.steps_per_epoch + progress.position
     if steps >= program.steps and steps == stage.steps:
         return f"{steps} of {steps} steps done"

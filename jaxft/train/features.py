@@ -1,0 +1,76 @@
+"""What a network makes of images before its head, for a head that is solved on it."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.data import Batch, Preprocessing
+from jaxft.errors import ModelError, RecipeError
+from jaxft.groups import StagePlan
+from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.models import Model
+from jaxft.parallel import Devices
+
+
+class Features(NamedTuple):
+    """Of a whole batch, on every device."""
+
+    features: jax.Array
+    """[b d]; rows where `mask` is False are padding."""
+    target: jax.Array
+    """int32 [b]."""
+    mask: jax.Array
+    """bool [b]."""
+
+
+def feature_step(model: Model, preprocessing: Preprocessing, devices: Devices) -> Any:
+    """The jitted `(params, stats, batch) -> Features`, with running statistics."""
+    before_head = partial(model.apply, norms="running", last=model.blocks[-2])
+
+    def step(params: Tree, stats: Tree, batch: Batch) -> Features:
+        features, _ = before_head(params, stats, preprocessing.normalize(batch.image))
+        return devices.gather(Features(features, *map(jnp.asarray, batch[1:])))
+
+    return jax.jit(step)
+
+
+def check_solvable(
+    plan: StagePlan, model: Model, params: Tree, stats: Tree, *, image_size: int
+) -> None:
+    """Raises ModelError or RecipeError unless the stage trains the head, and that is linear.
+
+    `params` and `stats` need only be shapes.
+    """
+    name, head = plan.stage.name, model.head
+    if len(model.blocks) < 2:
+        raise ModelError(
+            f"stage {name!r} solves the head on the features before it, and {model.name} is one "
+            "block, of which they cannot be had. Step its head instead, with a learning rate; or "
+            "use jaxft.logistic_regression on features of your own."
+        )
+    labels = leaf_labels(params, plan.labels)
+    shapes = {
+        path: leaf.shape
+        for path, leaf, label in zip(paths(params), jax.tree.leaves(params), labels, strict=True)
+        if label != FROZEN or f"{path}.".startswith(f"{head}.")
+    }
+    trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    features, _ = jax.eval_shape(
+        partial(model.apply, norms="running", last=model.blocks[-2]), params, stats, images
+    )
+    kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
+    if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
+        raise RecipeError(
+            f"stage {name!r}: a LogisticRegression solves the head alone, and that must be one "
+            f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
+            f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
+            f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
+        )
+    if sorted(trained) != sorted(shapes):
+        raise RecipeError(
+            f"stage {name!r}: a LogisticRegression solves all of the head, and the pattern "
+            f"selects only {', '.join(trained)}. Write {head!r}."
+        )

@@ -1,0 +1,94 @@
+"""The one step of a stage whose head is solved: features, a sweep of penalties, the best of it."""
+
+import time
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxft import processes
+from jaxft.labels import Tree, paths
+from jaxft.logistic import ITERATIONS, TOLERANCE, Fit, logistic_regression
+from jaxft.train.evaluate import Score, score
+from jaxft.train.features import Features
+from jaxft.train.position import Position
+from jaxft.train.program import Compiled, Program
+from jaxft.train.run import Run
+from jaxft.train.step import Tally, tally
+from jaxft.train.sums import Sums
+
+
+def solve(run: Run, program: Program, compiled: Compiled, position: Position) -> None:
+    """Moves `position` by the stage's step, after which its head is that of the best penalty.
+
+    Nothing is saved on the way: a run that ends in here does all of it again.
+
+    Raises:
+      InterruptedRunError: a signal asked it to stop.
+      DataError: the network makes features that are not finite.
+    """
+    started = position.began = time.perf_counter()
+    solver = program.plan.stage.solver
+    assert solver is not None
+    params, stats, _ = position.shown
+    halves = []
+    for source in (run.splits.train, run.splits.val):
+        batches = run.of_each_batch(source, partial(compiled.step, params, stats))
+        if batches is None:
+            raise run.stopped()
+        halves.append(_whole(jax.device_get(batches)))
+    train, val = halves
+    fits = logistic_regression(train.features, train.target, program.model.num_classes, c=solver.c)
+    tallies = [_tally(fit, train) for fit in fits]
+    scores = [score([_tally(fit, val)]) for fit in fits]
+    chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
+    for i, fit in enumerate(fits):
+        remark = f"{fit.iterations} iterations" + ", chosen" * (i == chosen)
+        loss, accuracy = scores[i].loss, scores[i].accuracy
+        run.console.epoch_row(
+            f"C={np.format_float_scientific(fit.c, trim='-', exp_digits=1)}",
+            score([tallies[i]]).loss,
+            loss,
+            accuracy,
+            None,
+            remark,
+        )
+    if not fits[chosen].converged:
+        run.console.say(
+            f"After {ITERATIONS} iterations the chosen head's gradient has a norm of "
+            f"{fits[chosen].gradient_norm:.0e}, not {TOLERANCE:.0e}: it is not quite the minimum."
+        )
+    # Each process has solved it, and they might differ in the last bit.
+    head = processes.of_first(_head(fits[chosen], position.state.trainable))
+    position.state = position.state._replace(trainable=run.devices.put(head))
+    position.progress = position.progress.after_step()
+    position.sums = Sums(
+        tally=tuple(map(float, tallies[chosen])), steps=1, seconds=time.perf_counter() - started
+    )
+
+
+def _whole(batches: Iterable[Features]) -> Features:
+    """All rows that are no padding."""
+    rows = ([field[batch.mask] for field in batch] for batch in batches)
+    return Features(*map(np.concatenate, zip(*rows, strict=True)))  # type: ignore[arg-type]
+
+
+def _tally(fit: Fit, of: Features) -> Tally:
+    logits = np.asarray(of.features, np.float64) @ fit.kernel + fit.bias
+    return tally(jax.numpy.asarray(logits, np.float32), of.target, of.mask)
+
+
+def _merit(fit: Fit, score: Score) -> tuple[float, float, float]:
+    """The more the better: accuracy, then loss, then the stronger penalty."""
+    return score.accuracy, -score.loss, -fit.c
+
+
+def _head(fit: Fit, like: Tree) -> Tree:
+    """The fit in the place of the half that trains, which is the head."""
+    named = {"kernel": fit.kernel, "bias": fit.bias}
+    leaves = [
+        named[path.rpartition(".")[2]].astype(leaf.dtype)
+        for path, leaf in zip(paths(like), jax.tree.leaves(like), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
