@@ -22,7 +22,14 @@ from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
 from jaxft.optim import SGD, Adam, AdamW, Rule
 from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import ClosedForm, CosineAnnealingLR, FastaiOneCycle, SlantedTriangular
+from jaxft.schedules import (
+    ClosedForm,
+    CosineAnnealingLR,
+    FastaiOneCycle,
+    MultiStepLR,
+    SlantedTriangular,
+    Warmup,
+)
 from jaxft.stages import Stage
 
 Blocks = Sequence[Pattern | tuple[Pattern, ...]]
@@ -60,6 +67,7 @@ SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4), norms="E")
 ULMFIT = Fields(
     optimizer=Adam(b1=0.7, b2=0.99), schedule=SlantedTriangular(), carry="keep", hand_on="last"
 )
+BIT = Fields(optimizer=SGD(momentum=0.9), batch_size=512, hand_on="last")
 FASTAI = Fields(
     optimizer=AdamW(b2=0.99, eps=1e-5, weight_decay=0.01, decay_vectors=False), hand_on="last"
 )
@@ -72,6 +80,34 @@ def full(lr: float, *, epochs: int, **fields: Unpack[Fields]) -> tuple[Stage, ..
     [('all', {'*': 0.001}, 25)]
     """
     return (Stage("all", {"*": lr}, epochs, **fields),)
+
+
+def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[Stage, ...]:
+    """Everything, for as long as the number of training images asks for: BiT's hyper-rule.
+
+    From Kolesnikov et al. 2019, arXiv:1912.11370: 500 steps with fewer than 20,000 images, 10,000
+    with fewer than 500,000, else 20,000; a tenth of the rate after 30, 60 and 90 % of them; mixup
+    from 20,000 images on. As in the authors' code (google-research/big_transfer) it first rises
+    from 0, for 100 of 500 steps or 500 of more, and a step that is a milestone still has the rate
+    of those before. (There 500 steps have theirs at 40, 60 and 80 %.) The head starts at zero:
+    that is `Recipe(head="zeros")`.
+
+    >>> import jax.numpy as jnp
+    >>> (stage,) = bit(images=2000)
+    >>> rates = stage.schedule.rate(0.003, jnp.array([0, 50, 100, 150, 151, 301, 451]), 500)
+    >>> print(*(f"{rate:.1e}" for rate in rates))
+    0.0e+00 1.5e-03 3.0e-03 3.0e-03 3.0e-04 3.0e-05 3.0e-06
+    """
+    if images < 1:
+        raise RecipeError(f"bit: images is {images}; it must be at least 1.")
+    steps, rise = (500, 100) if images < 20_000 else (10_000 if images < 500_000 else 20_000, 500)
+    drops = tuple(steps * percent // 100 + 1 - rise for percent in (30, 60, 90))
+    rule = Fields(
+        steps=steps,
+        schedule=Warmup(rise, then=MultiStepLR(drops, by="step"), start_factor=0.0),
+        mixup=0.0 if images < 20_000 else 0.1,
+    )
+    return (Stage("all", {"*": lr}, **BIT | rule | fields),)
 
 
 def layer_decay(

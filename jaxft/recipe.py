@@ -25,7 +25,9 @@ from jaxft.stages import Stage, check_stages
 _CHANGES_NOTHING = (
     "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "on_nonfinite",
 )  # fmt: skip
-_OF_OUR_NETWORKS = ("stride_in_1x1", "concat_pool", "dropout", "drop_path", "dtype")
+_OF_OUR_NETWORKS = (
+    "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
+)  # fmt: skip
 # What a stage may say for itself.
 _OF_A_STAGE = (
     "batch_size", "augment", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
@@ -79,6 +81,9 @@ class Recipe:
     """Paste a box from one training image into another: alpha, often 1; 0: off."""
     label_smoothing: float = 0.0
     """The share of each target that is spread over all classes."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Whether gradients are of the mean loss of a batch or of the sum, as in d2l's recipes; what is
+    shown is the mean."""
     tta: Literal["none", "flip"] = "none"
     """Validation sees each image, or also its mirror (the mean of both logits)."""
     image_size: int | None = None
@@ -98,8 +103,14 @@ class Recipe:
     """Bottlenecks stride in their first 1x1 convolution (He et al., Caffe, Keras), not the 3x3."""
     concat_pool: bool = False
     """fastai's head: maximum and mean of each channel, then two linear layers."""
+    head_layers: tuple[int | Literal["relu"], ...] = ()
+    """What the head has before its last linear layer: the widths of more such layers, and relu;
+    256 relu 32, say."""
+    binary: bool = False
+    """One logit for two classes, whose loss is then torch's BCEWithLogitsLoss."""
     dropout: float = 0.0
-    """Of the features before the last linear layer (of fastai's head, half of it before both)."""
+    """Of the features before the head (of fastai's head: before its last linear layer, and half of
+    it before the first)."""
     drop_path: float = 0.0
     """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -235,6 +246,8 @@ class Recipe:
             num_classes=num_classes,
             stride_in_1x1=self.stride_in_1x1,
             concat_pool=self.concat_pool,
+            head_layers=self.head_layers,
+            binary=self.binary,
             dropout=self.dropout,
             drop_path=self.drop_path,
             # None: that of the images, float32 unless a caller's own are wider.

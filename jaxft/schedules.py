@@ -61,8 +61,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "at least 0": ("eta_min patience threshold cooldown min_lr eps", lambda x: 0 <= x < inf),
     "positive": ("gamma power div div_final div_factor final_div_factor", lambda x: 0 < x < inf),
     "above 0 and below 1": ("factor", lambda x: 0 < x < 1),
-    "above 0 and at most 1": ("start_factor", lambda x: 0 < x <= 1),
-    "in [0, 1]": ("end_factor pct_start cut_frac", lambda x: 0 <= x <= 1),
+    "in [0, 1]": ("start_factor end_factor pct_start cut_frac", lambda x: 0 <= x <= 1),
     "in [0, 1)": ("base_momentum max_momentum", lambda x: 0 <= x < 1),
     "three of [0, 1)": ("moms", lambda x: len(x) == 3 and all(0 <= m < 1 for m in x)),
     "a rising tuple, from 1": ("milestones", lambda x: x == tuple(sorted({*x})) and x[:1] > (0,)),
@@ -161,7 +160,7 @@ class PolynomialLR(Checked, Schedule):
 
 @dataclass(frozen=True)
 class LinearLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.LinearLR`: from one factor to another, then constant."""
+    """`torch.optim.lr_scheduler.LinearLR`: from one factor (also 0) to another, then constant."""
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0

@@ -272,7 +272,7 @@ def test_a_plateaus_state_is_plain_numbers():
         (lambda: CosineAnnealingLR(t_max=0), "CosineAnnealingLR: t_max is 0"),
         (lambda: CosineAnnealingLR(eta_min=-1e-3), "eta_min is -0.001; it must be at least 0"),
         (lambda: PolynomialLR(-1, power=0.0), "total_iters is -1.*; power is 0.0"),
-        (lambda: LinearLR(start_factor=0.0), "LinearLR: start_factor is 0.0; it must be above 0"),
+        (lambda: LinearLR(start_factor=-0.1), "LinearLR: start_factor is -0.1; it must be in"),
         (lambda: LinearLR(end_factor=1.5, total_iters=0), "total_iters is 0.*; end_factor is 1.5"),
         (lambda: Warmup(0, Constant()), "Warmup: length is 0"),
         (lambda: Warmup(1, ReduceLROnPlateau()), "then is .*it must be a schedule in closed form"),

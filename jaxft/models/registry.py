@@ -79,6 +79,8 @@ def create(
     num_classes: int = 1000,
     stride_in_1x1: bool = False,
     concat_pool: bool = False,
+    head_layers: tuple[int | Literal["relu"], ...] = (),
+    binary: bool = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -88,7 +90,11 @@ def create(
     stride_in_1x1: for weights of the original ResNet-50, 101 and 152 (He et al., Caffe, Keras),
       whose bottlenecks stride on their first 1x1 convolution; torchvision's do not.
     concat_pool: fastai's head, the maximum and mean of each channel and two linear layers.
-    dropout: of the features before the last linear layer (before the first of two: half of it).
+    head_layers: the widths of linear layers before the last one, and `relu`: (256, "relu", 32).
+    binary: two classes with one logit z, parameters of one output: `apply` gives (0, z), whose
+      cross entropy is torch's `BCEWithLogitsLoss` of z.
+    dropout: of the features before the head (concat_pool: before its last linear layer, and half
+      of it before the first).
     drop_path: stochastic depth, for each example, of the last residual block; linear in depth.
     dtype: of the computation; parameters, statistics and logits are float32. None: the images'.
 
@@ -107,6 +113,16 @@ def create(
     for option, rate in (("dropout", dropout), ("drop_path", drop_path)):
         if not 0 <= rate < 1:
             raise RecipeError(f"{name}: {option} is {rate}; it must be at least 0 and below 1")
+    if wrong := [x for x in head_layers if x != "relu" and not (isinstance(x, int) and x >= 1)]:
+        raise RecipeError(
+            f"{name}: head_layers has {wrong[0]!r}; each must be a width of at least 1 or 'relu'"
+        )
+    if head_layers and concat_pool:
+        raise RecipeError(f"{name}: concat_pool is a head of two layers; head_layers is another")
+    if binary and num_classes != 2:
+        raise RecipeError(
+            f"{name}: binary is one logit for two classes, not for {num_classes}; leave it out"
+        )
     if dtype not in (None, "float32", "bfloat16"):
         raise RecipeError(f"{name}: dtype is {dtype!r}; it must be float32, bfloat16 or None")
     config = _CONFIGS[name]
@@ -120,6 +136,8 @@ def create(
         num_classes=num_classes,
         stride_in_1x1=stride_in_1x1,
         concat_pool=concat_pool,
+        head_layers=head_layers,
+        binary=binary,
         dropout=dropout,
         drop_path=drop_path,
         dtype=dtype,

@@ -50,8 +50,13 @@ class ResNetConfig:
     num_classes: int = 1000
     concat_pool: bool = False
     """fastai's head: maximum and mean of each channel, then two linear layers."""
+    head_layers: tuple[int | Literal["relu"], ...] = ()
+    """Before the last linear layer: the widths of others, and ReLU."""
+    binary: bool = False
+    """Two classes with one logit z: the last layer has one output, the network's is (0, z)."""
     dropout: float = 0.0
-    """Before the last linear layer; half of it before the first of two."""
+    """Before the head; with `concat_pool` before the last linear layer, half of it before the
+    first."""
     drop_path: float = 0.0
     """Stochastic depth of the last residual block; it grows linearly from 0 in the first."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -165,6 +170,7 @@ class ResNet(nnx.Module):
         self.imagenet = config.layout == "imagenet"
         self.concat_pool = config.concat_pool
         self.last_layer = config.blocks[-2]
+        self.binary = config.binary
         self.conv1 = stem(config, rngs)
         self.bn1 = BatchNorm(c)
         self.maxpool = MaxPool()
@@ -180,11 +186,7 @@ class ResNet(nnx.Module):
                 c, number = block.expansion * width, number + 1
             setattr(self, f"layer{i + 1}", Sequential(layer))
         self.dropout = Dropout(0.0 if config.concat_pool else config.dropout)
-        self.fc = (
-            two_layers(c, config, rngs)
-            if config.concat_pool
-            else Linear(c, config.num_classes, rngs=rngs)
-        )
+        self.fc = head(c, config, rngs)
 
     def __call__(self, x: jax.Array, context: Context, blocks: Sequence[str]) -> jax.Array:
         """The output of the last of `blocks`, given the input `x` of the first.
@@ -196,7 +198,7 @@ class ResNet(nnx.Module):
             if name == "stem":
                 x = self._stem(x, context)
             elif name == "head":
-                x = self.fc(self.dropout(x, context.below("dropout")), context.below("fc"))
+                x = self._head(x, context)
             else:
                 x = getattr(self, name)(x, context.below(name))
                 x = self._pool(x) if name == self.last_layer else x
@@ -212,6 +214,11 @@ class ResNet(nnx.Module):
         """`[b h w c]` to `[b c]`, with `concat_pool` to `[b 2c]`."""
         mean = x.mean((1, 2))
         return jnp.concatenate([x.max((1, 2)), mean], -1) if self.concat_pool else mean
+
+    def _head(self, features: jax.Array, context: Context) -> jax.Array:
+        dropped = self.dropout(features, context.below("dropout"))
+        logits = self.fc(dropped, context.below("fc"))
+        return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
 
 
 def stem(config: ResNetConfig, rngs: nnx.Rngs) -> Conv | Sequential:
@@ -248,7 +255,23 @@ def subsample(x: jax.Array, c_out: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-def two_layers(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Sequential:
+def head(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Linear | Sequential:
+    """What makes logits of `c` channels: one linear layer, or numbered as in `nn.Sequential`."""
+    outputs = 1 if config.binary else config.num_classes
+    if config.concat_pool:
+        return two_layers(c, outputs, config, rngs)
+    layers: list[nnx.Module] = []
+    for width in config.head_layers:
+        if width == "relu":
+            layers.append(Relu())
+        else:
+            layers.append(Linear(c, width, rngs=rngs))
+            c = width
+    last = Linear(c, outputs, rngs=rngs)
+    return Sequential([*layers, last]) if layers else last
+
+
+def two_layers(c: int, outputs: int, config: ResNetConfig, rngs: nnx.Rngs) -> Sequential:
     """fastai's `create_head` after the pooling: norm, dropout, linear, twice; He's weights."""
     hidden = 512
     return Sequential(
@@ -256,6 +279,6 @@ def two_layers(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Sequential:
             *(BatchNorm(2 * c), Dropout(config.dropout / 2)),
             *(Linear(2 * c, hidden, bias=False, he=True, rngs=rngs), Relu()),
             *(BatchNorm(hidden), Dropout(config.dropout)),
-            Linear(hidden, config.num_classes, bias=False, he=True, rngs=rngs),
+            Linear(hidden, outputs, bias=False, he=True, rngs=rngs),
         ]
     )

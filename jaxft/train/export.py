@@ -35,6 +35,8 @@ def write(
         "model": recipe.model,
         "stride_in_1x1": recipe.stride_in_1x1,
         "concat_pool": recipe.concat_pool,
+        "head_layers": list(recipe.head_layers),
+        "binary": recipe.binary,
         "classes": list(classes),
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": dataclasses.asdict(score),

@@ -85,7 +85,7 @@ def finetune(
     if stage is not None and fork_from is None:
         raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
     if model is None:
-        recipe.network(num_classes=1)  # its name and options, before anything takes time
+        recipe.network(num_classes=2)  # its name and options, before anything takes time
     else:
         recipe.check_own_network()
         if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ class Objective:
 
     label_smoothing: the share of each target that is spread over all classes.
     class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; none: all alike.
+    reduction: `sum`: gradients are those of the sum over the batch, as torch's `reduction="sum"`.
     erasing: the chance that a box of an image is erased.
     mixup, cutmix: the alphas of their Beta distributions; 0 is without. With both, each batch is
       mixed by one of them, as a coin falls.
@@ -25,6 +27,7 @@ class Objective:
 
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -78,6 +81,10 @@ class Objective:
         if targets.ndim == 1:
             return jnp.ones(targets.shape, jnp.float32)
         return targets @ self._class_weights(targets)
+
+    def reduced(self, mean: jax.Array, total: jax.Array) -> jax.Array:
+        """What is minimised, of a mean (or a part of it) and the sum of the batch's `weights`."""
+        return mean * total if self.reduction == "sum" else mean
 
     def _class_weights(self, targets: jax.Array) -> jax.Array:
         if self.class_weights is None:

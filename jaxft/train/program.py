@@ -203,6 +203,7 @@ def program(
     objective = Objective(
         label_smoothing=recipe.label_smoothing,
         class_weights=weights,
+        reduction=recipe.reduction,
         erasing=recipe.erasing,
         mixup=recipe.mixup,
         cutmix=recipe.cutmix,

@@ -95,8 +95,8 @@ def train_step(
     through what lies before it. The state is donated: its buffers are the next state's. `key`
     draws dropout, erasing and mixing; `start` are the parameters that an `anchor` holds to.
 
-    The record's `loss` is the loss that is minimised, times the rows, without the anchor's penalty;
-    its `correct` are hits of each image's own class, whatever is mixed into it.
+    The record's `loss` is the mean loss, times the rows, without the anchor's penalty; its
+    `correct` are hits of each image's own class, whatever is mixed into it.
 
     labels: the stage's, to tell norms by group; none: without norms.
     accumulate: the batch is worked through in so many parts of consecutive rows, by which it must
@@ -125,7 +125,8 @@ def train_step(
         )
         losses = objective.losses(logits, part.targets)
         share = jnp.sum(losses, where=part.mask) / total
-        return share, (stats, tally(logits, part.target, part.mask)._replace(loss=share))
+        minimised = objective.reduced(share, total)
+        return minimised, (stats, tally(logits, part.target, part.mask)._replace(loss=share))
 
     def backward(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array

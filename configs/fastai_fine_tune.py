@@ -1,0 +1,33 @@
+"""fastai's `vision_learner(dls, resnet34).fine_tune(4)`: the head for an epoch, then everything.
+
+    python scripts/finetune.py configs/fastai_fine_tune.py --workdir runs/pets
+
+Source: fastai v2, `Learner.fine_tune` with its defaults (base_lr 2e-3, freeze_epochs 1) and
+`create_head`: maximum and mean of each channel, two linear layers, dropout 0.25 and 0.5. One cycle
+a stage, decoupled Adam, no decay of norms and biases. The norm layers of the frozen body train at
+a tenth of the head's rate, as there: mode C in both stages.
+
+For images in data/pets/<class>/, of which a fifth validates (fastai's `valid_pct=0.2`). fastai's
+own views (rotation, zoom, warp, light) are not in the package; a random resized crop and a flip
+take their place. Expect what fastai reports of the same images, within that; not measured here.
+"""
+
+from jaxft import Recipe
+from jaxft.methods import discriminative
+
+recipe = Recipe(
+    model="resnet34",
+    weights="hf:timm/resnet34.tv_in1k",
+    concat_pool=True,
+    dropout=0.5,
+    data="folder:data/pets",
+    batch_size=64,
+    stages=discriminative(
+        [("conv1", "bn1", "layer1", "layer2"), ("layer3", "layer4"), "fc"],
+        low=1e-5,
+        high=1e-3,
+        epochs=4,
+        train_norms=("**.bn*", "**.downsample.1"),
+        norms="C",
+    ),
+)

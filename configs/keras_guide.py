@@ -1,0 +1,40 @@
+"""Keras' transfer-learning guide: cats and dogs, the head, then all at a very low rate.
+
+    python scripts/finetune.py configs/keras_guide.py --workdir runs/cats_dogs
+
+Source: "Transfer learning & fine-tuning", keras.io/guides, its end-to-end example. One logit after
+dropout, Adam at 1e-3 for two epochs, then everything at 1e-5 for one. The body is called with
+`training=False`, so its norm layers use running statistics throughout: mode B while they are
+frozen, E when they train.
+
+Not as there: the network is a ResNet-50, not Xception; images are mirrored, not rotated; Keras
+adds Adam's eps to the root of the uncorrected moment, and starts the head's bias at zero.
+
+The data are Microsoft's PetImages (Cat/ and Dog/, some files damaged): 40 % to train on, the next
+10 % to validate. Expect the head stage to do nearly all, as both animals are among ImageNet's
+classes; not measured here.
+"""
+
+from jaxft import Adam, Recipe, Stage
+
+recipe = Recipe(
+    model="resnet50",
+    weights="hf:timm/resnet50.tv_in1k",
+    head="xavier",
+    binary=True,
+    dropout=0.2,
+    data="folder:data/PetImages",
+    train_split="train[:40%/class]",
+    val_split="train[40%:50%/class]",
+    on_bad_image="skip",
+    optimizer=Adam(eps=1e-7),
+    batch_size=64,
+    augment="flip",
+    image_size=150,
+    resize_size=150,
+    resize_mode="squash",
+    stages=(
+        Stage("head", train={"fc": 1e-3}, epochs=2, hand_on="last", norms="B"),
+        Stage("all", train={"*": 1e-5}, epochs=1, hand_on="last", norms="E"),
+    ),
+)

@@ -1,0 +1,33 @@
+"""L2-SP: a ResNet-101 held near the weights that it started from.
+
+    python scripts/finetune.py configs/l2_sp.py --workdir runs/l2_sp --data folder:PATH
+
+Source: Li et al. 2018, arXiv:1802.01483: the penalty 0.1/2·|w - w0|² on the body and 0.01/2·|w|²
+on the new head, in place of weight decay; SGD with momentum, batch 64, 9,000 steps, a tenth of the
+rate after 6,000. The paper chooses the rate (0.005, 0.01 or 0.02) and the body's strength by
+validation. Everything trains, so all norm layers are in mode C; the penalty holds them as well.
+
+Not as there: a random resized crop takes the place of a random crop, and validation sees one crop.
+Meant for data near ImageNet, where the paper finds it ahead of plain decay; not measured here.
+"""
+
+from jaxft import SGD, Anchor, Recipe, Stage
+from jaxft.schedules import MultiStepLR
+
+recipe = Recipe(
+    model="resnet101",
+    weights="hf:timm/resnet101.tv_in1k",
+    data="folder:data/dogs",
+    optimizer=SGD(momentum=0.9),
+    batch_size=64,
+    stages=(
+        Stage(
+            "all",
+            train={"*": 0.01},
+            steps=9000,
+            schedule=MultiStepLR((6000,), by="step"),
+            anchor=Anchor(body=0.1, head=0.01),
+            hand_on="last",
+        ),
+    ),
+)

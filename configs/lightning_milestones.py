@@ -1,0 +1,50 @@
+"""Lightning's fine-tuning example: cats and dogs, a ResNet-50 thawed at two milestones.
+
+    python scripts/finetune.py configs/lightning_milestones.py --workdir runs/cats_dogs
+
+Source: PyTorch Lightning, `examples/pytorch/domain_templates/computer_vision_fine_tuning.py`, with
+milestones at epochs 5 and 10 of 15. One Adam throughout; its MultiStepLR divides all rates by ten
+at each milestone, where what joins has a tenth of the head's rate. The head is 2048-256-ReLU-32-1
+under BCEWithLogitsLoss. Norm layers never train (`train_bn=False`): mode D until their blocks are
+thawed, then A.
+
+The data are cats_and_dogs_filtered.zip: train/ with 2,000 images, validation/ with 1,000. Expect
+the head stage to do nearly all, as both animals are among ImageNet's classes; not measured here.
+"""
+
+from jaxft import Adam, Recipe, Stage
+
+CONVS = ("layer*.*.conv*", "layer*.0.downsample.0")
+
+recipe = Recipe(
+    model="resnet50",
+    weights="hf:timm/resnet50.tv2_in1k",
+    head_layers=(256, "relu", 32),
+    binary=True,
+    data="folder:data/cats_and_dogs_filtered",
+    optimizer=Adam(),
+    batch_size=8,
+    augment="flip",
+    image_size=224,
+    resize_size=224,
+    resize_mode="squash",
+    stages=(
+        Stage("head", train={"fc": 1e-3}, epochs=5, hand_on="last", norms="D"),
+        Stage(
+            "layers",
+            train={"fc": 1e-4, **dict.fromkeys(CONVS, 1e-5)},
+            epochs=5,
+            hand_on="last",
+            carry="keep",
+            norms={"layer*": "A", "*": "D"},
+        ),
+        Stage(
+            "all",
+            train={"fc": 1e-5, **dict.fromkeys(CONVS, 1e-6), "conv1": 1e-6},
+            epochs=5,
+            hand_on="last",
+            carry="keep",
+            norms="A",
+        ),
+    ),
+)

@@ -1,0 +1,118 @@
+"""Every file of configs/: its docstring says how to run it, and a shrunken copy of it runs."""
+
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import data, finetune, paths, plan
+from jaxft.labels import FROZEN, leaf_labels
+from jaxft.models import registry
+from jaxft.models.resnet import ResNetConfig
+from jaxft.recipe import read, resolve, save
+from jaxft.report.console import Console
+from jaxft.weights.orbax import read_weights
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+SIDE, BATCH = 32, 4  # pixels, images
+
+
+@dataclass(frozen=True)
+class Narrow(ResNetConfig):
+    """A network with all layers and names, but few channels."""
+
+    @property
+    def widths(self):
+        return (8, 8, 16, 16)[: len(self.depths)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Narrow networks of at most two blocks a layer, and programs that are not made fast."""
+    few = {
+        name: Narrow(
+            **{f.name: getattr(config, f.name) for f in fields(config) if f.name != "depths"},
+            depths=tuple(min(depth, 2) for depth in config.depths),
+        )
+        for name, config in registry._CONFIGS.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_CONFIGS", few)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def shrunk(recipe):
+    """The recipe over a handful of small images, each stage one epoch, of a step or two."""
+
+    def short(stage):
+        counts = {name: n and 1 for name in ("epochs", "steps") if (n := getattr(stage, name))}
+        return replace(stage, **counts, batch_size=None)
+
+    return replace(
+        recipe,
+        weights=None,
+        head="fresh" if recipe.head == "keep" else recipe.head,
+        shots=None,
+        train_split=None,
+        val_split=None,
+        batch_size=BATCH,
+        image_size=SIDE,
+        resize_size=SIDE,
+        workers=0,
+        stages=tuple(map(short, recipe.stages)),
+        from_scratch=tuple(map(short, recipe.from_scratch)),
+    )
+
+
+def images(recipe):
+    """As many classes as the recipe can have, and one batch of them to train on."""
+    classes = "01" if recipe.binary else "012"
+    rng = np.random.default_rng(0)
+    targets = np.arange(BATCH) % len(classes)
+    pixels = rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
+    source = data.arrays(pixels, targets, classes)
+    return data.Splits(source, source, ())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_docstring_says_how_to_run_it(path):
+    said = path.read_text().split('"""')[1]
+    assert f"\n    python scripts/finetune.py configs/{path.name} --workdir runs/" in said
+    assert re.search(r"\bmode [A-E]\b", said)
+    assert re.search(r"^(Source: |The data are |The weights come )", said, re.MULTILINE)
+    assert re.search(r"\b([Mm]easured|Measured here|Published)\b", said)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_saved_one_is_equal(path, tmp_path):
+    recipe = read(path)
+    save(recipe, tmp_path / "recipe.yaml")
+    assert read(tmp_path / "recipe.yaml") == resolve(recipe) == recipe
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
+    recipe = shrunk(read(path))
+    splits = images(recipe)
+    model = recipe.network(len(splits.train.classes))
+    start = model.init(jax.random.key(1))
+    result = finetune(recipe, tmp_path, data=splits, start=start, console=Console(quiet=True))
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == [stage.name for stage in recipe.stages]
+    assert all(np.isfinite([row["train_loss"], row["val_loss"]]).all() for row in rows)
+    assert np.isfinite(result.score.loss)
+    before = start[0]
+    for row, stage in zip(rows, plan(recipe.stages, before), strict=True):
+        after, _ = read_weights(tmp_path / "checkpoints" / str(row["step"]))
+        leaves = zip(*map(jax.tree.leaves, (before, after)), strict=True)
+        moved = [not np.array_equal(*pair) for pair in leaves]
+        trains = [label != FROZEN for label in leaf_labels(before, stage.labels)]
+        named = zip(paths(before), moved, trains, strict=True)
+        assert [path for path, moved, trains in named if moved and not trains] == []
+        before = after
