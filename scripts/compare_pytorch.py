@@ -49,9 +49,8 @@ def pytorch(name: str, args: argparse.Namespace, seed: int, batch_size: int) -> 
         for part, view in views(args.image_size).items()
     }
     loaders = {
-        part: torch.utils.data.DataLoader(
-            images[part], batch_size, shuffle=part == "train", num_workers=2
-        )
+        # No workers: they would fork, which JAX, in this same process, does not survive.
+        part: torch.utils.data.DataLoader(images[part], batch_size, shuffle=part == "train")
         for part in images
     }
     model = models.resnet50()

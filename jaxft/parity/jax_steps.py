@@ -22,12 +22,12 @@ from jaxft.train.program import Program, Snapshot, program
 from jaxft.train.resume import next_state
 from jaxft.weights.names import torch_tensors
 
-# What optax calls the moments of each parameter, and torch: in Adam, in RMSprop.
+# What optax calls what it remembers of each parameter.
 _MOMENTS = {
-    "trace": ("momentum_buffer",),
-    "buffer": ("momentum_buffer",),
-    "mu": ("exp_avg", "grad_avg"),
-    "nu": ("exp_avg_sq", "square_avg"),
+    "trace": "momentum",
+    "buffer": "momentum",
+    "mu": "mean",
+    "nu": "mean square",
 }
 
 
@@ -86,7 +86,7 @@ def _stage(
         yield Step(
             rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},
             outputs={block: np.asarray(x)[:count] for block, x in outputs.items()},
-            loss={"loss": np.asarray(record.tally.loss / count)},
+            loss={"loss": np.asarray(_minimised(program, record.tally.loss / count, rows))},
             stats=_as_torch(of_stats, at.stats),
             grads=_as_torch(of_params, record.gradients),
             moments=_moments(of_params, at.opt_state),
@@ -106,6 +106,13 @@ def _outputs(program: Program, params: Tree, stats: Tree, batch: Batch) -> dict[
         found[block] = x
     found["logits"] = found.pop(model.blocks[-1])
     return found
+
+
+def _minimised(program: Program, mean: jax.Array, rows: Rows) -> jax.Array:
+    """The loss of a batch, of which a step tells the mean."""
+    weights = program.objective.class_weights
+    total = np.sum(np.asarray(weights)[rows.targets]) if weights else len(rows.targets)
+    return program.objective.reduced(mean, jnp.asarray(total))
 
 
 def _padded(rows: Rows, size: int) -> Batch:
@@ -133,9 +140,9 @@ def _moments(named: Tree, opt_state: optax.OptState) -> Arrays:
             continue
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.inner_state.rule)[0]:
             field, parameter = _of_parameter(path)
-            for moment in _MOMENTS.get(field, ()):
+            if field in _MOMENTS:
                 tensor = by_path[parameter]
-                found[f"{tensor.name}, {moment}"] = tensor.to_torch(np.asarray(leaf))
+                found[f"{tensor.name}, {_MOMENTS[field]}"] = tensor.to_torch(np.asarray(leaf))
     return found
 
 

@@ -1,5 +1,7 @@
 """Where two trainings first differ, and by how much; or that they do not."""
 
+import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -85,47 +87,38 @@ class Report:
         return self.steps[-1]
 
     def __str__(self) -> str:
-        return "\n".join(
-            [*(self._difference() if self.part else self._agreement()), *self._table()]
-        )
+        found = self._first_difference() if self.part else self._agreement()
+        return "\n".join([*found, *self._table()])
 
     def _agreement(self) -> list[str]:
-        count = sum(self.steps)
-        return [f"PyTorch and jaxft agree to {self.rtol:g} in {self.dtype}, in all {count} steps."]
+        steps = f"all {sum(self.steps)} steps"
+        return [f"PyTorch and jaxft agree to {self.rtol:g} in {self.dtype}, in {steps}."]
 
-    def _difference(self) -> list[str]:
+    def _first_difference(self) -> list[str]:
         assert self.part
         number, of = len(self.steps), len(self.stages)
         before = PARTS[: PARTS.index(self.part)]
         carried = self.part in ("moments", "params") and number > 1 and self.step == 1
-        lines = [
+        return [
             f"PyTorch and jaxft differ in stage {self.stage!r} ({number} of {of}), step "
             f"{self.step}, first in {self.part}:",
+            *(
+                f"  {found.name}: {found.torch:.7g} in PyTorch, {found.ours:.7g} here "
+                f"({found.size:.0e})"
+                for found in self.differences[:5]
+            ),
+            *([f"  and {len(self.differences) - 5} more"] if len(self.differences) > 5 else []),
+            *([textwrap.fill(f"In this step, {', '.join(before)} agree.", 80)] if before else []),
+            textwrap.fill(f"Look at {_CARRIED if carried else _CAUSES[self.part]}.", 80),
         ]
-        for found in self.differences[:5]:
-            lines.append(
-                f"  {found.name}: {found.torch:.9g} in PyTorch, {found.ours:.9g} here "
-                f"({found.size:.1e})"
-            )
-        if (more := len(self.differences) - 5) > 0:
-            lines.append(f"  and {more} more")
-        if before:
-            lines.append(
-                f"In this step, {', '.join(before)} still agree; in all before, everything."
-            )
-        return [*lines, f"Look at {_CARRIED if carried else _CAUSES[self.part]}."]
 
     def _table(self) -> list[str]:
-        width = max(5, *map(len, self.stages))
-        lines = [
-            "",
-            "Largest differences, relative to the largest value of each array:",
-            "".join([f"{'stage':{width}}{'steps':>6}", *(f"{part:>9}" for part in PARTS)]),
-        ]
+        width = min(18, max(5, *map(len, self.stages)))
+        rows = [f"{'stage':{width}}{'steps':>6}" + "".join(f"{part:>8}" for part in PARTS)]
         for stage, steps in zip(self.stages, self.steps, strict=False):
-            cells = (f"{self.largest[stage].get(part, 0.0):9.1e}" for part in PARTS)
-            lines.append("".join([f"{stage:{width}}{steps:6}", *cells]))
-        return lines
+            cells = "".join(f"{self.largest[stage][part]:8.0e}" for part in PARTS)
+            rows.append(f"{stage[:width]:{width}}{steps:6}{cells}")
+        return ["", "Largest differences, relative to the largest value of each array:", *rows]
 
 
 def differences(torch: Arrays, ours: Arrays, floor: float = 1e-6) -> list[Difference]:
@@ -138,10 +131,10 @@ def differences(torch: Arrays, ours: Arrays, floor: float = 1e-6) -> list[Differ
     found = []
     for name in dict.fromkeys((*torch, *ours)):
         if name not in ours or name not in torch or torch[name].shape != ours[name].shape:
-            found.append(Difference(name, np.inf, *_one_sided(name, torch, ours)))
+            found.append(Difference(name, math.inf, *_one_sided(name, torch, ours)))
             continue
         gap = np.abs(torch[name] - ours[name])
-        gap = np.where(np.isnan(gap), np.inf, gap)
+        gap = np.where(np.isnan(gap), math.inf, gap)
         worst = np.unravel_index(gap.argmax(), gap.shape)
         size = float(gap[worst]) / max(scales[name], least)
         found.append(Difference(name, size, float(torch[name][worst]), float(ours[name][worst])))
@@ -150,7 +143,7 @@ def differences(torch: Arrays, ours: Arrays, floor: float = 1e-6) -> list[Differ
 
 def _one_sided(name: str, torch: Arrays, ours: Arrays) -> Sequence[float]:
     return [
-        float(np.max(side[name], initial=-np.inf)) if name in side else np.nan
+        float(np.max(side[name], initial=-math.inf)) if name in side else np.nan
         for side in (torch, ours)
     ]
 

@@ -75,7 +75,7 @@ def compare(
 
 
 def _num_classes(module: nn.Module, epoch: Sequence[Rows]) -> int:
-    images = torch.from_numpy(np.moveaxis(epoch[0].images[:1], -1, 1).copy())
+    images = torch.from_numpy(np.moveaxis(epoch[0].images, -1, 1).copy())
     with torch.no_grad():
         logits = copy.deepcopy(module).eval()(images)
     return max(2, logits.shape[-1])  # a single logit tells two classes apart

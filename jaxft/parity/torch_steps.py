@@ -13,7 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from jaxft.parity.step import Arrays, Rows, Step
 
-_MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "grad_avg", "square_avg")
+# What torch's optimizers call what they remember of each parameter.
+_MOMENTS = {
+    "momentum_buffer": "momentum",
+    "exp_avg": "mean",
+    "grad_avg": "mean",
+    "exp_avg_sq": "mean square",
+    "square_avg": "mean square",
+}
 
 
 def mean_cross_entropy(module: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -100,10 +107,10 @@ def _trains(module: nn.Module, optimizer: Optimizer) -> dict[str, tuple[nn.Param
 
 def _moments(optimizer: Optimizer, trains: Mapping[str, tuple[nn.Parameter, float]]) -> Arrays:
     return {
-        f"{name}, {moment}": _numpy(optimizer.state[p][moment])
+        f"{name}, {moment}": _numpy(optimizer.state[p][key])
         for name, (p, _) in trains.items()
-        for moment in _MOMENTS
-        if optimizer.state.get(p, {}).get(moment) is not None
+        for key, moment in _MOMENTS.items()
+        if optimizer.state.get(p, {}).get(key) is not None
     }
 
 

@@ -1,0 +1,383 @@
+"""The recipes of `trajectories`, in PyTorch: numbers and order as their sources have them.
+
+Each parameter has a group of its own, which changes nothing for torch's optimizers and lets one
+stage group them otherwise than the last.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch_network import ResNet
+from trajectories import CASES, EPOCHS, epoch, shrunk, start, told
+
+from jaxft.parity.torch_steps import TorchStage, torch_steps
+
+
+def network(config):
+    """The recipe's, with the weights it starts from; float64."""
+    module = NETWORKS.get(config, ResNet)().double()
+    for name, tensor in module.state_dict().items():
+        if tensor.ndim:  # num_batches_tracked has no dimension
+            tensor.copy_(torch.from_numpy(start(config, name, tuple(tensor.shape))))
+    return module
+
+
+def lightning_head(c):
+    return nn.Sequential(nn.Linear(c, 256), nn.ReLU(), nn.Linear(256, 32), nn.Linear(32, 1))
+
+
+def fastai_head(c):
+    return nn.Sequential(
+        *(nn.BatchNorm1d(c), nn.Identity(), nn.Linear(c, 512, bias=False), nn.ReLU()),
+        *(nn.BatchNorm1d(512), nn.Identity(), nn.Linear(512, 3, bias=False)),
+    )
+
+
+NETWORKS = {
+    "layer_decay": lambda: ResNet(depth=2),
+    "lightning_milestones": lambda: ResNet(bottleneck=True, head=lightning_head),
+    "fastai_fine_tune": lambda: ResNet(concat_pool=True, head=fastai_head),
+    "keras_guide": lambda: ResNet(bottleneck=True, head=lambda c: nn.Linear(c, 1)),
+    **{
+        config: lambda: ResNet(bottleneck=True)
+        for config in ("bit", "l2_sp", "torchvision_reference", "torchvision_reference_v2")
+    },
+}
+
+
+def stage(rates, make, *, norms, carry="reset", **rest):
+    """A stage in which each parameter has the options (or rate) that `rates(name)` gives, or none.
+
+    `make(groups)` is its optimizer; with `carry="keep"` the one before goes on with the groups
+    that are new.
+    """
+
+    def begin(module, optimizer):
+        groups = []
+        for name, parameter in module.named_parameters():
+            options = rates(name)
+            parameter.requires_grad_(options is not None)
+            if options is not None:
+                options = options if isinstance(options, dict) else {"lr": options}
+                groups.append({"params": [parameter], **options})
+        set_norms(module, norms)
+        if optimizer is None or carry != "keep":
+            return make(groups)
+        known = {id(group["params"][0]): group for group in optimizer.param_groups}
+        for group in groups:
+            if old := known.get(id(group["params"][0])):
+                old.pop("initial_lr", None)  # of the last stage's scheduler
+                old["lr"] = group["lr"]
+            else:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    return TorchStage(begin, **rest)
+
+
+def set_norms(module, mode):
+    """`train()` and `eval()`, and Lightning's `track_running_stats`, for one of the five modes.
+
+    Or by layer: `(name) -> mode`.
+    """
+    module.train()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            own = mode if isinstance(mode, str) else mode(name)
+            trains = any(p.requires_grad for p in layer.parameters())
+            layer.train(not (own == "E" or (own == "B" and not trains)))
+            layer.track_running_stats = not (own == "D" and not trains)
+
+
+def sgd(**options):
+    return lambda groups: SGD(groups, momentum=0.9, **options)
+
+
+def seed(norms, carry):
+    def rates(**of_part):
+        rest = of_part.pop("rest", None)
+        return lambda name: of_part.get(name.split(".")[0], rest)
+
+    return [
+        stage(rates(fc=1e-3), sgd(), norms=norms, carry=carry),
+        stage(rates(fc=1e-3, layer4=1e-4), sgd(), norms=norms, carry=carry),
+        stage(rates(fc=1e-3, layer4=1e-4, rest=1e-5), sgd(), norms=norms, carry=carry),
+    ]
+
+
+def step_lr(size):
+    return lambda optimizer: lr_scheduler.StepLR(optimizer, size, gamma=0.1)
+
+
+def pytorch_tutorial_finetune(norms, carry):
+    return [stage(lambda name: 1e-3, sgd(), norms=norms or "C", scheduler=step_lr(7))]
+
+
+def pytorch_tutorial_extractor(norms, carry):
+    return [stage(only_fc(1e-3), sgd(), norms=norms, scheduler=step_lr(7))]
+
+
+def only_fc(rate):
+    return lambda name: rate if name.startswith("fc.") else None
+
+
+def d2l_hotdog(norms, carry):
+    def summed(module, images, targets):
+        return cross_entropy(module(images), targets, reduction="none").sum()
+
+    return [
+        stage(
+            lambda name: 5e-4 if name.startswith("fc.") else 5e-5,
+            lambda groups: SGD(groups, weight_decay=0.001),
+            norms=norms or "C",
+            loss=summed,
+        )
+    ]
+
+
+def bce(module, images, targets):
+    return binary_cross_entropy_with_logits(module(images)[:, 0], targets.to(images.dtype))
+
+
+def lightning_milestones(norms, carry):
+    def convolutions(name):
+        return "conv" in name or "downsample.0" in name
+
+    def head(name):
+        return 1e-3 if name.startswith("fc.") else None
+
+    def layers(name):
+        if name.startswith("layer"):
+            return 1e-5 if convolutions(name) else None
+        return 1e-4 if name.startswith("fc.") else None
+
+    def every(name):
+        if name.startswith("fc."):
+            return 1e-5
+        return 1e-6 if convolutions(name) else None
+
+    # Norms never train; a layer that has been thawed has its statistics tracked again.
+    modes = ["D", lambda name: "A" if name.startswith("layer") else "D", "A"]
+    carry = carry or "keep"
+    return [
+        stage(rates, Adam, norms=norms or mode, carry=carry, loss=bce)
+        for rates, mode in zip((head, layers, every), modes, strict=True)
+    ]
+
+
+def fastai_fine_tune(norms, carry):
+    def options(name, rate):
+        decays = not is_norm(name) and not name.endswith("bias")
+        return {"lr": rate, "weight_decay": 0.01 if decays else 0.0}
+
+    def is_norm(name):
+        norm = "bn" in name or "downsample.1" in name
+        return norm or name.startswith(("fc.0.", "fc.4."))
+
+    def frozen(name):
+        if name.startswith("fc."):
+            return options(name, 2e-3)
+        return options(name, 2e-3 / 10) if is_norm(name) else None
+
+    def unfrozen(name):
+        base = 1e-3
+        if name.startswith("fc."):
+            return options(name, base)
+        late = name.startswith(("layer3", "layer4"))
+        return options(name, base / 10 if late else base / 100)
+
+    def adam(groups):
+        return AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
+
+    return [
+        stage(
+            frozen, adam, norms="C", carry=carry,
+            scheduler=lambda o: FastaiOneCycle(o, pct=0.99, div=25.0), by="step",
+        ),
+        stage(
+            unfrozen, adam, norms="C", carry=carry,
+            scheduler=lambda o: FastaiOneCycle(o, pct=0.3, div=5.0), by="step",
+        ),
+    ]  # fmt: skip
+
+
+class ByFormula:
+    """A scheduler whose values are set by hand: those of step t before it is taken."""
+
+    total = 2 * EPOCHS
+
+    def __init__(self, optimizer):
+        self.optimizer, self.t = optimizer, 0
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.place()
+
+    def step(self):
+        """On to the next."""
+        self.t += 1
+        self.place()
+
+
+class FastaiOneCycle(ByFormula):
+    def __init__(self, optimizer, pct, div):
+        self.pct, self.div = pct, div
+        super().__init__(optimizer)
+
+    def place(self):
+        x = self.t / self.total
+        rises = x <= self.pct
+        done = torch.tensor(x / self.pct if rises else (x - self.pct) / (1 - self.pct)).double()
+        done = ((1 - torch.cos(torch.pi * done)) / 2).item()
+        for peak, group in zip(self.peaks, self.optimizer.param_groups, strict=True):
+            low, high = (peak / self.div, peak) if rises else (peak, peak / 1e5)
+            group["lr"] = low + (high - low) * done
+            low, high = (0.95, 0.85) if rises else (0.85, 0.95)
+            group["betas"] = (low + (high - low) * done, group["betas"][1])
+
+
+class SlantedTriangular(ByFormula):
+    def place(self):
+        cut = int(self.total * 0.1)
+        t = self.t
+        p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / 0.1 - 1))
+        for peak, group in zip(self.peaks, self.optimizer.param_groups, strict=True):
+            group["lr"] = peak * (1 + p * 31) / 32
+
+
+def keras_guide(norms, carry):
+    def adam(groups):
+        return Adam(groups, eps=1e-7)
+
+    return [
+        stage(only_fc(1e-3), adam, norms=norms or "B", carry=carry, loss=bce),
+        stage(lambda name: 1e-5, adam, norms=norms or "E", carry=carry, loss=bce),
+    ]
+
+
+def ulmfit(norms, carry):
+    order = ["fc", "layer4", "layer3", "layer2", "layer1", "stem"]
+
+    def thawed(count):
+        def rates(name):
+            part = name.split(".")[0]
+            depth = order.index("stem" if part in ("conv1", "bn1") else part)
+            return 0.01 / 2.6**depth if depth < count else None
+
+        return rates
+
+    def adam(groups):
+        return Adam(groups, betas=(0.7, 0.99))
+
+    return [
+        stage(
+            thawed(count), adam, norms=norms or "B", carry=carry or "keep",
+            scheduler=SlantedTriangular, by="step",
+        )
+        for count in range(1, 7)
+    ]  # fmt: skip
+
+
+def lp_ft(norms, carry):
+    def cosine(optimizer):
+        return lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+
+    return [stage(lambda name: 1e-4, sgd(), norms=norms or "E", scheduler=cosine)]
+
+
+def surgical(norms, carry):
+    def first(name):
+        return 1e-3 if name.startswith(("conv1.", "bn1.", "layer1.")) else None
+
+    return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms=norms or "E")]
+
+
+def bit(norms, carry):
+    def rule(optimizer):  # the authors' get_lr, with shorter supports
+        def factor(step):
+            if step < 4:
+                return step / 4
+            return 0.1 ** sum(support < step for support in (4, 7, 10))
+
+        return lr_scheduler.LambdaLR(optimizer, factor)
+
+    rates = [lambda name: 0.003, sgd()]
+    return [stage(*rates, norms=norms or "C", scheduler=rule, by="step")]
+
+
+def l2_sp(norms, carry):
+    pretrained = {name: p.detach().clone() for name, p in network("l2_sp").named_parameters()}
+
+    def penalty(module):
+        named = list(module.named_parameters())
+        body = sum((p - pretrained[n]).square().sum() for n, p in named if n[:3] != "fc.")
+        head = sum(p.square().sum() for n, p in named if n[:3] == "fc.")
+        return 0.1 / 2 * body + 0.01 / 2 * head
+
+    def drop(optimizer):
+        return lr_scheduler.MultiStepLR(optimizer, [8], gamma=0.1)
+
+    return [
+        stage(
+            lambda name: 0.01, sgd(), norms=norms or "C", penalty=penalty,
+            scheduler=drop, by="step",
+        )
+    ]  # fmt: skip
+
+
+def warm_cosine(epochs):
+    """Of torchvision's reference training."""
+
+    def scheduler(optimizer):
+        rise = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=2)
+        fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs - 2)
+        return lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[2])
+
+    return scheduler
+
+
+def smoothed(module, images, targets):
+    return cross_entropy(module(images), targets, label_smoothing=0.1)
+
+
+def layer_decay(norms, carry):
+    blocks = [f"layer{layer}.{block}." for layer in (4, 3, 2, 1) for block in (1, 0)]
+    order = ["fc.", *blocks, ("conv1.", "bn1.")]
+
+    def options(name):
+        (depth,) = (i for i, prefix in enumerate(order) if name.startswith(prefix))
+        vector = "bn" in name or "downsample.1" in name or name.endswith("bias")
+        return {"lr": 1e-3 * 0.75**depth, "weight_decay": 0.0 if vector else 0.05}
+
+    return [
+        stage(options, AdamW, norms=norms or "C", loss=smoothed, scheduler=warm_cosine(epochs=6))
+    ]
+
+
+def torchvision_reference(norms, carry):
+    decayed = sgd(weight_decay=1e-4)
+    return [stage(lambda name: 0.1, decayed, norms="C", scheduler=step_lr(3))]
+
+
+def torchvision_reference_v2(norms, carry):
+    def options(name):
+        norm = "bn" in name or "downsample.1" in name
+        return {"lr": 0.5, "weight_decay": 0.0 if norm else 2e-5}
+
+    return [stage(options, sgd(), norms="C", loss=smoothed, scheduler=warm_cosine(epochs=6))]
+
+
+RECIPES = (
+    seed, pytorch_tutorial_finetune, pytorch_tutorial_extractor, d2l_hotdog, lightning_milestones,
+    fastai_fine_tune, keras_guide, ulmfit, lp_ft, surgical, bit, l2_sp, layer_decay,
+    torchvision_reference, torchvision_reference_v2,
+)  # fmt: skip
+
+
+def recorded(case):
+    """What PyTorch's training of a case tells; see `trajectories.told`."""
+    config, norms, carry = CASES[case]
+    (stages,) = (recipe(norms, carry) for recipe in RECIPES if recipe.__name__ == config)
+    recipe = shrunk(config, norms, carry)
+    lengths = [2 * stage.epochs for stage in recipe.stages]
+    steps = torch_steps(network(config), stages, lengths, epoch(recipe), cuts={})
+    return dict(told(steps, lengths))

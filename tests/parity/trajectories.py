@@ -1,0 +1,150 @@
+"""The recipes of configs/, shrunk to a dozen convolutions and ten steps a stage, in float64.
+
+`PYTORCH` in tests/record_recipes.py has the same, written in PyTorch.
+"""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from narrow import narrowed
+from test_ddp import weight
+
+from jaxft import recipe as recipes
+from jaxft.parity.jax_steps import jax_steps, programs
+from jaxft.parity.step import Rows
+from jaxft.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
+from jaxft.weights.names import torch_tensors
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GOLDEN = Path(__file__).parents[1] / "golden" / "recipes.npz"
+SIDE, ROWS, LAST = 32, 8, 5  # pixels, images of a batch, of an epoch's last batch
+EPOCHS = 5  # of two batches, unless a schedule asks for more
+
+# config: (norms: None is its own, carry: None is its own) of each variant
+VARIANTS = {
+    "seed": [(norms, carry) for norms in "ABDE" for carry in ("reset", "keep")],
+    "pytorch_tutorial_finetune": [(None, None), ("E", None)],
+    "pytorch_tutorial_extractor": [("A", None), ("B", None), ("D", None)],
+    "d2l_hotdog": [(None, None), ("E", None)],
+    "lightning_milestones": [(None, None), (None, "reset"), ("B", None)],
+    "fastai_fine_tune": [(None, None), (None, "keep")],
+    "keras_guide": [(None, None), ("E", "keep"), ("B", None)],
+    "ulmfit": [(None, None), (None, "reset"), ("E", None)],
+    "lp_ft": [(None, None), ("B", None)],
+    "surgical": [(None, None), ("A", None), ("B", None)],
+    "bit": [(None, None), ("E", None)],
+    "l2_sp": [(None, None), ("E", None)],
+    "layer_decay": [(None, None), ("E", None)],
+    "torchvision_reference": [(None, None)],
+    "torchvision_reference_v2": [(None, None)],
+}
+CASES = {
+    f"{name}, {norms or 'its own'}, {carry or 'its own'}": (name, norms, carry)
+    for name, variants in VARIANTS.items()
+    for norms, carry in variants
+}
+# Shorter, for the number of steps is: (epochs, schedule).
+SCHEDULES = {
+    "pytorch_tutorial_finetune": (10, StepLR(7)),
+    "pytorch_tutorial_extractor": (10, StepLR(7)),
+    "bit": (6, Warmup(4, then=MultiStepLR((1, 4, 7), by="step"), start_factor=0.0)),
+    "l2_sp": (6, MultiStepLR((8,), by="step")),
+    "torchvision_reference": (6, StepLR(3)),
+    "torchvision_reference_v2": (6, Warmup(2, then=CosineAnnealingLR(), start_factor=0.01)),
+    "layer_decay": (6, Warmup(2, then=CosineAnnealingLR(), start_factor=0.01)),
+}
+
+
+def shrunk(config, norms=None, carry=None):
+    """A config's recipe over small batches, with norm modes and carrying of another's."""
+    recipe = recipes.read(CONFIGS / f"{config}.py")
+    epochs, schedule = SCHEDULES.get(config, (EPOCHS, None))
+
+    def short(stage):
+        own = {"schedule": schedule} if schedule else {}
+        own |= {"norms": norms} if norms else {}
+        own |= {"carry": carry} if carry else {}
+        return replace(
+            stage, epochs=epochs, steps=None, batch_size=None, mixup=None, ema=None, **own
+        )
+
+    return replace(
+        recipe,
+        weights=None,
+        head="fresh",
+        batch_size=ROWS,
+        dropout=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        erasing=0.0,
+        stages=tuple(short(stage) for stage in recipe.stages if not stage.solver),
+    )
+
+
+def epoch(recipe):
+    """Two batches, float64."""
+    rng = np.random.default_rng(0)
+    classes = 2 if recipe.binary else 3
+    return [
+        Rows(rng.standard_normal((count, SIDE, SIDE, 3)), rng.integers(0, classes, count))
+        for count in (ROWS, LAST)
+    ]
+
+
+def network(config, recipe):
+    """The recipe's network, narrow and with one block a layer, unless its patterns name two."""
+    with narrowed(most=2 if config == "layer_decay" else 1):
+        return recipe.network(2 if recipe.binary else 3)
+
+
+def start(config, name, shape):
+    """A tensor of the network at the start, in torch's layout."""
+    zero = config == "bit" and name.startswith("fc.")  # that recipe's head starts there
+    return np.zeros(shape) if zero else weight(name, shape)
+
+
+def told(steps, lengths):
+    """A training in few numbers: each step's loss and rates, and each stage's end.
+
+    Each tensor counts by its norm and by its product with a random one of its size.
+    """
+    steps = iter(steps)
+    for index, length in enumerate(lengths):
+        losses, rates = [], []
+        for step in islice(steps, length):
+            losses.append(step.loss["loss"])
+            rates.append([step.rates[name] for name in sorted(step.rates)])
+        yield f"{index}/loss", np.array(losses)
+        yield f"{index}/rates", np.array(rates)
+        for part in ("params", "stats", "moments"):
+            yield f"{index}/{part}", summaries(getattr(step, part))
+
+
+def summaries(arrays):
+    """[tensor, 2], in the order of their names."""
+    rows = []
+    for name in sorted(arrays):
+        array = arrays[name].astype(np.float64).ravel()
+        direction = np.random.default_rng(array.size).choice([-1.0, 1.0], array.size)
+        rows.append([np.linalg.norm(array), direction @ array])
+    return np.array(rows).reshape(-1, 2)
+
+
+def train(case, dtype="float64"):
+    """What our half tells of a case."""
+    config, norms, carry = CASES[case]
+    recipe = shrunk(config, norms, carry)
+    model = network(config, recipe)
+    with jax.enable_x64(dtype == "float64"):
+        named = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
+        begin = jax.tree.map(
+            lambda t: jnp.asarray(t.from_torch(start(config, t.name, t.shape)), dtype), named
+        )
+        rows = [Rows(x.images.astype(dtype), x.targets) for x in epoch(recipe)]
+        stages = programs(recipe, model, begin, rows)
+        steps = jax_steps(stages, begin, rows, watch=False)
+        return dict(told(steps, [stage.steps for stage in stages]))
