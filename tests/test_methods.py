@@ -3,12 +3,14 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import jaxft
 from jaxft import SGD, Adam, AdamW, RecipeError, Stage
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.methods import (
+    bit,
     discriminative,
     full,
     gradual_unfreeze,
@@ -18,7 +20,14 @@ from jaxft.methods import (
     ulmfit,
 )
 from jaxft.models import create, names
-from jaxft.schedules import Constant, CosineAnnealingLR, FastaiOneCycle, SlantedTriangular
+from jaxft.schedules import (
+    Constant,
+    CosineAnnealingLR,
+    FastaiOneCycle,
+    MultiStepLR,
+    SlantedTriangular,
+    Warmup,
+)
 
 BLOCKS = [("stem", "norm"), "body", "fc"]
 MOMENTUM = SGD(momentum=0.9)
@@ -101,6 +110,16 @@ BY_HAND = {
             ),
         ],
     ),
+    "bit": (
+        bit(images=20_000, augment="flip"),
+        [
+            Stage(
+                "all", {"*": 0.003}, None,
+                Warmup(500, MultiStepLR((2501, 5501, 8501), by="step"), start_factor=0.0),
+                MOMENTUM, hand_on="last", steps=10_000, batch_size=512, mixup=0.1, augment="flip",
+            )
+        ],
+    ),
     "fields replace the method's own": (
         ulmfit(["b", "c"], epochs=2, schedule=Constant(), carry="reset"),
         [
@@ -121,6 +140,26 @@ def test_stages(stages, by_hand):
         assert list(stage.train) == list(expected.train)
         assert stage.train == pytest.approx(expected.train, rel=1e-12)
         assert vars(stage) | {"train": None} == vars(expected) | {"train": None}
+
+
+@pytest.mark.parametrize(
+    ("images", "warm", "milestones", "steps", "mixup"),
+    [
+        (1, 100, (150, 300, 450), 500, 0.0),
+        (19_999, 100, (150, 300, 450), 500, 0.0),
+        (20_000, 500, (3000, 6000, 9000), 10_000, 0.1),
+        (499_999, 500, (3000, 6000, 9000), 10_000, 0.1),
+        (500_000, 500, (6000, 12_000, 18_000), 20_000, 0.1),
+    ],
+)
+def test_the_rates_of_bit(images, warm, milestones, steps, mixup):
+    """Each step's, as its authors' `get_lr` has them, but for the milestones of 500 steps."""
+    (stage,) = bit(images=images)
+    assert (stage.steps, stage.mixup) == (steps, mixup)
+    t = np.arange(steps)
+    passed = sum(milestone < t for milestone in milestones)
+    expected = np.where(t < warm, 0.003 * t / warm, 0.003 / 10.0**passed)
+    np.testing.assert_allclose(stage.schedule.rate(0.003, t, steps), expected, rtol=1e-5)
 
 
 RESNET = create("resnet18")
@@ -202,6 +241,7 @@ ERRORS = {
         lambda: discriminative(BLOCKS, float("nan"), -1.0, epochs=1),
         "low is nan; it must be positive and finite; high is -1.0; it must be positive and finite",
     ),
+    "no images": (lambda: bit(images=0), "bit: images is 0; it must be at least 1."),
     "epochs": (lambda: full(1.0, epochs=0), "stage 'all': it has 0 epochs"),
     "epochs of the last stage": (lambda: ulmfit(BLOCKS, epochs=0), "'stem+norm': it has 0 epochs"),
     "head epochs": (

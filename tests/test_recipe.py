@@ -235,12 +235,13 @@ def test_the_network_is_the_recipes():
     options = {
         "stride_in_1x1": True,
         "concat_pool": True,
+        "binary": True,
         "dropout": 0.1,
         "drop_path": 0.2,
         "dtype": "bfloat16",
     }
     recipe = dataclasses.replace(RECIPE, model="resnet50", **options)
-    assert recipe.network(7) == models.create("resnet50", num_classes=7, **options)
+    assert recipe.network(2) == models.create("resnet50", num_classes=2, **options)
 
 
 def test_a_stage_goes_before_the_recipe_in_what_it_says():

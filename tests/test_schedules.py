@@ -256,6 +256,12 @@ def test_a_plateaus_state_is_plain_numbers():
     assert [type(x) for x in better] == [float, int, int, int]
 
 
+def test_a_warm_up_from_zero_trains_nothing_at_first():
+    schedule = Warmup(4, Constant(by="step"), start_factor=0.0)
+    rates = [float(schedule.rate(0.5, t, total=6)) for t in range(6)]
+    assert rates == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -83,6 +83,26 @@ def test_gradient_is_torchs(weights, smoothing):
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.5)], ids=str)
+def test_the_sum_is_torchs(weights):
+    torch = pytest.importorskip("torch")
+    objective = Objective(class_weights=weights, label_smoothing=0.1, reduction="sum")
+    onehot, mask = jax.nn.one_hot(TARGET, 3), np.ones(4, bool)
+
+    def summed(logits):
+        total = jnp.sum(objective.weights(onehot))
+        return objective.reduced(mean_loss(objective, logits, onehot, mask), total)
+
+    value, gradient = jax.value_and_grad(summed)(jnp.asarray(LOGITS))
+    theirs = torch.tensor(LOGITS, requires_grad=True)
+    weight = None if weights is None else torch.tensor(weights)
+    criterion = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1, reduction="sum")
+    expected = criterion(theirs, torch.tensor(TARGET).long())
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
 def test_mixed_targets_count_by_their_weights():
     """A row of two classes costs as its two parts would, and so does the divisor."""
     objective = Objective(class_weights=(1.0, 4.0, 0.5))
@@ -133,14 +153,15 @@ def test_each_draws_by_itself():
     assert not np.array_equal(varied(both, batch(), jax.random.key(4))[0], together)
 
 
-def prepare(objective, model=MODEL):
+def prepare(objective, model=MODEL, **options):
     params, stats = model.init(jax.random.key(0))
     (stage,) = plan([Stage("all", {"*": 0.1}, 1)], params)
     norms = norm_modes(params, stats, stage.labels)
     transform = stage.transform(SGD())
     trainable, frozen = partition(params, stage.labels)
     state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-    return train_step(model, transform, PREPROCESSING, norms, objective), state, frozen
+    step = train_step(model, transform, PREPROCESSING, norms, objective, **options)
+    return step, state, frozen
 
 
 def test_a_step_counts_rows_and_hits_of_their_own_classes():
@@ -151,6 +172,21 @@ def test_a_step_counts_rows_and_hits_of_their_own_classes():
     assert [int(s.examples) for s in sums] == [5, 5]
     assert int(sums[0].correct) == int(sums[1].correct)  # smoothing changes no image
     assert float(sums[0].loss) != float(sums[1].loss)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
+    """Whole or in parts, of which the last is all padding; and the loss shown stays the mean."""
+    moved, losses = [], []
+    for reduction in ("mean", "sum"):
+        step, state, frozen = prepare(Objective(reduction=reduction), accumulate=accumulate)
+        start = jax.device_get(state.trainable)
+        state, record = step(state, frozen, batch(real=5), KEY)
+        moved.append(jax.tree.map(lambda a, b: a - b, state.trainable, start))
+        losses.append(float(record.tally.loss))
+    assert losses[0] == losses[1]
+    for mean, summed in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(summed, 5 * mean, rtol=1e-3, atol=1e-6)
 
 
 def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
