@@ -96,10 +96,11 @@ def logistic_regression(
         weights = jnp.zeros((turned.shape[1], k))
         for strength in sorted(set(c)):
             penalty = (2 if k == 2 else 1) / (strength * n)
-            # Along them the curvature is known where all classes are as likely. Scaled by its root
-            # the problem is nearly round, however ill-conditioned the features are.
+            # Scaled by the root of the curvature along them, that of where it starts, the problem
+            # is nearly round, however ill-conditioned the features are.
             shares = jax.nn.softmax(turned @ weights)
-            curvature = (turned**2).T @ (shares * (1 - shares)).mean(1) / n + penalty
+            spread = (shares * (1 - shares)).mean(1)
+            curvature = (spread @ turned**2 / n).at[:-1].add(penalty)
             weights, norm, iterations = _minimise(turned, own, penalty, curvature**-0.5, weights)
             kernel = np.asarray(axes.T @ weights[:-1])
             bias = np.asarray(weights[-1]) - mean @ kernel

@@ -4,7 +4,7 @@
 declare theirs (`model.block_patterns`); that of any other network is yours to say, never guessed.
 Later blocks choose their parameters first, so the first may be `*`: whatever is left. Rates are
 base rates, lengths are in epochs; what cannot be is a RecipeError. Every method takes further
-fields of `Stage`, which go before its own in all of its stages.
+fields of `Stage`, which go before its own in all of its stages that take steps.
 
 >>> from jaxft import SGD, EarlyStop
 >>> stages = full(1e-3, epochs=5, optimizer=SGD(momentum=0.9), until=EarlyStop("loss"))
@@ -20,6 +20,7 @@ from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
+from jaxft.logistic import LogisticRegression
 from jaxft.optim import SGD, Adam, AdamW, Rule
 from jaxft.plateau import ReduceLROnPlateau
 from jaxft.schedules import (
@@ -143,26 +144,26 @@ def surgical(
 
 def linear_probe_then_finetune(
     blocks: Blocks,
-    probe_lr: float,
     lr: float,
     *,
-    probe_epochs: int,
+    c: tuple[float, ...] = LogisticRegression.c,
     epochs: int = 20,
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
-    """The last block alone, then everything on a cosine (Kumar et al. 2022, arXiv:2202.10054).
+    """The last block solved, then everything on a cosine (Kumar et al. 2022, arXiv:2202.10054).
 
-    The paper's probe is a logistic regression, here `probe_epochs` at the constant `probe_lr`;
-    its `lr` is the best of several from 3e-7 to 1e-2.
+    The probe is a logistic regression, see `LogisticRegression` for `c`; of `fields` it takes
+    `hand_on` and `carry`. The paper's `lr` is the best of several from 3e-7 to 1e-2.
 
-    >>> stages = linear_probe_then_finetune(["body", "fc"], 1e-2, 1e-4, probe_epochs=5)
-    >>> [(stage.name, stage.train, stage.epochs) for stage in stages]
-    [('probe', {'fc': 0.01}, 5), ('all', {'*': 0.0001}, 20)]
+    >>> probe, every = linear_probe_then_finetune(["body", "fc"], 1e-4)
+    >>> probe.name, list(probe.train), every.train, every.epochs
+    ('probe', ['fc'], {'*': 0.0001}, 20)
     """
     head = _order("linear_probe_then_finetune", blocks)[-1]
     cosine = Fields(schedule=CosineAnnealingLR())
+    handing = {name: fields[name] for name in ("hand_on", "carry") if name in fields}
     return (
-        Stage("probe", dict.fromkeys(head, probe_lr), probe_epochs, **LPFT | fields),
+        Stage("probe", dict.fromkeys(head, LogisticRegression(c)), **handing),
         Stage("all", {"*": lr}, epochs, **LPFT | cosine | fields),
     )
 
