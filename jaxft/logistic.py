@@ -23,12 +23,10 @@ ITERATIONS = 1000
 class LogisticRegression:
     """In the place of a head's learning rate: the stage solves the head, and takes no steps.
 
-    c: inverse strengths of the L2 penalty, as scikit-learn's `C`, of which the best by validation
-      is taken: by accuracy, then loss, then the stronger penalty. The default is the range of
-      Kumar et al. 2022 (arXiv:2202.10054), whose code tries 100 values of it.
-
-    >>> from jaxft import Stage
-    >>> stage = Stage("probe", train={"fc": LogisticRegression()})
+    Attributes:
+      c: inverse strengths of the L2 penalty, as scikit-learn's `C`, of which the best by validation
+        is taken: by accuracy, then loss, then the stronger penalty. The default is the range of
+        Kumar et al. 2022 (arXiv:2202.10054), whose code tries 100 values of it.
     """
 
     c: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -75,12 +73,14 @@ def logistic_regression(
     Fits are in the order of `c`, each started from that of the next stronger penalty. It takes
     memory for 3 float64 copies of the features, on the default device.
 
-    Raises DataError for shapes or classes that do not fit, and features that are not finite.
+    Raises DataError for shapes or classes that do not fit, and features that are not finite;
+    RecipeError for `c` that is empty or not positive.
 
     >>> fit, = logistic_regression([[0.0], [1.0], [3.0], [4.0]], [0, 0, 1, 1], 2)
     >>> fit.converged, (np.array([[1.0], [3.0]]) @ fit.kernel + fit.bias).argmax(1).tolist()
     (True, [0, 1])
     """
+    LogisticRegression(tuple(c))  # its check
     rows, classes = np.asarray(features, np.float64), np.asarray(targets)
     _check(rows, classes, num_classes)
     present, own = np.unique(classes, return_inverse=True)
@@ -101,7 +101,9 @@ def logistic_regression(
             shares = jax.nn.softmax(turned @ weights)
             spread = (shares * (1 - shares)).mean(1)
             curvature = (spread @ turned**2 / n).at[:-1].add(penalty)
-            weights, norm, iterations = _minimise(turned, own, penalty, curvature**-0.5, weights)
+            # Where it is less, the gradient's rounding would be magnified to the tolerance.
+            scale = jnp.maximum(curvature, TOLERANCE) ** -0.5
+            weights, norm, iterations = _minimise(turned, own, penalty, scale, weights)
             kernel = np.asarray(axes.T @ weights[:-1])
             bias = np.asarray(weights[-1]) - mean @ kernel
             layer = _with_absent(rows, present, kernel, bias - bias.mean(), num_classes)

@@ -161,9 +161,13 @@ def linear_probe_then_finetune(
     """
     head = _order("linear_probe_then_finetune", blocks)[-1]
     cosine = Fields(schedule=CosineAnnealingLR())
-    handing = {name: fields[name] for name in ("hand_on", "carry") if name in fields}
     return (
-        Stage("probe", dict.fromkeys(head, LogisticRegression(c)), **handing),
+        Stage(
+            "probe",
+            dict.fromkeys(head, LogisticRegression(c)),
+            hand_on=fields.get("hand_on", "best"),
+            carry=fields.get("carry", "reset"),
+        ),
         Stage("all", {"*": lr}, epochs, **LPFT | cosine | fields),
     )
 

@@ -6,6 +6,7 @@ import re
 
 import optax
 import pytest
+import tyro
 
 from jaxft import (
     SGD,
@@ -13,6 +14,7 @@ from jaxft import (
     AdamW,
     Anchor,
     EarlyStop,
+    LogisticRegression,
     Plateau,
     Recipe,
     RecipeError,
@@ -67,6 +69,7 @@ RECIPE = Recipe(
             accumulate=2,
         ),
         Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
+        Stage("probe", train={"fc": LogisticRegression((0.1, 2.0))}, hand_on="last"),
         Stage(
             "all",
             train={
@@ -125,6 +128,17 @@ def test_yaml_gives_back_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")
     assert read(tmp_path / "recipe.yaml") == recipe
     assert resolve(recipe) == recipe
+
+
+def test_strengths_of_a_solved_head_are_an_option():
+    stage = Stage("probe", train={"fc": LogisticRegression()})
+    recipe = tyro.cli(
+        Recipe,
+        default=dataclasses.replace(RECIPE, stages=(stage,)),
+        args=["--stages.0.train.fc.c", "0.5", "2"],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    assert recipe.stages[0].solver == LogisticRegression((0.5, 2.0))
 
 
 def test_python_files_define_recipe(tmp_path):

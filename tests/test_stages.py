@@ -7,10 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxft
-from jaxft import EarlyStop, PatternError, RecipeError, ReduceLROnPlateau, Stage
+from jaxft import (
+    SGD,
+    EarlyStop,
+    LogisticRegression,
+    PatternError,
+    RecipeError,
+    ReduceLROnPlateau,
+    Stage,
+)
 from jaxft.labels import leaf_labels
 from jaxft.schedules import CosineAnnealingLR
 
+SOLVER = LogisticRegression()
 PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}
 
 
@@ -88,6 +97,35 @@ def test_groups_partition_the_parameters_and_refine_every_stage(stages):
 def test_wrong_stages(fields, message):
     with pytest.raises(RecipeError, match=message):
         Stage(**{"name": "x", "train": {"fc": 1.0}, "epochs": 1, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 1, "norms": "E"}, "takes no steps; leave out epochs, norms"),
+        ({"minutes": 1.0, "clip_norm": -1.0, "mixup": 0.1}, "leave out minutes, clip_norm, mixup"),
+        ({"optimizer": SGD(), "until": EarlyStop()}, "leave out optimizer, until"),
+        ({"train": {"fc": SOLVER, "late": 1.0}}, "beside a LogisticRegression nothing else trains"),
+        ({"train": {"late": -1.0, "fc": SOLVER}, "steps": 1}, "nothing else trains; .* out steps"),
+        ({"name": ""}, "its name is empty"),
+    ],
+    ids=str,
+)
+def test_wrong_stages_that_are_solved(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        Stage(**{"name": "x", "train": {"fc": SOLVER}, **fields})
+
+
+def test_a_stage_that_is_solved_has_a_group_and_no_optimizer():
+    stages = [
+        Stage("fc", {"fc": SOLVER}, hand_on="last", carry="keep"),
+        Stage("all", {"*": 1.0}, epochs=1),
+    ]
+    solved, after = jaxft.plan(stages, PARAMS)
+    assert solved.labels["fc"] == {"kernel": "fc", "bias": "fc"} == after.labels["fc"]
+    assert (solved.rates, list(solved.patterns), stages[0].length(7)) == ({}, ["fc"], 1)
+    with pytest.raises(RecipeError, match=r"stage 'fc' is solved .*jaxft.logistic_regression"):
+        solved.transform()
 
 
 @pytest.mark.parametrize(

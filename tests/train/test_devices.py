@@ -16,7 +16,7 @@ import pytest
 from flax import linen
 from safetensors.numpy import load_file
 
-from jaxft import Recipe, RecipeError, Stage, finetune, models
+from jaxft import LogisticRegression, Recipe, RecipeError, Stage, finetune, models
 from jaxft.checkpoint import Checkpoints
 from jaxft.labels import paths
 from jaxft.recipe import save
@@ -24,7 +24,7 @@ from jaxft.report.console import Console
 
 CHILD = Path(__file__).with_name("devices_child.py")
 QUIET = Console(quiet=True)
-# 21 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
+# 22 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
 # random numbers by row, sees a batch's statistics, or adds up over all parameters.
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -51,6 +51,7 @@ RECIPE = Recipe(
             clip_norm=1.0,
         ),
         Stage("all", {"*": 1e-3}, epochs=2, norms="C", batch_size=20, accumulate=2, ema=0.5),
+        Stage("probe", {"fc": LogisticRegression((0.1,))}, hand_on="last"),
     ),
 )
 # Its norm layers see the batch, and its one step is soon compiled.

@@ -1,0 +1,220 @@
+"""Whole runs with a stage that is solved."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen
+from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, go_on, rows, steps
+
+from jaxft import (
+    LogisticRegression,
+    ModelError,
+    RecipeError,
+    Stage,
+    data,
+    finetune,
+    logistic_regression,
+    models,
+    weights,
+)
+from jaxft.checkpoint import Checkpoints
+from jaxft.report.console import Console
+from jaxft.train import solve
+from jaxft.train.evaluate import eval_step, score
+from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.run import Run
+
+C = (1e-2, 1e4, 1.0)
+PROBE = Stage("probe", {"fc": LogisticRegression(C)})
+LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=2, carry="keep", hand_on="last")
+# The first stage's optimizer state of layer3 is kept over the second, for the third.
+SOLVED = dataclasses.replace(
+    RECIPE,
+    stages=(
+        Stage("first", {"fc": 1e-3, "layer3": 1e-3}, steps=2, hand_on="last"),
+        dataclasses.replace(PROBE, carry="keep"),
+        LATE,
+    ),
+)
+ALONE = dataclasses.replace(RECIPE, stages=(PROBE,))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Its folder, its result, and the arrays of each checkpoint."""
+    workdir, saved, real = tmp_path_factory.mktemp("unbroken"), {}, Checkpoints.save
+
+    def save(checkpoints, step, header, arrays, **keep):
+        saved[step] = jax.device_get(arrays)
+        real(checkpoints, step, header, arrays, **keep)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        result = go_on(workdir, SOLVED)
+    return workdir, result, saved
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    return workdir, go_on(workdir, ALONE)
+
+
+def pictures(source, preprocessing):
+    """Its batch of all images."""
+    (batch,) = data.eval_batches(source, preprocessing, batch_size=len(source), workers=0)
+    return batch
+
+
+def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
+    """Of the features with running statistics, of each image once and as validation sees it."""
+    workdir, result = alone
+    model, pre = ALONE.network(5), ALONE.expecting(data.Preprocessing()).preprocessing
+    train, val = data.open_source(
+        ALONE.data, train=ALONE.train_split, val=ALONE.val_split, shots=ALONE.shots
+    )
+    before = weights.load("asset:digits_0to4", model, head="fresh", key=jax.random.key(0))
+    params, stats = weights.load(workdir, model)
+    batch = pictures(train, pre)
+    features, _ = model.apply(*before, pre.normalize(batch.image), norms="running", last="layer3")
+    scores = []
+    for fit in logistic_regression(features, batch.target, 5, c=C):
+        head = {"kernel": np.float32(fit.kernel), "bias": np.float32(fit.bias)}
+        scores.append(
+            score([eval_step(model, pre)({**before[0], "fc": head}, stats, pictures(val, pre))])
+        )
+    best = max(range(3), key=lambda i: (scores[i].accuracy, -scores[i].loss))
+    assert best == 2  # neither the strongest nor the weakest penalty
+    (fit,) = logistic_regression(features, batch.target, 5, c=(C[best],))
+    np.testing.assert_allclose(params["fc"]["kernel"], fit.kernel, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(params["fc"]["bias"], fit.bias, rtol=0, atol=1e-4)
+    assert result.score.loss == pytest.approx(scores[best].loss, rel=1e-4)
+
+    (row,) = rows(workdir)
+    assert (row["stage"], row["epoch"], row["step"], steps(workdir)) == ("probe", 1, 1, [1])
+    assert (row["val_loss"], row["rates"]) == (result.score.loss, {})
+    logits = np.asarray(features) @ fit.kernel + fit.bias
+    own = logits[np.arange(len(logits)), batch.target]
+    expected = np.mean(np.logaddexp.reduce(logits, axis=1) - own)
+    assert row["train_loss"] == pytest.approx(expected, rel=1e-3)
+    after = {**params, "fc": before[0]["fc"]}
+    for a, b in zip(jax.tree.leaves((after, stats)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_of_equal_penalties_the_stronger_is_taken():
+    fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
+    at = [solve._merit(fit._replace(c=c), solve.Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)]
+    assert max(at) == at[2]
+
+
+def test_the_sweep_is_a_table(tmp_path, capsys):
+    recipe = dataclasses.replace(ALONE, batch_size=32)
+    finetune(recipe, tmp_path / "run", console=Console())
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    (chosen,) = [line for line in lines if "chosen" in line]
+    assert chosen.split()[0] == "C=1e+0"
+    assert [line.split()[0] for line in lines if line.strip().startswith("C=")] == [
+        "C=1e-2", "C=1e+4", "C=1e+0",
+    ]  # fmt: skip
+    assert "probe, a logistic regression on features of 1 batches" in said
+    assert "Stage 'probe' ended: it is solved. Epoch 1 was its best and goes on" in said
+    assert max(map(len, lines)) <= 80
+
+
+def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
+    workdir, _, saved = unbroken
+    assert [(row["stage"], row["step"]) for row in rows(workdir)] == [
+        ("first", 2), ("probe", 3), ("late", 5),
+    ]  # fmt: skip
+    states = saved[5]["opt_state"].inner_states
+    counts = {group: states[group].inner_state.rule[0].count for group in ("fc", "layer3")}
+    assert counts == {"fc": 2, "layer3": 4}  # Adam's
+
+
+@pytest.mark.parametrize("at", ["features", "validation", "end"])
+def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
+    workdir = tmp_path / "killed"
+    owner, name, where = {
+        "features": (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        "validation": (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
+        "end": (Checkpoints, "save", lambda _, step, *__: step == 3),
+    }[at]
+    with monkeypatch.context() as patch:
+        die(patch, owner, name, where)
+        with pytest.raises(KilledError):
+            go_on(workdir, SOLVED)
+    assert steps(workdir) == [2]
+    go_on(workdir, SOLVED)
+    assert_same_end(workdir, unbroken[0])
+
+
+def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, monkeypatch):
+    workdir, real, calls = tmp_path / "stopped", Run.evaluate, iter(range(3))
+
+    def stopped_at_the_third(run, *trees):
+        return None if next(calls) == 2 else real(run, *trees)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", stopped_at_the_third)
+        with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
+            go_on(workdir, SOLVED)
+    with monkeypatch.context() as patch:
+        die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
+        go_on(workdir, SOLVED)
+    assert_same_end(workdir, unbroken[0])
+
+
+def test_stopped_before_anything_it_has_nothing_to_save(alone, tmp_path, monkeypatch):
+    asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_asked", lambda _: next(asked))
+        with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
+            go_on(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
+    go_on(tmp_path / "run", ALONE)
+    assert_same_end(tmp_path / "run", alone[0])
+
+
+def test_a_fork_goes_on_from_it(unbroken, tmp_path):
+    workdir, result, _ = unbroken
+    forked = finetune(SOLVED, tmp_path / "run", fork_from=workdir, stage="probe", console=QUIET)
+    assert forked.weights.read_bytes() == result.weights.read_bytes()
+
+
+class Own(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(5, name="head")(images.mean((1, 2)))
+
+
+OWN = models.Linen(Own(), shape=(8, 8, 3), head="head")
+ERRORS = {
+    "another layer": ({"layer3": LogisticRegression()}, {}, "solves the head alone.* layer3.0"),
+    "more than the head": ({"*": LogisticRegression()}, {}, "solves the head alone"),
+    "half of it": (
+        {"fc.kernel": LogisticRegression()}, {}, r"selects only fc.kernel. Write 'fc'.",
+    ),
+    "two layers": (
+        {"fc": LogisticRegression()}, {"concat_pool": True}, r"must be one linear.*features are "
+        r"\['b', 128\], and head and pattern have fc.0.bias \[128\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "fields", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_is_no_linear_head_is_said_before_any_work(train, fields, message, tmp_path):
+    recipe = dataclasses.replace(ALONE, stages=(LATE, Stage("p", train)), **fields)
+    with pytest.raises(RecipeError, match=f"stage 'p': .*{message}"):
+        go_on(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_one_block_has_no_features(tmp_path):
+    stages = (Stage("p", {"head": LogisticRegression()}),)
+    recipe = dataclasses.replace(ALONE, stages=stages, weights=None, dropout=0.0)
+    with pytest.raises(ModelError, match=r"stage 'p' solves the head .* Own is one block"):
+        finetune(recipe, tmp_path / "run", model=OWN, console=QUIET)
+    assert not (tmp_path / "run").exists()
