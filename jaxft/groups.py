@@ -67,7 +67,13 @@ class StagePlan:
             )
         length = self._length(steps_per_epoch)
         groups = {
-            group: group_transform(update.optimizer, update.lr, update.schedule, **length)
+            group: group_transform(
+                update.optimizer,
+                update.lr,
+                update.schedule,
+                relative=self.stage.relative_rates,
+                **length,
+            )
             for group, update in self.updates(optimizer).items()
         }
         return multi_transform(groups, self.labels)

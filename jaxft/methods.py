@@ -53,6 +53,7 @@ class Fields(TypedDict, total=False):
     ema: float | None
     anchor: Anchor | None
     class_weights: tuple[float, ...] | None
+    relative_rates: bool
     batch_size: int | None
     augment: Augment | None
     erasing: float | None
@@ -140,6 +141,21 @@ def surgical(
     if not found:
         raise RecipeError(f"surgical: block {show(block)!r} is none of blocks {blocks!r}.")
     return (Stage(show(block), dict.fromkeys(found[0], lr), epochs, **SURGICAL | fields),)
+
+
+def auto_rgn(
+    patterns: Sequence[Pattern], lr: float, *, epochs: int, **fields: Unpack[Fields]
+) -> tuple[Stage, ...]:
+    """Each tensor at a rate by its relative gradient norm, the largest at `lr` (Lee et al. 2022).
+
+    The authors train all but the tensors with "bn" in their torch names, which leaves them the
+    norms of the shortcuts. Of torchvision's ResNets the patterns are these:
+
+    >>> auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=15)[0].train
+    {'**.kernel': 0.001, '**.downsample': 0.001, 'fc': 0.001}
+    """
+    relative = Fields(relative_rates=True)
+    return (Stage("all", dict.fromkeys(patterns, lr), epochs, **SURGICAL | relative | fields),)
 
 
 def linear_probe_then_finetune(

@@ -115,6 +115,8 @@ class GroupState(NamedTuple):
     """Steps since the stage's start, int32."""
     plateau: PlateauState | None
     """Of a ReduceLROnPlateau only."""
+    factors: Tree = None
+    """Of each tensor's rate, scalars; where rates are relative only."""
 
 
 def group_transform(
@@ -124,10 +126,12 @@ def group_transform(
     *,
     steps: int,
     steps_per_epoch: int,
+    relative: bool = False,
 ) -> optax.GradientTransformation:
     """One group's transform: `rule`'s direction times minus the rate that `schedule` gives.
 
     `steps` is the stage's length, `steps_per_epoch` turns it into epochs for schedules by epoch.
+    If `relative`, each tensor's rate is also times its factor, which is 1 until `restart` sets it.
 
     Rule and schedule keep states of their own, so that `carry` can take the one and leave the
     other: a schedule starts with its stage.
@@ -148,6 +152,7 @@ def group_transform(
             rule=direction(0).init(params),
             position=jnp.zeros([], jnp.int32),
             plateau=plateau and plateau.as_arrays(),
+            factors=jax.tree.map(lambda _: jnp.ones([]), params) if relative else None,
         )
 
     def update(
@@ -155,8 +160,9 @@ def group_transform(
     ) -> tuple[Tree, GroupState]:
         updates, moments = direction(state.position).update(gradients, state.rule, params)
         rate = group_rate(lr, schedule, state, **length)
-        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
-        return updates, GroupState(moments, state.position + 1, state.plateau)
+        factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
+        updates = jax.tree.map(lambda u, f: -(rate * f).astype(u.dtype) * u, updates, factors)
+        return updates, state._replace(rule=moments, position=state.position + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -193,6 +199,28 @@ def pass_step(opt_state: optax.OptState) -> optax.OptState:
         opt_state,
         is_leaf=lambda x: isinstance(x, GroupState),
     )
+
+
+def restart(opt_state: optax.OptState, fresh: optax.OptState, factors: Tree) -> optax.OptState:
+    """The state with every rule as in `fresh` and rates of these factors; schedules go on.
+
+    Both states are a `StagePlan.transform`'s with relative rates. `factors` are scalars in the
+    structure of the parameters.
+    """
+    states = dict(opt_state.inner_states)
+    for group, state in states.items():
+        if group == FROZEN:  # what is parked there stays
+            continue
+        new = fresh.inner_states[group].inner_state
+        own = jax.tree.map(
+            lambda one, f: one if isinstance(one, optax.MaskedNode) else jnp.asarray(f, one.dtype),
+            new.factors,
+            factors,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+        inner = state.inner_state._replace(rule=new.rule, factors=own)
+        states[group] = state._replace(inner_state=inner)
+    return opt_state._replace(inner_states=states)
 
 
 def multi_transform(

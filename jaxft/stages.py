@@ -69,6 +69,9 @@ class Stage:
         stage's start; it is what validation sees and what the stage hands on. 0.999, say.
       anchor: a penalty that holds the weights near the pretrained ones (L2-SP).
       class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; instead of `balance`.
+      relative_rates: at the start of each epoch every tensor's rate becomes the base rate times its
+        relative gradient norm, by the largest one's, and every optimizer starts afresh (Auto-RGN,
+        see `jaxft.train.relative_gradients`).
       batch_size, augment, erasing, mixup, cutmix, label_smoothing, balance: instead of the
         recipe's.
 
@@ -99,6 +102,7 @@ class Stage:
     ema: float | None = None
     anchor: Anchor | None = None
     class_weights: tuple[float, ...] | None = None
+    relative_rates: bool = False
     batch_size: int | None = None
     augment: Augment | None = None
     erasing: float | None = None

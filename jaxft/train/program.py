@@ -14,7 +14,8 @@ from jaxft.data.balance import class_weights
 from jaxft.data.protocol import Source
 from jaxft.errors import PatternError, RecipeError
 from jaxft.groups import StagePlan
-from jaxft.labels import FROZEN, Tree, partition
+from jaxft.gradients import group_norms
+from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.models import Model, NormMode
 from jaxft.optim import multi_transform
 from jaxft.parallel import Devices
@@ -34,6 +35,13 @@ class Snapshot(NamedTuple):
     opt_state: optax.OptState
 
 
+class Gauge(NamedTuple):
+    """L2 norms by label, scalars."""
+
+    gradients: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
 class Compiled(NamedTuple):
     """The programs of a stage, compiled for its shapes."""
 
@@ -44,6 +52,8 @@ class Compiled(NamedTuple):
     step: Callable[..., Any]
     """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
     the global step. The state is donated. Of a stage that is solved it is a `feature_step`."""
+    gauge: Callable[..., Gauge] | None
+    """See `Program.gauge`; by tensor, where rates are relative."""
     flops: float
     """Of a step."""
 
@@ -107,9 +117,9 @@ class Program:
     def train_step(
         self, *, keep_gradients: bool = False
     ) -> Callable[..., tuple[TrainState, Record]]:
-        """The stage's step; see `jaxft.train.step.train_step`."""
+        """The stage's step, given the number of its batch for a key; see `Compiled.step`."""
         stage, recipe = self.plan.stage, self.recipe
-        return train_step(
+        step = train_step(
             self.model,
             self.transform,
             recipe.preprocessing,
@@ -127,16 +137,39 @@ class Program:
             keep_gradients=keep_gradients,
         )
 
+        def numbered(
+            state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree = None
+        ) -> tuple[TrainState, Record]:
+            key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+            return step(state, frozen, batch, key, start)
+
+        return numbered
+
+    def gauge(self, labels: Tree) -> Callable[..., Gauge]:
+        """The norms of a batch's gradients and of the weights, with the arguments of a step.
+
+        They are by `labels`, of what trains. No step is taken, and the state is not donated.
+        """
+        step = self.train_step(keep_gradients=True)
+        groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
+
+        def gauge(state: TrainState, *batch: Any) -> Gauge:
+            record = step(state, *batch)[1]
+            norms = (group_norms(tree, groups) for tree in (record.gradients, state.trainable))
+            return Gauge(*norms)
+
+        return gauge
+
+    @property
+    def tensors(self) -> Tree:
+        """The label tree in which each parameter that trains has a label of its own, its path."""
+        labels = self.plan.labels
+        named = zip(paths(labels), jax.tree.leaves(labels), strict=True)
+        return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in named])
+
     def compile(self, shapes: Snapshot) -> Compiled:
         """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
         stage, recipe, devices = self.plan.stage, self.recipe, self.devices
-        step = self.train_step()
-
-        def numbered(
-            state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree
-        ) -> tuple:
-            key = jax.random.fold_in(jax.random.key(recipe.seed), number)
-            return step(state, frozen, batch, key, start)
 
         def fresh(params: Tree) -> optax.OptState:
             return devices.constrain(self.transform.init(params))
@@ -160,13 +193,17 @@ class Program:
             features = feature_step(self.model, recipe.preprocessing, devices)
             lowered = features.lower(params, devices.abstract(shapes.stats), batch)
         else:
-            stepping = jax.jit(numbered, donate_argnums=0)
+            stepping = jax.jit(self.train_step(), donate_argnums=0)
             lowered = stepping.lower(state, frozen, batch, number, start)
         compiled = lowered.compile()
+        gauge = None
+        if stage.relative_rates:
+            gauge = jax.jit(self.gauge(self.tensors)).lower(state, frozen, batch, number, start)
         return Compiled(
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
             compiled,
+            gauge and gauge.compile(),
             flops(compiled) * stage.accumulate,  # of a loop's body XLA counts one turn
         )
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain, islice
 from typing import Never
 
 import jax
@@ -14,12 +15,15 @@ import numpy as np
 from jaxft import data
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
+from jaxft.labels import Tree, combine
+from jaxft.optim import restart
 from jaxft.processes import agree
 from jaxft.stages import Stage
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.record import row
+from jaxft.train.relative_gradients import BATCHES, factors, relative_norms
 from jaxft.train.run import Run
 from jaxft.train.solve import solve
 from jaxft.train.step import Record
@@ -77,10 +81,14 @@ def _train_epoch(
     """Takes the steps that the epoch has left, unless its stage's time is up before."""
     recipe, plan = program.recipe, program.plan
     epoch, length = position.progress.epoch, program.epoch_length(position.progress.epoch)
+    anchor = run.start if plan.stage.anchor else None  # as the step was compiled
     if position.progress.position == 0:
+        if compiled.gauge:
+            first = list(islice(batches, min(BATCHES, length)))
+            _set_relative_rates(run, compiled, position, first, anchor)
+            batches = chain(first, batches)
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
         position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
-    anchor = run.start if plan.stage.anchor else None  # as the step was compiled
     unseen: list[Record] = []
     idle, mark = 0.0, time.perf_counter()
 
@@ -126,6 +134,21 @@ def _train_epoch(
             if (every := recipe.checkpoint_steps) and position.progress.step % every == 0:
                 look()
                 _save(run, position)
+
+
+def _set_relative_rates(
+    run: Run, compiled: Compiled, position: Position, first: list[Batch], anchor: Tree
+) -> None:
+    """Sets out afresh, at rates by what the gradients of the epoch's first batches are."""
+    assert compiled.gauge is not None
+    state, frozen, records = position.state, position.frozen, []
+    for number, batch in enumerate(first, position.progress.step):
+        on_devices = run.devices.batch(batch)
+        records.append(compiled.gauge(state, frozen, on_devices, np.int32(number), anchor))
+    params = combine(state.trainable, frozen)
+    found = factors(params, relative_norms(jax.device_get(records)))
+    opt_state = restart(state.opt_state, compiled.fresh(params), found)
+    position.state = state._replace(opt_state=run.devices.put(opt_state))
 
 
 def _end_epoch(

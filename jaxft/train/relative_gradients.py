@@ -1,0 +1,41 @@
+"""Relative gradient norms: a tensor's gradient beside the tensor itself, and rates that follow it.
+
+From Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts"
+(arXiv:2210.11466), whose Auto-RGN weighs each tensor's rate by the ratio of the two norms.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxft.labels import Tree, paths, unflatten
+from jaxft.train.step import Record
+
+BATCHES = 5
+"""So many, the first of an epoch, are measured; as in the authors' `get_lr_weights`."""
+
+
+def relative_norms(records: Sequence[Record]) -> dict[str, float]:
+    """The mean of ‖gradient‖/‖weights‖ over batches, by label; `records` are `Program.gauge`'s.
+
+    Batches whose loss or gradients are not finite are left out; if all are, there is no ratio.
+    That of weights which are all zero is no finite number.
+    """
+    good = [record for record in records if record.finite]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            label: float(np.mean([r.gradient_norms[label] / r.update_norms[label] for r in good]))
+            for label in (good[0].gradient_norms if good else ())
+        }
+
+
+def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
+    """What the rate of each tensor is times, a tree of floats: its ratio by the largest, 1 at most.
+
+    `relative` is by path. Tensors without a finite ratio do not count, and train at the base rate:
+    else a head of zeros would stop all others, and itself.
+    """
+    finite = {path: ratio for path, ratio in relative.items() if math.isfinite(ratio)}
+    largest = max(finite.values(), default=0.0) or 1.0
+    return unflatten(params, [finite.get(path, largest) / largest for path in paths(params)])
