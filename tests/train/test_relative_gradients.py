@@ -1,0 +1,146 @@
+"""Auto-RGN against the authors' loop in torch, recorded in float64; killed, it goes on the same."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from float64_stages import assert_as_recorded, samples
+from mortal import QUIET, KilledError, assert_same_end, die
+from test_ddp import MODEL, Wide, batch, weight
+
+from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, plan, schedules
+from jaxft.data import Preprocessing, Splits
+from jaxft.methods import auto_rgn
+from jaxft.optim import restart
+from jaxft.train import loop
+from jaxft.train.progress import Progress
+from jaxft.train.relative_gradients import factors, relative_norms
+from jaxft.train.step import Record
+from jaxft.weights import orbax
+from jaxft.weights.names import torch_tensors
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "auto_rgn.npz"
+RATES, GAMMA, EPOCHS, BATCH = {"**.kernel": 1e-2, "fc": 5e-3}, 0.5, 3, 3
+# Seven batches an epoch, the last of one image; the first five are measured.
+SOURCE = data.arrays(
+    np.concatenate([batch(k).image for k in range(3)])[:19],
+    np.concatenate([batch(k).target for k in range(3)])[:19],
+    classes="0123456789",
+)
+(STAGE,) = auto_rgn(
+    RATES, 1.0, epochs=EPOCHS, hand_on="last", schedule=schedules.ExponentialLR(GAMMA)
+)
+RECIPE = Recipe(
+    model=MODEL.name, data="noise", stages=(dataclasses.replace(STAGE, train=RATES),),
+    batch_size=BATCH, image_size=16, resize_size=16, augment="none", workers=0, checkpoint_steps=3,
+)  # fmt: skip
+TENSORS = torch_tensors(*jax.eval_shape(MODEL.init, jax.random.key(0)))
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(Preprocessing, "normalize", lambda _, images: Wide.normalize(images))
+    # What a resume expects: the network's own are float32.
+    monkeypatch.setattr(loop, "shapes", lambda _: jax.eval_shape(start))
+    with jax.enable_x64(True):
+        yield
+
+
+def start():
+    return jax.tree.map(lambda t: jnp.asarray(t.from_torch(weight(t.name, t.shape))), TENSORS)
+
+
+def run(workdir):
+    splits = Splits(SOURCE, SOURCE)
+    finetune(RECIPE, workdir, data=splits, model=MODEL, start=start(), console=QUIET)
+
+
+def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypatch):
+    """Within its second epoch, in the third before its first step is done, and in its last step."""
+    run(tmp_path / "unbroken")
+    for step in (11, 15, 21):
+        with monkeypatch.context() as patch:
+            die(patch, Progress, "after_step", lambda progress: progress.step + 1 == step)  # noqa: B023
+            with pytest.raises(KilledError):
+                run(tmp_path / "killed")
+    run(tmp_path / "killed")
+    assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
+
+    ended = orbax.read_weights(tmp_path / "killed" / "checkpoints")
+    named = zip(
+        jax.tree.leaves(TENSORS),
+        jax.tree.leaves(jax.tree.map(lambda t, x: t.to_torch(x), TENSORS, ended)),
+        strict=True,
+    )
+    with np.load(GOLDEN) as recorded:
+        assert_as_recorded({"end": samples({t.name: x for t, x in named})}, dict(recorded))
+
+
+def test_the_recording_is_torchs():
+    pytest.importorskip("torch")
+    from record_auto_rgn import record
+
+    with np.load(GOLDEN) as recorded:
+        assert_as_recorded(record(), dict(recorded))
+
+
+def record(gradients, weights, finite=True):
+    def norms(values):
+        return dict(zip("abc", map(np.float64, values), strict=True))
+
+    return Record(None, norms(gradients), norms(weights), np.bool_(finite))
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([record((1, 2, 3), (2, 2, 2))], (1 / 3, 2 / 3, 1)),
+        # the mean of ratios, not the ratio of means
+        ([record((1, 2, 4), (2, 2, 2)), record((8, 3, 6), (8, 2, 4))], (3 / 7, 5 / 7, 1)),
+        ([record((1, 2, 4), (2, 2, 2)), record((9, 9, 9), (1, 1, 1), False)], (0.25, 0.5, 1)),
+        ([record((1, 2, 4), (2, 2, 0))], (0.5, 1, 1)),  # c is a head of zeros: at its base rate
+        ([record((1, 2, 0), (2, 2, 0))], (0.5, 1, 1)),
+        ([record((1, 0, 4), (2, 2, 2))], (0.25, 0, 1)),
+        ([record((0, 0, 0), (2, 2, 2))], (0, 0, 0)),
+        ([record((9, 9, 9), (1, 1, 1), False)], (1, 1, 1)),
+    ],
+)  # fmt: skip
+def test_factors(records, expected):
+    found = factors({"a": 0, "b": 0, "c": 0, "frozen": 0}, relative_norms(records))
+    assert tuple(found.values()) == pytest.approx((*expected, 1))
+    assert not any(map(math.isnan, found.values()))
+
+
+def test_a_restart_leaves_schedules_and_what_is_parked():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    fields = {"schedule": ReduceLROnPlateau(patience=0), "carry": "keep", "relative_rates": True}
+    first, second, _ = plan(
+        [
+            Stage("first", {"c": 1.0}, 1),
+            Stage("second", {"a": 1.0, "b": 10.0}, 9, **fields),
+            Stage("third", {"*": 1.0}, 1, carry="keep"),
+        ],
+        params,
+    )  # fmt: skip
+    assert second.park == first.rates.keys()
+    tx = second.transform(SGD(momentum=0.5))
+    state = tx.init(params)
+    parked = {"c": jnp.full(2, 7.0)}
+    state.inner_states["frozen"] = state.inner_states["frozen"]._replace(inner_state=parked)
+    gradients = {"a": jnp.ones(2), "b": jnp.ones(2), "c": None}
+    updates, state = tx.update(gradients, state, params)
+    assert [updates[name][0] for name in "ab"] == [-1, -10]  # factors begin as 1
+    for _ in range(2):  # no better: the rate falls to a tenth
+        state = second.after_epoch(state, loss=1.0)
+    state = restart(state, tx.init(params), {"a": 0.5, "b": 0.25, "c": 1.0})
+    assert state.inner_states["frozen"].inner_state is parked
+    assert [int(state.inner_states[name].inner_state.position) for name in "ab"] == [1, 1]
+    for share in (1, 1.5):  # the momentum has begun anew
+        updates, state = tx.update(gradients, state, params)
+        assert [float(updates[name][0]) for name in "ab"] == pytest.approx(
+            [-0.1 * 0.5 * share, -1 * 0.25 * share]
+        )
