@@ -8,12 +8,10 @@ from pathlib import Path
 
 import jax
 
-from jaxft import atomic, data, models, weights
+from jaxft import atomic, models
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Cached, Preprocessing, Source, Splits
-from jaxft.data.arrays import Arrays
+from jaxft.data import Source, Splits
 from jaxft.errors import RecipeError
-from jaxft.groups import plan
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
 from jaxft.processes import is_first
@@ -25,7 +23,14 @@ from jaxft.train import export, fork
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
-from jaxft.train.program import Program, program
+from jaxft.train.opening import (
+    check_network,
+    open_network,
+    open_programs,
+    open_splits,
+    read_weights,
+)
+from jaxft.train.program import Program
 from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, given, shapes
@@ -84,15 +89,7 @@ def finetune(
     console = console or Console(quiet=not is_first())
     if stage is not None and fork_from is None:
         raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
-    if model is None:
-        recipe.network(num_classes=2)  # its name and options, before anything takes time
-    else:
-        recipe.check_own_network()
-        if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):
-            raise RecipeError(
-                f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {model.name}, "
-                "take the statistics of the whole batch. Leave it at 'global'."
-            )
+    check_network(recipe, model)
     begun, source, forked = saved(folder), None, None
     if begun:
         recipe = recipe.expecting(begun.preprocessing)
@@ -101,12 +98,10 @@ def finetune(
         ended = fork.check(forked, recipe)
         recipe = recipe.expecting(forked.recipe.preprocessing)
     check(folder, recipe)
-    splits = _open(recipe, data)
+    splits = open_splits(recipe, data)
     # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
     if not begun and not forked:
-        own_names = model is not None and not model.torch_named
-        source = weights.read(recipe.weights, own_names=own_names) if recipe.weights else None
-        recipe = recipe.expecting((source and source.preprocessing) or Preprocessing())
+        source, recipe = read_weights(recipe, model)
     scratch = dataclasses.replace(
         recipe,
         weights=None,
@@ -116,13 +111,7 @@ def finetune(
     )
     check(folder / "from_scratch", scratch)
     devices = Devices(recipe.sharding)
-    classes = splits.train.classes
-    model = model or recipe.network(len(classes))
-    if model.num_classes != len(classes):
-        raise RecipeError(
-            f"{model.name} has {model.num_classes} classes, and the images have {len(classes)}: "
-            f"{', '.join(classes)}."
-        )
+    model = open_network(recipe, model, splits.train.classes)
     origin = recipe.weights or "random weights"
     if forked:
         origin = f"stage {forked.stage!r} of {forked.workdir}"
@@ -134,11 +123,11 @@ def finetune(
         start = drawn(recipe, model, source)
     else:
         start = given(model, start)
-    programs = _programs(recipe, model, splits, devices, start)
+    programs = open_programs(recipe, model, splits, devices, start)
     if forked:
         fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
-        compared = _programs(scratch, model, splits, devices, start)
+        compared = open_programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0], origin))
     for remark in (*splits.remarks, *(source.remarks if source else ())):
         console.say(remark)
@@ -152,35 +141,6 @@ def finetune(
             other = _run(compared, splits, start, None, scratch, beside, console, interruption)
             result = dataclasses.replace(result, from_scratch=other.score)
     return result
-
-
-def _open(recipe: Recipe, given: Source | Splits | None) -> Splits:
-    """The recipe's images, those given or those it names; decoded ones are kept as they fit."""
-    splits = data.open_source(
-        recipe.data if given is None else given,
-        train=recipe.train_split,
-        val=recipe.val_split,
-        shots=recipe.shots,
-        seed=recipe.seed,
-        on_bad_image=recipe.on_bad_image,
-    )
-    count = sum(map(len, splits))
-
-    def kept(source: Source) -> Source:
-        if isinstance(source, Arrays):  # is in memory
-            return source
-        return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
-
-    return Splits(kept(splits.train), kept(splits.val), splits.remarks)
-
-
-def _programs(
-    recipe: Recipe, model: models.Model, splits: Splits, devices: Devices, like: Start
-) -> tuple[Program, ...]:
-    return tuple(
-        program(index, stage, recipe, model, splits.train, devices, like)
-        for index, stage in enumerate(plan(recipe.stages, like[0]))
-    )
 
 
 def _run(

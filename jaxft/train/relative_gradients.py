@@ -5,12 +5,17 @@ From Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
-from jaxft.labels import Tree, paths, unflatten
-from jaxft.train.step import Record
+from jaxft.data import Batch
+from jaxft.labels import Tree, combine, paths, unflatten
+from jaxft.optim import restart
+from jaxft.parallel import Devices
+from jaxft.train.program import Compiled
+from jaxft.train.step import Record, TrainState
 
 BATCHES = 5
 """So many, the first of an epoch, are measured; as in the authors' `get_lr_weights`."""
@@ -39,3 +44,30 @@ def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
     finite = {path: ratio for path, ratio in relative.items() if math.isfinite(ratio)}
     largest = max(finite.values(), default=0.0) or 1.0
     return unflatten(params, [finite.get(path, largest) / largest for path in paths(params)])
+
+
+def set_out(
+    compiled: Compiled,
+    devices: Devices,
+    state: TrainState,
+    frozen: Tree,
+    batches: Iterable[Batch],
+    *,
+    step: int,
+    start: Tree | None = None,
+) -> TrainState:
+    """The state with every optimizer afresh, at rates by the gradients that `batches` have in it.
+
+    compiled: of a stage with relative rates.
+    batches: on the devices; `step` is the number of the first.
+    start: see `train_step`.
+    """
+    assert compiled.gauge is not None
+    records = [
+        compiled.gauge(state, frozen, batch, np.int32(number), start)
+        for number, batch in enumerate(batches, step)
+    ]
+    params = combine(state.trainable, frozen)
+    found = factors(params, relative_norms(jax.device_get(records)))
+    opt_state = restart(state.opt_state, compiled.fresh(params), found)
+    return state._replace(opt_state=devices.put(opt_state))

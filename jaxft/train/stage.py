@@ -15,15 +15,13 @@ import numpy as np
 from jaxft import data
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
-from jaxft.labels import Tree, combine
-from jaxft.optim import restart
 from jaxft.processes import agree
 from jaxft.stages import Stage
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.record import row
-from jaxft.train.relative_gradients import BATCHES, factors, relative_norms
+from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.run import Run
 from jaxft.train.solve import solve
 from jaxft.train.step import Record
@@ -85,7 +83,15 @@ def _train_epoch(
     if position.progress.position == 0:
         if compiled.gauge:
             first = list(islice(batches, min(BATCHES, length)))
-            _set_relative_rates(run, compiled, position, first, anchor)
+            position.state = set_out(
+                compiled,
+                run.devices,
+                position.state,
+                position.frozen,
+                map(run.devices.batch, first),
+                step=position.progress.step,
+                start=anchor,
+            )
             batches = chain(first, batches)
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
         position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
@@ -134,21 +140,6 @@ def _train_epoch(
             if (every := recipe.checkpoint_steps) and position.progress.step % every == 0:
                 look()
                 _save(run, position)
-
-
-def _set_relative_rates(
-    run: Run, compiled: Compiled, position: Position, first: list[Batch], anchor: Tree
-) -> None:
-    """Sets out afresh, at rates by what the gradients of the epoch's first batches are."""
-    assert compiled.gauge is not None
-    state, frozen, records = position.state, position.frozen, []
-    for number, batch in enumerate(first, position.progress.step):
-        on_devices = run.devices.batch(batch)
-        records.append(compiled.gauge(state, frozen, on_devices, np.int32(number), anchor))
-    params = combine(state.trainable, frozen)
-    found = factors(params, relative_norms(jax.device_get(records)))
-    opt_state = restart(state.opt_state, compiled.fresh(params), found)
-    position.state = state._replace(opt_state=run.devices.put(opt_state))
 
 
 def _end_epoch(

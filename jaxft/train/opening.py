@@ -1,0 +1,74 @@
+"""What a run opens before its first step: images, weights, network, a program for each stage."""
+
+from jaxft import data, models, weights
+from jaxft.data import Cached, Preprocessing, Source, Splits
+from jaxft.data.arrays import Arrays
+from jaxft.errors import RecipeError
+from jaxft.groups import plan
+from jaxft.models import Model
+from jaxft.parallel import Devices
+from jaxft.recipe import Recipe
+from jaxft.train.program import Program, program
+from jaxft.train.start import Start
+from jaxft.weights import Weights
+
+
+def check_network(recipe: Recipe, given: Model | None) -> None:
+    """Raises RecipeError for what can be known of a network before anything takes time."""
+    if given is None:
+        recipe.network(num_classes=2)  # its name and options
+        return
+    recipe.check_own_network()
+    if recipe.statistics == "replica" and isinstance(given, models.Linen | models.NNX):
+        raise RecipeError(
+            f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {given.name}, "
+            "take the statistics of the whole batch. Leave it at 'global'."
+        )
+
+
+def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
+    """The recipe's images, those given or those it names; decoded ones are kept as they fit."""
+    splits = data.open_source(
+        recipe.data if given is None else given,
+        train=recipe.train_split,
+        val=recipe.val_split,
+        shots=recipe.shots,
+        seed=recipe.seed,
+        on_bad_image=recipe.on_bad_image,
+    )
+    count = sum(map(len, splits))
+
+    def kept(source: Source) -> Source:
+        if isinstance(source, Arrays):  # is in memory
+            return source
+        return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
+
+    return Splits(kept(splits.train), kept(splits.val), splits.remarks)
+
+
+def read_weights(recipe: Recipe, given: Model | None) -> tuple[Weights | None, Recipe]:
+    """The recipe's weights, and the recipe with the preprocessing that they expect."""
+    own_names = given is not None and not given.torch_named
+    source = weights.read(recipe.weights, own_names=own_names) if recipe.weights else None
+    return source, recipe.expecting((source and source.preprocessing) or Preprocessing())
+
+
+def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:
+    """The network given, or that of the recipe; RecipeError if it has not these classes."""
+    model = given or recipe.network(len(classes))
+    if model.num_classes != len(classes):
+        raise RecipeError(
+            f"{model.name} has {model.num_classes} classes, and the images have {len(classes)}: "
+            f"{', '.join(classes)}."
+        )
+    return model
+
+
+def open_programs(
+    recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: Start
+) -> tuple[Program, ...]:
+    """A program for each of the recipe's stages; `like` may be shapes."""
+    return tuple(
+        program(index, stage, recipe, model, splits.train, devices, like)
+        for index, stage in enumerate(plan(recipe.stages, like[0]))
+    )

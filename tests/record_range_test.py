@@ -1,0 +1,59 @@
+"""Records range tests of fastai's `lr_find`, for tests/train/test_range_test.py.
+
+    python tests/record_range_test.py
+
+Needs fastai; recorded with fastai 2.8.12 and torch 2.13.0. Each is a line fitted to noisy points.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import minimum, steep, valley
+from fastai.test_utils import synth_learner
+from fastcore.basics import patch  # noqa: F401  (gives Learner its lr_find)
+
+GOLDEN = Path(__file__).parent / "golden" / "range_test.npz"
+# To divergence, over several epochs; not as far; until it is no number any more; few steps.
+CASES = {
+    "diverges": {},
+    "ends": {"end_lr": 0.05},
+    "nan": {"end_lr": 1e30, "stop_div": False},
+    "few": {"num_it": 30, "start_lr": 1e-4},
+}
+
+
+class Losses(Callback):
+    """Each batch's own."""
+
+    def before_fit(self):
+        self.found = []
+
+    def after_batch(self):
+        if self.training:
+            self.found.append(self.learn.loss.item())
+
+
+def record():
+    """By case: rates, losses as they were, smoothed losses, and what three rules suggest."""
+    for case, (name, options) in enumerate(CASES.items()):
+        torch.manual_seed(case)
+        losses = Losses()
+        learner = synth_learner(n_trn=30, cbs=losses)
+        rules = (valley, steep, minimum)
+        found = learner.lr_find(show_plot=False, suggest_funcs=rules, **options)
+        arrays = {
+            "rates": learner.recorder.lrs,
+            "losses": losses.found,
+            "smoothed": [float(x) for x in learner.recorder.losses],
+            "suggestions": found,
+        }
+        yield from ((f"{name}/{what}", np.array(x)) for what, x in arrays.items())
+
+
+if __name__ == "__main__":
+    recorded = dict(record())
+    np.savez_compressed(GOLDEN, **recorded)
+    for name, array in recorded.items():
+        print(name, array.shape, array[-3:])
