@@ -15,10 +15,8 @@ import signal
 import sys
 from typing import NoReturn
 
-import tyro
-
-from jaxft import JaxftError, Recipe, finetune, parallel, processes
-from jaxft.recipe import read
+from jaxft import JaxftError, finetune, parallel, processes
+from jaxft.command_line import read_with
 from jaxft.train.compilation import keep_programs
 from jaxft.train.interruption import InterruptedRunError
 
@@ -51,12 +49,7 @@ def main(arguments: list[str]) -> None:
     keep_programs()
     try:
         parallel.start(known.coordinator, known.processes, known.process)
-        recipe = tyro.cli(
-            Recipe,
-            default=read(known.config),
-            args=options,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
+        recipe = read_with(known.config, options)
         result = finetune(recipe, known.workdir, fork_from=known.fork_from, stage=known.stage)
     except InterruptedRunError as stopped:
         leave(f"\n{stopped}", EXIT_CODES[stopped.signal])

@@ -5,6 +5,7 @@
 Needs fastai; recorded with fastai 2.8.12 and torch 2.13.0. Each is a line fitted to noisy points.
 """
 
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +13,28 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import minimum, steep, valley
 from fastai.test_utils import synth_learner
-from fastcore.basics import patch  # noqa: F401  (gives Learner its lr_find)
 
 GOLDEN = Path(__file__).parent / "golden" / "range_test.npz"
 # To divergence, over several epochs; not as far; until it is no number any more; few steps.
 CASES = {
     "diverges": {},
     "ends": {"end_lr": 0.05},
-    "nan": {"end_lr": 1e30, "stop_div": False},
+    "nan": {"end_lr": 0.05},
     "few": {"num_it": 30, "start_lr": 1e-4},
 }
+LAST = 60  # of the steps of "nan" that have a loss
 
 
-class Losses(Callback):
-    """Each batch's own."""
+class Raw(Callback):
+    """Each batch's own, NaN from a step on."""
 
-    def before_fit(self):
-        self.found = []
+    def __init__(self, last):
+        self.found, self.last = [], last
 
-    def after_batch(self):
+    def after_loss(self):
         if self.training:
+            if len(self.found) >= self.last:
+                self.learn.loss = self.learn.loss * float("nan")
             self.found.append(self.learn.loss.item())
 
 
@@ -39,7 +42,7 @@ def record():
     """By case: rates, losses as they were, smoothed losses, and what three rules suggest."""
     for case, (name, options) in enumerate(CASES.items()):
         torch.manual_seed(case)
-        losses = Losses()
+        losses = Raw(LAST if name == "nan" else inf)
         learner = synth_learner(n_trn=30, cbs=losses)
         rules = (valley, steep, minimum)
         found = learner.lr_find(show_plot=False, suggest_funcs=rules, **options)

@@ -29,7 +29,7 @@ class Curve:
     Attributes:
       steps: that it was to take; it ends earlier once the loss has diverged.
       rates: of each step; of several groups, that of the highest.
-      losses: of each step's batch, before the step; one that is NaN is the last.
+      losses: of each step's batch, before the step; one that is not finite is the last.
     """
 
     steps: int
@@ -47,8 +47,8 @@ class Curve:
         Raises RecipeError if the loss diverged before there was anything to judge by.
         """
         losses = self.smoothed
-        nan = np.flatnonzero(np.isnan(losses))
-        seen = slice(self.steps // 10, nan[0] if len(nan) else max(len(losses) - UNSETTLED, 0))
+        lost = np.flatnonzero(~np.isfinite(losses))
+        seen = slice(self.steps // 10, lost[0] if len(lost) else max(len(losses) - UNSETTLED, 0))
         rates, losses = np.asarray(self.rates)[seen], losses[seen]
         if len(rates) < 2:
             raise RecipeError(
@@ -99,6 +99,11 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+def highest(stage: Stage) -> float:
+    """The largest base rate of a stage."""
+    return max(u.lr if isinstance(u, Update) else u for u in stage.train.values())
+
+
 def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
     """The stage as its range test has it: its highest rate rises from `low` towards `high`.
 
@@ -109,10 +114,10 @@ def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
     """
     if not 0 < low < high < math.inf:
         raise RecipeError(f"rates rise from {low:g} to {high:g}; say 0 < low < high.")
-    if steps < (least := 10):
-        raise RecipeError(f"a range test of {steps} steps shows nothing; take {least} or more.")
+    if steps < 10:
+        raise RecipeError(f"a range test of {steps} steps shows nothing; take 10 or more.")
     train = {p: u if isinstance(u, Update) else Update(u) for p, u in stage.train.items()}
-    top = max(update.lr for update in train.values())
+    top = highest(stage)
     return dataclasses.replace(
         stage,
         train={
@@ -145,7 +150,7 @@ def range_test(trial: Trial, *, low: float, high: float) -> Curve:
         tally = jax.device_get(record.tally)
         losses.append(float(tally.loss / tally.examples))
         smoothed = smooth(losses)
-        if math.isnan(losses[-1]) or smoothed[-1] > DIVERGED * smoothed.min():
+        if not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * smoothed.min():
             break
     rates = [low * (high / low) ** (step / program.steps) for step in range(len(losses))]
     return Curve(program.steps, rates, losses)

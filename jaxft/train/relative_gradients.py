@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from jaxft.data import Batch
-from jaxft.labels import Tree, combine, paths, unflatten
+from jaxft.labels import Pattern, Tree, combine, label, paths, unflatten
+from jaxft.models import Model
 from jaxft.optim import restart
 from jaxft.parallel import Devices
-from jaxft.train.program import Compiled
+from jaxft.train.program import Compiled, Snapshot
 from jaxft.train.step import Record, TrainState
+from jaxft.train.trial import Trial
 
 BATCHES = 5
 """So many, the first of an epoch, are measured; as in the authors' `get_lr_weights`."""
@@ -44,6 +46,24 @@ def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
     finite = {path: ratio for path, ratio in relative.items() if math.isfinite(ratio)}
     largest = max(finite.values(), default=0.0) or 1.0
     return unflatten(params, [finite.get(path, largest) / largest for path in paths(params)])
+
+
+def block_labels(model: Model, params: Tree) -> Tree:
+    """The label tree in which each parameter has the name of its block."""
+    named = zip(model.blocks, model.block_patterns, strict=True)
+    rules: dict[Pattern, str] = {p: block for block, patterns in named for p in patterns}
+    return label(params, rules)
+
+
+def block_norms(trial: Trial) -> dict[str, float]:
+    """Of each block of a network all of which trains: its whole gradient by all of its weights."""
+    program, model = trial.program, trial.program.model
+    gauge = jax.jit(program.gauge(block_labels(model, trial.params)))
+    state, frozen = program.state(Snapshot(trial.params, trial.stats, None))
+    batches = enumerate(trial.batches(BATCHES))
+    records = [gauge(state, frozen, batch, np.int32(number)) for number, batch in batches]
+    norms = relative_norms(jax.device_get(records))
+    return {block: norms.get(block, math.nan) for block in model.blocks}
 
 
 def set_out(
