@@ -8,8 +8,9 @@ import pytest
 
 import jaxft
 from jaxft import SGD, Adam, AdamW, LogisticRegression, RecipeError, Stage
-from jaxft.labels import FROZEN, leaf_labels
+from jaxft.labels import FROZEN, leaf_labels, paths
 from jaxft.methods import (
+    auto_rgn,
     bit,
     discriminative,
     full,
@@ -66,6 +67,15 @@ BY_HAND = {
                 15,
                 optimizer=Adam(weight_decay=1e-4),
                 norms="E",
+            )
+        ],
+    ),
+    "Auto-RGN": (
+        auto_rgn(["**.kernel", "fc"], 1e-3, epochs=15, clip_norm=1.0),
+        [
+            Stage(
+                "all", {"**.kernel": 1e-3, "fc": 1e-3}, 15, optimizer=Adam(weight_decay=1e-4),
+                norms="E", relative_rates=True, clip_norm=1.0,
             )
         ],
     ),
@@ -262,3 +272,14 @@ ERRORS = {
 def test_errors(build, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
+def test_auto_rgn_trains_what_its_authors_do(name):
+    """All whose torch names are without "bn": also the shortcuts' norms, `downsample.1`."""
+    params, _ = jax.eval_shape(create(name).init, jax.random.key(0))
+    (stage,) = jaxft.plan(auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=1), params)
+    labelled = zip(paths(params), leaf_labels(params, stage.labels), strict=True)
+    trained = {path for path, label in labelled if label != FROZEN}
+    assert trained == {path for path in paths(params) if "bn" not in path}
+    assert {"fc.bias", "conv1.kernel", "layer2.0.downsample.1.scale"} <= trained

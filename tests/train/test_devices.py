@@ -50,7 +50,16 @@ RECIPE = Recipe(
             erasing=0.5,
             clip_norm=1.0,
         ),
-        Stage("all", {"*": 1e-3}, epochs=2, norms="C", batch_size=20, accumulate=2, ema=0.5),
+        Stage(
+            "all",
+            {"*": 1e-3},
+            epochs=2,
+            norms="C",
+            batch_size=20,
+            accumulate=2,
+            ema=0.5,
+            relative_rates=True,
+        ),
         Stage("probe", {"fc": LogisticRegression((0.1,))}, hand_on="last"),
     ),
 )
