@@ -7,7 +7,7 @@ Source: Lee et al. 2022, arXiv:2210.11466, and its code: Adam with a decay of 1e
 10 epochs, the weights' own head. Norm mode E, as there; bn1 does not train. The first layers suit
 inputs that have shifted, the last one (`"fc"` below) targets that have.
 
-Each corruption is a folder of 50 images for each of the 1000 classes: one of them trains, the others
+Each corruption is a folder of 50 images for each of 1000 classes: one of them trains, the others
 validate (there ten, and ten more are for the test). They are 224 pixels wide and stay as they are.
 What to expect: the paper's figures are the best of five rates, 1e-1 to 1e-5, by validation; here
 `scripts/find_rate.py` may save some of them. Not measured here, for ImageNet-C is not at hand.
