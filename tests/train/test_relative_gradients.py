@@ -16,9 +16,9 @@ from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, plan, s
 from jaxft.data import Preprocessing, Splits
 from jaxft.methods import auto_rgn
 from jaxft.optim import restart
-from jaxft.train import loop
+from jaxft.train import loop, stage
 from jaxft.train.progress import Progress
-from jaxft.train.relative_gradients import factors, relative_norms
+from jaxft.train.relative_gradients import factors, relative_norms, set_out
 from jaxft.train.step import Record
 from jaxft.weights import orbax
 from jaxft.weights.names import torch_tensors
@@ -61,7 +61,16 @@ def run(workdir):
 
 def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypatch):
     """Within its second epoch, in the third before its first step is done, and in its last step."""
-    run(tmp_path / "unbroken")
+    measured = []
+
+    def spied(*args, step, **rest):
+        measured.append(step)
+        return set_out(*args, step=step, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "set_out", spied)
+        run(tmp_path / "unbroken")
+    assert measured == [0, 7, 14]  # what draws dropout draws it as in the step
     for step in (11, 15, 21):
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda progress: progress.step + 1 == step)  # noqa: B023
