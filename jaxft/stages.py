@@ -141,8 +141,8 @@ class Stage:
         wrong, rules = [], {"its optimizer": self.optimizer}
         if not self.train:
             wrong.append("it trains nothing; name a pattern and a rate in `train`")
-        for pattern, update in self.train.items():
-            update, name = _as_update(update), show(pattern)
+        for pattern, update in self.updates.items():
+            name = show(pattern)
             lr, rule, decay = update.lr, update.optimizer, update.weight_decay
             if not (_is_number(lr) and lr > 0):
                 wrong.append(f"the rate of {name!r} is {lr}; it must be a positive, finite number")
@@ -179,7 +179,7 @@ class Stage:
                 wrong.append(
                     f"norms has {choice!r}; it must be one of {', '.join(get_args(NormChoice))}"
                 )
-        schedules = [self.schedule, *(_as_update(u).schedule for u in self.train.values())]
+        schedules = [self.schedule, *(update.schedule for update in self.updates.values())]
         if isinstance(self.until, Plateau) and not any(
             isinstance(schedule, ReduceLROnPlateau) for schedule in schedules
         ):
@@ -190,6 +190,15 @@ class Stage:
     def solver(self) -> LogisticRegression | None:
         """What solves the head, if the stage takes no steps."""
         return next((x for x in self.train.values() if isinstance(x, LogisticRegression)), None)
+
+    @property
+    def updates(self) -> Mapping[Pattern, Update]:
+        """`train` with an `Update` for each rate; nothing if the stage is solved."""
+        return {
+            pattern: given if isinstance(given, Update) else Update(given)
+            for pattern, given in self.train.items()
+            if not isinstance(given, LogisticRegression)
+        }
 
     @property
     def norm_choices(self) -> Mapping[str, NormChoice]:
@@ -208,7 +217,7 @@ class Stage:
 
         Raises RecipeError where a foreign optimizer is to take a weight_decay.
         """
-        update = _as_update(self.train[pattern])
+        update = self.updates[pattern]
         rule = update.optimizer or self.optimizer or optimizer
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
@@ -219,11 +228,6 @@ class Stage:
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
         schedule = update.schedule or self.schedule or Constant()
         return Resolved(float(update.lr), schedule, rule)
-
-
-def _as_update(given: float | Update | LogisticRegression) -> Update:
-    assert not isinstance(given, LogisticRegression)  # such a stage has no rates
-    return given if isinstance(given, Update) else Update(lr=given)
 
 
 def _is_number(value: object) -> bool:

@@ -71,7 +71,7 @@ def _stage(
     of_params, of_stats = torch_tensors(at.params, at.stats)
     labels = leaf_labels(at.params, program.plan.labels)
     groups = {t.name: g for t, g in zip(jax.tree.leaves(of_params), labels, strict=True)}
-    train = program.train_step(keep_gradients=True)
+    train = jax.jit(program.train_step(keep_gradients=True), donate_argnums=0)
     look = jax.jit(partial(_outputs, program))
     state, frozen = program.state(at)
     state = jax.tree.map(jnp.copy, state)  # the step donates it, and `at` may be the start itself
@@ -81,7 +81,7 @@ def _stage(
         rates = program.plan.rates_at(state.opt_state, steps_per_epoch=program.steps_per_epoch)
         params = combine(state.trainable, frozen)
         outputs = look(params, state.stats, batch) if watch else {}
-        state, record = train(state, frozen, batch, jax.random.key(0), anchor)
+        state, record = train(state, frozen, batch, np.int32(position), anchor)
         at = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
         yield Step(
             rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},

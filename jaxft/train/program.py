@@ -13,8 +13,8 @@ from jaxft.data import Batch, steps_per_epoch
 from jaxft.data.balance import class_weights
 from jaxft.data.protocol import Source
 from jaxft.errors import PatternError, RecipeError
-from jaxft.groups import StagePlan
 from jaxft.gradients import group_norms
+from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.models import Model, NormMode
 from jaxft.optim import multi_transform
@@ -196,14 +196,15 @@ class Program:
             stepping = jax.jit(self.train_step(), donate_argnums=0)
             lowered = stepping.lower(state, frozen, batch, number, start)
         compiled = lowered.compile()
-        gauge = None
+        gauge: Callable[..., Gauge] | None = None
         if stage.relative_rates:
-            gauge = jax.jit(self.gauge(self.tensors)).lower(state, frozen, batch, number, start)
+            measuring = jax.jit(self.gauge(self.tensors))
+            gauge = measuring.lower(state, frozen, batch, number, start).compile()
         return Compiled(
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
             compiled,
-            gauge and gauge.compile(),
+            gauge,
             flops(compiled) * stage.accumulate,  # of a loop's body XLA counts one turn
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.errors import RecipeError
 from jaxft.schedules import ExponentialLR
-from jaxft.stages import Stage, Update
+from jaxft.stages import Stage
 from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.trial import Trial
 
@@ -101,7 +101,7 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def highest(stage: Stage) -> float:
     """The largest base rate of a stage."""
-    return max(u.lr if isinstance(u, Update) else u for u in stage.train.values())
+    return max(update.lr for update in stage.updates.values())
 
 
 def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
@@ -110,19 +110,20 @@ def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
     The other groups' rates keep their ratios to it. Step i of n has low·(high/low)^(i/n). There is
     no schedule, and of the optimizer no momentum that one cycles; nothing ends the stage early.
 
-    Raises RecipeError for bounds or a length of which there is no curve.
+    Raises RecipeError for bounds or a length of which there is no curve, and for a solved stage.
     """
     if not 0 < low < high < math.inf:
         raise RecipeError(f"rates rise from {low:g} to {high:g}; say 0 < low < high.")
     if steps < 10:
         raise RecipeError(f"a range test of {steps} steps shows nothing; take 10 or more.")
-    train = {p: u if isinstance(u, Update) else Update(u) for p, u in stage.train.items()}
+    if stage.solver:
+        raise RecipeError(f"stage {stage.name!r} is solved: it has no rate that could rise.")
     top = highest(stage)
     return dataclasses.replace(
         stage,
         train={
             pattern: dataclasses.replace(update, lr=update.lr / top * low, schedule=None)
-            for pattern, update in train.items()
+            for pattern, update in stage.updates.items()
         },
         schedule=ExponentialLR((high / low) ** (1 / steps), by="step"),
         epochs=None,

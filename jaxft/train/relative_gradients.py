@@ -15,25 +15,25 @@ from jaxft.labels import Pattern, Tree, combine, label, paths, unflatten
 from jaxft.models import Model
 from jaxft.optim import restart
 from jaxft.parallel import Devices
-from jaxft.train.program import Compiled, Snapshot
-from jaxft.train.step import Record, TrainState
+from jaxft.train.program import Compiled, Gauge, Snapshot
+from jaxft.train.step import TrainState
 from jaxft.train.trial import Trial
 
 BATCHES = 5
 """So many, the first of an epoch, are measured; as in the authors' `get_lr_weights`."""
 
 
-def relative_norms(records: Sequence[Record]) -> dict[str, float]:
-    """The mean of ‖gradient‖/‖weights‖ over batches, by label; `records` are `Program.gauge`'s.
+def relative_norms(gauges: Sequence[Gauge]) -> dict[str, float]:
+    """The mean of ‖gradient‖/‖weights‖ over batches, by label.
 
-    Batches whose loss or gradients are not finite are left out; if all are, there is no ratio.
-    That of weights which are all zero is no finite number.
+    Batches whose gradients are not finite are left out; if all are, there is no ratio. That of
+    weights which are all zero is no finite number.
     """
-    good = [record for record in records if record.finite]
+    good = [gauge for gauge in gauges if np.isfinite([*gauge.gradients.values()]).all()]
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            label: float(np.mean([r.gradient_norms[label] / r.update_norms[label] for r in good]))
-            for label in (good[0].gradient_norms if good else ())
+            label: float(np.mean([g.gradients[label] / g.weights[label] for g in good]))
+            for label in (good[0].gradients if good else ())
         }
 
 
@@ -59,10 +59,11 @@ def block_norms(trial: Trial) -> dict[str, float]:
     """Of each block of a network all of which trains: its whole gradient by all of its weights."""
     program, model = trial.program, trial.program.model
     gauge = jax.jit(program.gauge(block_labels(model, trial.params)))
-    state, frozen = program.state(Snapshot(trial.params, trial.stats, None))
+    opt_state = program.transform.init(trial.params)  # no step will be taken with it
+    state, frozen = program.state(Snapshot(trial.params, trial.stats, opt_state))
     batches = enumerate(trial.batches(BATCHES))
-    records = [gauge(state, frozen, batch, np.int32(number)) for number, batch in batches]
-    norms = relative_norms(jax.device_get(records))
+    gauges = [gauge(state, frozen, batch, np.int32(number)) for number, batch in batches]
+    norms = relative_norms(jax.device_get(gauges))
     return {block: norms.get(block, math.nan) for block in model.blocks}
 
 
@@ -83,11 +84,11 @@ def set_out(
     start: see `train_step`.
     """
     assert compiled.gauge is not None
-    records = [
+    gauges = [
         compiled.gauge(state, frozen, batch, np.int32(number), start)
         for number, batch in enumerate(batches, step)
     ]
     params = combine(state.trainable, frozen)
-    found = factors(params, relative_norms(jax.device_get(records)))
+    found = factors(params, relative_norms(jax.device_get(gauges)))
     opt_state = restart(state.opt_state, compiled.fresh(params), found)
     return state._replace(opt_state=devices.put(opt_state))

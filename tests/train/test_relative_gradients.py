@@ -17,9 +17,9 @@ from jaxft.data import Preprocessing, Splits
 from jaxft.methods import auto_rgn
 from jaxft.optim import restart
 from jaxft.train import loop, stage
+from jaxft.train.program import Gauge
 from jaxft.train.progress import Progress
 from jaxft.train.relative_gradients import factors, relative_norms, set_out
-from jaxft.train.step import Record
 from jaxft.weights import orbax
 from jaxft.weights.names import torch_tensors
 
@@ -97,29 +97,29 @@ def test_the_recording_is_torchs():
         assert_as_recorded(record(), dict(recorded))
 
 
-def record(gradients, weights, finite=True):
+def gauge(gradients, weights):
     def norms(values):
         return dict(zip("abc", map(np.float64, values), strict=True))
 
-    return Record(None, norms(gradients), norms(weights), np.bool_(finite))
+    return Gauge(norms(gradients), norms(weights))
 
 
 @pytest.mark.parametrize(
-    ("records", "expected"),
+    ("gauges", "expected"),
     [
-        ([record((1, 2, 3), (2, 2, 2))], (1 / 3, 2 / 3, 1)),
+        ([gauge((1, 2, 3), (2, 2, 2))], (1 / 3, 2 / 3, 1)),
         # the mean of ratios, not the ratio of means
-        ([record((1, 2, 4), (2, 2, 2)), record((8, 3, 6), (8, 2, 4))], (3 / 7, 5 / 7, 1)),
-        ([record((1, 2, 4), (2, 2, 2)), record((9, 9, 9), (1, 1, 1), False)], (0.25, 0.5, 1)),
-        ([record((1, 2, 4), (2, 2, 0))], (0.5, 1, 1)),  # c is a head of zeros: at its base rate
-        ([record((1, 2, 0), (2, 2, 0))], (0.5, 1, 1)),
-        ([record((1, 0, 4), (2, 2, 2))], (0.25, 0, 1)),
-        ([record((0, 0, 0), (2, 2, 2))], (0, 0, 0)),
-        ([record((9, 9, 9), (1, 1, 1), False)], (1, 1, 1)),
+        ([gauge((1, 2, 4), (2, 2, 2)), gauge((8, 3, 6), (8, 2, 4))], (3 / 7, 5 / 7, 1)),
+        ([gauge((1, 2, 4), (2, 2, 2)), gauge((9, math.nan, 9), (1, 1, 1))], (0.25, 0.5, 1)),
+        ([gauge((1, 2, 4), (2, 2, 0))], (0.5, 1, 1)),  # c is a head of zeros: at its base rate
+        ([gauge((1, 2, 0), (2, 2, 0))], (0.5, 1, 1)),
+        ([gauge((1, 0, 4), (2, 2, 2))], (0.25, 0, 1)),
+        ([gauge((0, 0, 0), (2, 2, 2))], (0, 0, 0)),
+        ([gauge((9, math.nan, 9), (1, 1, 1))], (1, 1, 1)),
     ],
 )  # fmt: skip
-def test_factors(records, expected):
-    found = factors({"a": 0, "b": 0, "c": 0, "frozen": 0}, relative_norms(records))
+def test_factors(gauges, expected):
+    found = factors({"a": 0, "b": 0, "c": 0, "frozen": 0}, relative_norms(gauges))
     assert tuple(found.values()) == pytest.approx((*expected, 1))
     assert not any(map(math.isnan, found.values()))
 
