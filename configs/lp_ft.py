@@ -7,7 +7,7 @@ Source: Kumar et al. 2022, arXiv:2202.10054: scikit-learn's logistic regression 
 penalty chosen by validation; then SGD with momentum 0.9, no decay, cosine, 20 epochs, batches of
 64. Norm mode E: running statistics throughout. The rate is to be swept: the paper took the best of
 several from 3e-7 to 1e-2, such as `--stages.1.train.* 1e-3`. Its authors divide the features by
-their standard deviation first, which moves the sweep of penalties and not what it can find.
+one standard deviation first, which moves the sweep of penalties and not what it can find.
 
 Data and weights are as in hymenoptera_resnet50.py; for torchvision's weights add
 `--stride-in-1x1 False`.

@@ -50,7 +50,7 @@ def title(program: Program, of: int) -> str:
     stage, steps = program.plan.stage, program.steps
     most = "at most " if stage.until or stage.minutes else ""
     if stage.solver:
-        length = f"a logistic regression on features of {program.steps_per_epoch} batches"
+        length = "a logistic regression on the features before its head"
     elif steps == stage.steps:
         length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
     else:

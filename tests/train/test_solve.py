@@ -120,7 +120,7 @@ def test_the_sweep_is_a_table(tmp_path, capsys):
     assert [line.split()[0] for line in lines if line.strip().startswith("C=")] == [
         "C=1e-2", "C=1e+4", "C=1e+0",
     ]  # fmt: skip
-    assert "probe, a logistic regression on features of 1 batches" in said
+    assert "Stage 1 of 1: probe, a logistic regression on the features before" in said
     assert "Stage 'probe' ended: it is solved. Epoch 1 was its best and goes on" in said
     assert max(map(len, lines)) <= 80
 
