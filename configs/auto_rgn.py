@@ -12,7 +12,7 @@ The ratios are of the epoch's first five batches, where the authors draw five of
 Each corruption is a folder of 50 images for each of 1000 classes: one of them trains, the others
 validate (there ten, and ten more are for the test). They are 224 pixels wide and stay as they are.
 What to expect: the paper's figures are the best of five rates, 1e-1 to 1e-5, by validation; here
-`scripts/find_rate.py` may save some of them. Not measured here, for ImageNet-C is not at hand.
+`scripts/find_rate.py` may save some of them. Measured here: nothing, without ImageNet-C at hand.
 """
 
 from jaxft import Recipe, methods

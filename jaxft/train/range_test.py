@@ -68,7 +68,7 @@ def smooth(losses: Sequence[float], beta: float = BETA) -> np.ndarray:
 
 
 def valley(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Two thirds into the longest fall: fastai's default.
+    """Half way down the longest fall: fastai's default.
 
     Its length is that of the longest decreasing subsequence, and its end the first point that one
     of that length can end in; it is taken to be so many points in a row.
