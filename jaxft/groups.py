@@ -79,7 +79,7 @@ class StagePlan:
         return multi_transform(groups, self.labels)
 
     def rates_at(self, opt_state: optax.OptState, *, steps_per_epoch: int = 1) -> dict[str, float]:
-        """The learning rate of each group's next step."""
+        """The learning rate of each group's next step; where rates are relative, the largest."""
         length = self._length(steps_per_epoch)
         states = {group: opt_state.inner_states[group].inner_state for group in self.patterns}
         # The few numbers that count, of whichever devices they are on.

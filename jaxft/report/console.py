@@ -57,7 +57,7 @@ class Console:
         for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
             rate, schedule = "-" if group == FROZEN else "solved", "-"
             if group in updates:
-                rate = f"{updates[group].lr:g}"
+                rate = f"{'up to ' * plan.stage.relative_rates}{updates[group].lr:g}"
                 schedule = type(updates[group].schedule).__name__
             used = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
             share = f"{sizes[group] / sizes.total():.1%}"
