@@ -7,8 +7,8 @@ images each, SGD at 0.1 with momentum and decay 1e-4 of everything, a tenth of t
 90 epochs. Everything trains, so all norm layers are in mode C; with eight devices each normalises
 its 32 images by themselves, as DistributedDataParallel does, with one all 256 together.
 
-Published: top-1 accuracy 76.130 % (`ResNet50_Weights.IMAGENET1K_V1`). Not measured here. The data
-are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
+Published: top-1 accuracy 76.130 % (`ResNet50_Weights.IMAGENET1K_V1`). Measured here: nothing. The
+data are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
 """
 
 from jaxft import SGD, Recipe

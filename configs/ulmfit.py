@@ -8,7 +8,8 @@ network is a language model and has no norm layers; here frozen ones are in mode
 train on batch statistics.
 
 For any folder of images, such as those of PyTorch's tutorial. The paper has no figures for images
-to expect; with few of them, the last stage's `epochs` is what to change first. Not measured here.
+to expect; with few of them, the last stage's `epochs` is what to change first. Measured here:
+nothing.
 """
 
 from jaxft import Recipe
