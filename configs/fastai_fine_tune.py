@@ -9,7 +9,8 @@ a tenth of the head's rate, as there: mode C in both stages.
 
 For images in data/pets/<class>/, of which a fifth validates (fastai's `valid_pct=0.2`). fastai's
 own views (rotation, zoom, warp, light) are not in the package; a random resized crop and a flip
-take their place. Expect what fastai reports of the same images, within that. Measured here: nothing.
+take their place. Expect what fastai reports of the same images, within that. Measured here:
+nothing.
 """
 
 from jaxft import Recipe
