@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, fields, replace
+from functools import partialmethod
 from pathlib import Path
 
 import jax
@@ -33,10 +34,14 @@ class Narrow(ResNetConfig):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Programs take less time to compile than they would save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Programs compile sooner and run slower, but they hardly run."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    compiled = partialmethod(jax.stages.Lowered.compile, compiler_options=options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compiled)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
