@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import SGD, Stage, models, partition, plan
+from jaxft import SGD, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
+from jaxft.parallel import Devices
 from jaxft.train.evaluate import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
+from jaxft.train.program import program
 from jaxft.train.step import TrainState, train_step
 
 LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)
@@ -187,6 +189,16 @@ def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
     assert losses[0] == losses[1]
     for mean, summed in zip(*map(jax.tree.leaves, moved), strict=True):
         np.testing.assert_allclose(summed, 5 * mean, rtol=1e-3, atol=1e-6)
+
+
+def test_a_recipes_objective():
+    start = jax.eval_shape(MODEL.init, KEY)
+    stages = (Stage("all", {"*": 0.1}, 1),)
+    fields = {"reduction": "sum", "label_smoothing": 0.1, "erasing": 0.2, "mixup": 0.3}
+    recipe = Recipe(model=MODEL.name, data="random", stages=stages, **fields)
+    source = data.arrays(*batch()[:2], classes="01234")
+    prepared = program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
+    assert prepared.objective == Objective(**fields)
 
 
 def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
