@@ -1,4 +1,4 @@
-"""One compilation cache for the suite: the same programs recur in many tests and processes.
+"""One compilation cache for the suite, and programs that compile fast: many run for a few steps.
 
 And a disk that can be filled.
 """
@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their parent sets here
     _cache = tempfile.TemporaryDirectory(prefix="jaxft-tests-", ignore_cleanup_errors=True)
+    if version("jaxlib") < "0.12":  # which aborts at a flag that it does not know
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would wait for each other's cores
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -1,5 +1,6 @@
 """Networks with all names of their family, but few channels: for what does not depend on size."""
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -20,8 +21,10 @@ class Narrow(ResNetConfig):
 
 
 @contextmanager
-def narrowed(most):
-    """Within it each of our networks is narrow, with at most so many blocks a layer."""
+def narrowed(stages):
+    """Within it each of our networks is narrow, with one block a layer, or two if stages say so."""
+    patterns = " ".join(pattern for stage in stages for pattern in stage.train)
+    most = 2 if re.search(r"layer\d\.1", patterns) else 1
     few = {
         name: Narrow(
             **{f.name: getattr(config, f.name) for f in fields(config) if f.name != "depths"},

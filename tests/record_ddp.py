@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS / "models"), str(TESTS / "train")]
 
+from drawn import weight  # noqa: E402
 from record_golden import torch_network  # noqa: E402
-from test_ddp import GOLDEN, RATE, STEPS, batch, normalized, sample, weight  # noqa: E402
+from test_ddp import GOLDEN, RATE, STEPS, batch, normalized, sample  # noqa: E402
 
 RANKS = 2
 

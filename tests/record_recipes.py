@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS / "parity"), str(TESTS / "train")]
+sys.path[:0] = [str(TESTS / "parity")]
 
 from torch_recipes import recorded  # noqa: E402
 from trajectories import CASES, GOLDEN  # noqa: E402

@@ -332,6 +332,8 @@ def test_several_processes_share_a_folder(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    known = os.environ.get("XLA_FLAGS", "")
+    flags = f"{known} --xla_force_host_platform_device_count=2"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(index), tmp_path],
@@ -341,7 +343,7 @@ def test_several_processes_share_a_folder(tmp_path):
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": flags,
             },
         )
         for index in range(2)

@@ -2,18 +2,16 @@
 
 import json
 import re
-from dataclasses import dataclass, fields, replace
-from functools import partialmethod
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from narrow import narrowed
 
 from jaxft import data, finetune, paths, plan
 from jaxft.labels import FROZEN, leaf_labels
-from jaxft.models import registry
-from jaxft.models.resnet import ResNetConfig
 from jaxft.recipe import read, resolve, save
 from jaxft.report.console import Console
 from jaxft.train.start import drawn
@@ -21,43 +19,6 @@ from jaxft.weights.orbax import read_weights
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIDE, BATCH = 32, 4  # pixels, images
-
-
-@dataclass(frozen=True)
-class Narrow(ResNetConfig):
-    """A network with all layers and names, but few channels."""
-
-    @property
-    def widths(self):
-        return (8, 8, 16, 16)[: len(self.depths)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs compile sooner and run slower, but they hardly run."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    compiled = partialmethod(jax.stages.Lowered.compile, compiler_options=options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", compiled)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Makes a recipe's network one of few channels and blocks, which its patterns still fit."""
-
-    def narrow(recipe):
-        patterns = " ".join(pattern for stage in recipe.stages for pattern in stage.train)
-        config = registry._CONFIGS[recipe.model]
-        blocks = 2 if re.search(r"layer\d\.1", patterns) else 1
-        few = {"depths": (blocks,) * len(config.depths), "bottleneck": recipe.stride_in_1x1}
-        known = {field.name: getattr(config, field.name) for field in fields(config)}
-        made = Narrow(**known | few)
-        monkeypatch.setitem(registry._CONFIGS, recipe.model, made)
-
-    return narrow
 
 
 def shrunk(recipe):
@@ -109,12 +70,12 @@ def test_a_saved_one_is_equal(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_runs_and_what_is_frozen_stays(path, narrow, tmp_path):
+def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     recipe = shrunk(read(path))
-    narrow(recipe)
     splits = images(recipe)
-    before, _ = drawn(recipe, recipe.network(len(splits.train.classes)), None)
-    result = finetune(recipe, tmp_path, data=splits, console=Console(quiet=True))
+    with narrowed(recipe.stages):
+        before, _ = drawn(recipe, recipe.network(len(splits.train.classes)), None)
+        result = finetune(recipe, tmp_path, data=splits, console=Console(quiet=True))
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == [stage.name for stage in recipe.stages]
     assert all(np.isfinite([row["train_loss"], row["val_loss"]]).all() for row in rows)

@@ -40,7 +40,8 @@ def python(*arguments, **environment):
 def runs(tmp_path_factory):
     """What each process of tests/parallel_child.py saw and trained, by its name."""
     folder, port = tmp_path_factory.mktemp("runs"), free_port()
-    devices = "--xla_force_host_platform_device_count="
+    known = os.environ.get("XLA_FLAGS", "")
+    devices = f"{known} --xla_force_host_platform_device_count="
     # Of the two, one is told whom to join and one finds it out.
     slurm = {f"SLURM_{name}": "1" for name in ("JOB_ID", "PROCID", "LOCALID")}
     slurm |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}

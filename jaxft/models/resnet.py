@@ -213,7 +213,14 @@ class ResNet(nnx.Module):
     def _pool(self, x: jax.Array) -> jax.Array:
         """`[b h w c]` to `[b c]`, with `concat_pool` to `[b 2c]`."""
         mean = x.mean((1, 2))
-        return jnp.concatenate([x.max((1, 2)), mean], -1) if self.concat_pool else mean
+        if not self.concat_pool:
+            return mean
+        # Not x.max: its gradient looks for the maximum by equality, and XLA may compute x once more
+        # for that, by other roundings; then it is found nowhere, and the gradient is NaN.
+        pixels = x.reshape(x.shape[0], -1, x.shape[-1])
+        where = pixels.argmax(1, keepdims=True)
+        maximum = jnp.take_along_axis(pixels, where, 1)[:, 0]
+        return jnp.concatenate([maximum, mean], -1)
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
         dropped = self.dropout(features, context.below("dropout"))

@@ -196,7 +196,7 @@ PLANTED = {
 
 
 def compare(recipe, module, stages, **options):
-    with narrowed(most=1):
+    with narrowed(recipe.stages):
         return parity.compare(recipe, module, stages, batches(), **options)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class Block(nn.Module):
@@ -68,5 +69,5 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         pooled = x.mean((2, 3))
         if self.concat_pool:
-            pooled = torch.cat([x.amax((2, 3)), pooled], 1)
+            pooled = torch.cat([functional.adaptive_max_pool2d(x, 1).flatten(1), pooled], 1)
         return self.fc(pooled)

@@ -4,6 +4,8 @@ Each parameter has a group of its own, which changes nothing for torch's optimiz
 stage group them otherwise than the last.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -41,7 +43,10 @@ NETWORKS = {
     "keras_guide": lambda: ResNet(bottleneck=True, head=lambda c: nn.Linear(c, 1)),
     **{
         config: lambda: ResNet(bottleneck=True)
-        for config in ("bit", "l2_sp", "torchvision_reference", "torchvision_reference_v2")
+        for config in (
+            *("lp_ft", "surgical", "bit"),
+            *("l2_sp", "torchvision_reference", "torchvision_reference_v2"),
+        )
     },
 }
 
@@ -226,8 +231,8 @@ class FastaiOneCycle(ByFormula):
     def place(self):
         x = self.t / self.total
         rises = x <= self.pct
-        done = torch.tensor(x / self.pct if rises else (x - self.pct) / (1 - self.pct)).double()
-        done = ((1 - torch.cos(torch.pi * done)) / 2).item()
+        done = x / self.pct if rises else (x - self.pct) / (1 - self.pct)
+        done = (1 - math.cos(math.pi * done)) / 2
         for peak, group in zip(self.peaks, self.optimizer.param_groups, strict=True):
             low, high = (peak / self.div, peak) if rises else (peak, peak / 1e5)
             group["lr"] = low + (high - low) * done
@@ -286,7 +291,7 @@ def lp_ft(norms, carry):
 
 def surgical(norms, carry):
     def first(name):
-        return 1e-3 if name.startswith(("conv1.", "bn1.", "layer1.")) else None
+        return 1e-3 if name.startswith(("conv1.", "layer1.")) else None
 
     return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms=norms or "E")]
 
@@ -318,7 +323,7 @@ def l2_sp(norms, carry):
 
     return [
         stage(
-            lambda name: 0.01, sgd(), norms=norms or "C", penalty=penalty,
+            lambda name: 0.01 / 8, sgd(), norms=norms or "C", penalty=penalty,
             scheduler=drop, by="step",
         )
     ]  # fmt: skip
@@ -355,13 +360,13 @@ def layer_decay(norms, carry):
 
 def torchvision_reference(norms, carry):
     decayed = sgd(weight_decay=1e-4)
-    return [stage(lambda name: 0.1, decayed, norms="C", scheduler=step_lr(3))]
+    return [stage(lambda name: 0.1 / 32, decayed, norms="C", scheduler=step_lr(3))]
 
 
 def torchvision_reference_v2(norms, carry):
     def options(name):
         norm = "bn" in name or "downsample.1" in name
-        return {"lr": 0.5, "weight_decay": 0.0 if norm else 2e-5}
+        return {"lr": 0.5 / 128, "weight_decay": 0.0 if norm else 2e-5}
 
     return [stage(options, sgd(), norms="C", loss=smoothed, scheduler=warm_cosine(epochs=6))]
 

@@ -6,7 +6,8 @@ The recorders of tests/record_stage_steps.py run the same cases in torch.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_ddp import MODEL, Wide, batch, weight
+from drawn import weight
+from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, data, plan
 from jaxft.data import Batch, Preprocessing

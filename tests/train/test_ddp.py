@@ -1,12 +1,12 @@
 """Replicas within a batch against torch's `DistributedDataParallel`, recorded in float64."""
 
-import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import weight
 
 from jaxft import SGD, Stage, models, plan
 from jaxft.data import Batch
@@ -16,14 +16,6 @@ from jaxft.weights.names import torch_tensors
 GOLDEN = Path(__file__).parents[1] / "golden" / "ddp.npz"
 MODEL = models.create("cifar_resnet8", num_classes=10)
 STEPS, RATE = 5, 0.05
-
-
-def weight(name, shape):
-    """A tensor in torch's layout, float64: a function of its name."""
-    normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-    if len(shape) > 1:
-        return normal * np.sqrt(2 / np.prod(shape[1:]))
-    return (1 + normal.clip(-2, 2) / 4) if name.endswith(("weight", "var")) else normal / 10
 
 
 def batch(step):

@@ -96,8 +96,8 @@ class KilledError(Exception):
 
 def start(lines, devices, *joining):
     """The child, that of several processes or the only one, with so many virtual devices."""
-    # Unoptimised programs compile in half the time.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    known = os.environ.get("XLA_FLAGS", "")
+    flags = f"{known} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", CHILD, json.dumps(lines), *map(str, joining)],
         stdout=subprocess.PIPE,
