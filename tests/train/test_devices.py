@@ -186,7 +186,8 @@ def two(folder, eight):
 
 def test_the_processes_end_as_they_were_asked(eight, two):
     assert eight[0] == 75, eight[2]
-    assert eight[2].strip() == (
+    # On a busy machine Orbax has something to say before it.
+    assert eight[2].splitlines()[-1] == (
         "SIGTERM came in stage 'late', and step 13 is saved. The same command goes on from there."
     )
     stopped = "SIGTERM came in stage 'all', and step 18 is saved."
