@@ -5,6 +5,8 @@
 Source: "Transfer Learning for Computer Vision Tutorial", pytorch.org, `finetuning the ConvNet`.
 SGD with momentum at 1e-3, a tenth of it after every 7 epochs; the best epoch by validation is
 kept, if strictly better. Everything trains, so all norm layers are in mode C.
+
+Measured: see the table in the README, with an ImageNet ResNet-50 and two epochs.
 """
 
 from jaxft import SGD, Recipe

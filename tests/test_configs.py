@@ -59,6 +59,7 @@ def test_the_docstring_says_how_to_run_it(path):
     said = path.read_text().split('"""')[1]
     assert f"\n    python scripts/finetune.py configs/{path.name} --workdir runs/" in said
     assert "\nSource: " in said
+    assert "easured" in said  # what, or that nothing has been
     assert re.search(r"\bmode [A-E]\b", said)
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from narrow import narrowed
 
 import jaxft
 from jaxft.recipe import Recipe
@@ -107,8 +108,16 @@ def test_the_example_with_a_network_of_ones_own_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
-def test_configs_open_with_their_command_and_result(path):
-    docstring = path.read_text().split('"""')[1]
-    assert f"    python scripts/finetune.py configs/{path.name} --workdir runs/" in docstring
-    assert "Measured" in docstring
+def test_the_pytorch_example_finds_the_optimizer_that_is_new():
+    torch = pytest.importorskip("torch")
+    from torch_network import ResNet
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    batches = [(rng.standard_normal((n, 32, 32, 3)), rng.integers(0, 3, n)) for n in (8, 5)]
+    names, said = {"module": ResNet(), "batches": batches}, []
+    example, *_ = EXAMPLES["A PyTorch recipe, step for step"]
+    names["print"] = lambda report: said.append(str(report))
+    with narrowed(()):
+        exec(example, names)
+    assert "differ in stage 'late' (2 of 2), step 1, first in moments:" in said[0]

@@ -52,14 +52,14 @@ def compare(
         1e-9 in float64 and 1e-4 in float32.
 
     Raises:
-      RecipeError: a recipe that is random, or that waits for validation; or other than one torch
-        stage for each; or batches of other sizes.
+      RecipeError: a recipe that is random, takes no plain steps, or waits for validation; other
+        than one torch stage for each; batches of other sizes or layouts.
       WeightsError: the module's tensors are not those of the network.
     """
     epoch = [Rows(np.asarray(images, dtype), np.asarray(classes)) for images, classes in batches]
+    _check(recipe, stages, epoch)
     module = copy.deepcopy(module).to(getattr(torch, dtype))
     model = model or recipe.network(_num_classes(module, epoch))
-    _check(recipe, stages, epoch)
     with jax.enable_x64(dtype == "float64"):
         start = _start(module, model)
         ours = programs(recipe, model, start, epoch)
@@ -110,12 +110,20 @@ def _cuts(module: nn.Module, model: Model) -> dict[str, str]:
 def _check(recipe: Recipe, stages: Sequence[TorchStage], epoch: Sequence[Rows]) -> None:
     if len(stages) != len(recipe.stages):
         raise RecipeError(f"the recipe has {len(recipe.stages)} stages, PyTorch {len(stages)}.")
+    for shape in (rows.images.shape for rows in epoch):
+        if len(shape) != 4 or shape[-1] != 3:
+            raise RecipeError(f"a batch's images are {list(shape)}; they must be [b h w 3].")
     for stage in recipe.stages:
         during = recipe.during(stage)
         if random := [field for field in _RANDOM if getattr(during, field)]:
             raise RecipeError(
                 f"stage {stage.name!r}: {', '.join(random)} would be drawn differently on either "
                 "side; compare without, with 0."
+            )
+        if stage.solver or stage.relative_rates:
+            what = "is solved" if stage.solver else "has relative_rates"
+            raise RecipeError(
+                f"stage {stage.name!r} {what}, which no optimizer of torch's does; compare without."
             )
         rules = [stage.resolve(pattern, recipe.optimizer) for pattern in stage.train]
         if any(isinstance(rule.schedule, ReduceLROnPlateau) for rule in rules):

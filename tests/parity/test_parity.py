@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from narrow import narrowed
 
-from jaxft import SGD, Adam, Recipe, RecipeError, ReduceLROnPlateau, Stage, WeightsError, parity
+from jaxft import (
+    SGD,
+    Adam,
+    LogisticRegression,
+    Recipe,
+    RecipeError,
+    ReduceLROnPlateau,
+    Stage,
+    WeightsError,
+    parity,
+)
 from jaxft.schedules import StepLR
 
 torch = pytest.importorskip("torch")
@@ -251,6 +261,12 @@ def test_the_two_values_are_told(module):
     [
         (RECIPE, STAGES[:1], RecipeError, "2 stages, PyTorch 1"),
         (replace(RECIPE, mixup=0.2, dropout=0.5), STAGES, RecipeError, "dropout, mixup"),
+        (
+            replace(RECIPE, stages=(Stage("probe", {"fc": LogisticRegression()}),)),
+            STAGES[:1],
+            RecipeError,
+            "stage 'probe' is solved",
+        ),
         (replace(RECIPE, batch_size=4), STAGES, RecipeError, r"batches of 4, .* of \[6, 4\]"),
         (replace(RECIPE, concat_pool=True), STAGES, WeightsError, "fc.0.bias, fc.0.running_mean"),
         (
@@ -267,3 +283,18 @@ def test_the_two_values_are_told(module):
 def test_what_cannot_be_compared_is_said(recipe, stages, error, message, module):
     with pytest.raises(error, match=message):
         compare(recipe, module, stages)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"batches of 6, and those given are of \[\]"),
+        (
+            [(np.zeros((6, 3, 32, 32)), np.zeros(6, int))],
+            r"are \[6, 3, 32, 32\]; .* \[b h w 3\]",
+        ),
+    ],
+)
+def test_batches_that_are_none_are_said(given, message, module):
+    with pytest.raises(RecipeError, match=message):
+        parity.compare(RECIPE, module, STAGES, given)
