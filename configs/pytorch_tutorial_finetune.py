@@ -6,7 +6,8 @@ Source: "Transfer Learning for Computer Vision Tutorial", pytorch.org, `finetuni
 SGD with momentum at 1e-3, a tenth of it after every 7 epochs; the best epoch by validation is
 kept, if strictly better. Everything trains, so all norm layers are in mode C.
 
-Measured: see the table in the README, with an ImageNet ResNet-50 and two epochs.
+Measured with an ImageNet ResNet-50 at 160 pixels and two epochs: accuracy 0.669 (0.595-0.725 over 3
+seeds); see the README for PyTorch's. The batches are few for a ResNet-50's norm layers.
 """
 
 from jaxft import SGD, Recipe
