@@ -250,8 +250,7 @@ class Recipe:
             binary=self.binary,
             dropout=self.dropout,
             drop_path=self.drop_path,
-            # None: that of the images, float32 unless a caller's own are wider.
-            dtype=None if self.dtype == "float32" else self.dtype,
+            dtype=self.dtype,
         )
 
 

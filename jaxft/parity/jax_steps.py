@@ -1,6 +1,7 @@
 """Our half: the very steps that a run takes, on the batches given."""
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxft.groups import plan
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
 from jaxft.models import Model
 from jaxft.models.modes import dotted
+from jaxft.models.nnx_model import NNXModel
 from jaxft.parallel import Devices
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
@@ -50,6 +52,14 @@ def jax_steps(
         state = next_state(stage, at.opt_state, fresh)[0] if stage.index else fresh
         at = at._replace(opt_state=devices.put(state))
         at = yield from _stage(stage, at, start[0], epoch, watch)
+
+
+def network(recipe: Recipe, num_classes: int) -> Model:
+    """The recipe's network, computing in the dtype of its images, whatever the recipe says."""
+    model = recipe.network(num_classes)
+    assert isinstance(model, NNXModel)
+    config: Any = model.config
+    return replace(model, config=replace(config, dtype=None))
 
 
 def programs(

@@ -13,7 +13,7 @@ from torch import nn
 from jaxft.errors import RecipeError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.parity.jax_steps import jax_steps, programs
+from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.report import Report, follow
 from jaxft.parity.step import Rows
 from jaxft.parity.torch_steps import TorchStage, torch_steps
@@ -59,7 +59,7 @@ def compare(
     epoch = [Rows(np.asarray(images, dtype), np.asarray(classes)) for images, classes in batches]
     _check(recipe, stages, epoch)
     module = copy.deepcopy(module).to(getattr(torch, dtype))
-    model = model or recipe.network(_num_classes(module, epoch))
+    model = model or network(recipe, _num_classes(module, epoch))
     with jax.enable_x64(dtype == "float64"):
         start = _start(module, model)
         ours = programs(recipe, model, start, epoch)

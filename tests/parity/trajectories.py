@@ -14,7 +14,7 @@ from drawn import weight
 from narrow import narrowed
 
 from jaxft import recipe as recipes
-from jaxft.parity.jax_steps import jax_steps, programs
+from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.step import Rows
 from jaxft.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
 from jaxft.weights.names import torch_tensors
@@ -108,10 +108,10 @@ def epoch(recipe):
     ]
 
 
-def network(recipe):
+def narrow_network(recipe):
     """The recipe's network, narrow."""
     with narrowed(recipe.stages):
-        return recipe.network(2 if recipe.binary else 3)
+        return network(recipe, 2 if recipe.binary else 3)
 
 
 def start(config, name, shape):
@@ -151,7 +151,7 @@ def train(case, dtype="float64"):
     """What our half tells of a case."""
     config, norms, carry = CASES[case]
     recipe = shrunk(config, norms, carry)
-    model = network(recipe)
+    model = narrow_network(recipe)
     with jax.enable_x64(dtype == "float64"):
         named = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
         begin = jax.tree.map(
