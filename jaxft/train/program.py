@@ -148,15 +148,20 @@ class Program:
     def gauge(self, labels: Tree) -> Callable[..., Gauge]:
         """The norms of a batch's gradients and of the weights, with the arguments of a step.
 
-        They are by `labels`, of what trains. No step is taken, and the state is not donated.
+        They are by `labels`, of what trains; those of gradients are NaN where the loss or any
+        gradient is not finite. No step is taken, and the state is not donated.
         """
         step = self.train_step(keep_gradients=True)
         groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
         def gauge(state: TrainState, *batch: Any) -> Gauge:
             record = step(state, *batch)[1]
-            norms = (group_norms(tree, groups) for tree in (record.gradients, state.trainable))
-            return Gauge(*norms)
+            # A step that leaves out what is not finite would tell of zeros.
+            found = jax.tree.map(
+                lambda norm: jnp.where(record.finite, norm, jnp.nan),
+                group_norms(record.gradients, groups),
+            )
+            return Gauge(found, group_norms(state.trainable, groups))
 
         return gauge
 

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import weight
 from float64_stages import assert_as_recorded, samples
 from mortal import QUIET, KilledError, assert_same_end, die
-from test_ddp import MODEL, Wide, batch, weight
+from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, plan, schedules
-from jaxft.data import Preprocessing, Splits
+from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.methods import auto_rgn
 from jaxft.optim import restart
+from jaxft.parallel import Devices
 from jaxft.train import loop, stage
-from jaxft.train.program import Gauge
+from jaxft.train.program import Gauge, Snapshot, program
 from jaxft.train.progress import Progress
 from jaxft.train.relative_gradients import factors, relative_norms, set_out
 from jaxft.weights import orbax
@@ -122,6 +124,20 @@ def test_factors(gauges, expected):
     found = factors({"a": 0, "b": 0, "c": 0, "frozen": 0}, relative_norms(gauges))
     assert tuple(found.values()) == pytest.approx((*expected, 1))
     assert not any(map(math.isnan, found.values()))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_batch_that_is_not_finite_does_not_count(on_nonfinite):
+    recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)
+    params, stats = start()
+    (stage,) = plan(recipe.stages, params)
+    made = program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
+    state, frozen = made.state(Snapshot(params, stats, made.transform.init(params)))
+    images = np.full((BATCH, 16, 16, 3), np.nan)
+    noise = Batch(images, np.zeros(BATCH, np.int32), np.ones(BATCH, bool))
+    found = jax.jit(made.gauge(made.tensors))(state, frozen, noise, np.int32(0))
+    assert np.isnan([*found.gradients.values()]).all()
+    assert relative_norms([found]) == {}
 
 
 def test_a_restart_leaves_schedules_and_what_is_parked():
