@@ -6,7 +6,6 @@ import re
 
 import optax
 import pytest
-import tyro
 
 from jaxft import (
     SGD,
@@ -24,6 +23,7 @@ from jaxft import (
     Update,
     models,
 )
+from jaxft.command_line import read_with
 from jaxft.data import Preprocessing
 from jaxft.recipe import differences, read, resolve, save
 from jaxft.schedules import (
@@ -130,14 +130,10 @@ def test_yaml_gives_back_an_equal_recipe(recipe, tmp_path):
     assert resolve(recipe) == recipe
 
 
-def test_strengths_of_a_solved_head_are_an_option():
+def test_strengths_of_a_solved_head_are_an_option(tmp_path):
     stage = Stage("probe", train={"fc": LogisticRegression()})
-    recipe = tyro.cli(
-        Recipe,
-        default=dataclasses.replace(RECIPE, stages=(stage,)),
-        args=["--stages.0.train.fc.c", "0.5", "2"],
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
+    recipe = read_with(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
     assert recipe.stages[0].solver == LogisticRegression((0.5, 2.0))
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from jaxft import data
-from jaxft.data import Batch
-from jaxft.groups import plan
+from jaxft.data import Batch, Splits
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
 from jaxft.models import Model
 from jaxft.models.modes import dotted
@@ -20,7 +19,8 @@ from jaxft.models.nnx_model import NNXModel
 from jaxft.parallel import Devices
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
-from jaxft.train.program import Program, Snapshot, program
+from jaxft.train.opening import open_programs
+from jaxft.train.program import Program, Snapshot
 from jaxft.train.resume import next_state
 from jaxft.weights.names import torch_tensors
 
@@ -69,10 +69,7 @@ def programs(
     targets = np.concatenate([rows.targets for rows in epoch])
     nothing = np.zeros((len(targets), 1, 1, 3), np.uint8)
     source = data.arrays(nothing, targets, classes=[str(k) for k in range(model.num_classes)])
-    return tuple(
-        program(index, stage, recipe, model, source, Devices(), start)
-        for index, stage in enumerate(plan(recipe.stages, start[0]))
-    )
+    return open_programs(recipe, model, Splits(source, source), Devices(), start)
 
 
 def _stage(

@@ -1,6 +1,6 @@
 """A stage over this run's network, images and devices: what its compiled step depends on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft import data
 from jaxft.data import Batch, steps_per_epoch
 from jaxft.data.balance import class_weights
 from jaxft.data.protocol import Source
@@ -107,6 +108,28 @@ class Program:
         if self.plan.stage.solver:
             return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
+
+    def batches(
+        self, source: Source, *, epochs: int, first_epoch: int = 0, first_step: int = 0
+    ) -> Generator[Batch, None, None]:
+        """What the stage trains on, of a source, up to an epoch; see `jaxft.data.train_batches`."""
+        recipe = self.recipe
+        return data.train_batches(
+            source,
+            recipe.preprocessing,
+            augment=recipe.augment,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            stage=self.index,
+            first_epoch=first_epoch,
+            first_step=first_step,
+            epochs=epochs,
+            workers=recipe.workers,
+            drop_last=recipe.drop_last,
+            balanced=recipe.balance == "sampling",
+            rows=self.rows,
+            shard=self.devices.shard,
+        )
 
     def state(self, at: Snapshot) -> tuple[TrainState, Tree]:
         """The state of its steps, and the frozen half; in the same buffers."""

@@ -12,7 +12,6 @@ from typing import Never
 import jax
 import numpy as np
 
-from jaxft import data
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
 from jaxft.processes import agree
@@ -36,7 +35,7 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
       InterruptedRunError: a signal asked it to stop; it has saved where it was.
       NonFiniteError: a step's loss or gradients are not finite, and the recipe has it stop.
     """
-    recipe, start = program.recipe, position.progress
+    start = position.progress
     if program.plan.stage.solver:
         if start.position == 0:  # else only its validation is missing
             solve(run, program, compiled, position)
@@ -45,21 +44,11 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
         return handed_on
     # The step donates its state, and what it comes from is the stage's candidate 0.
     position.state = compiled.copy(position.state)
-    batches = data.train_batches(
+    batches = program.batches(
         run.splits.train,
-        recipe.preprocessing,
-        augment=recipe.augment,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        stage=program.index,
+        epochs=program.epochs,
         first_epoch=start.epoch,
         first_step=start.position,
-        epochs=program.epochs,
-        workers=recipe.workers,
-        drop_last=recipe.drop_last,
-        balanced=recipe.balance == "sampling",
-        rows=program.rows,
-        shard=run.devices.shard,
     )
     advised = False
     with closing(batches):

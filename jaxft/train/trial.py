@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jaxft import data
 from jaxft.data import Batch, Source, Splits
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
@@ -45,21 +44,8 @@ class Trial:
 
     def batches(self, count: int) -> Iterator[Batch]:
         """So many of them as the stage would see, on its devices."""
-        program, recipe = self.program, self.program.recipe
-        batches = data.train_batches(
-            self.source,
-            recipe.preprocessing,
-            augment=recipe.augment,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            stage=program.index,
-            epochs=-(-count // program.steps_per_epoch),
-            workers=recipe.workers,
-            drop_last=recipe.drop_last,
-            balanced=recipe.balance == "sampling",
-            rows=program.rows,
-            shard=program.devices.shard,
-        )
+        program = self.program
+        batches = program.batches(self.source, epochs=-(-count // program.steps_per_epoch))
         with closing(batches):
             for _, batch in zip(range(count), batches, strict=False):
                 yield program.devices.batch(batch)
