@@ -46,9 +46,10 @@ def test_in_float32_its_losses_are_close(config, golden):
     stages = sorted({name.split("/")[0] for name in recorded})
     told = train(case, "float32")
     losses, expected = (
-        np.concatenate([x[f"{stage}/loss"] for stage in stages])[:20] for x in (told, recorded)
+        np.concatenate([x[f"{stage}/loss"] for stage in stages]) for x in (told, recorded)
     )
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert len(expected) >= 20
+    np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)
 
 
 def test_no_recipe_is_left_out():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch_network import ResNet
-from trajectories import CASES, EPOCHS, epoch, shrunk, start, told
+from trajectories import ALONE, CASES, EPOCHS, epoch, shrunk, start, told
 
 from jaxft.parity.torch_steps import TorchStage, torch_steps
 
@@ -284,7 +284,7 @@ def ulmfit(norms, carry):
 
 def lp_ft(norms, carry):
     def cosine(optimizer):
-        return lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+        return lr_scheduler.CosineAnnealingLR(optimizer, ALONE)
 
     return [stage(lambda name: 1e-4, sgd(), norms=norms or "E", scheduler=cosine)]
 
@@ -354,7 +354,9 @@ def layer_decay(norms, carry):
         return {"lr": 1e-3 * 0.75**depth, "weight_decay": 0.0 if vector else 0.05}
 
     return [
-        stage(options, AdamW, norms=norms or "C", loss=smoothed, scheduler=warm_cosine(epochs=6))
+        stage(
+            options, AdamW, norms=norms or "C", loss=smoothed, scheduler=warm_cosine(epochs=ALONE)
+        )
     ]
 
 
@@ -368,7 +370,7 @@ def torchvision_reference_v2(norms, carry):
         norm = "bn" in name or "downsample.1" in name
         return {"lr": 0.5 / 128, "weight_decay": 0.0 if norm else 2e-5}
 
-    return [stage(options, sgd(), norms="C", loss=smoothed, scheduler=warm_cosine(epochs=6))]
+    return [stage(options, sgd(), norms="C", loss=smoothed, scheduler=warm_cosine(epochs=ALONE))]
 
 
 RECIPES = (

@@ -21,8 +21,8 @@ from jaxft.weights.names import torch_tensors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes.npz"
-SIDE, ROWS, LAST = 64, 8, 5  # pixels, images of a batch, of an epoch's last batch
-EPOCHS = 5  # of two batches, unless a schedule asks for more
+SIDE, ROWS, LAST = 33, 8, 5  # pixels, images of a batch, of an epoch's last batch
+EPOCHS, ALONE = 5, 10  # of two batches: where there are several stages, and of the only one
 
 # config: (norms: None is its own, carry: None is its own) of each variant
 VARIANTS = {
@@ -47,15 +47,13 @@ CASES = {
     for name, variants in VARIANTS.items()
     for norms, carry in variants
 }
-# Shorter, for the number of steps is: (epochs, schedule).
+# Shorter, for the number of steps is.
 SCHEDULES = {
-    "pytorch_tutorial_finetune": (10, StepLR(7)),
-    "pytorch_tutorial_extractor": (10, StepLR(7)),
-    "bit": (6, Warmup(4, then=MultiStepLR((1, 4, 7), by="step"), start_factor=0.0)),
-    "l2_sp": (6, MultiStepLR((8,), by="step")),
-    "torchvision_reference": (6, StepLR(3)),
-    "torchvision_reference_v2": (6, Warmup(2, then=CosineAnnealingLR(), start_factor=0.01)),
-    "layer_decay": (6, Warmup(2, then=CosineAnnealingLR(), start_factor=0.01)),
+    "bit": Warmup(4, then=MultiStepLR((1, 4, 7), by="step"), start_factor=0.0),
+    "l2_sp": MultiStepLR((8,), by="step"),
+    "torchvision_reference": StepLR(3),
+    "torchvision_reference_v2": Warmup(2, then=CosineAnnealingLR(), start_factor=0.01),
+    "layer_decay": Warmup(2, then=CosineAnnealingLR(), start_factor=0.01),
 }
 
 # Rates in proportion to the batch, where those of a large one would leave eight images no course.
@@ -69,7 +67,9 @@ PROPORTIONS = {
 def shrunk(config, norms=None, carry=None):
     """A config's recipe over small batches, with norm modes and carrying of another's."""
     recipe = recipes.read(CONFIGS / f"{config}.py")
-    epochs, schedule = SCHEDULES.get(config, (EPOCHS, None))
+    stages = [stage for stage in recipe.stages if not stage.solver]
+    epochs = EPOCHS if len(stages) > 1 else ALONE
+    schedule = SCHEDULES.get(config)
 
     def short(stage):
         train = {
@@ -92,7 +92,7 @@ def shrunk(config, norms=None, carry=None):
         mixup=0.0,
         cutmix=0.0,
         erasing=0.0,
-        stages=tuple(short(stage) for stage in recipe.stages if not stage.solver),
+        stages=tuple(map(short, stages)),
     )
 
 
