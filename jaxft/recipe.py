@@ -5,6 +5,7 @@ import math
 import os
 import runpy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -310,12 +311,17 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
 
 def fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe as YAML, or JSON, has it."""
-    return dict(pydantic.TypeAdapter(Recipe).dump_python(recipe, mode="json", warnings=False))
+    return dict(_adapter().dump_python(recipe, mode="json", warnings=False))
 
 
 def _validated(fields: Any, *, source: str) -> Recipe:
     try:
-        return pydantic.TypeAdapter(Recipe).validate_python(fields)
+        return _adapter().validate_python(fields)
     except pydantic.ValidationError as error:
         found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise RecipeError(f"{source}: " + "\n  ".join(found)) from None
+
+
+@cache
+def _adapter() -> pydantic.TypeAdapter[Recipe]:
+    return pydantic.TypeAdapter(Recipe)  # which is slow to make, and asked at each checkpoint

@@ -39,8 +39,14 @@ CASES = {
     },
     "resnet18_concat_pool": ("resnet18", {"concat_pool": True}),
 }
-LIVE = tuple(case for case, (network, _) in CASES.items() if network not in _RELATIVES)
-"""The relatives consist of what the others consist of; recorded outputs are enough for them."""
+_KINDS = (
+    *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
+    *("resnet26t", "resnet18d", "resnet50d", "cifar_resnet8", "cifar_resnet20"),
+)
+LIVE = tuple(case for case, (network, _) in CASES.items() if network in _KINDS)
+"""One at least of each kind of stem, block and shortcut, held to torch itself and at all sizes.
+
+The others consist of what these consist of: outputs recorded at one size are enough for them."""
 
 
 def originals_are_here() -> bool:
@@ -50,8 +56,8 @@ def originals_are_here() -> bool:
 
 def sides(network: str) -> tuple[int, ...]:
     """Of the images: even, odd and full size. The first is also the training step's."""
-    if network in _RELATIVES:
-        return (65,)  # all that they consist of is in the others
+    if network not in _KINDS:
+        return (33,) if network in _CIFAR else (65,)
     return (32, 33) if network in _CIFAR else (64, 65, 224)
 
 

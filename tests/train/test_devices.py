@@ -39,7 +39,7 @@ RECIPE = Recipe(
     dropout=0.1,
     sync_steps=1,
     stages=(
-        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20),
+        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20, relative_rates=True),
         Stage(
             "late",
             {"fc": 1e-3, "layer3": 1e-3},
@@ -58,7 +58,6 @@ RECIPE = Recipe(
             batch_size=20,
             accumulate=2,
             ema=0.5,
-            relative_rates=True,
         ),
         Stage("probe", {"fc": LogisticRegression((0.1,))}, hand_on="last"),
     ),
