@@ -24,6 +24,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their pa
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests wait for disks, processes and each other's threads."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Compiled programs of a whole suite would fill gigabytes; few are of use to two modules."""

@@ -147,8 +147,8 @@ def summaries(arrays):
     return np.array(rows).reshape(-1, 2)
 
 
-def train(case, dtype="float64"):
-    """What our half tells of a case."""
+def train(case, dtype="float64", steps=None):
+    """What our half tells of a case; of its first stages, if so many steps are enough."""
     config, norms, carry = CASES[case]
     recipe = shrunk(config, norms, carry)
     model = narrow_network(recipe)
@@ -159,5 +159,6 @@ def train(case, dtype="float64"):
         )
         rows = [Rows(x.images.astype(dtype), x.targets) for x in epoch(recipe)]
         stages = programs(recipe, model, begin, rows)
-        steps = jax_steps(stages, begin, rows, watch=False)
-        return dict(told(steps, [stage.steps for stage in stages]))
+        lengths = [stage.steps for stage in stages]
+        enough = [n for i, n in enumerate(lengths) if steps is None or sum(lengths[:i]) < steps]
+        return dict(told(jax_steps(stages, begin, rows, watch=False), enough))

@@ -19,6 +19,7 @@ from jaxft.report.console import Bar
 from jaxft.train.program import Program
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
+sys.modules["torch"] = None  # or tensorboardX imports it where there is one
 
 
 def main(lines, *joining):
