@@ -8,7 +8,9 @@ adds what they have to tell each other (GSPMD, Xu et al. 2021, arXiv:2105.04663)
 import re
 import socket
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
@@ -249,7 +251,10 @@ class Devices:
     def host(self, tree: Any) -> Any:
         """The whole arrays, in NumPy's memory in every process; all must ask."""
         if jax.process_count() > 1:
-            tree = jax.jit(
-                lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec())
-            )(tree)
+            tree = _copier(NamedSharding(self.mesh, PartitionSpec()))(tree)
         return jax.device_get(tree)
+
+
+@lru_cache(maxsize=1)
+def _copier(place: NamedSharding) -> Callable[[T], T]:
+    return jax.jit(lambda tree: tree, out_shardings=place)

@@ -31,7 +31,7 @@ _OF_OUR_NETWORKS = (
 )  # fmt: skip
 # What a stage may say for itself.
 _OF_A_STAGE = (
-    "batch_size", "augment", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
+    "batch_size", "augment", "views", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
 )  # fmt: skip
 
 
@@ -73,6 +73,9 @@ class Recipe:
     augment: Augment = "crop_flip"
     """Training views: random resized crop and flip, alone or with colour jitter, RandAugment or
     TrivialAugment; small shifts; flips; or none (the evaluation's)."""
+    views: int = 0
+    """Train on so many augmented views of each image, one an epoch, over and over; 0: on a new one
+    each epoch. What frozen layers make of so few can be kept."""
     erasing: float = 0.0
     """The chance that a random box of a training image is erased."""
     mixup: float = 0.0
@@ -131,7 +134,8 @@ class Recipe:
     workers: int = 2
     """Threads that read images, 0 for none of their own; changes no result."""
     cache_mib: int = 512
-    """Memory for decoded images, in MiB, so that later epochs read no files; changes no result."""
+    """Memory for decoded images, in MiB, so that later epochs read no files, and as much for what a
+    stage's first, frozen layers make of them; changes no result but by rounding."""
     from_scratch: tuple[Stage, ...] = ()
     """If given: for comparison, also train the network from random weights in these stages."""
 
@@ -140,7 +144,7 @@ class Recipe:
     def __post_init__(self) -> None:
         counts = {
             1: ("batch_size", "image_size", "resize_size", "sync_steps"),
-            0: ("workers", "cache_mib", "checkpoint_steps"),
+            0: ("workers", "cache_mib", "checkpoint_steps", "views"),
         }
         for least, fields in counts.items():
             low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]

@@ -72,7 +72,7 @@ class Stage:
       relative_rates: at the start of each epoch every tensor's rate becomes the base rate times its
         relative gradient norm, by the largest one's, and every optimizer starts afresh (Auto-RGN,
         see `jaxft.train.relative_gradients`).
-      batch_size, augment, erasing, mixup, cutmix, label_smoothing, balance: instead of the
+      batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: instead of the
         recipe's.
 
     >>> from jaxft import Adam, schedules
@@ -105,6 +105,7 @@ class Stage:
     relative_rates: bool = False
     batch_size: int | None = None
     augment: Augment | None = None
+    views: int | None = None
     erasing: float | None = None
     mixup: float | None = None
     cutmix: float | None = None

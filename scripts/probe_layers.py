@@ -17,7 +17,8 @@ from jaxft.command_line import read_with
 from jaxft.report.blocks import block_table
 from jaxft.report.console import Console
 from jaxft.train.compilation import keep_programs
-from jaxft.train.relative_gradients import BATCHES, block_labels, block_norms
+from jaxft.train.prefix import block_labels
+from jaxft.train.relative_gradients import BATCHES, block_norms
 from jaxft.train.trial import trial
 
 

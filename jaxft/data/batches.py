@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """NumPy arrays of one batch; rows where `mask` is False are padding (zeros)."""
 
     image: np.ndarray
-    """uint8 [b h w 3], not yet normalised."""
+    """uint8 [b h w 3], not yet normalised; or what is kept of the images, [b ...]."""
     target: np.ndarray
     """int32 [b]."""
     mask: np.ndarray
@@ -67,6 +67,8 @@ def train_batches(
     workers: int,
     drop_last: bool = False,
     balanced: bool = False,
+    views: int = 0,
+    kept: Callable[[int], np.ndarray] | None = None,
     rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
@@ -79,6 +81,10 @@ def train_batches(
 
     If `balanced`, an epoch is as long but draws with replacement, each class as often as another
     (`jaxft.data.balance`); what is drawn twice is augmented anew.
+
+    With `views`, there are but so many of each example: an epoch's are those of the epoch so many
+    before. `kept(view)` is what is kept of each example's view of that number, [n ...]: batches are
+    of these rows instead of images, and made when they are asked for.
 
     A batch's arrays have `rows` rows, `batch_size` by default; those beyond its examples are
     padding. With `shard` (i, n), process i of n makes its n-th part of these rows and decodes no
@@ -100,18 +106,36 @@ def train_batches(
     def make_batch(step: int) -> Batch:
         epoch, index = divmod(step, steps)
 
+        number = epoch % views if views else epoch
+        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[part]
+        examples = order(epoch)[places]
+        if kept:
+            return _taken(kept(number), source, examples, part)
+
         def view(example: int, place: int) -> tuple[np.ndarray, int]:
             # Only there does an epoch hold an example more than once.
             which = (place,) if balanced else ()
-            rng = np.random.default_rng([seed, stage, epoch, example, _AUGMENTATION, *which])
-            image, target = source[example]
-            return train_view(image, preprocessing, augment, rng), target
+            return make_view(example, number, *which)
 
-        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[part]
-        examples = zip(order(epoch)[places].tolist(), places.tolist(), strict=True)
-        return _assemble([partial(view, *e) for e in examples], preprocessing.image_size, part)
+        drawn = zip(examples.tolist(), places.tolist(), strict=True)
+        return _assemble([partial(view, *e) for e in drawn], preprocessing.image_size, part)
 
-    return prefetch(make_batch, range(first_epoch * steps + first_step, epochs * steps), workers)
+    make_view = augmented(source, preprocessing, augment, seed=seed, stage=stage)
+    numbers = range(first_epoch * steps + first_step, epochs * steps)
+    return prefetch(make_batch, numbers, 0 if kept else workers)
+
+
+def augmented(
+    source: Source, preprocessing: Preprocessing, augment: Augment | View, *, seed: int, stage: int
+) -> Callable[..., tuple[np.ndarray, int]]:
+    """`(example, number, *place) -> (image, target)`: the views of a stage, by their epochs."""
+
+    def view(example: int, number: int, *place: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng([seed, stage, number, example, _AUGMENTATION, *place])
+        image, target = source[example]
+        return train_view(image, preprocessing, augment, rng), target
+
+    return view
 
 
 def eval_batches(
@@ -120,22 +144,31 @@ def eval_batches(
     *,
     batch_size: int,
     workers: int,
+    view: Callable[[int], tuple[np.ndarray, int]] | None = None,
+    kept: np.ndarray | None = None,
     rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
-    """Every example once in the source's order, unaugmented; otherwise as `train_batches`."""
+    """Every example once in the source's order, unaugmented; otherwise as `train_batches`.
+
+    view: gives an example's image, where it is to be another, and its target.
+    kept: as there, of all examples.
+    """
     part = _part(batch_size, rows, shard)
 
-    def view(example: int) -> tuple[np.ndarray, int]:
+    def evaluated(example: int) -> tuple[np.ndarray, int]:
         image, target = source[example]
         return eval_view(image, preprocessing), target
 
     def make_batch(step: int) -> Batch:
-        examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))
-        views = [partial(view, example) for example in examples[part].tolist()]
+        examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))[part]
+        if kept is not None:
+            return _taken(kept, source, examples, part)
+        views = [partial(view or evaluated, example) for example in examples.tolist()]
         return _assemble(views, preprocessing.image_size, part)
 
-    return prefetch(make_batch, range(steps_per_epoch(source, batch_size)), workers)
+    steps = range(steps_per_epoch(source, batch_size))
+    return prefetch(make_batch, steps, workers if kept is None else 0)
 
 
 def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
@@ -165,3 +198,10 @@ def _assemble(
     for row, view in enumerate(views):
         images[row], targets[row] = view()
     return Batch(images, targets, np.arange(count) < len(views))
+
+
+def _taken(kept: np.ndarray, source: Source, examples: np.ndarray, part: slice) -> Batch:
+    count, spare = len(examples), part.stop - part.start - len(examples)
+    padding = ((0, spare), *[(0, 0)] * (kept.ndim - 1))
+    targets = np.pad(np.asarray(source.targets[examples], np.int32), (0, spare))
+    return Batch(np.pad(kept[examples], padding), targets, np.arange(count + spare) < count)

@@ -1,10 +1,12 @@
 """Evaluation: every example counts once, whatever the batch size."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data import Batch, Preprocessing
@@ -30,21 +32,30 @@ def score(tallies: Iterable[Tally]) -> Score:
 
 
 def eval_step(
-    model: Model, preprocessing: Preprocessing, *, tta: Literal["none", "flip"] = "none"
-) -> Callable[[Tree, Tree, Batch], Tally]:
-    """The jitted evaluation of one batch, with running statistics.
+    model: Model,
+    preprocessing: Preprocessing,
+    *,
+    tta: Literal["none", "flip"] = "none",
+    first: str | None = None,
+) -> Any:
+    """The jitted evaluation of a batch, `(params, stats, batch) -> tally`, with running statistics.
 
     With `tta="flip"`, test-time augmentation, the logits are averaged over an image and its mirror.
     Logits, as torchvision's `TenCrop` example does, not probabilities: the mean is logits again, to
     which loss and calibration apply as to any, and its loss is never above the mean of the two.
+
+    Beginning with the block `first`, a batch has instead of images what the blocks before it make
+    of each and, or not, of its mirror: [b v ...].
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
-        images = preprocessing.normalize(batch.image)
-        logits, _ = model.apply(params, stats, images, norms="running")
-        if tta == "flip":
-            mirrored, _ = model.apply(params, stats, images[:, :, ::-1], norms="running")
-            logits = (logits + mirrored) / 2
-        return tally(logits, batch.target, batch.mask)
+        if first is None:
+            images = preprocessing.normalize(batch.image)
+            views = [images, images[:, :, ::-1]] if tta == "flip" else [images]
+        else:
+            views = [jnp.asarray(batch.image)[:, i] for i in range(batch.image.shape[1])]
+        run = partial(model.apply, params, stats, norms="running", first=first)
+        logits = [run(view)[0] for view in views]
+        return tally(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
 
     return jax.jit(step)

@@ -23,6 +23,7 @@ from jaxft.train import export, fork
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
+from jaxft.train.kept import Kept
 from jaxft.train.opening import (
     check_network,
     open_network,
@@ -171,7 +172,7 @@ def _run(
         evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
         run = Run(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
-            interruption, anchor,
+            interruption, anchor, Kept(recipe.cache_mib * 2**20),
         )  # fmt: skip
         progress, handed_on = train_stages(run, start, forked)
         score = progress.handed_on(programs[-1].plan.stage)

@@ -35,16 +35,16 @@ def norm_modes(
         raise PatternError(
             "\n".join(f"norms: among the norm layers, {complaint}" for complaint in complaints)
         )
-    wanted = dict(zip(map(_layer, paths(stats)), chosen, strict=True))
+    wanted = dict(zip(map(layer, paths(stats)), chosen, strict=True))
     trained = trained_layers(params, labels)
     modes: dict[str, NormMode] = {}
-    for layer in sorted(wanted):
-        index = wanted[layer]
+    for name in sorted(wanted):
+        index = wanted[name]
         choice = "B" if index is None else [*(choices or {}).values()][index]
-        if layer in trained:
-            modes[layer] = "running" if choice == "E" else "batch"
+        if name in trained:
+            modes[name] = "running" if choice == "E" else "batch"
         elif choice != "C":
-            modes[layer] = _FROZEN_MODES[choice]
+            modes[name] = _FROZEN_MODES[choice]
     if frozen := sorted(wanted.keys() - modes.keys()):
         raise RecipeError(
             f"norms: in mode C all norm layers train, and {len(frozen)} are frozen, such as "
@@ -56,15 +56,16 @@ def norm_modes(
 def trained_layers(params: Tree, labels: Tree) -> set[str]:
     """The paths of the layers of which some parameter trains."""
     named = zip(paths(params), leaf_labels(params, labels), strict=True)
-    return {_layer(path) for path, label in named if label != FROZEN}
+    return {layer(path) for path, label in named if label != FROZEN}
 
 
 def mode_names(params: Tree, labels: Tree, modes: Mapping[str, NormMode]) -> dict[str, str]:
     """What each layer's mode is called: its letter of `NormChoice`, and the mode."""
     trained = trained_layers(params, labels)
     letters = {"batch": "AC", "running": "BE", "batch_fixed": "D"}  # frozen, or trains
-    return {layer: f"{letters[mode][layer in trained]} {mode}" for layer, mode in modes.items()}
+    return {name: f"{letters[mode][name in trained]} {mode}" for name, mode in modes.items()}
 
 
-def _layer(path: str) -> str:
+def layer(path: str) -> str:
+    """The path of the layer that has this parameter or statistic."""
     return path.rpartition(".")[0]

@@ -8,6 +8,7 @@ from jaxft.groups import plan
 from jaxft.models import Model
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
+from jaxft.train.keeping import keeping
 from jaxft.train.program import Program, program
 from jaxft.train.start import Start
 from jaxft.weights import Weights
@@ -68,7 +69,8 @@ def open_programs(
     recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: Start
 ) -> tuple[Program, ...]:
     """A program for each of the recipe's stages; `like` may be shapes."""
-    return tuple(
+    programs = [
         program(index, stage, recipe, model, splits.train, devices, like)
         for index, stage in enumerate(plan(recipe.stages, like[0]))
-    )
+    ]
+    return keeping(programs, *like, images=(len(splits.train), len(splits.val)))

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 
 from jaxft import data
-from jaxft.data import Batch, steps_per_epoch
+from jaxft.data import Batch, Source, steps_per_epoch
 from jaxft.data.balance import class_weights
-from jaxft.data.protocol import Source
 from jaxft.errors import PatternError, RecipeError
 from jaxft.gradients import group_norms
 from jaxft.groups import StagePlan
@@ -22,9 +21,11 @@ from jaxft.optim import multi_transform
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
 from jaxft.train.compilation import flops
-from jaxft.train.features import check_solvable, feature_step
+from jaxft.train.evaluate import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
+from jaxft.train.prefix import Prefix, compile_prefix
+from jaxft.train.solvable import check_solvable
 from jaxft.train.step import Record, TrainState, train_step
 
 
@@ -50,13 +51,19 @@ class Compiled(NamedTuple):
     """An optimizer's state for the parameters, as at its first step."""
     copy: Callable[[TrainState], TrainState]
     """The same in other buffers."""
-    step: Callable[..., Any]
+    step: Any
     """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
-    the global step. The state is donated. Of a stage that is solved it is a `feature_step`."""
+    the global step. The state is donated. None, where the stage is solved."""
     gauge: Callable[..., Gauge] | None
     """See `Program.gauge`; by tensor, where rates are relative."""
+    prefix: Mapping[str, Callable[[Tree, Tree, jax.Array], jax.Array]]
+    """See `compile_prefix`; empty if nothing of it is kept."""
+    score: Callable[..., Any] | None
+    """See `eval_step`; of batches of what is kept, where that is."""
     flops: float
     """Of a step."""
+    prefix_flops: float
+    """Of the prefix on a batch."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Program:
       norms: the mode of each norm layer.
       objective: what its steps minimise.
       steps_per_epoch: batches that hold every training image once.
+      prefix: what of the network it leaves as it is.
     """
 
     index: int
@@ -82,6 +90,7 @@ class Program:
     norms: Mapping[str, NormMode]
     objective: Objective
     steps_per_epoch: int
+    prefix: Prefix = Prefix()
 
     @property
     def steps(self) -> int:
@@ -110,7 +119,13 @@ class Program:
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
 
     def batches(
-        self, source: Source, *, epochs: int, first_epoch: int = 0, first_step: int = 0
+        self,
+        source: Source,
+        *,
+        epochs: int,
+        first_epoch: int = 0,
+        first_step: int = 0,
+        kept: Callable[[int], np.ndarray] | None = None,
     ) -> Generator[Batch, None, None]:
         """What the stage trains on, of a source, up to an epoch; see `jaxft.data.train_batches`."""
         recipe = self.recipe
@@ -127,6 +142,8 @@ class Program:
             workers=recipe.workers,
             drop_last=recipe.drop_last,
             balanced=recipe.balance == "sampling",
+            views=recipe.views,
+            kept=kept,
             rows=self.rows,
             shard=self.devices.shard,
         )
@@ -158,6 +175,7 @@ class Program:
             replicas=len(self.devices) if recipe.statistics == "replica" else 1,
             devices=self.devices,
             keep_gradients=keep_gradients,
+            first=self.prefix.first if self.prefix.train else None,
         )
 
         def numbered(
@@ -189,6 +207,11 @@ class Program:
         return gauge
 
     @property
+    def same_views(self) -> bool:
+        """Whether all stages of which this holds see the same of the images to train on."""
+        return bool(self.plan.stage.solver) or self.recipe.augment == "none"
+
+    @property
     def tensors(self) -> Tree:
         """The label tree in which each parameter that trains has a label of its own, its path."""
         labels = self.plan.labels
@@ -206,24 +229,27 @@ class Program:
             return devices.constrain(jax.tree.map(jnp.copy, state))
 
         state, frozen = devices.abstract(self.state(shapes))
-        side = recipe.preprocessing.image_size
-        batch = devices.abstract_batch(
-            Batch(
-                np.empty((self.rows, side, side, 3), np.uint8),
-                np.empty(self.rows, np.int32),
-                np.empty(self.rows, bool),
-            )
-        )
-        params = devices.abstract(shapes.params)
+        params, stats = devices.abstract((shapes.params, shapes.stats))
+        side, kept = recipe.preprocessing.image_size, self.prefix
+        images = self._abstract((side, side, 3), np.uint8)
+        batch = images
+        if kept.row and kept.train:
+            batch = self._abstract(kept.row.shape, kept.row.dtype)
+        through: dict[str, Any] = {}
+        score = None
+        if kept.row and kept.val:
+            like = (params, stats, images.image)
+            through = compile_prefix(self.model, recipe.preprocessing, devices, kept.blocks, like)
+            scoring = eval_step(self.model, recipe.preprocessing, first=kept.first)
+            views = 2 if recipe.tta == "flip" else 1
+            rows = self._abstract((views, *kept.row.shape), kept.row.dtype)
+            score = scoring.lower(params, stats, rows).compile()
         start = params if stage.anchor else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        if stage.solver:
-            features = feature_step(self.model, recipe.preprocessing, devices)
-            lowered = features.lower(params, devices.abstract(shapes.stats), batch)
-        else:
+        step = None
+        if not stage.solver:
             stepping = jax.jit(self.train_step(), donate_argnums=0)
-            lowered = stepping.lower(state, frozen, batch, number, start)
-        compiled = lowered.compile()
+            step = stepping.lower(state, frozen, batch, number, start).compile()
         gauge: Callable[..., Gauge] | None = None
         if stage.relative_rates:
             measuring = jax.jit(self.gauge(self.tensors))
@@ -231,9 +257,22 @@ class Program:
         return Compiled(
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
-            compiled,
+            step,
             gauge,
-            flops(compiled) * stage.accumulate,  # of a loop's body XLA counts one turn
+            through,
+            score,
+            flops(step) * stage.accumulate if step else 0.0,  # of a loop's body XLA counts one turn
+            sum(map(flops, through.values())),
+        )
+
+    def _abstract(self, row: tuple[int, ...], dtype: Any) -> Batch:
+        """The shapes of a batch of such rows."""
+        return self.devices.abstract_batch(
+            Batch(
+                np.empty((self.rows, *row), dtype),
+                np.empty(self.rows, np.int32),
+                np.empty(self.rows, bool),
+            )
         )
 
 
@@ -247,6 +286,8 @@ def program(
     shapes: tuple[Tree, Tree],
 ) -> Program:
     """The program of a stage that trains on `source`; `shapes` are of parameters and statistics.
+
+    All of the network runs in its steps, until it is told of its prefix.
 
     Raises JaxftError for what of the stage does not fit the network or the images.
     """

@@ -72,10 +72,30 @@ def cost(program: Program, compiled: Compiled, seconds: float) -> str:
 
     `seconds` were spent on compiling it.
     """
-    unit = "batch" if program.plan.stage.solver else "step"
-    giga = compiled.flops >= 1e9
-    amount = f"{compiled.flops / (1e9 if giga else 1e6):.3g} {'G' if giga else 'M'}FLOP"
-    return f"{amount} a {unit}, compiled in {seconds:.1f} s"
+    if program.plan.stage.solver:
+        cost = f"{_flop(compiled.prefix_flops)} a batch"
+    else:
+        cost = f"{_flop(compiled.flops)} a step"
+        if program.prefix.train:
+            cost += f", spared {_flop(compiled.prefix_flops)}"
+    return f"{cost}, compiled in {seconds:.1f} s"
+
+
+def _flop(count: float) -> str:
+    return f"{count / 1e9:.3g} GFLOP" if count >= 1e9 else f"{count / 1e6:.3g} MFLOP"
+
+
+def spared(program: Program) -> str:
+    """Which blocks run once, and why not in training if so."""
+    prefix = program.prefix
+    if not prefix.blocks:
+        return f"No block's work is kept: {prefix.reason}."
+    first, last = prefix.blocks[0], prefix.blocks[-1]
+    blocks = first if first == last else f"{first} to {last}"
+    if prefix.train:
+        return f"{blocks}: once an image, and what comes out is kept, {prefix.mib:.3g} MiB."
+    kept = f" To validate, once an image, {prefix.mib:.3g} MiB." if prefix.val else ""
+    return f"{blocks}: in each step, as {prefix.reason}.{kept}"
 
 
 def epilogue(plan: StagePlan, progress: Progress) -> str:

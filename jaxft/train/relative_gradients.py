@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from jaxft.data import Batch
-from jaxft.labels import Pattern, Tree, combine, label, paths, unflatten
-from jaxft.models import Model
+from jaxft.labels import Tree, combine, paths, unflatten
 from jaxft.optim import restart
 from jaxft.parallel import Devices
+from jaxft.train.prefix import block_labels
 from jaxft.train.program import Compiled, Gauge, Snapshot
 from jaxft.train.step import TrainState
 from jaxft.train.trial import Trial
@@ -46,13 +46,6 @@ def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
     finite = {path: ratio for path, ratio in relative.items() if math.isfinite(ratio)}
     largest = max(finite.values(), default=0.0) or 1.0
     return unflatten(params, [finite.get(path, largest) / largest for path in paths(params)])
-
-
-def block_labels(model: Model, params: Tree) -> Tree:
-    """The label tree in which each parameter has the name of its block."""
-    named = zip(model.blocks, model.block_patterns, strict=True)
-    rules: dict[Pattern, str] = {p: block for block, patterns in named for p in patterns}
-    return label(params, rules)
 
 
 def block_norms(trial: Trial) -> dict[str, float]:

@@ -21,6 +21,7 @@ from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.evaluate import Score, score
 from jaxft.train.interruption import InterruptedRunError, Interruption
+from jaxft.train.kept import Inputs, Kept
 from jaxft.train.program import Program
 from jaxft.train.step import Tally
 
@@ -35,6 +36,7 @@ class Run:
       programs: one a stage.
       eval_step: see `jaxft.train.evaluate.eval_step`.
       start: the parameters that the run started from, if a stage has an anchor.
+      kept: what stages keep of their prefixes.
     """
 
     recipe: Recipe
@@ -47,6 +49,7 @@ class Run:
     console: Console
     interruption: Interruption
     start: Tree | None
+    kept: Kept
 
     @property
     def data(self) -> dict[str, object]:
@@ -65,24 +68,43 @@ class Run:
         """Whether a signal has come, to any process; all must ask, at the same point."""
         return agree(self.interruption.signal is not None)
 
-    def evaluate(self, params: Tree, stats: Tree) -> Score | None:
-        """The score on the validation images, each counted once; none if a signal has come."""
-        tallies = self.of_each_batch(self.splits.val, partial(self.eval_step, params, stats))
+    def evaluate(self, params: Tree, stats: Tree, inputs: Inputs | None = None) -> Score | None:
+        """The score on the validation images, each counted once; none if a signal has come.
+
+        inputs: what the images have become, to begin with.
+        """
+        val = self.splits.val
+        if inputs is None or inputs.score is None:
+            tallies = self.of_each_batch(val, partial(self.eval_step, params, stats))
+        elif (rows := inputs.val()) is None:
+            return None
+        else:
+            step = partial(inputs.score, params, stats)
+            tallies = self.of_each_batch(val, step, batch_size=inputs.batch_size, kept=rows)
         return None if tallies is None else score(tallies)
 
-    def of_each_batch(self, source: Source, step: Callable[[Batch], T]) -> list[T] | None:
+    def of_each_batch(
+        self,
+        source: Source,
+        step: Callable[[Batch], T],
+        *,
+        batch_size: int | None = None,
+        **instead: Any,
+    ) -> list[T] | None:
         """What a compiled step makes of the source's images in their order, each seen once.
 
-        None if a signal has come.
+        `batch_size` is the recipe's by default; for what may be `instead` of the images as they are
+        evaluated see `jaxft.data.eval_batches`. None if a signal has come.
         """
-        recipe = self.recipe
+        recipe, size = self.recipe, batch_size or self.recipe.batch_size
         batches = data.eval_batches(
             source,
             recipe.preprocessing,
-            batch_size=recipe.batch_size,
+            batch_size=size,
             workers=recipe.workers,
-            rows=self.devices.rows(recipe.batch_size),
+            rows=self.devices.rows(size),
             shard=self.devices.shard,
+            **instead,
         )
         made: list[T] = []
         with closing(batches):

@@ -7,11 +7,12 @@ import jax
 from jaxft.train import fork
 from jaxft.train.compilation import Ahead
 from jaxft.train.fork import Fork
+from jaxft.train.kept import Inputs
 from jaxft.train.norms import mode_names
 from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.progress import Progress
-from jaxft.train.record import cost, epilogue, gap, title
+from jaxft.train.record import cost, epilogue, gap, spared, title
 from jaxft.train.resume import next_state, resume, state_shapes, structure
 from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
@@ -33,14 +34,14 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         run.checkpoints.check_room(structure(run.programs, program.index, *shapes))
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
-    progress, at = found or _begin(run, start)
+    progress, at = found or _begin(run, start, ahead)
     validated = 0.0
     while index < len(run.programs):
         program = run.programs[index]
         compiled = ahead.result(partial(_glance, run))
         position = at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
         seconds = ahead.seconds
-        _announce(run, program, cost(program, compiled, seconds), position)
+        _announce(run, program, f"{cost(program, compiled, seconds)}\n{spared(program)}", position)
         if index + 1 < len(run.programs):
             ahead = _compile(run, index + 1, shapes)
         at = train_stage(run, program, compiled, position)
@@ -59,12 +60,15 @@ def _recorded(progress: Progress) -> int:
     return progress.step - bool(progress.position)
 
 
-def _begin(run: Run, start: Start) -> tuple[Progress, Snapshot]:
-    params, stats = run.devices.put(start)
-    score = run.evaluate(params, stats)
+def _begin(run: Run, start: Start, ahead: Ahead[Compiled]) -> tuple[Progress, Snapshot]:
+    at = Snapshot(*run.devices.put(start), None)
+    inputs = None
+    if run.programs[0].prefix.val:  # what is made of the images now is kept
+        inputs = Inputs(run, run.programs[0], ahead.result(partial(_glance, run)), lambda: at)
+    score = run.evaluate(at.params, at.stats, inputs)
     if score is None:
         raise run.stopped()
-    return Progress.at_start(0, 0, score), Snapshot(params, stats, None)
+    return Progress.at_start(0, 0, score), at
 
 
 def _compile(run: Run, index: int, shapes: Start) -> Ahead[Compiled]:

@@ -1,8 +1,7 @@
 """The one step of a stage whose head is solved: features, a sweep of penalties, the best of it."""
 
 import time
-from collections.abc import Iterable
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,15 +10,15 @@ from jaxft import processes
 from jaxft.labels import Tree, paths
 from jaxft.logistic import ITERATIONS, TOLERANCE, Fit, logistic_regression
 from jaxft.train.evaluate import Score, score
-from jaxft.train.features import Features
+from jaxft.train.kept import Inputs
 from jaxft.train.position import Position
-from jaxft.train.program import Compiled, Program
+from jaxft.train.program import Program
 from jaxft.train.run import Run
 from jaxft.train.step import Tally, tally
 from jaxft.train.sums import Sums
 
 
-def solve(run: Run, program: Program, compiled: Compiled, position: Position) -> None:
+def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> None:
     """Moves `position` by the stage's step, after which its head is that of the best penalty.
 
     Nothing is saved on the way: a run that ends in here does all of it again.
@@ -31,15 +30,12 @@ def solve(run: Run, program: Program, compiled: Compiled, position: Position) ->
     started = position.began = time.perf_counter()
     solver = program.plan.stage.solver
     assert solver is not None
-    params, stats, _ = position.shown
-    halves = []
-    for source in (run.splits.train, run.splits.val):
-        batches = run.of_each_batch(source, partial(compiled.step, params, stats))
-        if batches is None:
-            raise run.stopped()
-        halves.append(_whole(jax.device_get(batches)))
-    train, val = halves
-    fits = logistic_regression(train.features, train.target, program.model.num_classes, c=solver.c)
+    train = _Features(inputs.train(), run.splits.train.targets)
+    rows = inputs.val()
+    if rows is None:
+        raise run.stopped()
+    val = _Features(rows[:, 0], run.splits.val.targets)
+    fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=solver.c)
     tallies = [_tally(fit, train) for fit in fits]
     scores = [score([_tally(fit, val)]) for fit in fits]
     chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
@@ -68,15 +64,16 @@ def solve(run: Run, program: Program, compiled: Compiled, position: Position) ->
     )
 
 
-def _whole(batches: Iterable[Features]) -> Features:
-    """All rows that are no padding."""
-    rows = ([field[batch.mask] for field in batch] for batch in batches)
-    return Features(*map(np.concatenate, zip(*rows, strict=True)))  # type: ignore[arg-type]
+class _Features(NamedTuple):
+    """Of all images of a half: what is before the head, [n d], and the classes, int32 [n]."""
+
+    rows: np.ndarray
+    target: np.ndarray
 
 
-def _tally(fit: Fit, of: Features) -> Tally:
-    logits = np.asarray(of.features, np.float64) @ fit.kernel + fit.bias
-    return tally(jax.numpy.asarray(logits, np.float32), of.target, of.mask)
+def _tally(fit: Fit, of: _Features) -> Tally:
+    logits = np.asarray(of.rows, np.float64) @ fit.kernel + fit.bias
+    return tally(jax.numpy.asarray(logits, np.float32), of.target, np.ones(len(logits), bool))
 
 
 def _merit(fit: Fit, score: Score) -> tuple[float, float, float]:

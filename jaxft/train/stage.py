@@ -17,6 +17,7 @@ from jaxft.errors import NonFiniteError
 from jaxft.processes import agree
 from jaxft.stages import Stage
 from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.kept import Inputs
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.record import row
@@ -36,10 +37,11 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
       NonFiniteError: a step's loss or gradients are not finite, and the recipe has it stop.
     """
     start = position.progress
+    inputs = Inputs(run, program, compiled, lambda: position.best)
     if program.plan.stage.solver:
         if start.position == 0:  # else only its validation is missing
-            solve(run, program, compiled, position)
-        handed_on = _end_epoch(run, program, compiled, position)
+            solve(run, program, inputs, position)
+        handed_on = _end_epoch(run, program, compiled, inputs, position)
         assert handed_on is not None
         return handed_on
     # The step donates its state, and what it comes from is the stage's candidate 0.
@@ -49,12 +51,13 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
         epochs=program.epochs,
         first_epoch=start.epoch,
         first_step=start.position,
+        kept=inputs.train if program.prefix.train else None,
     )
     advised = False
     with closing(batches):
         while True:
             _train_epoch(run, program, compiled, position, batches)
-            handed_on = _end_epoch(run, program, compiled, position)
+            handed_on = _end_epoch(run, program, compiled, inputs, position)
             if not advised and (advice := _advice(run, position)):
                 run.console.say(advice)
                 advised = True  # once a stage: it does not get better
@@ -132,11 +135,11 @@ def _train_epoch(
 
 
 def _end_epoch(
-    run: Run, program: Program, compiled: Compiled, position: Position
+    run: Run, program: Program, compiled: Compiled, inputs: Inputs, position: Position
 ) -> Snapshot | None:
     """Validates, records and saves; returns what the stage hands on, if that was its end."""
     plan, started = program.plan, time.perf_counter()
-    validated = run.evaluate(*position.shown[:2])
+    validated = run.evaluate(*position.shown[:2], inputs)
     if validated is None:
         _stop(run, program, position)
     position.validated = time.perf_counter()

@@ -87,6 +87,7 @@ def train_step(
     replicas: int = 1,
     devices: Devices | None = None,
     keep_gradients: bool = False,
+    first: str | None = None,
 ) -> Callable[..., tuple[TrainState, Record]]:
     """The jitted step of a stage: `(state, frozen, batch, key, start=None) -> (state, record)`.
 
@@ -108,6 +109,7 @@ def train_step(
     replicas: see `Model.apply`.
     devices: where the state belongs, and stays.
     keep_gradients: the record has them, for who wants to look.
+    first: the block to begin with, where a batch has what those before it make of the images.
     """
     groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
@@ -122,6 +124,7 @@ def train_step(
             mask=part.mask,
             replicas=replicas,
             key=part.key,
+            first=first,
         )
         losses = objective.losses(logits, part.targets)
         share = jnp.sum(losses, where=part.mask) / total
@@ -132,7 +135,7 @@ def train_step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
     ) -> tuple[Tree, Tree, Tally]:
         """Gradients, new statistics and sums of a whole batch."""
-        images = preprocessing.normalize(batch.image)
+        images = jnp.asarray(batch.image) if first else preprocessing.normalize(batch.image)
         images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
         total = jnp.sum(objective.weights(targets), where=batch.mask)
         rows = _Rows(images, targets, batch.target, batch.mask, key)

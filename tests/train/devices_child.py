@@ -14,12 +14,13 @@ import signal
 import sys
 from pathlib import Path
 
+import no_torch  # noqa: F401
+
 from jaxft import parallel, processes
 from jaxft.report.console import Bar
 from jaxft.train.program import Program
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
-sys.modules["torch"] = None  # or tensorboardX imports it where there is one
 
 
 def main(lines, *joining):
@@ -50,7 +51,7 @@ def main(lines, *joining):
 
     def weighed(program, shapes):
         compiled = compile(program, shapes)
-        if processes.is_first():
+        if processes.is_first() and compiled.step:
             held = compiled.step.memory_analysis().argument_size_in_bytes
             stage, sharding = program.plan.stage.name, program.devices.sharding
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)

@@ -18,6 +18,8 @@ import sys
 import threading
 from pathlib import Path
 
+import no_torch  # noqa: F401
+
 from jaxft import checksums
 from jaxft.report.console import Console
 from jaxft.train.compilation import Ahead
@@ -26,7 +28,6 @@ from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
-sys.modules["torch"] = None  # or tensorboardX imports it where there is one
 
 
 def strike_before(owner, name, point_reached):

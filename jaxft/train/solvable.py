@@ -1,39 +1,14 @@
-"""What a network makes of images before its head, for a head that is solved on it."""
+"""Which heads can be solved: that of a network with blocks, all of it, and linear."""
 
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.data import Batch, Preprocessing
 from jaxft.errors import ModelError, RecipeError
 from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
-from jaxft.parallel import Devices
-
-
-class Features(NamedTuple):
-    """Of a whole batch, on every device."""
-
-    features: jax.Array
-    """[b d]; rows where `mask` is False are padding."""
-    target: jax.Array
-    """int32 [b]."""
-    mask: jax.Array
-    """bool [b]."""
-
-
-def feature_step(model: Model, preprocessing: Preprocessing, devices: Devices) -> Any:
-    """The jitted `(params, stats, batch) -> Features`, with running statistics."""
-    before_head = partial(model.apply, norms="running", last=model.blocks[-2])
-
-    def step(params: Tree, stats: Tree, batch: Batch) -> Features:
-        features, _ = before_head(params, stats, preprocessing.normalize(batch.image))
-        return devices.gather(Features(features, *map(jnp.asarray, batch[1:])))
-
-    return jax.jit(step)
 
 
 def check_solvable(

@@ -1,0 +1,160 @@
+"""What prefixes have made of a run's images, in this process's memory.
+
+Each entry is keyed by the images and their views, and by the bytes of all weights and statistics
+that it came through: one that no longer holds is never found. Nothing of it is saved; a run that
+goes on makes it again, to the same last bit.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Hashable
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.data import Batch, Source
+from jaxft.data.batches import augmented
+from jaxft.labels import paths
+from jaxft.train.norms import layer
+from jaxft.train.prefix import block_labels
+from jaxft.train.program import Compiled, Program, Snapshot
+
+if TYPE_CHECKING:
+    from jaxft.train.run import Run
+
+Half = Literal["train", "val"]
+
+
+class Kept:
+    """Arrays by their keys, up to a number of bytes; the longest unused go first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free = max_bytes
+        self._arrays: dict[Hashable, np.ndarray] = {}
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        """The array of that key, if it is there."""
+        if key not in self._arrays:
+            return None
+        self._arrays[key] = self._arrays.pop(key)  # now the last of them
+        return self._arrays[key]
+
+    def add(self, key: Hashable, array: np.ndarray) -> None:
+        """Keeps it, unless it is larger than all there may be."""
+        self._free -= array.nbytes
+        self._arrays[key] = array
+        while self._free < 0:
+            oldest = next(iter(self._arrays))
+            self._free += self._arrays.pop(oldest).nbytes
+
+
+class Inputs:
+    """What the steps of a stage begin with, and its validation, where its prefix is kept.
+
+    run, program, compiled: the stage's.
+    at: gives arrays in which the prefix is as it is all through the stage.
+    """
+
+    def __init__(
+        self, run: "Run", program: Program, compiled: Compiled, at: Callable[[], Snapshot]
+    ) -> None:
+        self._run, self._program, self._compiled, self._at = run, program, compiled, at
+        self.batch_size = program.recipe.batch_size
+        self.score = compiled.score
+        """`(params, stats, batch) -> tally`, of batches of `val`; none if that is not kept."""
+
+    def train(self, view: int = 0) -> np.ndarray:
+        """[n ...] of a view of the images to train on.
+
+        Raises InterruptedRunError if a signal comes while they are made.
+        """
+        own = None if self._program.same_views else (self._program.index, view)
+        rows = self._rows("train", own)
+        if rows is None:
+            raise self._run.stopped()
+        return rows[:, 0]
+
+    def val(self) -> np.ndarray | None:
+        """[n v ...] of the images to validate, where v is 2 if the mirror of each is seen too.
+
+        None if a signal comes while they are made.
+        """
+        return self._rows("val", None)
+
+    def _rows(self, half: Half, view: tuple[int, int] | None) -> np.ndarray | None:
+        size = self.batch_size  # by which an output may differ in its last bits
+        *taps, own = ((half, view, size, self._digests[end]) for end in self._program.prefix.ends)
+        found = self._run.kept.get(own)
+        if found is None:
+            made = self._made(half, view)
+            for key, rows in zip((*taps, own), made or (), strict=made is not None):
+                self._run.kept.add(key, rows)
+            found = made[-1] if made else None
+        return found
+
+    def _made(self, half: Half, view: tuple[int, int] | None) -> list[np.ndarray] | None:
+        """By a pass over the images, for each of the prefix's ends; None if a signal comes."""
+        run, recipe = self._run, self._program.recipe
+        source: Source = getattr(run.splits, half)
+        sides = (1, -1) if half == "val" and recipe.tta == "flip" else (1,)
+        params, stats, _ = self._at()
+        arrays: list[np.ndarray] = []
+        waiting: deque[list[list[jax.Array]]] = deque()
+        done = 0
+
+        def outputs(x: jax.Array) -> list[jax.Array]:
+            found = []
+            for block, compute in self._compiled.prefix.items():
+                x = compute(params, stats, x)
+                if block in self._program.prefix.ends:
+                    found.append(x)
+            return found
+
+        def store() -> None:
+            nonlocal done
+            by_end = zip(*run.devices.host(waiting.popleft()), strict=True)
+            made = [np.stack(both, 1) for both in by_end]
+            if not arrays:
+                arrays.extend(np.empty((len(source), *x.shape[1:]), x.dtype) for x in made)
+            count = min(recipe.batch_size, len(source) - done)
+            for array, rows in zip(arrays, made, strict=True):
+                array[done : done + count] = rows[:count]
+            done += count
+
+        def through(batch: Batch) -> None:
+            images = (jnp.asarray(batch.image)[:, :, ::side] for side in sides)
+            waiting.append([outputs(x) for x in images])
+            if len(waiting) > 1:  # the device is at work on the next batch meanwhile
+                store()
+
+        drawn = None
+        if view:
+            stage, number = view
+            of_stage = augmented(
+                source, recipe.preprocessing, recipe.augment, seed=recipe.seed, stage=stage
+            )
+            drawn = partial(of_stage, number=number)
+        size = recipe.batch_size
+        if run.of_each_batch(source, through, batch_size=size, view=drawn) is None:
+            return None
+        store()
+        return arrays
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """For the last block of each prefix, the hash of all arrays up to there."""
+        params, stats, _ = self._run.devices.host(self._at()._replace(opt_state=None))
+        of_params = jax.tree.leaves(block_labels(self._program.model, params))
+        of_layer = dict(zip(map(layer, paths(params)), of_params, strict=True))
+        of_stats = [of_layer[layer(path)] for path in paths(stats)]
+        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(stats)]
+        sofar, digests = hashlib.sha256(), {}
+        for block in self._program.prefix.blocks:
+            for own, leaf in zip((*of_params, *of_stats), leaves, strict=True):
+                if own == block:
+                    sofar.update(np.asarray(leaf).tobytes())
+            digests[block] = sofar.hexdigest()
+        return digests
