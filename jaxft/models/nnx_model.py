@@ -5,7 +5,7 @@ and optimizers are never needed, because every jax transform sees arrays in dict
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ class NNXModel:
         a norm layer or name one that does not exist.
         """
         blocks = self._run(first, last)
-        graph, like_params, like_stats, layers = self._abstract
+        graph, like_params, like_stats, layers = _abstract(self)
         modes = layer_modes(self.name, layers, norms)
         module: Any = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats))
         output = module(inputs, Context(modes, mask, replicas, key), blocks)
@@ -89,14 +89,6 @@ class NNXModel:
 
     def _build(self, key: jax.Array) -> nnx.Module:
         return self.module(self.config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
-
-    @cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[str]]:
-        """The module without its arrays, their shapes, and the paths of its norm layers."""
-        module = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
-        graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
-        params, stats = map(nnx.to_pure_dict, states)
-        return graph, params, stats, norm_layers(outside(module, nnx.BatchStat))
 
     def _run(self, first: str | None, last: str | None) -> tuple[str, ...]:
         try:
@@ -110,3 +102,12 @@ class NNXModel:
                 f"its blocks are, in order: {', '.join(self.blocks)}"
             )
         return self.blocks[start:end]
+
+
+@lru_cache(maxsize=16)
+def _abstract(model: NNXModel) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[str]]:
+    """The module without its arrays, their shapes, and the paths of its norm layers."""
+    module = nnx.eval_shape(lambda: model._build(jax.random.key(0)))
+    graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
+    params, stats = map(nnx.to_pure_dict, states)
+    return graph, params, stats, norm_layers(outside(module, nnx.BatchStat))

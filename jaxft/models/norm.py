@@ -64,16 +64,20 @@ class BatchNorm(nnx.Module):
 
 def _statistics(x: jax.Array, mask: ArrayLike | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean, biased variance and count of each part of `x` `[n b ... c]`, as `[n 1 ... c or 1]`."""
-    within = tuple(range(1, x.ndim - 1))
     size = x[0, ..., 0].size
     if mask is None and size < 2:
         raise ValueError("batch statistics need more than one value per channel")
     rows = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask).reshape(x.shape[:2])
-    where = rows.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
-    count = where.sum(within, x.dtype, keepdims=True) * (size // x.shape[1])
+    count = rows.sum(1, x.dtype) * (size // x.shape[1])
 
     def average(values: jax.Array) -> jax.Array:
-        return jnp.where(where, values, 0).sum(within, keepdims=True) / jnp.maximum(count, 1)
+        # Rows are left out as sums: to mask all their values takes XLA longer than to add them up.
+        sums = values.sum(tuple(range(2, x.ndim - 1)))
+        total = jnp.where(rows[..., None], sums, 0).sum(1)
+        return spread(total / jnp.maximum(count, 1)[:, None])
+
+    def spread(of_parts: jax.Array) -> jax.Array:
+        return of_parts.reshape(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)
 
     mean = average(x)
-    return mean, average(jnp.square(x - mean)), count
+    return mean, average(jnp.square(x - mean)), spread(count)

@@ -23,10 +23,13 @@ def keeping(
     known = [
         replace(program, prefix=_prefix(program, params, stats, *images)) for program in programs
     ]
-    return tuple(
-        replace(own, prefix=replace(own.prefix, taps=_taps(own, known[own.index + 1 :])))
-        for own in known
-    )
+    ends = {end for each in known for end in each.prefix.blocks[-1:]}
+
+    def whole(own: Program) -> Prefix:
+        cuts = tuple(block for block in own.prefix.blocks if block in ends)
+        return replace(own.prefix, cuts=cuts, taps=_taps(own, known[own.index + 1 :]))
+
+    return tuple(replace(own, prefix=whole(own)) for own in known)
 
 
 def _prefix(program: Program, params: Tree, stats: Tree, to_train: int, to_validate: int) -> Prefix:

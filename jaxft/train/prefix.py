@@ -31,8 +31,8 @@ class Prefix:
       train, val: whether that is kept of the images to train on, and to validate.
       reason: why not of those to train on.
       mib: all that is kept, of `views` views of each image to train on.
-      taps: the ends of shorter prefixes, which later stages want to be kept; the same pass over
-        the images makes them.
+      cuts: the blocks at which it is cut into programs: where prefixes of the run's stages end.
+      taps: those of them whose output later stages want; the same pass over the images makes it.
     """
 
     blocks: tuple[str, ...] = ()
@@ -42,6 +42,7 @@ class Prefix:
     val: bool = False
     reason: str = "it has not been asked for"
     mib: float = 0.0
+    cuts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
 
     @property
@@ -74,23 +75,27 @@ def inert_blocks(
 
 
 def compile_prefix(
-    model: Model, preprocessing: Preprocessing, devices: Devices, blocks: Sequence[str], like: Args
+    model: Model, preprocessing: Preprocessing, devices: Devices, cuts: Sequence[str], like: Args
 ) -> dict[str, Any]:
-    """The compiled `(params, stats, x) -> output` of each of the blocks, of which the first are.
+    """The compiled `(params, stats, x) -> output` of the blocks up to each of `cuts`, by the cut.
 
-    One program a block: what is kept is then the same to the last bit, whichever stage made it and
-    however many blocks it went on with. Shapes are `like` those of a first call, whose `x` are
-    images, uint8 [b h w 3].
+    A program for each: what is kept is then the same to the last bit, whichever stage made it and
+    whatever more it made. Shapes are `like` those of a first call, whose `x` are images, uint8
+    [b h w 3].
     """
-    made = {}
+    made: dict[str, Any] = {}
     params, stats, x = like
-    for block in blocks:
+    first = model.blocks[0]
+    for last in cuts:
 
-        def step(params: Tree, stats: Tree, x: jax.Array, block: str = block) -> jax.Array:
-            x = preprocessing.normalize(x) if block == model.blocks[0] else x
-            return model.apply(params, stats, x, norms="running", first=block, last=block)[0]
+        def step(
+            params: Tree, stats: Tree, x: jax.Array, first: str = first, last: str = last
+        ) -> jax.Array:
+            x = x if made else preprocessing.normalize(x)
+            return model.apply(params, stats, x, norms="running", first=first, last=last)[0]
 
         lowered = jax.jit(step).lower(params, stats, x)
         x = devices.abstract_batch(lowered.out_info)
-        made[block] = lowered.compile()
+        made[last] = lowered.compile()
+        first = model.blocks[model.blocks.index(last) + 1]
     return made

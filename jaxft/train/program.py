@@ -239,7 +239,7 @@ class Program:
         score = None
         if kept.row and kept.val:
             like = (params, stats, images.image)
-            through = compile_prefix(self.model, recipe.preprocessing, devices, kept.blocks, like)
+            through = compile_prefix(self.model, recipe.preprocessing, devices, kept.cuts, like)
             scoring = eval_step(self.model, recipe.preprocessing, first=kept.first)
             views = 2 if recipe.tta == "flip" else 1
             rows = self._abstract((views, *kept.row.shape), kept.row.dtype)

@@ -46,7 +46,7 @@ _KINDS = (
 LIVE = tuple(case for case, (network, _) in CASES.items() if network in _KINDS)
 """One at least of each kind of stem, block and shortcut, held to torch itself and at all sizes.
 
-The others consist of what these consist of: outputs recorded at one size are enough for them."""
+The others consist of what these consist of: a recorded step of training is enough for them."""
 
 
 def originals_are_here() -> bool:
@@ -55,10 +55,16 @@ def originals_are_here() -> bool:
 
 
 def sides(network: str) -> tuple[int, ...]:
-    """Of the images: even, odd and full size. The first is also the training step's."""
+    """Of the images in eval mode: even, odd and full size, of one network of each kind."""
     if network not in _KINDS:
-        return (33,) if network in _CIFAR else (65,)
+        return ()
     return (32, 33) if network in _CIFAR else (64, 65, 224)
+
+
+def train_side(network: str) -> int:
+    """Of the images of the training step, through which all weights and statistics go."""
+    even = sides(network)
+    return even[0] if even else 33 if network in _CIFAR else 65
 
 
 def images(side: int, batch: int = 2) -> np.ndarray:
@@ -123,7 +129,7 @@ def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         for side in sides(network):
             outputs[f"eval_{side}"] = module(torch.from_numpy(images(side))).numpy()
         module.double().train()
-        batch = torch.from_numpy(images(sides(network)[0], batch=4)).double()
+        batch = torch.from_numpy(images(train_side(network), batch=4)).double()
         outputs["train"] = module(batch).numpy()
     return outputs, {n: t.numpy() for n, t in module.state_dict().items() if ".running_" in n}
 

@@ -119,6 +119,33 @@ def test_gradients_ignore_padding():
     np.testing.assert_array_equal(gradient[3], 0)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
+def test_gradients_are_those_of_the_formula(rows, replicas):
+    """Of the input, by way of its mean and variance too, also of what padding is weighed with."""
+    kept, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
+
+    def ours(x, scale, bias):
+        layer = norm(jnp.float64)
+        layer.scale[...], layer.bias[...] = scale, bias
+        y = layer(x, Context("batch", jnp.asarray(kept), replicas=replicas))
+        return (jnp.sin(y) * weights).sum()
+
+    def formula(x, scale, bias):
+        total = 0.0
+        for part in np.split(np.arange(4), replicas):
+            seen = x[part[kept[part]]].reshape(-1, SHAPE[-1])
+            y = (x[part] - seen.mean(0)) / jnp.sqrt(seen.var(0) + 1e-5) * scale + bias
+            total += (jnp.sin(y) * weights[part]).sum()
+        return total
+
+    with jax.enable_x64(True):
+        arguments = tuple(map(jnp.asarray, (X, SCALE, BIAS)))
+        found, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (ours, formula))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
 def test_half_precision_inputs_keep_float32_statistics():
     layer = norm()
     x = jnp.asarray(X, jnp.bfloat16)

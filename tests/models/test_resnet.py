@@ -44,7 +44,7 @@ def ours(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         outputs[f"eval_{side}"], _ = model.apply(params, stats, images(side), norms="running")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, stats))
-        batch = images(record_golden.sides(network)[0], batch=4).astype(jnp.float64)
+        batch = images(record_golden.train_side(network), batch=4).astype(jnp.float64)
         outputs["train"], stats = model.apply(*wide, batch, norms="batch")
     return outputs, running(stats)
 
@@ -101,7 +101,7 @@ def test_outputs_are_torchs(case, freed):
 def test_compiled_float32_training_is_torchs(case):
     network, options = CASES[case]
     model = create(network, num_classes=NUM_CLASSES, **options)
-    batch = images(record_golden.sides(network)[0], batch=4)
+    batch = images(record_golden.train_side(network), batch=4)
     logits, stats = jax.jit(partial(model.apply, norms="batch"))(*seeded(model), batch)
     with np.load(GOLDEN / f"{case}.npz") as golden:
         scale = np.abs(golden["train"]).max()

@@ -80,17 +80,11 @@ def test_on_the_command_line(run, tmp_path):
     assert (tmp_path / "fork/model.safetensors").read_bytes() == result.weights.read_bytes()
 
 
-@pytest.mark.parametrize("anchored", ["late", "all"])
-def test_an_anchor_holds_to_what_the_first_run_started_from(anchored, tmp_path):
+def test_an_anchor_holds_to_what_the_first_run_started_from(tmp_path):
     """Where that run has kept its start, which it does if any of its stages has an anchor."""
-    stages = [
-        dataclasses.replace(stage, anchor=Anchor() if stage.name == anchored else None)
-        for stage in RECIPE.stages
-    ]
-    recipe = dataclasses.replace(RECIPE, stages=tuple(stages))
+    recipe = with_last(RECIPE, anchor=Anchor())
     result = go_on(tmp_path / "run", recipe)
-    anchored_fork = with_last(recipe, anchor=stages[2].anchor)
-    forked = fork(anchored_fork, tmp_path / "fork", tmp_path / "run", "late")
+    forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
 

@@ -78,6 +78,8 @@ def test_each_option_trains_in_its_own_way_and_again_the_same(fields, plain, tmp
     found = losses(tmp_path / "run")
     assert np.isfinite(found).all()
     assert found != losses(plain[0])
+    if not fields.keys() & {"augment", "balance", "train_split", "resize_mode"}:
+        return  # what is drawn on the device, or left out
     other_threads = dataclasses.replace(recipe, workers=0, cache_mib=0)
     finetune(other_threads, tmp_path / "again", console=QUIET)
     assert losses(tmp_path / "again") == found

@@ -5,14 +5,13 @@ from mortal import assert_same_end, go_on, run_until, steps
 
 
 def test_asked_to_stop_it_saves_the_step_and_goes_on_from_there(whole, tmp_path):
-    """One run, stopped five times: between two checkpoints, in validation, at a boundary while
-    the next stage compiles, in the first step after it, and by Ctrl-C."""
+    """One run, stopped four times: between two checkpoints, in validation, at a boundary while
+    the next stage compiles, and by Ctrl-C."""
     workdir = tmp_path / "run"
     for signals, point, step, where in (
         ("SIGTERM", "step:5", 5, " in stage 'head', and"),
         ("SIGTERM", "score:1", 8, " in stage 'head', and"),  # the first since step 5
         ("SIGTERM", "compile:2", 8, ", and"),
-        ("SIGTERM", "step:9", 9, " in stage 'late', and"),
         ("SIGINT", "step:14", 14, " in stage 'late', and"),
     ):
         code, said = run_until(point, workdir, signals=signals)
