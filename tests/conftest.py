@@ -3,6 +3,7 @@
 And a disk that can be filled.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+gc.set_threshold(100_000, 50, 100)  # or it walks over all that jax has traced, time and again
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their parent sets here
     _cache = tempfile.TemporaryDirectory(prefix="jaxft-tests-", ignore_cleanup_errors=True)
     if version("jaxlib") < "0.12":  # which aborts at a flag that it does not know
@@ -20,7 +22,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their pa
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would wait for each other's cores
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
@@ -31,11 +33,14 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs of a whole suite would fill gigabytes; few are of use to two modules."""
+    """Compiled programs of a whole suite would fill gigabytes; a few are of use to many modules."""
     yield
     import jax
 
-    jax.clear_caches()
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else None
+    if pages is None or pages * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+        jax.clear_caches()
 
 
 @dataclass(frozen=True)
