@@ -33,14 +33,11 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs of a whole suite would fill gigabytes; a few are of use to many modules."""
+    """Compiled programs of a whole suite would fill gigabytes; few are of use to two modules."""
     yield
     import jax
 
-    statm = Path("/proc/self/statm")
-    pages = int(statm.read_text().split()[1]) if statm.exists() else None
-    if pages is None or pages * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @dataclass(frozen=True)

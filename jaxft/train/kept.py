@@ -32,7 +32,7 @@ class Kept:
     """Arrays by their keys, up to a number of bytes; the longest unused go first."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._free = max_bytes
+        self._max = self._free = max_bytes
         self._arrays: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable) -> np.ndarray | None:
@@ -44,6 +44,10 @@ class Kept:
 
     def add(self, key: Hashable, array: np.ndarray) -> None:
         """Keeps it, unless it is larger than all there may be."""
+        if array.nbytes > self._max:
+            return
+        if key in self._arrays:
+            self._free += self._arrays.pop(key).nbytes
         self._free -= array.nbytes
         self._arrays[key] = array
         while self._free < 0:
