@@ -1,4 +1,4 @@
-"""The layers that no recorded network shows in full: random ones, and other ways to compute."""
+"""The layers that no recorded network shows in full: pools and random ones."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,44 +12,11 @@ from flax import nnx
 from jaxft.errors import RecipeError
 from jaxft.models import create
 from jaxft.models.context import Context
-from jaxft.models.layers import AveragePool, Dropout, by_taps, convolve
+from jaxft.models.layers import AveragePool, Dropout, MaxPool
 from jaxft.models.nnx_model import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
 
 X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
-
-
-@pytest.mark.parametrize("size", [1, 3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("groups", [1, 3, 12])
-def test_convolution_by_taps_is_xlas(size, stride, groups):
-    # Outputs of order one, or the loss's gradient would magnify their rounding.
-    kernel = np.random.default_rng(1).normal(size=(size, size, 12 // groups, 24))
-    kernel = jnp.asarray(kernel / np.sqrt(size * size * 12 / groups), jnp.float32)
-
-    def outcome(convolution):
-        def loss(x, kernel):
-            return jnp.sin(convolution(x, kernel, stride, groups)).sum()
-
-        return convolution(jnp.asarray(X), kernel, stride, groups), jax.grad(loss, (0, 1))(
-            jnp.asarray(X), kernel
-        )
-
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
-    jax.tree.map(close, outcome(by_taps), outcome(convolve))
-
-
-def test_by_taps_is_as_exact_in_bfloat16():
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, 9, 9, 64)), rng.normal(size=(3, 3, 4, 64))
-    exact = convolve(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), 1, 16)
-
-    def error(convolution):
-        y = convolution(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), 1, 16)
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float32) - exact) ** 2)))
-
-    assert error(by_taps) < 1.1 * error(convolve)
 
 
 @pytest.mark.parametrize("height", [2, 3])
@@ -61,6 +28,28 @@ def test_average_pool_is_over_what_is_there(height, width):
         for j in range(-(-width // 2)):
             window = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
             np.testing.assert_allclose(pooled[:, i, j], window.mean((1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (1, 4)])
+def test_max_pool_and_its_gradient_take_the_first_of_equals(size):
+    x = np.random.default_rng(0).integers(-2, 1, (2, *size, 3)).astype(np.float32)
+    y, back = jax.vjp(lambda x: MaxPool()(x, Context("running")), jnp.asarray(x))
+    pooled, gradient = np.zeros_like(y), np.zeros_like(x)
+    for b, i, j, c in np.ndindex(*y.shape):
+        rows, columns = (slice(max(2 * k - 1, 0), 2 * k + 2) for k in (i, j))
+        window = x[b, rows, columns, c]
+        first = np.unravel_index(window.argmax(), window.shape)
+        pooled[b, i, j, c] = window[first]
+        gradient[b, rows, columns, c][first] += 1 + i
+    np.testing.assert_array_equal(y, pooled)
+    weights = jnp.broadcast_to(1 + jnp.arange(y.shape[1])[:, None, None], y.shape)
+    np.testing.assert_array_equal(back(weights.astype(y.dtype))[0], gradient)
+
+
+def test_max_pool_hands_nan_on():
+    x = jnp.asarray(X[:1, :4, :4, :1]).at[0, 1, 1, 0].set(jnp.nan)
+    y = MaxPool()(x, Context("running"))[0, :, :, 0]
+    np.testing.assert_array_equal(jnp.isnan(y), True)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["each value", "whole examples"])
