@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxft.models.norm
+from jaxft.models import create
 from jaxft.models.context import Context
 from jaxft.models.norm import BatchNorm
 
@@ -122,17 +124,22 @@ def test_gradients_ignore_padding():
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
 def test_gradients_are_those_of_the_formula(rows, replicas):
-    """Of the input, by way of its mean and variance too, also of what padding is weighed with."""
+    """By way of mean and variance too, of what padding is weighed with, of running statistics."""
     kept, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
 
     def ours(x, scale, bias):
         layer = norm(jnp.float64)
         layer.scale[...], layer.bias[...] = scale, bias
         y = layer(x, Context("batch", jnp.asarray(kept), replicas=replicas))
-        return (jnp.sin(y) * weights).sum()
+        return (jnp.sin(y) * weights).sum() + moved(layer.mean[...], layer.var[...])
+
+    def moved(mean, var):
+        return 10 * (jnp.sin(mean) - jnp.cos(var)).sum()
 
     def formula(x, scale, bias):
-        total = 0.0
+        seen = x[: 4 // replicas][kept[: 4 // replicas]].reshape(-1, SHAPE[-1])
+        unbiased = seen.var(0, ddof=1)
+        total = moved(0.9 * MEAN + 0.1 * seen.mean(0), 0.9 * VAR + 0.1 * unbiased)
         for part in np.split(np.arange(4), replicas):
             seen = x[part[kept[part]]].reshape(-1, SHAPE[-1])
             y = (x[part] - seen.mean(0)) / jnp.sqrt(seen.var(0) + 1e-5) * scale + bias
@@ -144,6 +151,27 @@ def test_gradients_are_those_of_the_formula(rows, replicas):
         found, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (ours, formula))
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_kept_for_the_gradient_is_the_input_alone(monkeypatch):
+    """Of the whole step's memory; the rest is what convolutions and ReLU keep."""
+    model = create("cifar_resnet8", num_classes=2)
+    trees = jax.eval_shape(model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+
+    def temporary():
+        def loss(params, stats, images):
+            return model.apply(params, stats, images, norms="batch")[0].sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(*trees, images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def plain(*args):
+        return jaxft.models.norm._forward(*args)[0]
+
+    written_out = temporary()
+    monkeypatch.setattr(jaxft.models.norm, "_normalize", plain)
+    assert written_out < 0.75 * temporary()
 
 
 def test_half_precision_inputs_keep_float32_statistics():
