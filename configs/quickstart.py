@@ -21,6 +21,7 @@ recipe = Recipe(
     shots=2,
     optimizer=Adam(),
     batch_size=10,
+    steps_per_execution=10,  # or validation would wait for Python
     augment="shift",
     image_size=8,
     resize_size=8,

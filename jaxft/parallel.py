@@ -171,22 +171,23 @@ class Devices:
         """Which of how many equal parts of each batch this process reads."""
         return jax.process_index(), jax.process_count()
 
-    def batch(self, part: T) -> T:
-        """The batch of which each process has its `part`: NumPy arrays [b ...], divided by rows."""
-        rows = self._rows
+    def batch(self, part: T, *, stacked: bool = False) -> T:
+        """The batch of which each process has its `part`: NumPy arrays [b ...], divided by rows.
+
+        `stacked` ones are [n b ...].
+        """
+        rows = self._rows(stacked)
         if rows.is_fully_addressable:
             return jax.device_put(part, rows)  # all arrays at once
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), part)
 
-    def abstract_batch(self, shapes: T) -> T:
+    def abstract_batch(self, shapes: T, *, stacked: bool = False) -> T:
         """Shapes, types and places of a whole batch, as `abstract` gives those of parameters."""
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), shapes
-        )
+        rows = self._rows(stacked)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
 
-    @property
-    def _rows(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(_BATCH))
+    def _rows(self, stacked: bool) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, _BATCH))
 
     def shardings(self, tree: Any) -> Any:
         """Where each leaf belongs; `tree` is of anything that has a shape.

@@ -24,7 +24,8 @@ from jaxft.stages import Stage, check_stages
 
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.
 _CHANGES_NOTHING = (
-    "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "on_nonfinite",
+    "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "steps_per_execution",
+    "on_nonfinite",
 )  # fmt: skip
 _OF_OUR_NETWORKS = (
     "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
@@ -131,6 +132,10 @@ class Recipe:
     """Also save a checkpoint every so many steps; 0: after each epoch. Changes no result."""
     sync_steps: int = 10
     """The host looks at losses every so many steps; changes no result."""
+    steps_per_execution: int = 1
+    """Batches that one call of a compiled program works through: more, where a step takes no longer
+    than Python needs between two; changes no result but by rounding. On CPU convolutions of
+    networks other than jaxft's own are slow in its loop."""
     workers: int = 2
     """Threads that read images, 0 for none of their own; changes no result."""
     cache_mib: int = 512
@@ -143,7 +148,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = {
-            1: ("batch_size", "image_size", "resize_size", "sync_steps"),
+            1: ("batch_size", "image_size", "resize_size", "sync_steps", "steps_per_execution"),
             0: ("workers", "cache_mib", "checkpoint_steps", "views"),
         }
         for least, fields in counts.items():

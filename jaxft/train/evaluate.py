@@ -25,9 +25,9 @@ class Score:
 
 
 def score(tallies: Iterable[Tally]) -> Score:
-    """The means of many batches' sums; added on the host in float64."""
-    rows = np.asarray(jax.device_get(list(tallies)), np.float64)
-    loss, correct, top5, examples = np.sum(rows, axis=0)
+    """The means of many batches' sums, stacked or not; added on the host in float64."""
+    rows = [np.reshape(tally, (4, -1)) for tally in jax.device_get(list(tallies))]
+    loss, correct, top5, examples = np.concatenate(rows, 1, dtype=np.float64).sum(1)
     return Score(float(loss / examples), float(correct / examples), float(top5 / examples))
 
 
@@ -37,6 +37,7 @@ def eval_step(
     *,
     tta: Literal["none", "flip"] = "none",
     first: str | None = None,
+    places: int = 1,
 ) -> Any:
     """The jitted evaluation of a batch, `(params, stats, batch) -> tally`, with running statistics.
 
@@ -46,6 +47,8 @@ def eval_step(
 
     Beginning with the block `first`, a batch has instead of images what the blocks before it make
     of each and, or not, of its mirror: [b v ...].
+
+    With more `places` than one, so many batches are stacked, and their tallies too.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
@@ -58,4 +61,8 @@ def eval_step(
         logits = [run(view)[0] for view in views]
         return tally(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
 
-    return jax.jit(step)
+    def steps(params: Tree, stats: Tree, batches: Batch) -> Tally:
+        tallies: Tally = jax.lax.map(partial(step, params, stats), batches)
+        return tallies
+
+    return jax.jit(step if places == 1 else steps)

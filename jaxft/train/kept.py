@@ -1,15 +1,16 @@
-"""What prefixes have made of a run's images, in this process's memory.
+"""What prefixes have made of a run's images, and images to validate, in this process's memory.
 
-Each entry is keyed by the images and their views, and by the bytes of all weights and statistics
-that it came through: one that no longer holds is never found. Nothing of it is saved; a run that
-goes on makes it again, to the same last bit.
+What a prefix made is keyed by the images and their views, and by the bytes of all weights and
+statistics that it came through: what no longer holds is never found. Nothing of it is saved; a run
+that goes on makes it again, to the same last bit.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from contextlib import closing
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,30 +30,54 @@ Half = Literal["train", "val"]
 
 
 class Kept:
-    """Arrays by their keys, up to a number of bytes; the longest unused go first."""
+    """Trees of arrays by their keys, up to a number of bytes; the longest unused go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max = self._free = max_bytes
-        self._arrays: dict[Hashable, np.ndarray] = {}
+        self._trees: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable) -> np.ndarray | None:
-        """The array of that key, if it is there."""
-        if key not in self._arrays:
+    def get(self, key: Hashable) -> Any:
+        """What is kept by that key; None if nothing is."""
+        if key not in self._trees:
             return None
-        self._arrays[key] = self._arrays.pop(key)  # now the last of them
-        return self._arrays[key]
+        self._trees[key] = self._trees.pop(key)  # now the last of them
+        return self._trees[key]
 
-    def add(self, key: Hashable, array: np.ndarray) -> None:
+    def add(self, key: Hashable, tree: Any) -> None:
         """Keeps it, unless it is larger than all there may be."""
-        if array.nbytes > self._max:
+        if _size(tree) > self._max:
             return
-        if key in self._arrays:
-            self._free += self._arrays.pop(key).nbytes
-        self._free -= array.nbytes
-        self._arrays[key] = array
+        if key in self._trees:
+            self._free += _size(self._trees.pop(key))
+        self._free -= _size(tree)
+        self._trees[key] = tree
         while self._free < 0:
-            oldest = next(iter(self._arrays))
-            self._free += self._arrays.pop(oldest).nbytes
+            oldest = next(iter(self._trees))
+            self._free += _size(self._trees.pop(oldest))
+
+    def replayed(
+        self, key: Hashable, batches: Generator[Batch, None, None]
+    ) -> Generator[Batch, None, None]:
+        """The batches; if all have been seen before, and there was room, from memory."""
+        seen, size = self.get(key), 0
+        if seen is not None:
+            yield from seen
+            return
+        seen = []
+        with closing(batches):
+            for batch in batches:
+                size += _size(batch)
+                if size <= self._max:
+                    seen.append(batch)
+                else:
+                    seen.clear()
+                yield batch
+        if seen:
+            self.add(key, seen)
+
+
+def _size(tree: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
 class Inputs:

@@ -169,7 +169,8 @@ def _run(
                 # A run that died before its first checkpoint may have left another recipe's.
                 orbax.save_weights(workdir / "start", *pretrained, replace=True)
             anchor = devices.put(orbax.read_weights(workdir / "start")[0])
-        evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta)
+        places = recipe.steps_per_execution
+        evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta, places=places)
         run = Run(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
             interruption, anchor, Kept(recipe.cache_mib * 2**20),

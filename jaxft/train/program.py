@@ -22,6 +22,7 @@ from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
 from jaxft.train.compilation import flops
 from jaxft.train.evaluate import eval_step
+from jaxft.train.execution import one_by_one
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.prefix import Prefix, compile_prefix
@@ -53,7 +54,8 @@ class Compiled(NamedTuple):
     """The same in other buffers."""
     step: Any
     """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
-    the global step. The state is donated. None, where the stage is solved."""
+    the global step. The state is donated. None, where the stage is solved. With
+    `steps_per_execution` above 1, batches and records are stacked, and `count` of them follows."""
     gauge: Callable[..., Gauge] | None
     """See `Program.gauge`; by tensor, where rates are relative."""
     prefix: Mapping[str, Callable[[Tree, Tree, jax.Array], jax.Array]]
@@ -186,6 +188,25 @@ class Program:
 
         return numbered
 
+    def train_steps(self) -> Callable[..., tuple[TrainState, Record]]:
+        """`train_step` with the first `count` of stacked batches, the last argument."""
+        step = self.train_step()
+
+        def steps(
+            state: TrainState,
+            frozen: Tree,
+            batches: Batch,
+            number: jax.Array,
+            start: Tree,
+            count: Any,
+        ) -> tuple[TrainState, Record]:
+            def further(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, Record]:
+                return step(state, frozen, batch, number + i, start)
+
+            return one_by_one(further, state, batches, count)
+
+        return steps
+
     def gauge(self, labels: Tree) -> Callable[..., Gauge]:
         """The norms of a batch's gradients and of the weights, with the arguments of a step.
 
@@ -221,6 +242,7 @@ class Program:
     def compile(self, shapes: Snapshot) -> Compiled:
         """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
         stage, recipe, devices = self.plan.stage, self.recipe, self.devices
+        places = recipe.steps_per_execution
 
         def fresh(params: Tree) -> optax.OptState:
             return devices.constrain(self.transform.init(params))
@@ -240,16 +262,20 @@ class Program:
         if kept.row and kept.val:
             like = (params, stats, images.image)
             through = compile_prefix(self.model, recipe.preprocessing, devices, kept.cuts, like)
-            scoring = eval_step(self.model, recipe.preprocessing, first=kept.first)
+            scoring = eval_step(self.model, recipe.preprocessing, first=kept.first, places=places)
             views = 2 if recipe.tta == "flip" else 1
-            rows = self._abstract((views, *kept.row.shape), kept.row.dtype)
+            rows = self._abstract((views, *kept.row.shape), kept.row.dtype, places)
             score = scoring.lower(params, stats, rows).compile()
         start = params if stage.anchor else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
         step = None
-        if not stage.solver:
+        if not stage.solver and places == 1:
             stepping = jax.jit(self.train_step(), donate_argnums=0)
             step = stepping.lower(state, frozen, batch, number, start).compile()
+        elif not stage.solver:
+            several = jax.jit(self.train_steps(), donate_argnums=0)
+            batches = self._abstract(batch.image.shape[1:], batch.image.dtype, places)
+            step = several.lower(state, frozen, batches, number, start, number).compile()
         gauge: Callable[..., Gauge] | None = None
         if stage.relative_rates:
             measuring = jax.jit(self.gauge(self.tensors))
@@ -265,14 +291,12 @@ class Program:
             sum(map(flops, through.values())),
         )
 
-    def _abstract(self, row: tuple[int, ...], dtype: Any) -> Batch:
-        """The shapes of a batch of such rows."""
+    def _abstract(self, row: tuple[int, ...], dtype: Any, places: int = 1) -> Batch:
+        """The shapes of a batch of such rows, or of so many that are stacked."""
+        rows = (self.rows,) if places == 1 else (places, self.rows)
         return self.devices.abstract_batch(
-            Batch(
-                np.empty((self.rows, *row), dtype),
-                np.empty(self.rows, np.int32),
-                np.empty(self.rows, bool),
-            )
+            Batch(np.empty((*rows, *row), dtype), np.empty(rows, np.int32), np.empty(rows, bool)),
+            stacked=places > 1,
         )
 
 

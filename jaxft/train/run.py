@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.evaluate import Score, score
+from jaxft.train.execution import sent
 from jaxft.train.interruption import InterruptedRunError, Interruption
 from jaxft.train.kept import Inputs, Kept
 from jaxft.train.program import Program
@@ -73,14 +75,16 @@ class Run:
 
         inputs: what the images have become, to begin with.
         """
-        val = self.splits.val
+        val, places = self.splits.val, self.recipe.steps_per_execution
         if inputs is None or inputs.score is None:
-            tallies = self.of_each_batch(val, partial(self.eval_step, params, stats))
+            step = partial(self.eval_step, params, stats)
+            tallies = self.of_each_batch(val, step, places=places, replayed=True)
         elif (rows := inputs.val()) is None:
             return None
         else:
             step = partial(inputs.score, params, stats)
-            tallies = self.of_each_batch(val, step, batch_size=inputs.batch_size, kept=rows)
+            size = inputs.batch_size
+            tallies = self.of_each_batch(val, step, batch_size=size, places=places, kept=rows)
         return None if tallies is None else score(tallies)
 
     def of_each_batch(
@@ -89,12 +93,16 @@ class Run:
         step: Callable[[Batch], T],
         *,
         batch_size: int | None = None,
+        places: int = 1,
+        replayed: bool = False,
         **instead: Any,
     ) -> list[T] | None:
         """What a compiled step makes of the source's images in their order, each seen once.
 
-        `batch_size` is the recipe's by default; for what may be `instead` of the images as they are
-        evaluated see `jaxft.data.eval_batches`. None if a signal has come.
+        With more `places` than one it is given so many batches, stacked (see
+        `jaxft.train.execution`). `batch_size` is the recipe's by default; for what may be `instead`
+        of the images as they are evaluated see `jaxft.data.eval_batches`. Those to validate may be
+        `replayed` from memory. None if a signal has come.
         """
         recipe, size = self.recipe, batch_size or self.recipe.batch_size
         batches = data.eval_batches(
@@ -106,10 +114,12 @@ class Run:
             shard=self.devices.shard,
             **instead,
         )
+        if replayed:
+            batches = self.kept.replayed(("images", size), batches)
         made: list[T] = []
         with closing(batches):
-            for index, batch in enumerate(batches):
-                made.append(step(self.devices.batch(batch)))
+            for index, group in enumerate(iter(lambda: list(islice(batches, places)), [])):
+                made.append(step(sent(self.devices, group, places)))
                 jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
                 if index % recipe.sync_steps == 0 and self.stop_asked():
                     return None

@@ -16,6 +16,7 @@ from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
 from jaxft.processes import agree
 from jaxft.stages import Stage
+from jaxft.train.execution import apart, sent
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.kept import Inputs
 from jaxft.train.position import Position, shown
@@ -70,6 +71,7 @@ def _train_epoch(
 ) -> None:
     """Takes the steps that the epoch has left, unless its stage's time is up before."""
     recipe, plan = program.recipe, program.plan
+    places, every = recipe.steps_per_execution, recipe.checkpoint_steps
     epoch, length = position.progress.epoch, program.epoch_length(position.progress.epoch)
     anchor = run.start if plan.stage.anchor else None  # as the step was compiled
     if position.progress.position == 0:
@@ -87,39 +89,46 @@ def _train_epoch(
             batches = chain(first, batches)
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
         position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
-    unseen: list[Record] = []
+    unseen: list[tuple[Record, int]] = []  # of so many steps each
     idle, mark = 0.0, time.perf_counter()
 
     def look() -> None:
         nonlocal idle, mark
-        records = jax.device_get(unseen)
+        records = [own for record, count in unseen for own in apart(jax.device_get(record), count)]
         _check_finite(run, program, position, records)
         now = time.perf_counter()
         position.sums = position.sums.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
         unseen.clear()
 
+    def to_save() -> int:
+        return every - position.progress.step % every if every else places
+
     with run.console.epoch(epoch + 1, length, position.progress.position) as bar:
         while position.progress.position < length:
             asked = time.perf_counter()
-            batch = next(batches)
+            taken = list(
+                islice(batches, min(places, length - position.progress.position, to_save()))
+            )
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
-            if not unseen or unseen[-1].finite.is_ready():  # type: ignore[attr-defined]
+            if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
-            number = np.int32(position.progress.step)
+            number, count = np.int32(position.progress.step), np.int32(len(taken))
             position.state, record = compiled.step(
-                position.state, position.frozen, run.devices.batch(batch), number, anchor
+                *(position.state, position.frozen, sent(run.devices, taken, places)),
+                *(number, anchor, *([count] if places > 1 else [])),
             )
             position.began = position.began or time.perf_counter()
-            position.progress = position.progress.after_step()
-            unseen.append(record)
+            for _ in taken:
+                position.progress = position.progress.after_step()
+            unseen.append((record, len(taken)))
             jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
 
             last = position.progress.position == length
-            synced = last or len(unseen) >= recipe.sync_steps
+            synced = last or sum(count for _, count in unseen) >= recipe.sync_steps
             if synced:
                 look()
-            bar.advance(position.sums.score.loss)
+            bar.advance(position.sums.score.loss, len(taken))
             if last:
                 return  # validation asks at once whether it is to stop
             if synced or jax.process_count() == 1:
@@ -129,7 +138,7 @@ def _train_epoch(
                 if plan.stage.minutes and agree(_time_is_up(plan.stage, position)):
                     look()
                     return
-            if (every := recipe.checkpoint_steps) and position.progress.step % every == 0:
+            if every and position.progress.step % every == 0:
                 look()
                 _save(run, position)
 

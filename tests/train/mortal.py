@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
 from jaxft import Adam, Recipe, Stage, finetune
 from jaxft.recipe import save
 from jaxft.report.console import Console
@@ -97,3 +101,15 @@ def assert_same_end(workdir, other):
 def odd_names(workdir):
     """What lies among the checkpoints and is none."""
     return [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
+
+
+def assert_close(workdir, other):
+    """The same losses and weights, to float32 rounding."""
+    names = ("stage", "epoch", "step")
+    for ours, theirs in zip(rows(workdir), rows(other), strict=True):
+        assert [ours[name] for name in names] == [theirs[name] for name in names]
+        for name in ("train_loss", "val_loss", "val_accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+    found, expected = (load_file(at / "model.safetensors") for at in (workdir, other))
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-6, atol=1e-6, err_msg=name)

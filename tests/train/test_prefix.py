@@ -6,8 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from mortal import RECIPE, KilledError, assert_same_end, die, go_on, rows
-from safetensors.numpy import load_file
+from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on, rows
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
 from jaxft.data import Splits
@@ -32,18 +31,6 @@ PLAIN = dataclasses.replace(
 )
 # Of the same width as PLAIN, and of each option that a prefix meets.
 VIEWS = dataclasses.replace(PLAIN, augment="shift", views=2, tta="flip", stages=(HEAD, LATE))
-
-
-def assert_close(workdir, other):
-    """The same losses and weights, to float32 rounding."""
-    names = ("stage", "epoch", "step")
-    for ours, theirs in zip(rows(workdir), rows(other), strict=True):
-        assert [ours[name] for name in names] == [theirs[name] for name in names]
-        for name in ("train_loss", "val_loss", "val_accuracy"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
-    found, expected = (load_file(at / "model.safetensors") for at in (workdir, other))
-    for name, x in expected.items():
-        np.testing.assert_allclose(found[name], x, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def without(recipe):
@@ -203,6 +190,20 @@ def test_the_longest_unused_make_room():
     assert [kept.get(key) is not None for key in "abcde"] == [True, False, True, True, True]
     kept.add("f", np.zeros(41, np.float32))  # more than there may be
     assert [kept.get(key) is not None for key in "abcdef"] == [True, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("room", "again"), [(3 * 9, "xyz"), (3 * 9 - 1, "pqr")])
+def test_batches_are_replayed_if_all_have_been_seen_and_fit(room, again):
+    kept = Kept(room)
+
+    def batches(names):
+        return ((np.zeros(5, np.int8), np.full(4, ord(name), np.int8)) for name in names)
+
+    def seen(names, count=3):
+        found = itertools.islice(kept.replayed("images", batches(names)), count)
+        return "".join(chr(targets[0]) for _, targets in found)
+
+    assert [seen("abc", 2), seen("xyz", 4), seen("pqr")] == ["ab", "xyz", again]
 
 
 def compiled(recipe, index):
