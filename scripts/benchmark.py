@@ -53,6 +53,7 @@ def the_recipe(args: argparse.Namespace) -> Recipe:
         image_size=args.image_size,
         resize_size=args.image_size * 256 // 224,
         stride_in_1x1=args.stride_in_1x1,
+        steps_per_execution=4,  # XLA on CPU asks the kernel for its temporaries in each call
         dtype="bfloat16" if args.device == "gpu" else "float32",
         stages=tuple(Stage(name, rates, epochs) for (name, rates), epochs in stages),
     )
