@@ -140,7 +140,8 @@ class Recipe:
     """Threads that read images, 0 for none of their own; changes no result."""
     cache_mib: int = 512
     """Memory for decoded images, in MiB, so that later epochs read no files, and as much for what a
-    stage's first, frozen layers make of them; changes no result but by rounding."""
+    stage's first, frozen layers make of them and for batches to validate; changes no result but by
+    rounding."""
     from_scratch: tuple[Stage, ...] = ()
     """If given: for comparison, also train the network from random weights in these stages."""
 

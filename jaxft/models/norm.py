@@ -110,7 +110,8 @@ def _backward(
     made = rows.reshape(*rows.shape, *(1 for _ in x.shape[2:]))
     shift, slope = (_spread(of / jnp.maximum(count, 1), x) for of in (of_mean, 2 * of_var))
     of_x = wide * _spread(factor * scale, x) + made * (shift + centred * slope)
-    # Not of the sums above, or XLA goes over the batch for them once more, after all other layers.
+    # From the rows' sums, not their sum: XLA would go over the batch once more for it, after all
+    # other layers.
     of_scale = (products * factor[:, None]).sum((0, 1))
     of_bias = sums.sum((0, 1))
     return of_x.astype(x.dtype), None, *(of.astype(scale.dtype) for of in (of_scale, of_bias))

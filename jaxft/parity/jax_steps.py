@@ -69,7 +69,7 @@ def programs(
     targets = np.concatenate([rows.targets for rows in epoch])
     nothing = np.zeros((len(targets), 1, 1, 3), np.uint8)
     source = data.arrays(nothing, targets, classes=[str(k) for k in range(model.num_classes)])
-    seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # steps begin with images
+    seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
     return open_programs(seeing, model, Splits(source, source), Devices(), start)
 
 

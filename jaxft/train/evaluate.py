@@ -12,6 +12,7 @@ import numpy as np
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
 from jaxft.models import Model
+from jaxft.train.execution import one_by_one
 from jaxft.train.step import Tally, tally
 
 
@@ -48,7 +49,8 @@ def eval_step(
     Beginning with the block `first`, a batch has instead of images what the blocks before it make
     of each and, or not, of its mirror: [b v ...].
 
-    With more `places` than one, so many batches are stacked, and their tallies too.
+    With more `places` than one, so many batches are stacked, and their tallies too; the last
+    argument is how many of them there are.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
@@ -61,8 +63,10 @@ def eval_step(
         logits = [run(view)[0] for view in views]
         return tally(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
 
-    def steps(params: Tree, stats: Tree, batches: Batch) -> Tally:
-        tallies: Tally = jax.lax.map(partial(step, params, stats), batches)
-        return tallies
+    def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Tally:
+        def further(_: None, batch: Batch, i: jax.Array) -> tuple[None, Tally]:
+            return None, step(params, stats, batch)
+
+        return one_by_one(further, None, batches, count)[1]
 
     return jax.jit(step if places == 1 else steps)

@@ -2,6 +2,7 @@
 
 Keras calls it `steps_per_execution`. The calls of a program differ in how many of its places for
 batches they fill: what it computes of a batch is the same to the last bit, wherever calls begin.
+Signals, and whether a stage's `minutes` are over, are looked at between calls only.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,9 @@ def sent(devices: Devices, batches: Sequence[Batch], places: int) -> Batch:
         return devices.batch(batches[0])
 
     def stack(*arrays: np.ndarray) -> np.ndarray:
-        spare = places - len(arrays)
-        return np.concatenate(
-            [np.stack(arrays), np.zeros((spare, *arrays[0].shape), arrays[0].dtype)]
-        )
+        filled = np.zeros((places, *arrays[0].shape), arrays[0].dtype)
+        np.stack(arrays, out=filled[: len(arrays)])
+        return filled
 
     return devices.batch(jax.tree.map(stack, *batches), stacked=True)
 
@@ -61,8 +61,8 @@ def one_by_one(
     return done
 
 
-def apart(records: T, count: int) -> list[T]:
-    """The first `count` of stacked records; one that is not stacked is itself."""
-    if np.ndim(jax.tree.leaves(records)[0]) == 0:
+def apart(records: T, count: int, places: int) -> list[T]:
+    """The first `count` of stacked records, or the only one."""
+    if places == 1:
         return [records]
     return [jax.tree.map(lambda x, i=i: x[i], records) for i in range(count)]

@@ -56,23 +56,20 @@ class Kept:
             self._free += _size(self._trees.pop(oldest))
 
     def replayed(
-        self, key: Hashable, batches: Generator[Batch, None, None]
+        self, key: Hashable, batches: Generator[Batch, None, None], count: int
     ) -> Generator[Batch, None, None]:
-        """The batches; if all have been seen before, and there was room, from memory."""
-        seen, size = self.get(key), 0
+        """So many batches; if all have been seen before, and there was room, from memory."""
+        seen = self.get(key)
         if seen is not None:
             yield from seen
             return
         seen = []
         with closing(batches):
             for batch in batches:
-                size += _size(batch)
-                if size <= self._max:
+                if count * _size(batch) <= self._free:
                     seen.append(batch)
-                else:
-                    seen.clear()
                 yield batch
-        if seen:
+        if len(seen) == count:
             self.add(key, seen)
 
 

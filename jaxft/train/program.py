@@ -203,7 +203,8 @@ class Program:
             def further(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, Record]:
                 return step(state, frozen, batch, number + i, start)
 
-            return one_by_one(further, state, batches, count)
+            # The loop leaves open where its outcome lies.
+            return self.devices.constrain(one_by_one(further, state, batches, count))
 
         return steps
 
@@ -265,7 +266,8 @@ class Program:
             scoring = eval_step(self.model, recipe.preprocessing, first=kept.first, places=places)
             views = 2 if recipe.tta == "flip" else 1
             rows = self._abstract((views, *kept.row.shape), kept.row.dtype, places)
-            score = scoring.lower(params, stats, rows).compile()
+            counted = [np.int32(places)] if places > 1 else []
+            score = scoring.lower(params, stats, rows, *counted).compile()
         start = params if stage.anchor else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
         step = None

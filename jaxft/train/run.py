@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from jaxft import data
 from jaxft import recipe as recipes
@@ -90,7 +91,7 @@ class Run:
     def of_each_batch(
         self,
         source: Source,
-        step: Callable[[Batch], T],
+        step: Callable[..., T],
         *,
         batch_size: int | None = None,
         places: int = 1,
@@ -99,10 +100,10 @@ class Run:
     ) -> list[T] | None:
         """What a compiled step makes of the source's images in their order, each seen once.
 
-        With more `places` than one it is given so many batches, stacked (see
-        `jaxft.train.execution`). `batch_size` is the recipe's by default; for what may be `instead`
-        of the images as they are evaluated see `jaxft.data.eval_batches`. Those to validate may be
-        `replayed` from memory. None if a signal has come.
+        With more `places` than one it is given up to so many batches, stacked, and their number
+        (see `jaxft.train.execution`). `batch_size` is the recipe's by default; for what may be
+        `instead` of the images as they are evaluated see `jaxft.data.eval_batches`. Those to
+        validate may be `replayed` from memory. None if a signal has come.
         """
         recipe, size = self.recipe, batch_size or self.recipe.batch_size
         batches = data.eval_batches(
@@ -115,13 +116,15 @@ class Run:
             **instead,
         )
         if replayed:
-            batches = self.kept.replayed(("images", size), batches)
+            count = data.steps_per_epoch(source, size)
+            batches = self.kept.replayed(("images", size), batches, count)
         made: list[T] = []
         with closing(batches):
             for index, group in enumerate(iter(lambda: list(islice(batches, places)), [])):
-                made.append(step(sent(self.devices, group, places)))
+                counted = [np.int32(len(group))] if places > 1 else []
+                made.append(step(sent(self.devices, group, places), *counted))
                 jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
-                if index % recipe.sync_steps == 0 and self.stop_asked():
+                if index * places % recipe.sync_steps < places and self.stop_asked():
                     return None
         return made
 

@@ -94,29 +94,31 @@ def _train_epoch(
 
     def look() -> None:
         nonlocal idle, mark
-        records = [own for record, count in unseen for own in apart(jax.device_get(record), count)]
+        fetched = jax.device_get([record for record, _ in unseen])
+        counts = [count for _, count in unseen]
+        records = [
+            own for each in zip(fetched, counts, strict=True) for own in apart(*each, places)
+        ]
         _check_finite(run, program, position, records)
         now = time.perf_counter()
         position.sums = position.sums.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
         unseen.clear()
 
-    def to_save() -> int:
-        return every - position.progress.step % every if every else places
-
     with run.console.epoch(epoch + 1, length, position.progress.position) as bar:
         while position.progress.position < length:
             asked = time.perf_counter()
-            taken = list(
-                islice(batches, min(places, length - position.progress.position, to_save()))
-            )
+            to_save = every - position.progress.step % every if every else places
+            ahead = min(places, to_save, length - position.progress.position)
+            taken = list(islice(batches, ahead))
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
-            number, count = np.int32(position.progress.step), np.int32(len(taken))
+            sending = sent(run.devices, taken, places)
+            number = np.int32(position.progress.step)
+            counted = [np.int32(len(taken))] if places > 1 else []
             position.state, record = compiled.step(
-                *(position.state, position.frozen, sent(run.devices, taken, places)),
-                *(number, anchor, *([count] if places > 1 else [])),
+                position.state, position.frozen, sending, number, anchor, *counted
             )
             position.began = position.began or time.perf_counter()
             for _ in taken:

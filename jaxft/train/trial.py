@@ -80,6 +80,6 @@ def trial(
     devices = Devices(recipe.sharding)
     model = opening.open_network(recipe, model, splits.train.classes)
     at = drawn(recipe, model, source) if start is None else given(model, start)
-    seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # steps begin with images
+    seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
     (program,) = opening.open_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))

@@ -39,12 +39,12 @@ def main(lines, *joining):
     parallel._PARTING = 2  # of 20 seconds
     advance, steps = Bar.advance, 0
 
-    def counted(bar, loss):
+    def counted(bar, loss, taken):
         nonlocal steps
-        steps -= 1
-        if steps == 0:
+        if 0 < steps <= taken:
             os.kill(os.getpid(), signal.SIGTERM)
-        advance(bar, loss)
+        steps -= taken
+        advance(bar, loss, taken)
 
     Bar.advance = counted
     compile = Program.compile

@@ -161,7 +161,7 @@ def eight(folder, one):
 
     lines = [
         (line("eight-replicated"), 0),
-        (line("eight-fsdp", "--sharding", "fsdp"), 0),
+        (line("eight-fsdp", "--sharding", "fsdp", "--steps-per-execution", "3"), 0),
         (line("eight-replica", "--statistics", "replica", recipe="brief"), 0),
         (line("moved"), 5),
     ]

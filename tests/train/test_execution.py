@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on
 
-from jaxft import SGD, RecipeError, Stage
+import jaxft.train.stage
+from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.parallel import Devices
 from jaxft.train.execution import apart, one_by_one, sent
@@ -43,14 +44,43 @@ def test_a_run_is_the_same(in_fours, tmp_path):
     assert_close(in_fours, tmp_path)
 
 
+def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(devices, batches, places):
+        calls.append(len(batches))
+        return sent(devices, batches, places)
+
+    monkeypatch.setattr(jaxft.train.stage, "sent", counted)
+    go_on(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
+    # Checkpoints at steps 7, 14, 21; epochs end at steps 8, 16, 24, the stages at 16 and 28.
+    assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]
+
+
 def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
-    for step in (6, 11, 25, 34):
+    """Wherever calls begin after that: checkpoints within an epoch, also at other steps."""
+    for step, every in ((6, 5), (15, 7), (23, 3), (36, 5)):
+        recipe = dataclasses.replace(IN_FOURS, checkpoint_steps=every)
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
             with pytest.raises(KilledError):
-                go_on(tmp_path, IN_FOURS)
-    go_on(tmp_path, IN_FOURS)
+                go_on(tmp_path, recipe)
+    go_on(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
     assert_same_end(tmp_path, in_fours)
+
+
+@pytest.mark.parametrize("places", [2, 5])
+def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
+    stages = (Stage("all", {"*": 1e38}, epochs=2),)
+    found = []
+    for number in (1, places):
+        recipe = dataclasses.replace(
+            SINGLE, steps_per_execution=number, stages=stages, checkpoint_steps=0
+        )
+        with pytest.raises(NonFiniteError) as stop:
+            go_on(tmp_path / str(number), recipe)
+        found.append(str(stop.value))
+    assert found[0] == found[1]
 
 
 def test_places_that_are_not_filled_are_no_steps():
@@ -63,14 +93,14 @@ def test_places_that_are_not_filled_are_no_steps():
 
     total, records = one_by_one(step, jnp.float32(0), stacked, jnp.int32(3))
     assert float(total) == 2 + 40 + 600
-    assert [float(record["seen"]) for record in apart(records, 3)] == [2, 42, 642]
+    assert [float(record["seen"]) for record in apart(records, 3, 5)] == [2, 42, 642]
     np.testing.assert_array_equal(records["seen"][3:], 0)
 
 
 def test_a_single_batch_is_not_stacked():
     batch = Batch(np.ones((2, 1)), np.zeros(2), np.ones(2))
     assert sent(Devices(), [batch], 1).image.shape == (2, 1)
-    assert apart({"x": jnp.ones(())}, 1) == [{"x": 1}]
+    assert apart({"x": jnp.ones(())}, 1, 1) == [{"x": 1}]
 
 
 def test_at_least_one():

@@ -192,15 +192,16 @@ def test_the_longest_unused_make_room():
     assert [kept.get(key) is not None for key in "abcdef"] == [True, False, True, True, True, False]
 
 
-@pytest.mark.parametrize(("room", "again"), [(3 * 9, "xyz"), (3 * 9 - 1, "pqr")])
+@pytest.mark.parametrize(("room", "again"), [(10 + 3 * 9, "xyz"), (10 + 3 * 9 - 1, "pqr")])
 def test_batches_are_replayed_if_all_have_been_seen_and_fit(room, again):
     kept = Kept(room)
+    kept.add("rows of a prefix", np.zeros(10, np.int8))  # which must not go for it
 
     def batches(names):
         return ((np.zeros(5, np.int8), np.full(4, ord(name), np.int8)) for name in names)
 
     def seen(names, count=3):
-        found = itertools.islice(kept.replayed("images", batches(names)), count)
+        found = itertools.islice(kept.replayed("images", batches(names), 3), count)
         return "".join(chr(targets[0]) for _, targets in found)
 
     assert [seen("abc", 2), seen("xyz", 4), seen("pqr")] == ["ab", "xyz", again]
