@@ -159,9 +159,10 @@ def eight(folder, one):
         file = str(folder / f"{recipe}.yaml")
         return [file, "--workdir", str(folder / workdir), *options]
 
+    in_threes = ("--steps-per-execution", "3")
     lines = [
-        (line("eight-replicated"), 0),
-        (line("eight-fsdp", "--sharding", "fsdp", "--steps-per-execution", "3"), 0),
+        (line("eight-replicated", *in_threes), 0),
+        (line("eight-fsdp", "--sharding", "fsdp", *in_threes), 0),
         (line("eight-replica", "--statistics", "replica", recipe="brief"), 0),
         (line("moved"), 5),
     ]
