@@ -65,6 +65,7 @@ class Stage:
         those that each pattern selects (B for the rest): `{"layer4": "A", "*": "E"}`.
       clip_norm: gradients are scaled down to this norm over all that trains.
       accumulate: a batch is worked through in so many parts, one after another, for their memory.
+        On CPU that loop is slow with convolutions of networks other than jaxft's own.
       ema: the decay, each step, of an average of the weights and running statistics since the
         stage's start; it is what validation sees and what the stage hands on. 0.999, say.
       anchor: a penalty that holds the weights near the pretrained ones (L2-SP).
