@@ -1,7 +1,8 @@
 """Convolutions, in the forms and with the gradients that are fastest on each platform.
 
 All are `(x, kernel) -> y`: `[b h w i]` and `[size size i o]`, odd sizes, to `[b h/stride w/stride
-o]`, sizes rounded up; padded by half the kernel's size, without bias.
+o]`, sizes rounded up; padded by half the kernel's size, without bias. Gradients are written out:
+`jax.grad` works, forward mode (`jax.jvp`) does not.
 """
 
 from functools import partial
