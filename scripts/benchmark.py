@@ -72,11 +72,10 @@ def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
         rows = block(trial.params, trial.stats, rows)
     places, number = program.recipe.steps_per_execution, np.int32(0)
     batches = sent(program.devices, [jax.device_get(batch._replace(image=rows))] * places, places)
-    counted = [np.int32(places)] if places > 1 else []
 
     def step() -> list[float]:
         nonlocal state
-        state, record = compiled.step(state, frozen, batches, number, None, *counted)
+        state, record = compiled.step(state, frozen, *batches, number, None)
         loss, _, _, examples = map(np.ravel, jax.device_get(record.tally))
         return (loss / examples).tolist()
 

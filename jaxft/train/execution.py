@@ -18,20 +18,21 @@ from jaxft.parallel import Devices
 T = TypeVar("T")
 
 
-def sent(devices: Devices, batches: Sequence[Batch], places: int) -> Batch:
-    """Batches on their way to the devices: a single one as it is, where there is but one place.
+def sent(devices: Devices, batches: Sequence[Batch], places: int) -> tuple[Any, ...]:
+    """Batches on their way to the devices, as arguments of a program of so many places.
 
-    Else up to so many are stacked on a leading axis, the rest of which is zeros.
+    Of one place: the batch. Of more: up to so many, stacked on a leading axis, the rest of which is
+    zeros, and their number.
     """
     if places == 1:
-        return devices.batch(batches[0])
+        return (devices.batch(batches[0]),)
 
     def stack(*arrays: np.ndarray) -> np.ndarray:
         filled = np.zeros((places, *arrays[0].shape), arrays[0].dtype)
         np.stack(arrays, out=filled[: len(arrays)])
         return filled
 
-    return devices.batch(jax.tree.map(stack, *batches), stacked=True)
+    return devices.batch(jax.tree.map(stack, *batches), stacked=True), np.int32(len(batches))
 
 
 def one_by_one(

@@ -55,7 +55,8 @@ class Compiled(NamedTuple):
     step: Any
     """`(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number` is
     the global step. The state is donated. None, where the stage is solved. With
-    `steps_per_execution` above 1, batches and records are stacked, and `count` of them follows."""
+    `steps_per_execution` above 1, batches and records are stacked, and how many there are follows
+    the batches."""
     gauge: Callable[..., Gauge] | None
     """See `Program.gauge`; by tensor, where rates are relative."""
     prefix: Mapping[str, Callable[[Tree, Tree, jax.Array], jax.Array]]
@@ -189,16 +190,16 @@ class Program:
         return numbered
 
     def train_steps(self) -> Callable[..., tuple[TrainState, Record]]:
-        """`train_step` with the first `count` of stacked batches, the last argument."""
+        """`train_step` with the first `count` of stacked batches."""
         step = self.train_step()
 
         def steps(
             state: TrainState,
             frozen: Tree,
             batches: Batch,
+            count: jax.Array,
             number: jax.Array,
             start: Tree,
-            count: Any,
         ) -> tuple[TrainState, Record]:
             def further(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, Record]:
                 return step(state, frozen, batch, number + i, start)
@@ -243,7 +244,7 @@ class Program:
     def compile(self, shapes: Snapshot) -> Compiled:
         """Compiles the stage for arrays of these shapes, those at its start; takes a while."""
         stage, recipe, devices = self.plan.stage, self.recipe, self.devices
-        places = recipe.steps_per_execution
+        places, number = recipe.steps_per_execution, jax.ShapeDtypeStruct((), jnp.int32)
 
         def fresh(params: Tree) -> optax.OptState:
             return devices.constrain(self.transform.init(params))
@@ -266,10 +267,8 @@ class Program:
             scoring = eval_step(self.model, recipe.preprocessing, first=kept.first, places=places)
             views = 2 if recipe.tta == "flip" else 1
             rows = self._abstract((views, *kept.row.shape), kept.row.dtype, places)
-            counted = [np.int32(places)] if places > 1 else []
-            score = scoring.lower(params, stats, rows, *counted).compile()
+            score = scoring.lower(params, stats, rows, *[number] * (places > 1)).compile()
         start = params if stage.anchor else None
-        number = jax.ShapeDtypeStruct((), jnp.int32)
         step = None
         if not stage.solver and places == 1:
             stepping = jax.jit(self.train_step(), donate_argnums=0)
@@ -277,7 +276,7 @@ class Program:
         elif not stage.solver:
             several = jax.jit(self.train_steps(), donate_argnums=0)
             batches = self._abstract(batch.image.shape[1:], batch.image.dtype, places)
-            step = several.lower(state, frozen, batches, number, start, number).compile()
+            step = several.lower(state, frozen, batches, number, number, start).compile()
         gauge: Callable[..., Gauge] | None = None
         if stage.relative_rates:
             measuring = jax.jit(self.gauge(self.tensors))

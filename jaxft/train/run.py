@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from jaxft import data
 from jaxft import recipe as recipes
@@ -121,8 +120,7 @@ class Run:
         made: list[T] = []
         with closing(batches):
             for index, group in enumerate(iter(lambda: list(islice(batches, places)), [])):
-                counted = [np.int32(len(group))] if places > 1 else []
-                made.append(step(sent(self.devices, group, places), *counted))
+                made.append(step(*sent(self.devices, group, places)))
                 jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
                 if index * places % recipe.sync_steps < places and self.stop_asked():
                     return None

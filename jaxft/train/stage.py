@@ -116,9 +116,8 @@ def _train_epoch(
                 idle += time.perf_counter() - asked
             sending = sent(run.devices, taken, places)
             number = np.int32(position.progress.step)
-            counted = [np.int32(len(taken))] if places > 1 else []
             position.state, record = compiled.step(
-                position.state, position.frozen, sending, number, anchor, *counted
+                position.state, position.frozen, *sending, number, anchor
             )
             position.began = position.began or time.perf_counter()
             for _ in taken:

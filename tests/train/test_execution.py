@@ -85,13 +85,13 @@ def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
 
 def test_places_that_are_not_filled_are_no_steps():
     batches = [Batch(np.full((2, 1), i, np.float32), np.zeros(2), np.ones(2)) for i in (1, 2, 3)]
-    stacked = sent(Devices(), batches, 5)
+    stacked, count = sent(Devices(), batches, 5)
 
     def step(total, batch, i):
         total += batch.image.sum() * 10**i
         return total, {"seen": total}
 
-    total, records = one_by_one(step, jnp.float32(0), stacked, jnp.int32(3))
+    total, records = one_by_one(step, jnp.float32(0), stacked, count)
     assert float(total) == 2 + 40 + 600
     assert [float(record["seen"]) for record in apart(records, 3, 5)] == [2, 42, 642]
     np.testing.assert_array_equal(records["seen"][3:], 0)
@@ -99,7 +99,8 @@ def test_places_that_are_not_filled_are_no_steps():
 
 def test_a_single_batch_is_not_stacked():
     batch = Batch(np.ones((2, 1)), np.zeros(2), np.ones(2))
-    assert sent(Devices(), [batch], 1).image.shape == (2, 1)
+    (alone,) = sent(Devices(), [batch], 1)
+    assert alone.image.shape == (2, 1)
     assert apart({"x": jnp.ones(())}, 1, 1) == [{"x": 1}]
 
 
