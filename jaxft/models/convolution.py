@@ -23,7 +23,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) 
 
 @jax.custom_vjp
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 1x1 convolution as a matrix product: on CPU its gradients take a sixth of the time.
+    """A 1x1 convolution as a matrix product, whose gradients XLA has up to six times sooner on CPU.
 
     `kernel` is `[i o]`.
     """

@@ -119,6 +119,6 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, loss: float, steps: int = 1) -> None:
+    def advance(self, loss: float, steps: int) -> None:
         """So many steps further."""
         self._progress.update(self._task, advance=steps, loss=loss)
