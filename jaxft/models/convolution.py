@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 _ORDER = ("NHWC", "HWIO", "NHWC")
 _Saved = tuple[jax.Array, jax.Array]
+_ONE_THREAD = 64  # output channels that XLA does not part
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -49,17 +50,24 @@ pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """XLA's convolution, with gradients that are as fast in loops on CPU.
+    """XLA's convolution, on all cores of a CPU, and with gradients that are as fast in loops there.
 
     What `jax.grad` makes of one has another order of axes, which XLA does away with in the
     outermost computation only: in the body of a `jax.lax.scan` the kernel's gradient takes 160
     times as long (3x3, 128 channels, 28 px).
     """
-    return by_xla(x, kernel, stride, 1)
+    on_cpu = in_one_row if kernel.shape[-1] <= _ONE_THREAD else by_xla
+    found: jax.Array = jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(on_cpu, stride=stride, groups=1),
+        default=partial(by_xla, stride=stride, groups=1),
+    )
+    return found
 
 
 def _dense_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Saved]:
-    return by_xla(x, kernel, stride, 1), (x, kernel)
+    return dense(x, kernel, stride), (x, kernel)
 
 
 def _dense_backward(stride: int, saved: _Saved, g: jax.Array) -> _Saved:
@@ -75,29 +83,40 @@ def _dense_backward(stride: int, saved: _Saved, g: jax.Array) -> _Saved:
 
 def _gradients(x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int) -> _Saved:
     """The same as those of `by_xla`, of one group, as convolutions of the usual order of axes."""
-    size = kernel.shape[0]
+    size, _, c_in, c_out = kernel.shape
     side = size // 2
     # Of g with zeros between its pixels, and what stride 1 would have had besides, at the end.
     spread = [stride * (pixels - 1) + 1 for pixels in g.shape[1:3]]
     besides = [pixels - wide for pixels, wide in zip(x.shape[1:3], spread, strict=True)]
     far = size - 1 - side
-    of_x = jax.lax.conv_general_dilated(
-        g,
-        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
-        window_strides=(1, 1),
-        padding=[(far, side + more) for more in besides],
-        lhs_dilation=(stride, stride),
-        dimension_numbers=_ORDER,
-    )
-    of_kernel = jax.lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        window_strides=(1, 1),
-        padding=[(side, far - more) for more in besides],
-        rhs_dilation=(stride, stride),
-        dimension_numbers=_ORDER,
-    )
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+
+    def of_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x.transpose(3, 1, 2, 0),
+            g.transpose(1, 2, 0, 3),
+            window_strides=(1, 1),
+            padding=[(side, far - more) for more in besides],
+            rhs_dilation=(stride, stride),
+            dimension_numbers=_ORDER,
+        ).transpose(1, 2, 0, 3)
+
+    if stride == 1 and c_in <= _ONE_THREAD:
+        of_x = in_one_row(g, turned, 1, 1)
+    else:
+        of_x = jax.lax.conv_general_dilated(
+            g,
+            turned,
+            window_strides=(1, 1),
+            padding=[(far, side + more) for more in besides],
+            lhs_dilation=(stride, stride),
+            dimension_numbers=_ORDER,
+        )
+    if c_out > _ONE_THREAD or len(x) % 2:
+        return of_x, of_kernel(x, g)
+    # Of every other image, twice: two programs, that a thread each can run.
+    x, g = (array.reshape(-1, 2, *array.shape[1:]) for array in (x, g))
+    return of_x, of_kernel(x[:, 0], g[:, 0]) + of_kernel(x[:, 1], g[:, 1])
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -126,6 +145,21 @@ def by_xla(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Arr
         dimension_numbers=_ORDER,
         feature_group_count=groups,
     )
+
+
+def in_one_row(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """The same as `by_xla`, of the batch's images side by side, with zeros between them.
+
+    On CPU XLA shares a convolution's columns and output channels out among threads, and neither
+    rows nor images: 64 channels, 56 px wide, are left to one thread.
+    """
+    b, _, w, _ = x.shape
+    pitch = -(-(w + kernel.shape[0] // 2) // stride) * stride
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, pitch - w), (0, 0)))
+    x = jax.lax.collapse(x.transpose(1, 0, 2, 3), 1, 3)
+    y = by_xla(x[None], kernel, stride, groups)[0]
+    y = y.reshape(len(y), b, pitch // stride, y.shape[-1])
+    return y[:, :, : -(-w // stride)].transpose(1, 0, 2, 3)
 
 
 def by_taps(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:

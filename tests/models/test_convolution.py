@@ -10,22 +10,24 @@ import pytest
 
 from jaxft.models.convolution import by_taps, by_xla, convolve, dense
 
-X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
-
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2), (5, 3)])
-@pytest.mark.parametrize(("groups", "c_out"), [(1, 8), (1, 24), (3, 24), (12, 24)])
-def test_convolutions_and_their_gradients_are_xlas(size, stride, groups, c_out):
+@pytest.mark.parametrize(
+    ("b", "c_in", "groups", "c_out"),
+    [(2, 12, 1, 8), (3, 12, 1, 24), (2, 12, 1, 72), (2, 72, 1, 8), (2, 12, 3, 24), (2, 12, 12, 24)],
+)
+def test_convolutions_and_their_gradients_are_xlas(size, stride, b, c_in, groups, c_out):
+    x = np.random.default_rng(0).normal(size=(b, 7, 8, c_in)).astype(np.float32)
     # Outputs of order one, or the loss's gradient would magnify their rounding.
-    kernel = np.random.default_rng(1).normal(size=(size, size, 12 // groups, c_out))
-    kernel = jnp.asarray(kernel / np.sqrt(size * size * 12 / groups), jnp.float32)
+    kernel = np.random.default_rng(1).normal(size=(size, size, c_in // groups, c_out))
+    kernel = jnp.asarray(kernel / np.sqrt(size * size * c_in / groups), jnp.float32)
 
     def outcome(convolution):
         def loss(x, kernel):
             y = convolution(x, kernel, stride, groups)
             return jnp.sin(y).sum(), y
 
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(jnp.asarray(X), kernel)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(jnp.asarray(x), kernel)
 
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
     jax.tree.map(close, outcome(convolve), outcome(by_xla))
@@ -52,7 +54,7 @@ def test_gradients_in_a_loop_have_the_order_of_axes_that_is_fast_there(stride):
             return jax.tree.map(jnp.add, sums, found), None
 
         kernel = jnp.ones((3, 3, 12, 16))
-        xs = jnp.zeros((3, *X.shape))
+        xs = jnp.zeros((3, 2, 7, 8, 12))
         loop = jax.jit(lambda xs: jax.lax.scan(gradients, (xs[0], kernel), xs)[0])
         return set(re.findall(r"dim_labels=(\S+?),? ", loop.lower(xs).compile().as_text()))
 
