@@ -13,6 +13,7 @@ import jax.numpy as jnp
 _ORDER = ("NHWC", "HWIO", "NHWC")
 _Saved = tuple[jax.Array, jax.Array]
 _ONE_THREAD = 64  # output channels that XLA does not part
+_NARROW = 2  # columns that it is slow with
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -56,7 +57,7 @@ def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     outermost computation only: in the body of a `jax.lax.scan` the kernel's gradient takes 160
     times as long (3x3, 128 channels, 28 px).
     """
-    on_cpu = in_one_row if kernel.shape[-1] <= _ONE_THREAD else by_xla
+    on_cpu = in_one_row if _is_slow(-(-x.shape[2] // stride), kernel.shape[-1]) else by_xla
     found: jax.Array = jax.lax.platform_dependent(
         x,
         kernel,
@@ -101,7 +102,7 @@ def _gradients(x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int) -> _S
             dimension_numbers=_ORDER,
         ).transpose(1, 2, 0, 3)
 
-    if stride == 1 and c_in <= _ONE_THREAD:
+    if stride == 1 and _is_slow(x.shape[2], c_in):
         of_x = in_one_row(g, turned, 1, 1)
     else:
         of_x = jax.lax.conv_general_dilated(
@@ -147,12 +148,17 @@ def by_xla(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Arr
     )
 
 
-def in_one_row(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """The same as `by_xla`, of the batch's images side by side, with zeros between them.
+def _is_slow(columns: int, channels: int) -> bool:
+    """Whether XLA on CPU has such an output sooner if images are side by side.
 
-    On CPU XLA shares a convolution's columns and output channels out among threads, and neither
-    rows nor images: 64 channels, 56 px wide, are left to one thread.
+    It shares columns and channels out among threads, and neither rows nor images: 64 channels, 56
+    px wide, are left to one thread. With 2 columns it takes 40 times as long (512 channels, 2x2).
     """
+    return channels <= _ONE_THREAD or columns <= _NARROW
+
+
+def in_one_row(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """The same as `by_xla`, of the batch's images side by side, with zeros between them."""
     b, _, w, _ = x.shape
     pitch = -(-(w + kernel.shape[0] // 2) // stride) * stride
     x = jnp.pad(x, ((0, 0), (0, 0), (0, pitch - w), (0, 0)))

@@ -13,11 +13,20 @@ from jaxft.models.convolution import by_taps, by_xla, convolve, dense
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2), (5, 3)])
 @pytest.mark.parametrize(
-    ("b", "c_in", "groups", "c_out"),
-    [(2, 12, 1, 8), (3, 12, 1, 24), (2, 12, 1, 72), (2, 72, 1, 8), (2, 12, 3, 24), (2, 12, 12, 24)],
+    ("b", "w", "c_in", "groups", "c_out"),
+    [
+        (2, 8, 12, 1, 8),
+        (3, 8, 12, 1, 24),
+        (2, 8, 12, 1, 72),
+        (2, 8, 72, 1, 8),
+        (2, 2, 72, 1, 72),
+        (3, 1, 72, 1, 72),
+        (2, 8, 12, 3, 24),
+        (2, 8, 12, 12, 24),
+    ],
 )
-def test_convolutions_and_their_gradients_are_xlas(size, stride, b, c_in, groups, c_out):
-    x = np.random.default_rng(0).normal(size=(b, 7, 8, c_in)).astype(np.float32)
+def test_convolutions_and_their_gradients_are_xlas(size, stride, b, w, c_in, groups, c_out):
+    x = np.random.default_rng(0).normal(size=(b, 7, w, c_in)).astype(np.float32)
     # Outputs of order one, or the loss's gradient would magnify their rounding.
     kernel = np.random.default_rng(1).normal(size=(size, size, c_in // groups, c_out))
     kernel = jnp.asarray(kernel / np.sqrt(size * size * c_in / groups), jnp.float32)
