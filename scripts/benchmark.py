@@ -5,10 +5,10 @@
 The head for five epochs, layer4 with it for five, everything for two; batches of 16, no
 augmentation, frozen layers with running statistics. Weights and batches are the same on both sides
 and losses are compared before anything is timed. Rounds of steps alternate; shown are medians, the
-range, and the ratio of PyTorch's time, the faster of its two layouts', to ours (above 1: ours is
-faster). Whole runs are processes of their own, ours with all it does (validation of the start,
-checkpoints, compilation), PyTorch's by `scripts/plain_pytorch.py`; it is left out where torch and
-torchvision are not installed. `--device gpu` runs all in bfloat16.
+range, and how many times as long eager PyTorch takes, in the faster of its two layouts. Whole runs
+are processes of their own, ours with all it does (validation of the start, checkpoints,
+compilation), PyTorch's by `scripts/plain_pytorch.py`; it is left out where torch and torchvision
+are not installed. `--device gpu` runs all in bfloat16.
 """
 
 import argparse
@@ -40,6 +40,9 @@ from jaxft.weights.names import torch_tensors
 
 Steps = Callable[[], list[float]]
 """Takes a step of training, or a few in one call, and returns their losses, once they are there."""
+
+EAGER = {"torch": False, "torch, channels_last": True}
+"""PyTorch's layouts."""
 
 A_CALL = 4
 """Steps in one call of ours: XLA on CPU has the kernel clear its temporaries anew for each."""
@@ -82,8 +85,10 @@ def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
     return step, compiled
 
 
-def torch_step(trial: Trial, args: argparse.Namespace, channels_last: bool) -> Steps:
-    """The same in PyTorch, eager."""
+def torch_step(
+    trial: Trial, args: argparse.Namespace, *, channels_last: bool, compiled: bool = False
+) -> Steps:
+    """The same in PyTorch."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -101,12 +106,13 @@ def torch_step(trial: Trial, args: argparse.Namespace, channels_last: bool) -> S
     images = trial.program.recipe.preprocessing.normalize(np.asarray(batch.image))
     inputs = torch.from_numpy(np.moveaxis(np.asarray(images), -1, 1).copy())
     inputs = inputs.to(device, memory_format=layout)
+    forward = torch.compile(module) if compiled else module
     labels = torch.tensor(np.asarray(batch.target)).long().to(device)
 
     def step() -> list[float]:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=args.device == "gpu"):
-            loss = cross_entropy(module(inputs), labels)
+            loss = cross_entropy(forward(inputs), labels)
         loss.backward()
         optimizer.step()
         return [float(loss.item())]
@@ -138,8 +144,12 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 memory[name] = compiled.step.memory_analysis().temp_size_in_bytes / 2**20
                 flops[name] = compiled.flops
         if have_torch():
-            sides["torch"] = torch_step(tried, args, channels_last=False)
-            sides["torch, channels_last"] = torch_step(tried, args, channels_last=True)
+            for name, channels_last in EAGER.items():
+                sides[name] = torch_step(tried, args, channels_last=channels_last)
+            if args.compiled:
+                sides["torch, compiled"] = torch_step(
+                    tried, args, channels_last=True, compiled=True
+                )
         losses: dict[str, list[float]] = {name: [] for name in sides}
         for name, step in sides.items():
             while len(losses[name]) < A_CALL:
@@ -164,9 +174,9 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def show_steps(row: dict[str, Any]) -> None:
     medians = {name: statistics.median(times) for name, times in row["ms"].items()}
-    theirs = min((x for name, x in medians.items() if name.startswith("torch")), default=None)
+    eager = min((medians[name] for name in EAGER if name in medians), default=None)
     for name, times in row["ms"].items():
-        ratio = f"{theirs / medians[name]:.2f}" if theirs and name.startswith("ours") else ""
+        ratio = f"{eager / medians[name]:.2f}" if eager and name not in EAGER else ""
         flops, memory = row["flops"].get(name), row["temp_mib"].get(name)
         cells = (
             row["stage"], name, f"{medians[name]:.0f} ({min(times):.0f}-{max(times):.0f})", ratio,
@@ -254,6 +264,11 @@ def main(arguments: list[str]) -> None:
     parser = plain_pytorch.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of steps")
     parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="PyTorch's step by torch.compile too (takes minutes)",
+    )
     parser.add_argument("--runs", type=int, default=1, help="of the whole recipe by each side")
     parser.add_argument("--devices", type=int, nargs="*", default=[], help="virtual ones, to scale")
     parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
@@ -263,7 +278,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(CHILDREN[args.child](args)))
         return
     found: dict[str, Any] = {"model": args.model, "image_size": args.image_size}
-    table("stage", "by", "ms a step", "PyTorch / ours", "GFLOP", "temporary MiB")
+    table("stage", "by", "ms a step", "PyTorch / it", "GFLOP", "temporary MiB")
     found["steps"] = compare_steps(args)
     if args.runs:
         table("by", *(f"{name}, s" for name in RATES), "in all, s", "accuracy", "peak MiB")
