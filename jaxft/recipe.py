@@ -24,8 +24,8 @@ from jaxft.stages import Stage, check_stages
 
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.
 _CHANGES_NOTHING = (
-    "workers", "cache_mib", "sharding", "checkpoint_steps", "sync_steps", "steps_per_execution",
-    "on_nonfinite",
+    "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
+    "steps_per_execution", "on_nonfinite",
 )  # fmt: skip
 _OF_OUR_NETWORKS = (
     "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
@@ -142,6 +142,9 @@ class Recipe:
     """Memory for decoded images, in MiB, so that later epochs read no files, and as much for what a
     stage's first, frozen layers make of them and for batches to validate; changes no result but by
     rounding."""
+    disk_cache_mib: int = 0
+    """More than memory holds: room for what frozen layers make in memory-mapped files, in MiB, in
+    the folder for temporary files (TMPDIR); they go with the run. 0: it is in memory."""
     from_scratch: tuple[Stage, ...] = ()
     """If given: for comparison, also train the network from random weights in these stages."""
 
@@ -150,7 +153,7 @@ class Recipe:
     def __post_init__(self) -> None:
         counts = {
             1: ("batch_size", "image_size", "resize_size", "sync_steps", "steps_per_execution"),
-            0: ("workers", "cache_mib", "checkpoint_steps", "views"),
+            0: ("workers", "cache_mib", "disk_cache_mib", "checkpoint_steps", "views"),
         }
         for least, fields in counts.items():
             low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]

@@ -48,11 +48,19 @@ def _prefix(program: Program, params: Tree, stats: Tree, to_train: int, to_valid
     of_both = of_val + mib * to_train * (1 if solved else _views(recipe))
     # A stage that is solved needs all of it at once, whatever room there may be.
     reason = "" if solved else _why_not(recipe, program.epochs)
-    if not reason and not solved and of_both > recipe.cache_mib:
-        reason = f"what comes out is {of_both:,.0f} MiB, and cache_mib {recipe.cache_mib}"
-    train, val = not reason, solved or of_val <= recipe.cache_mib
+    room, where = _room(recipe)
+    if not reason and not solved and of_both > room:
+        reason = f"what comes out is {of_both:,.0f} MiB, and {where} {room}"
+    train, val = not reason, solved or of_val <= room
     kept = of_both if train else of_val if val else 0.0
     return Prefix(blocks, model.blocks[len(blocks)], row, train, val, reason, kept)
+
+
+def _room(recipe: Recipe) -> tuple[int, str]:
+    """For all that is kept, in MiB, and the field that says so."""
+    if recipe.disk_cache_mib:
+        return recipe.disk_cache_mib, "disk_cache_mib"
+    return recipe.cache_mib, "cache_mib"
 
 
 def _views(recipe: Recipe) -> int:
@@ -78,7 +86,7 @@ def _why_not(recipe: Recipe, epochs: int) -> str:
 def _taps(own: Program, later: Sequence[Program]) -> tuple[str, ...]:
     """The ends of what `later` stages keep that a pass of this one makes on its way, as it fits."""
     ends: list[str] = []
-    free, intact = own.recipe.cache_mib - own.prefix.mib, len(own.prefix.blocks)
+    free, intact = _room(own.recipe)[0] - own.prefix.mib, len(own.prefix.blocks)
     for other in later if own.prefix.val else ():
         depth = len(other.prefix.blocks)
         # The pass over the images to train on would make what is of no use.

@@ -1,4 +1,4 @@
-"""What prefixes have made of a run's images, and images to validate, in this process's memory.
+"""What prefixes have made of a run's images, and images to validate, as long as the process lives.
 
 What a prefix made is keyed by the images and their views, and by the bytes of all weights and
 statistics that it came through: what no longer holds is never found. Nothing of it is saved; a run
@@ -6,6 +6,9 @@ that goes on makes it again, to the same last bit.
 """
 
 import hashlib
+import math
+import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import closing
@@ -18,6 +21,7 @@ import numpy as np
 
 from jaxft.data import Batch, Source
 from jaxft.data.batches import augmented
+from jaxft.errors import RecipeError
 from jaxft.labels import paths
 from jaxft.train.norms import layer
 from jaxft.train.prefix import block_labels
@@ -30,10 +34,14 @@ Half = Literal["train", "val"]
 
 
 class Kept:
-    """Trees of arrays by their keys, up to a number of bytes; the longest unused go first."""
+    """Trees of arrays by their keys, up to a number of bytes; the longest unused go first.
 
-    def __init__(self, max_bytes: int) -> None:
+    on_disk: whether arrays that it makes lie there.
+    """
+
+    def __init__(self, max_bytes: int, *, on_disk: bool = False) -> None:
         self._max = self._free = max_bytes
+        self._on_disk = on_disk
         self._trees: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable) -> Any:
@@ -54,6 +62,25 @@ class Kept:
         while self._free < 0:
             oldest = next(iter(self._trees))
             self._free += _size(self._trees.pop(oldest))
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array to be filled; on disk it is a file without a name, which goes when it does.
+
+        Raises RecipeError if the disk has no room for it.
+        """
+        if not self._on_disk:
+            return np.empty(shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        with tempfile.TemporaryFile() as file:
+            try:  # now, or a full disk would be a SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise RecipeError(
+                    f"what frozen layers make takes {size / 2**20:,.0f} MiB more in "
+                    f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder with more "
+                    "room, or disk_cache_mib to what there is."
+                ) from error
+            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
     def replayed(
         self, key: Hashable, batches: Generator[Batch, None, None], count: int
@@ -144,7 +171,8 @@ class Inputs:
             by_end = zip(*run.devices.host(waiting.popleft()), strict=True)
             made = [np.stack(both, 1) for both in by_end]
             if not arrays:
-                arrays.extend(np.empty((len(source), *x.shape[1:]), x.dtype) for x in made)
+                of_all = ((len(source), *x.shape[1:]) for x in made)
+                arrays.extend(map(run.kept.empty, of_all, (x.dtype for x in made)))
             count = min(recipe.batch_size, len(source) - done)
             for array, rows in zip(arrays, made, strict=True):
                 array[done : done + count] = rows[:count]

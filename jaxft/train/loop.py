@@ -171,9 +171,12 @@ def _run(
             anchor = devices.put(orbax.read_weights(workdir / "start")[0])
         places = recipe.steps_per_execution
         evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta, places=places)
+        seen = kept = Kept(recipe.cache_mib * 2**20)
+        if recipe.disk_cache_mib:
+            kept = Kept(recipe.disk_cache_mib * 2**20, on_disk=True)
         run = Run(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
-            interruption, anchor, Kept(recipe.cache_mib * 2**20),
+            interruption, anchor, kept, seen,
         )  # fmt: skip
         progress, handed_on = train_stages(run, start, forked)
         score = progress.handed_on(programs[-1].plan.stage)

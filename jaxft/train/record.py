@@ -91,10 +91,11 @@ def spared(program: Program) -> str:
     if not prefix.blocks:
         return f"No block's work is kept: {prefix.reason}."
     first, last = prefix.blocks[0], prefix.blocks[-1]
+    where = " on disk" if program.recipe.disk_cache_mib else ""
     blocks = first if first == last else f"{first} to {last}"
     if prefix.train:
-        return f"{blocks}: once an image, and what comes out is kept, {prefix.mib:.3g} MiB."
-    kept = f" To validate, once an image, {prefix.mib:.3g} MiB." if prefix.val else ""
+        return f"{blocks}: once an image, and what comes out is kept{where}, {prefix.mib:.3g} MiB."
+    kept = f" To validate, once an image, {prefix.mib:.3g} MiB{where}." if prefix.val else ""
     return f"{blocks}: in each step, as {prefix.reason}.{kept}"
 
 

@@ -39,6 +39,7 @@ class Run:
       eval_step: see `jaxft.train.evaluate.eval_step`.
       start: the parameters that the run started from, if a stage has an anchor.
       kept: what stages keep of their prefixes.
+      seen: batches to validate, in memory; likely the same.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Run:
     interruption: Interruption
     start: Tree | None
     kept: Kept
+    seen: Kept
 
     @property
     def data(self) -> dict[str, object]:
@@ -116,7 +118,7 @@ class Run:
         )
         if replayed:
             count = data.steps_per_epoch(source, size)
-            batches = self.kept.replayed(("images", size), batches, count)
+            batches = self.seen.replayed(("images", size), batches, count)
         made: list[T] = []
         with closing(batches):
             for index, group in enumerate(iter(lambda: list(islice(batches, places)), [])):

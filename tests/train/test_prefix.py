@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import numpy as np
@@ -66,6 +67,27 @@ def test_a_run_is_the_same_with_and_without(recipe, kept, tmp_path):
     assert [p.prefix.train for p in found] == [p.plan.stage.name != "all" for p in found]
     go_on(tmp_path / "run", without(recipe))
     assert_close(tmp_path / "run", workdir)
+
+
+def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
+    recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
+    real, used = Kept.add, []
+
+    def add(self, key, tree):
+        real(self, key, tree)
+        usage = shutil.disk_usage(disk.folder)
+        used.append((usage.used, list(disk.folder.iterdir())))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "add", add)
+        go_on(tmp_path / "run", recipe)
+    assert_same_end(tmp_path / "run", kept)
+    assert max(used)[0] > 2**17  # 230 images of a KiB, by two prefixes
+    assert not any(names for _, names in used)
+    disk.fill(but=2**14)
+    with pytest.raises(RecipeError, match=f"MiB more in {disk.folder}: No space left on device"):
+        go_on(tmp_path / "full", recipe)
 
 
 def test_killed_anywhere_it_ends_the_same(kept, tmp_path, monkeypatch):
@@ -153,6 +175,8 @@ def test_a_probe_and_the_steps_after_it_share_theirs(tmp_path, monkeypatch):
         # 4x4x32 float32 are 2 KiB an image
         ({"cache_mib": 3}, LATE, True, True, ""),
         ({"cache_mib": 2}, LATE, False, True, "what comes out is 3 MiB, and cache_mib 2"),
+        ({"cache_mib": 2, "disk_cache_mib": 3}, LATE, True, True, ""),
+        ({"disk_cache_mib": 2}, LATE, False, True, "what comes out is 3 MiB, and disk_cache_mib 2"),
         ({"cache_mib": 2, "tta": "flip"}, LATE, False, False, "what comes out is 5 MiB"),
         ({}, dataclasses.replace(LATE, epochs=1), False, True, "each view is seen once"),
         ({}, ALL, False, False, "stem trains"),
