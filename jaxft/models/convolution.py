@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 _ORDER = ("NHWC", "HWIO", "NHWC")
 _Saved = tuple[jax.Array, jax.Array]
-_ONE_THREAD = 64  # output channels that XLA does not part
-_NARROW = 2  # columns that it is slow with
+# Of an output of XLA's on CPU, see `in_one_row`.
+_ONE_THREAD = 64  # channels
+_NARROW = 2  # columns
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -57,7 +58,8 @@ def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     outermost computation only: in the body of a `jax.lax.scan` the kernel's gradient takes 160
     times as long (3x3, 128 channels, 28 px).
     """
-    on_cpu = in_one_row if _is_slow(-(-x.shape[2] // stride), kernel.shape[-1]) else by_xla
+    slow = kernel.shape[-1] <= _ONE_THREAD or x.shape[2] <= stride * _NARROW
+    on_cpu = in_one_row if slow else by_xla
     found: jax.Array = jax.lax.platform_dependent(
         x,
         kernel,
@@ -102,8 +104,10 @@ def _gradients(x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int) -> _S
             dimension_numbers=_ORDER,
         ).transpose(1, 2, 0, 3)
 
-    if stride == 1 and _is_slow(x.shape[2], c_in):
-        of_x = in_one_row(g, turned, 1, 1)
+    if g.shape[2] <= _NARROW or (stride == 1 and c_in <= _ONE_THREAD):
+        zeros = [(0, more, stride - 1) for more in besides]
+        of_stride_1 = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
+        of_x = in_one_row(of_stride_1, turned, 1, 1)
     else:
         of_x = jax.lax.conv_general_dilated(
             g,
@@ -148,17 +152,13 @@ def by_xla(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Arr
     )
 
 
-def _is_slow(columns: int, channels: int) -> bool:
-    """Whether XLA on CPU has such an output sooner if images are side by side.
-
-    It shares columns and channels out among threads, and neither rows nor images: 64 channels, 56
-    px wide, are left to one thread. With 2 columns it takes 40 times as long (512 channels, 2x2).
-    """
-    return channels <= _ONE_THREAD or columns <= _NARROW
-
-
 def in_one_row(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """The same as `by_xla`, of the batch's images side by side, with zeros between them."""
+    """The same as `by_xla`, of the batch's images side by side, with zeros between them.
+
+    XLA on CPU shares an output's columns and channels out among threads, and neither rows nor
+    images: 64 channels, 56 px wide, are left to one thread. At 2x2 px, with 512 channels, it takes
+    40 times as long without.
+    """
     b, _, w, _ = x.shape
     pitch = -(-(w + kernel.shape[0] // 2) // stride) * stride
     x = jnp.pad(x, ((0, 0), (0, 0), (0, pitch - w), (0, 0)))
