@@ -73,7 +73,8 @@ class Kept:
         size = math.prod(shape) * dtype.itemsize
         with tempfile.TemporaryFile() as file:
             try:  # now, or a full disk would be a SIGBUS later
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 raise RecipeError(
                     f"what frozen layers make takes {size / 2**20:,.0f} MiB more in "
