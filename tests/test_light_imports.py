@@ -39,3 +39,8 @@ def test_the_rest_comes_when_asked_for():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'jaxft' has no attribute 'finetunes'"):
         _ = jaxft.finetunes
+
+
+def test_torch_is_kept_out_of_child_processes_alone():
+    """Had pytest collected `no_torch` as a module with doctests, no test would find torch."""
+    assert "no_torch" not in sys.modules
