@@ -144,6 +144,17 @@ def combine(*parts: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(pick, *parts, is_leaf=lambda x: x is None)
 
 
+def filled(part: Tree, whole: Tree) -> Tree:
+    """A part, with the leaves of `whole` where it has `None`.
+
+    >>> filled({"conv": None, "fc": 2.0}, {"conv": 1.0, "fc": 0.0})
+    {'conv': 1.0, 'fc': 2.0}
+    """
+    return jax.tree.map(
+        lambda own, other: other if own is None else own, part, whole, is_leaf=lambda x: x is None
+    )
+
+
 def leaf_labels(params: Tree, labels: Tree) -> list[str]:
     """The label of each leaf of `params`, in leaf order.
 

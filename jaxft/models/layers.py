@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxft.models.context import Context
 from jaxft.models.convolution import convolve
+from jaxft.models.rngs import Rngs
 
 
 class Conv(nnx.Module):
@@ -25,7 +26,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         *,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         std = math.sqrt(2 / (size * size * c_out))
         shape = (size, size, c_in // groups, c_out)
@@ -41,9 +42,7 @@ class Conv(nnx.Module):
 class Linear(nnx.Module):
     """`torch.nn.Linear`, with its initialisation or with He's."""
 
-    def __init__(
-        self, c_in: int, c_out: int, *, bias: bool = True, he: bool = False, rngs: nnx.Rngs
-    ):
+    def __init__(self, c_in: int, c_out: int, *, bias: bool = True, he: bool = False, rngs: Rngs):
         bound = 1 / math.sqrt(c_in)
         key, shape = rngs.params(), (c_in, c_out)
         self.kernel = nnx.Param(

@@ -16,11 +16,12 @@ from jaxft.models.context import Context
 from jaxft.models.model import Norms, Outline, Tree
 from jaxft.models.modes import layer_modes, norm_layers
 from jaxft.models.nnx_trees import inside, outside
+from jaxft.models.rngs import Rngs
 
 
 @dataclass(frozen=True)
 class NNXModel:
-    """The `Model` whose network is `module(config, rngs=...)`.
+    """The `Model` whose network is `module(config, rngs=Rngs(key))`.
 
     The module's parameters are `nnx.Param`, its running statistics `nnx.BatchStat` called `mean`
     and `var`, and its call is `module(x, context, blocks)`, where `blocks` is the run of
@@ -88,7 +89,7 @@ class NNXModel:
         return output, outside(module, nnx.BatchStat) if "batch" in modes.values() else stats
 
     def _build(self, key: jax.Array) -> nnx.Module:
-        return self.module(self.config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
+        return self.module(self.config, rngs=Rngs(key))  # type: ignore[call-arg]
 
     def _run(self, first: str | None, last: str | None) -> tuple[str, ...]:
         try:

@@ -1,5 +1,6 @@
 """Batch normalisation as `torch.nn.BatchNorm2d` has it, with rows that can be left out."""
 
+import math
 from functools import partial
 
 import jax
@@ -45,7 +46,7 @@ class BatchNorm(nnx.Module):
         if b % n:
             raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
         parts = x.reshape(n, b // n, *x.shape[1:])
-        if context.mask is None and parts[0, ..., 0].size < 2:
+        if context.mask is None and math.prod(parts.shape[1:-1]) < 2:
             raise ValueError("batch statistics need more than one value per channel")
         mask = jnp.ones(b, bool) if context.mask is None else jnp.asarray(context.mask)
         y, (mean, var, count) = _normalize(parts, mask.reshape(n, -1), scale, bias, self.eps)
@@ -83,7 +84,7 @@ def _forward(
     x: jax.Array, rows: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[tuple[jax.Array, Statistics], tuple[jax.Array, ...]]:
     wide = _wide(x)
-    count = rows.sum(1, wide.dtype, keepdims=True) * (x[0, 0, ..., 0].size)
+    count = rows.sum(1, wide.dtype, keepdims=True) * math.prod(x.shape[2:-1])
 
     def average(values: jax.Array) -> jax.Array:
         # Rows are left out as sums: to mask all their values takes XLA longer than to add them up.

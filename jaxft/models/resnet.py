@@ -25,6 +25,7 @@ from jaxft.models.layers import (
     Sequential,
 )
 from jaxft.models.norm import BatchNorm
+from jaxft.models.rngs import Rngs
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class BasicBlock(nnx.Module):
         stride: int,
         drop_path: float,
         config: ResNetConfig,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.conv1 = Conv(c_in, width, 3, stride, rngs=rngs)
         self.bn1 = BatchNorm(width)
@@ -135,7 +136,7 @@ class Bottleneck(nnx.Module):
         stride: int,
         drop_path: float,
         config: ResNetConfig,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         c_out = self.expansion * width
         inner = width * config.base_width // 64 * config.groups
@@ -164,7 +165,7 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
     """The network; `blocks` of its call are a run of `ResNetConfig.blocks`."""
 
-    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, *, rngs: Rngs):
         c = config.stem_width
         self.dtype = config.dtype
         self.imagenet = config.layout == "imagenet"
@@ -228,7 +229,7 @@ class ResNet(nnx.Module):
         return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
 
 
-def stem(config: ResNetConfig, rngs: nnx.Rngs) -> Conv | Sequential:
+def stem(config: ResNetConfig, rngs: Rngs) -> Conv | Sequential:
     """The convolutions before the first norm; ImageNet's stride, CIFAR's does not."""
     c = config.stem_width
     if config.layout == "cifar":
@@ -245,9 +246,7 @@ def stem(config: ResNetConfig, rngs: nnx.Rngs) -> Conv | Sequential:
     )
 
 
-def projection(
-    c_in: int, c_out: int, stride: int, config: ResNetConfig, rngs: nnx.Rngs
-) -> Sequential:
+def projection(c_in: int, c_out: int, stride: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
     """Shortcut B of He et al.: a 1x1 convolution and its norm."""
     if not config.average_shortcut:
         return Sequential([Conv(c_in, c_out, 1, stride, rngs=rngs), BatchNorm(c_out)])
@@ -262,7 +261,7 @@ def subsample(x: jax.Array, c_out: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-def head(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Linear | Sequential:
+def head(c: int, config: ResNetConfig, rngs: Rngs) -> Linear | Sequential:
     """What makes logits of `c` channels: one linear layer, or numbered as in `nn.Sequential`."""
     outputs = 1 if config.binary else config.num_classes
     if config.concat_pool:
@@ -278,7 +277,7 @@ def head(c: int, config: ResNetConfig, rngs: nnx.Rngs) -> Linear | Sequential:
     return Sequential([*layers, last]) if layers else last
 
 
-def two_layers(c: int, outputs: int, config: ResNetConfig, rngs: nnx.Rngs) -> Sequential:
+def two_layers(c: int, outputs: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
     """fastai's `create_head` after the pooling: norm, dropout, linear, twice; He's weights."""
     hidden = 512
     return Sequential(

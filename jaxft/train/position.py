@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxft.labels import Tree, combine
+import jax
+
+from jaxft.labels import Tree, combine, filled, partition, paths, unflatten
+from jaxft.train.norms import layer
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.step import TrainState
@@ -40,11 +43,11 @@ class Position:
         """The arrays as validation sees them: their average, where the stage has one."""
         return shown(self.state, self.frozen)
 
-    def arrays(self) -> dict[str, Tree]:
+    def arrays(self, program: Program) -> dict[str, Tree]:
         """The items of a checkpoint of a stage that goes on."""
         trainable, stats, opt_state, average = self.state
         now = Snapshot(combine(trainable, self.frozen), stats, opt_state)
-        items = {**now._asdict(), "best": self.best._asdict()}
+        items = {**now._asdict(), "best": changing(program, self.best)._asdict()}
         return items if average is None else {**items, "average": list(average)}
 
     def fields(self) -> dict[str, Any]:
@@ -65,6 +68,16 @@ def shown(state: TrainState, frozen: Tree) -> Snapshot:
     return Snapshot(combine(trainable, frozen), stats, state.opt_state)
 
 
+def changing(program: Program, at: Snapshot) -> Snapshot:
+    """What of the arrays a stage's steps change, and None for what they leave as it is."""
+    trainable, _ = partition(at.params, program.plan.labels)
+    stats = [
+        None if program.norms.get(layer(path), "batch") != "batch" else x
+        for path, x in zip(paths(at.stats), jax.tree.leaves(at.stats), strict=True)
+    ]
+    return at._replace(params=trainable, stats=unflatten(at.stats, stats))
+
+
 def at_start(program: Program, progress: Progress, current: Snapshot) -> Position:
     """The position at a stage's start, whose arrays are its candidate 0."""
     state, frozen = program.state(current)
@@ -77,7 +90,11 @@ def restored(
     """The position that a checkpoint holds, whose items are `arrays`."""
     items = dict(arrays)
     best, average = Snapshot(**items.pop("best")), items.pop("average", None)
-    state, frozen = program.state(Snapshot(**items))
+    now = Snapshot(**items)
+    best = best._replace(
+        params=filled(best.params, now.params), stats=filled(best.stats, now.stats)
+    )
+    state, frozen = program.state(now)
     if average is not None:
         state = state._replace(average=tuple(average))
     return Position(progress, state, frozen, best, sums)

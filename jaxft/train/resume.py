@@ -9,7 +9,7 @@ import optax
 from jaxft.carryover import carry_with_remarks
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
-from jaxft.train.position import Position, restored
+from jaxft.train.position import Position, changing, restored
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
@@ -56,7 +56,7 @@ def structure(
     at = Snapshot(params, stats, state_shapes(programs, stage, params))
     items: dict[str, Tree] = at._asdict()
     if not ended:
-        items["best"] = at._asdict()
+        items["best"] = changing(programs[stage], at)._asdict()
         if (average := programs[stage].state(at)[0].average) is not None:
             items["average"] = list(average)
     return items

@@ -141,7 +141,7 @@ def _train_epoch(
                     return
             if every and position.progress.step % every == 0:
                 look()
-                _save(run, position)
+                _save(run, program, position)
 
 
 def _end_epoch(
@@ -181,22 +181,22 @@ def _end_epoch(
     )
     run.metrics.write(told)
     if not progress.ended:
-        _save(run, position)
+        _save(run, program, position)
         return None
     handed_on = position.best if plan.stage.hand_on == "best" else position.shown
     run.save(position.fields(), handed_on._asdict(), keep=True)
     return handed_on
 
 
-def _save(run: Run, position: Position) -> None:
-    run.save(position.fields(), position.arrays())
+def _save(run: Run, program: Program, position: Position) -> None:
+    run.save(position.fields(), position.arrays(program))
 
 
 def _stop(run: Run, program: Program, position: Position) -> Never:
     """Saves, unless that has been done at this very step, and ends the run."""
     step = position.progress.step
     if run.checkpoints.latest_step() != step:
-        _save(run, position)
+        _save(run, program, position)
     number = run.interruption.signal or signal.SIGTERM  # or it reached another process
     raise InterruptedRunError(
         f"{signal.Signals(number).name} came in stage {program.plan.stage.name!r}, and step {step} "

@@ -10,7 +10,7 @@ from etils import epath
 
 from jaxft.checkpoint import absolute, hush, whole_steps
 from jaxft.errors import CheckpointError
-from jaxft.labels import Tree
+from jaxft.labels import Tree, filled
 
 
 def save_weights(
@@ -36,11 +36,12 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     place = epath.Path(folder)
     if steps := whole_steps(place):
         place /= str(max(steps))
-    if (place / "best").is_dir():
-        best = _arrays(place / "best")
-        return best["params"], best["stats"]
     if all((place / item).is_dir() for item in ("params", "stats")):
-        return _arrays(place / "params"), _arrays(place / "stats")
+        params, stats = _arrays(place / "params"), _arrays(place / "stats")
+        if (place / "best").is_dir():  # of what the stage changes
+            best = _arrays(place / "best")
+            return filled(best["params"], params), filled(best["stats"], stats)
+        return params, stats
     if not (place / "_METADATA").is_file():
         raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
     both = _arrays(place)

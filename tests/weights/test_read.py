@@ -28,11 +28,17 @@ def torch_file(path, tensors, form):
 
 
 def run(path, trees, *, ended):
-    """A run's folder; while its stage goes on, the best is not the last."""
+    """A run's folder; while its stage goes on, the best is not the last, but for what is frozen."""
     wanted = {"params": trees[0], "stats": trees[1]}
     others = jax.tree.map(lambda x: x + 1, wanted)
-    best = wanted | {"opt_state": {"count": jnp.zeros(())}}
-    now = wanted if ended else others | {"best": best}
+    frozen = {"conv1": wanted["params"]["conv1"]}
+    best = {
+        "params": wanted["params"] | {"conv1": {"kernel": None}},
+        "stats": wanted["stats"],
+        "opt_state": {"count": jnp.zeros(())},
+    }
+    last = others | {"params": others["params"] | frozen, "best": best}
+    now = wanted if ended else last
     with closing(Checkpoints(path / "checkpoints")) as checkpoints:
         checkpoints.save(9, {}, others)
         checkpoints.save(10, {}, now)

@@ -1,0 +1,62 @@
+"""What a checkpoint holds of a stage's best: what the stage changes, once."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import Recipe, Stage, data, models
+from jaxft.data import Splits
+from jaxft.labels import paths
+from jaxft.parallel import Devices
+from jaxft.train import opening
+from jaxft.train.evaluate import Score
+from jaxft.train.position import at_start, restored
+from jaxft.train.program import Snapshot
+from jaxft.train.progress import Progress
+from jaxft.train.resume import structure
+from jaxft.train.sums import Sums
+
+MODEL = models.create("cifar_resnet8", num_classes=5)
+START = MODEL.init(jax.random.key(0))
+
+
+def stage(stage):
+    recipe = Recipe(model=MODEL.name, data="digits:5-9", batch_size=4, stages=(stage,))
+    images = data.arrays(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), classes=list("abcde"))
+    return opening.open_programs(recipe, MODEL, Splits(images, images), Devices(), START)[0]
+
+
+@pytest.mark.parametrize(
+    ("trains", "norms", "params", "stats"),
+    [
+        ({"fc": 0.1}, "B", "fc", ()),
+        ({"fc": 0.1}, "A", "fc", ""),
+        ({"fc": 0.1, "layer3": 0.1}, "B", ("fc", "layer3"), "layer3"),
+        ({"fc": 0.1, "layer3": 0.1}, "E", ("fc", "layer3"), ()),
+        ({"*": 0.1}, "B", "", ""),
+    ],
+    ids=["head", "statistics move", "late", "no statistics move", "all"],
+)
+def test_the_best_is_written_without_what_it_shares(trains, norms, params, stats):
+    program = stage(Stage("only", trains, 1, norms=norms))
+    now = Snapshot(*START, program.transform.init(START[0]))
+    worse = Score(1.0, 0.0, 0.0)
+    best = at_start(program, Progress.at_start(0, 0, worse), now)
+    arrays = best.arrays(program)
+    for name, tree, moving in zip(("params", "stats"), START, (params, stats), strict=True):
+        written = arrays["best"][name]
+        assert paths(written) == [path for path in paths(tree) if path.startswith(moving)]
+    shapes = jax.eval_shape(lambda: arrays)
+    assert structure((program,), 0, *jax.eval_shape(lambda: START)) == shapes
+
+    # Steps move what they change; the best stays what it was.
+    for name in ("params", "stats"):
+        arrays[name] = jax.tree.map(
+            lambda best, x: x if best is None else x + 1,
+            arrays["best"][name],
+            arrays[name],
+            is_leaf=lambda x: x is None,
+        )
+    again = restored(program, best.progress, Sums(), arrays)
+    jax.tree.map(np.testing.assert_array_equal, again.best, now)
+    assert not np.array_equal(again.shown.params["fc"]["bias"], now.params["fc"]["bias"])
