@@ -17,15 +17,15 @@ HEAVY = {
 }  # fmt: skip
 
 
+def imported(code):
+    """The packages of the modules that it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
 def test_the_light_modules_import_jax_and_optax_alone():
     code = "; ".join(["import sys, jaxft", *(f"import jaxft.{name}" for name in LIGHT)])
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    roots = {name.split(".")[0] for name in done.stdout.split()}
+    roots = imported(f"{code}; print(*sys.modules)")
     assert {"jax", "optax"} <= roots
     assert roots & HEAVY == set()
 
@@ -41,6 +41,10 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = jaxft.finetunes
 
 
-def test_torch_is_kept_out_of_child_processes_alone():
-    """Had pytest collected `no_torch` as a module with doctests, no test would find torch."""
-    assert "no_torch" not in sys.modules
+def test_records_for_tensorboard_need_no_torch(tmp_path):
+    """Which tensorboardX imports where it can."""
+    code = (
+        "import sys; from etils import epath; from jaxft.report.events import EventFile; "
+        f"EventFile(epath.Path({str(tmp_path)!r}), purge_step=1); print(*sys.modules)"
+    )
+    assert {"tensorboardX"} == imported(code) & {"tensorboardX", "torch"}

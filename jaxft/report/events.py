@@ -3,8 +3,10 @@
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
@@ -20,8 +22,8 @@ class EventFile:
     """
 
     def __init__(self, folder: epath.Path, *, purge_step: int) -> None:
-        # Here, as it imports torch where there is one: a second or two.
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with _without_torch():
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
@@ -58,3 +60,19 @@ class EventFile:
         length = struct.pack("<Q", len(data))
         for part in (length, data):
             self._records += part + struct.pack("<I", masked_crc32c(part))
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """No import finds torch, unless it is there already.
+
+    tensorboardX imports it, where it is installed, for an annotation: a second or two.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

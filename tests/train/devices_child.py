@@ -14,8 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-import no_torch  # noqa: F401
-
 from jaxft import parallel, processes
 from jaxft.report.console import Bar
 from jaxft.train.program import Program

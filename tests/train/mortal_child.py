@@ -18,8 +18,6 @@ import sys
 import threading
 from pathlib import Path
 
-import no_torch  # noqa: F401
-
 from jaxft import checksums
 from jaxft.report.console import Console
 from jaxft.train.compilation import Ahead
