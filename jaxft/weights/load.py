@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
@@ -59,7 +59,9 @@ def load(
     def leaf(tensor: TorchTensor, shape: jax.ShapeDtypeStruct) -> Any:
         if tensor.name not in found:
             return shape  # the new head's
-        return jnp.array(tensor.from_torch(found[tensor.name].read()), shape.dtype)
+        array = tensor.from_torch(found[tensor.name].read())
+        # By jax.numpy it would be a compiled program for each shape.
+        return jax.device_put(np.array(array, shape.dtype, order="C"))
 
     params, stats = jax.tree.map(leaf, tensors, abstract)
     if head != "keep":

@@ -24,7 +24,7 @@ def seeded(model):
     """The recorder's weights as our trees."""
     tensors = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
     arrays = record_golden.weights({t.name: t.shape for t in jax.tree.leaves(tensors)})
-    return jax.tree.map(lambda t: jnp.asarray(t.from_torch(arrays[t.name])), tensors)
+    return jax.tree.map(lambda t: jax.device_put(t.from_torch(arrays[t.name])), tensors)
 
 
 def images(side: int, batch: int = 2) -> jax.Array:
