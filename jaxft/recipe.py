@@ -25,7 +25,7 @@ from jaxft.stages import Stage, check_stages
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.
 _CHANGES_NOTHING = (
     "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
-    "steps_per_execution", "on_nonfinite",
+    "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
 _OF_OUR_NETWORKS = (
     "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
@@ -120,6 +120,10 @@ class Recipe:
     """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, statistics and optimizer are float32."""
+    remat: bool = False
+    """The backward pass computes each block again and remembers what came into it alone
+    (`jax.checkpoint`): a forward pass more, for less memory, though not on CPU, where XLA undoes
+    it; changes no result but by rounding."""
     statistics: Literal["global", "replica"] = "global"
     """What norm layers see of a batch on several devices: all of it, or each device its part, as in
     torch's DistributedDataParallel."""

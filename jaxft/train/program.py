@@ -179,6 +179,7 @@ class Program:
             devices=self.devices,
             keep_gradients=keep_gradients,
             first=self.prefix.first if self.prefix.train else None,
+            remat=recipe.remat,
         )
 
         def numbered(

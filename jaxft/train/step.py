@@ -17,6 +17,7 @@ from jaxft.models import Model, Norms
 from jaxft.optim import pass_step
 from jaxft.parallel import Devices
 from jaxft.train.objective import Objective
+from jaxft.train.remat import block_by_block
 
 
 class TrainState(NamedTuple):
@@ -88,6 +89,7 @@ def train_step(
     devices: Devices | None = None,
     keep_gradients: bool = False,
     first: str | None = None,
+    remat: bool = False,
 ) -> Callable[..., tuple[TrainState, Record]]:
     """The jitted step of a stage: `(state, frozen, batch, key, start=None) -> (state, record)`.
 
@@ -110,13 +112,15 @@ def train_step(
     devices: where the state belongs, and stays.
     keep_gradients: the record has them, for who wants to look.
     first: the block to begin with, where a batch has what those before it make of the images.
+    remat: the backward pass computes each block again from what came into it, for its memory.
     """
+    apply = partial(block_by_block, model) if remat else model.apply
     groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
     def loss(
         trainable: Tree, stats: Tree, frozen: Tree, part: _Rows, total: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Tally]]:
-        logits, stats = model.apply(
+        logits, stats = apply(
             combine(trainable, frozen),
             stats,
             part.images,

@@ -1,0 +1,106 @@
+"""Blocks computed again in the backward pass: the same step, of which less is remembered."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import Recipe, Stage, data, finetune, models
+from jaxft.data import Batch, Splits
+from jaxft.parallel import Devices
+from jaxft.report.console import Console
+from jaxft.train import opening
+from jaxft.train.program import Snapshot
+from jaxft.train.remat import block_by_block
+
+MODEL = models.create("cifar_resnet8", num_classes=4, dropout=0.2, drop_path=0.2)
+START = MODEL.init(jax.random.key(0))
+RNG = np.random.default_rng(0)
+BATCH = Batch(
+    RNG.integers(0, 256, (8, 32, 32, 3), np.uint8),
+    np.arange(8, dtype=np.int32) % 4,
+    np.arange(8) < 7,
+)
+RECIPE = Recipe(
+    model=MODEL.name, data="given", batch_size=8, image_size=32, resize_size=32, augment="none",
+    dropout=0.2, drop_path=0.2,
+    stages=(Stage("all", {"*": 0.1}, 1),),
+)  # fmt: skip
+LATE = Stage("late", {"layer3": 0.1, "fc": 0.1}, 1)
+
+
+IMAGES = Splits(*[data.arrays(*BATCH[:2], classes=list("abcd"))] * 2)
+
+
+def program(**fields):
+    recipe = dataclasses.replace(RECIPE, **fields)
+    return opening.open_programs(recipe, MODEL, IMAGES, Devices(), START)[0]
+
+
+def stepped(program):
+    """The state after a step, and its record, gradients and all."""
+    state, frozen = program.state(Snapshot(*START, program.transform.init(START[0])))
+    step = jax.jit(program.train_step(keep_gradients=True))
+    return step(state, frozen, BATCH, np.int32(3))
+
+
+@pytest.mark.parametrize("stage", [RECIPE.stages[0], LATE], ids=["all", "late"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_the_same(stage, accumulate):
+    stages = (dataclasses.replace(stage, accumulate=accumulate),)
+    plain, again = (stepped(program(stages=stages, remat=remat)) for remat in (False, True))
+
+    def near(a, b):
+        scale = np.abs(a).max(initial=1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+
+    jax.tree.map(near, plain, again)
+
+
+def test_less_is_remembered():
+    """Bytes between forward and backward pass, parameters and all."""
+
+    def remembered(apply):
+        def loss(params, stats, x):
+            return apply(params, stats, x, norms="batch")[0].sum()
+
+        x = jax.ShapeDtypeStruct((8, 32, 32, 3), np.float32)
+        held = jax.eval_shape(lambda *args: jax.vjp(loss, *args)[1], *START, x)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+
+    into_blocks = 8 * 4 * (32 * 32 * (3 + 16 + 16) + 16 * 16 * 32 + 8 * 8 * 64)
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(START))
+    assert into_blocks < remembered(partial(block_by_block, MODEL)) < into_blocks + 2 * parameters
+    assert remembered(MODEL.apply) > 4 * into_blocks
+
+
+def test_a_forward_pass_more_is_computed():
+    """As it is asked for; XLA on CPU finds some of it the same, and computes that once."""
+
+    def asked(function, *args):
+        return function.lower(*args).cost_analysis()["flops"]
+
+    state, frozen = program().state(Snapshot(*START, program().transform.init(START[0])))
+    plain, again = (
+        asked(jax.jit(program(remat=remat).train_step()), state, frozen, BATCH, np.int32(0))
+        for remat in (False, True)
+    )
+    forward = jax.jit(partial(MODEL.apply, norms="batch"))
+    once = asked(forward, *START, BATCH.image.astype(np.float32))
+    assert 0.98 < (again - plain) / once < 1.02
+
+
+def test_a_run_is_the_same(tmp_path):
+    results = [
+        finetune(
+            dataclasses.replace(RECIPE, remat=remat, stages=(LATE, *RECIPE.stages)),
+            tmp_path / str(remat),
+            data=IMAGES,
+            start=START,
+            console=Console(quiet=True),
+        )
+        for remat in (False, True)
+    ]
+    assert results[0].score.loss == pytest.approx(results[1].score.loss, rel=1e-5)
