@@ -14,8 +14,7 @@ def block_by_block(
 ) -> tuple[jax.Array, Tree]:
     """`model.apply` to the end, whose gradient remembers what comes into each block, and no more.
 
-    Of a ResNet-50's full step, batch 16, 224 px, that is 197 MiB, parameters and all, instead of
-    2,149. Source: Chen et al. 2016 (arXiv:1604.06174).
+    Source: Chen et al. 2016 (arXiv:1604.06174).
     """
     for block in model.blocks[model.blocks.index(first) if first else 0 :]:
         one = partial(model.apply, first=block, last=block, **how)

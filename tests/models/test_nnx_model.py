@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxft.models import create
+from jaxft.models.rngs import Rngs
 
 MODEL = create("cifar_resnet8", num_classes=5)
 NORMS = (
@@ -145,3 +147,10 @@ BAD = {
 def test_errors(trees, images, options, message):
     with pytest.raises(ValueError, match=message):
         run(trees, images, **options)
+
+
+def test_keys_are_those_of_flax():
+    key = jax.random.key(7)
+    ours, flax = Rngs(key), nnx.Rngs(key)
+    for _ in range(3):
+        assert jnp.array_equal(*(jax.random.key_data(rngs.params()) for rngs in (ours, flax)))
