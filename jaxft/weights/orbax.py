@@ -12,6 +12,8 @@ from jaxft.checkpoint import absolute, hush, whole_steps
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
 
+_ITEMS = ("params", "stats")
+
 
 def save_weights(
     folder: str | PathLike[str], params: Tree, stats: Tree, *, replace: bool = False
@@ -36,16 +38,16 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     place = epath.Path(folder)
     if steps := whole_steps(place):
         place /= str(max(steps))
-    if all((place / item).is_dir() for item in ("params", "stats")):
-        params, stats = _arrays(place / "params"), _arrays(place / "stats")
-        if (place / "best").is_dir():  # of what the stage changes
-            best = _arrays(place / "best")
-            return filled(best["params"], params), filled(best["stats"], stats)
+    if (place / "params").is_dir():
+        # Not every network has statistics; of the best there is what the stage changes.
+        now = {item: _arrays(place / item) for item in _ITEMS if (place / item).is_dir()}
+        best = _arrays(place / "best") if (place / "best").is_dir() else now
+        params, stats = (filled(best.get(item, {}), now.get(item, {})) for item in _ITEMS)
         return params, stats
     if not (place / "_METADATA").is_file():
         raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
     both = _arrays(place)
-    if not {"params", "stats"} <= both.keys():
+    if not {*_ITEMS} <= both.keys():
         raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
     return both["params"], both["stats"]
 

@@ -16,7 +16,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.errors import WeightsError
 from jaxft.models import create
 from jaxft.weights import load, read, save
-from jaxft.weights.orbax import save_weights
+from jaxft.weights.orbax import read_weights, save_weights
 
 MODEL = create("cifar_resnet8", num_classes=5)
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -31,14 +31,14 @@ def run(path, trees, *, ended):
     """A run's folder; while its stage goes on, the best is not the last, but for what is frozen."""
     wanted = {"params": trees[0], "stats": trees[1]}
     others = jax.tree.map(lambda x: x + 1, wanted)
-    frozen = {"conv1": wanted["params"]["conv1"]}
+    nothing = jax.tree.map(lambda _: None, wanted)
     best = {
-        "params": wanted["params"] | {"conv1": {"kernel": None}},
-        "stats": wanted["stats"],
+        "params": nothing["params"] | {"fc": wanted["params"]["fc"]},
+        "stats": nothing["stats"],
         "opt_state": {"count": jnp.zeros(())},
     }
-    last = others | {"params": others["params"] | frozen, "best": best}
-    now = wanted if ended else last
+    moved = wanted["params"] | {"fc": others["params"]["fc"]}
+    now = wanted if ended else wanted | {"params": moved, "best": best}
     with closing(Checkpoints(path / "checkpoints")) as checkpoints:
         checkpoints.save(9, {}, others)
         checkpoints.save(10, {}, now)
@@ -76,6 +76,19 @@ def test_every_form_is_read_bit_for_bit(make, trees, tensors, tmp_path):
     loaded = load(source, MODEL)
     assert jax.tree.structure(loaded) == jax.tree.structure(trees)
     jax.tree.map(np.testing.assert_array_equal, loaded, trees)
+
+
+@pytest.mark.parametrize("best", [True, False], ids=["a run that goes on", "a run that ended"])
+def test_a_network_need_have_no_statistics(best, tmp_path):
+    params = {"body": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(2)}}
+    last = {"body": params["body"], "head": {"kernel": jnp.zeros(2)}}
+    part = {"body": {"kernel": None}, "head": params["head"]}
+    now = {"params": last, "best": {"params": part, "stats": {}}} if best else {"params": params}
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, {}, now | {"stats": {}})
+    found, stats = read_weights(tmp_path)
+    assert stats == {}
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 def test_classes_are_counted_in_the_last_of_two_layers(tmp_path):
