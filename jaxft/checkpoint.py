@@ -223,9 +223,10 @@ class Checkpoints:
                 for path in [*wanted, *(saved.keys() - wanted.keys())]
                 if saved.get(path) != wanted.get(path)
             ]
-            more = f"\n  and {len(other) - 8} more" if len(other) > 8 else ""
+            shown = other if len(other) <= 8 else [*other[:8], f"and {len(other) - 8} more"]
             raise CheckpointError(
-                f"{self.path(step)} does not fit this run:\n  " + "\n  ".join(other[:8]) + more
+                "\n  ".join([f"{self.path(step)} does not fit this run:", *shown])
+                + "\nGo on with the network and jaxft that wrote it, or choose another workdir."
             )
 
     def _header(self, step: int) -> dict[str, Any]:
