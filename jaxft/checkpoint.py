@@ -207,7 +207,8 @@ class Checkpoints:
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # not the checkpoint's fault
         except Exception as error:  # Orbax has no type of its own for what it cannot read
-            raise _DamagedError(f"{self.path(step)} cannot be read: {_line(error)}.") from error
+            line = str(error).partition("\n")[0][:200]
+            raise _DamagedError(f"{self.path(step)} cannot be read: {line}.") from error
         return {name: restored[name] if name in items else like[name] for name in like}
 
     def check(self, step: int, like: Mapping[str, Tree]) -> None:
@@ -311,10 +312,6 @@ class _Marked(ocp.checkpoint_managers.PreservationPolicy):
 def _filled(arrays: Mapping[str, Tree]) -> dict[str, Tree]:
     """The items that hold any array; Orbax refuses others."""
     return {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
 
 
 def _layout(arrays: Mapping[str, Tree]) -> dict[str, str]:
