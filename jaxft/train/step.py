@@ -175,9 +175,12 @@ def train_step(
         trainable = optax.apply_updates(trainable, updates)
         update_norms = gradients.group_norms(updates, groups)
         if ema:
-            # Not optax.incremental_update, whose rounding moves what stands still.
+            # What stands still must not move: optax.incremental_update rounds it, and XLA on CPU
+            # makes zeros of subnormal numbers.
             average = jax.tree.map(
-                lambda a, x: a + (1 - ema) * (x - a), average, (trainable, stats)
+                lambda a, x: jnp.where(x == a, x, a + (1 - ema) * (x - a)),
+                average,
+                (trainable, stats),
             )
         new = TrainState(trainable, stats, opt_state, average)
         record = Record(sums, gradient_norms, update_norms, finite, kept)
