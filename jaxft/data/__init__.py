@@ -5,6 +5,7 @@ from jaxft.data.arrays import arrays
 from jaxft.data.augment import View
 from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from jaxft.data.cache import Cached
+from jaxft.data.fingerprint import fingerprint
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.protocol import Source, Splits
 from jaxft.data.readable import OnBadImage
@@ -22,6 +23,7 @@ __all__ = [
     "View",
     "arrays",
     "eval_batches",
+    "fingerprint",
     "open_source",
     "steps_per_epoch",
     "train_batches",

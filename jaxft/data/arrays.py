@@ -1,5 +1,6 @@
 """Images in memory as a data source."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,11 @@ class Arrays:
         if pixels.shape[-1] == 1:
             pixels = np.repeat(pixels, 3, axis=-1)
         return Image.fromarray(pixels), int(self.targets[index])
+
+    def identity(self, index: int, /) -> bytes:
+        """Returns a digest of the image's pixels."""
+        pixels = np.ascontiguousarray(self.images[index])
+        return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
 
     def take(self, indices: np.ndarray) -> "Arrays":
         """The source of these examples only, with the same classes."""

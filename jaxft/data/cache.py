@@ -5,6 +5,7 @@ import threading
 import numpy as np
 from PIL import Image
 
+from jaxft.data.fingerprint import identity
 from jaxft.data.protocol import Source
 
 _BYTES_PER_PIXEL = 4  # Pillow pads RGB
@@ -38,6 +39,10 @@ class Cached:
     def targets(self) -> np.ndarray:
         """All targets, int32 [n], the source's."""
         return self._source.targets
+
+    def identity(self, index: int, /) -> str | bytes:
+        """Returns what the source knows of the example without decoding it."""
+        return identity(self._source, index)
 
     def __len__(self) -> int:
         return len(self._source)

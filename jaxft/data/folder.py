@@ -27,8 +27,12 @@ _LAYOUT = (
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A `Source` of image files that are decoded on access; `targets` int32 [n]."""
+    """A `Source` of image files that are decoded on access; `targets` int32 [n].
 
+    root: the folder of the split, in which the folders of the classes lie.
+    """
+
+    root: Path
     classes: tuple[str, ...]
     files: tuple[Path, ...]
     targets: np.ndarray
@@ -38,23 +42,34 @@ class Files:
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
         """The RGB image and its target; a DataError if the file has become unreadable."""
-        path = self.files[index]
         try:
-            return decode(path), int(self.targets[index])
+            return decode(self.files[index]), int(self.targets[index])
         except DataError as error:
-            raise DataError(
-                f"{path} can no longer be read: {error}. It was readable when the run "
-                "began: bring it back and start the run again."
-            ) from error
+            raise self._lost(index, error) from error
 
     def problem(self, index: int, /) -> str | None:
         """The file and why it cannot be decoded, or None if it can."""
         return readable.problem(self.files[index], str(self.files[index]))
 
+    def identity(self, index: int, /) -> str:
+        """Returns the file's path below `root`, and its size in bytes."""
+        path = self.files[index]
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise self._lost(index, error.strerror) from error
+        return f"{path.relative_to(self.root).as_posix()}\0{size}"
+
     def take(self, indices: np.ndarray) -> "Files":
         """The source of these examples only, with the same classes."""
         return replace(
             self, files=tuple(self.files[i] for i in indices), targets=self.targets[indices]
+        )
+
+    def _lost(self, index: int, reason: object) -> DataError:
+        return DataError(
+            f"{self.files[index]} can no longer be read: {reason}. It was readable when the run "
+            "began: bring it back and start the run again."
         )
 
 
@@ -114,6 +129,7 @@ def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str
         )
     return {
         name: Files(
+            root=places[name],
             classes=tuple(classes[0]),
             files=tuple(chain.from_iterable(per_class)),
             targets=np.repeat(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxft.data.fingerprint import identity
 from jaxft.data.protocol import Checkable, Source
 
 
@@ -38,6 +39,10 @@ class Joined:
         """Why the image cannot be read, as its own source tells; None if that has no doubts."""
         source, within = self._locate(index)
         return source.problem(within) if isinstance(source, Checkable) else None
+
+    def identity(self, index: int, /) -> str | bytes:
+        """Returns what its own source knows of the example without decoding it."""
+        return identity(*self._locate(index))
 
     def take(self, indices: np.ndarray) -> "Joined":
         """The source of these examples only, with the same classes."""

@@ -31,9 +31,11 @@ class Records:
     features: the two features of a record that are parsed.
     image, label: their names.
     indices: int64 [n], which of the records.
+    version: what tells the split from other versions and copies of it.
     """
 
     name: str
+    version: str
     classes: tuple[str, ...]
     records: Any
     features: Any
@@ -71,6 +73,10 @@ class Records:
     def problem(self, index: int, /) -> str | None:
         """The record and why its image cannot be decoded, or None if it can."""
         return readable.problem(self._parsed(index)[self.image], self._place(index))
+
+    def identity(self, index: int, /) -> str:
+        """Returns the version of the split, and the record's position in it."""
+        return f"{self.version}[{self.indices[index]}]"
 
     def take(self, indices: np.ndarray) -> "Records":
         """The source of these examples only, with the same classes."""
@@ -241,6 +247,7 @@ def _read(
             raise DataError(f"{name}: split {split} cannot be opened: {error}") from error
         found[split] = Records(
             name=f"{name} {split}",
+            version=f"{builder.info.full_name} {split} {builder.info.splits[split].num_bytes}",
             classes=classes,
             records=source.data_source,
             # Of other features (masks, boxes, texts) nothing is parsed.

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxft.carryover import carry_with_remarks
+from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
 from jaxft.train.position import Position, changing, restored
@@ -25,13 +26,16 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
       CheckpointError: the images have changed; or see `Checkpoints.newest`.
     """
 
+    data = run.data  # before the first step, while the files are those that were checked
+
     def like(fields: Mapping[str, Any]) -> dict[str, Tree]:
         progress, _, before = read(fields)
-        if before != run.data:
+        if changed := changes(before, data):
             raise CheckpointError(
                 f"the images have changed since {run.checkpoints.path(fields['step'])} was "
-                f"written:\n  {before} then,\n  {run.data} now.\n"
-                "Bring them back, or choose another --workdir."
+                "written:" + "".join(f"\n  {line}" for line in changed) + "\n"
+                "Bring them back as they were, or train on them in another --workdir; it can "
+                f"start from this run with --weights {run.checkpoints.path(fields['step'])}."
             )
         items = structure(run.programs, progress.stage, params, stats, ended=bool(progress.ended))
         return run.devices.abstract(items)

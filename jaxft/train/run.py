@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from jaxft import data
 from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Batch, Source, Splits
+from jaxft.data.fingerprint import record
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
 from jaxft.processes import agree
@@ -55,11 +56,10 @@ class Run:
     kept: Kept
     seen: Kept
 
-    @property
+    @cached_property
     def data(self) -> dict[str, object]:
-        """What of the images a run depends on and a recipe does not say."""
-        train, val = self.splits
-        return {"train": len(train), "val": len(val), "classes": list(train.classes)}
+        """Facts of the images that must match on resume: see `jaxft.data.fingerprint.record`."""
+        return record(self.splits)
 
     def save(
         self, progress: dict[str, Any], arrays: dict[str, Tree], *, keep: bool = False

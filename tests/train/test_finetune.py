@@ -231,7 +231,25 @@ def test_changed_images_are_not_trained_on(tmp_path, monkeypatch):
         return data.Splits(train.take(np.arange(len(train) - 1)), val)
 
     monkeypatch.setattr(data, "open_source", fewer)
-    with pytest.raises(CheckpointError, match=r"images have changed(?s:.*)'train': 30(?s:.*)29"):
+    with pytest.raises(
+        CheckpointError, match=r"images have changed(?s:.*)train: 30 images then, 29"
+    ):
+        finetune(RECIPE, tmp_path / "run", console=QUIET)
+
+
+def test_images_exchanged_between_classes_are_not_trained_on(tmp_path, monkeypatch):
+    run_and_die(RECIPE, tmp_path / "run", 4, monkeypatch)
+    real = data.open_source
+
+    def exchanged(*args, **kwargs):
+        train, val = real(*args, **kwargs)
+        first, other = 0, int(np.flatnonzero(train.targets != train.targets[0])[0])
+        targets = train.targets.copy()
+        targets[[first, other]] = targets[[other, first]]
+        return data.Splits(dataclasses.replace(train, targets=targets), val)
+
+    monkeypatch.setattr(data, "open_source", exchanged)
+    with pytest.raises(CheckpointError, match="train: as many images of each class, but some are"):
         finetune(RECIPE, tmp_path / "run", console=QUIET)
 
 
