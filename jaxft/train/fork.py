@@ -15,9 +15,10 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe
+from jaxft.train.evaluate import Score
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
-from jaxft.train.resume import read, state_shapes
+from jaxft.train.resume import state_shapes
 from jaxft.train.run import Run
 from jaxft.weights import orbax
 
@@ -31,7 +32,7 @@ class Fork:
       stage: its name, in that run and in the new one.
       step: of its last checkpoint.
       recipe: of that run.
-      fields: its progress, as `jaxft.train.resume.read` takes it.
+      fields: its progress, as its checkpoint holds it.
     """
 
     workdir: Path
@@ -105,29 +106,35 @@ def _taken_over(
     return items
 
 
-def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> tuple[Progress, Snapshot]:
-    """The new run's progress, at the end of the fork's stage, and the arrays; saved as its own.
+def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
+    """Reads the arrays at the end of the fork's stage.
 
     The optimizer's state comes along only where the next stage is to keep it. `params` and `stats`
     need only be shapes; see `check_arrays`.
     """
     index = check(fork, run.recipe)
-    before, _, _ = read(fork.fields)
-    score = before.handed_on(fork.recipe.stages[before.stage])
-    progress = dataclasses.replace(
-        Progress.at_start(index, before.step, score), ended=f"it is that of {fork.workdir}"
-    )
     with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
         like = _taken_over(index, run.programs, params, stats)
         if "opt_state" in like:
-            at = Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
-        else:
-            trees = orbax.read_weights(checkpoints.path(fork.step))
-            fresh = jax.jit(run.programs[index].transform.init)(trees[0])
-            at = Snapshot(*run.devices.put((*trees, fresh)))
-    # From here on the run is one like any other that has come this far.
+            return Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
+        trees = orbax.read_weights(checkpoints.path(fork.step))
+        fresh = jax.jit(run.programs[index].transform.init)(trees[0])
+        return Snapshot(*run.devices.put((*trees, fresh)))
+
+
+def begin(run: Run, fork: Fork, score: Score, at: Snapshot) -> Progress:
+    """Returns the new run's progress at the end of the fork's stage, saved with its arrays.
+
+    From here on the run is one like any other that has come this far. `score` is that of the
+    arrays by this run's validation: images, preprocessing and seed may all differ from those that
+    the other run's score came from.
+    """
+    progress = dataclasses.replace(
+        Progress.at_start(check(fork, run.recipe), fork.step, score),
+        ended=f"it is that of {fork.workdir}",
+    )
     run.save({**dataclasses.asdict(progress), "sums": fork.fields["sums"]}, at._asdict(), keep=True)
-    return progress, at
+    return progress
 
 
 def start(fork: Fork) -> tuple[Tree, Tree]:

@@ -27,14 +27,15 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
     shapes = jax.eval_shape(lambda: start)
     found = resume(run, *shapes)
     run.metrics.begin(_recorded(found[0]) if found else 0)
-    if not found and forked:
-        found = fork.take(run, forked, *shapes)
-    index = found[0].stage + bool(found[0].ended) if found else 0
+    if found:
+        index = found[0].stage + bool(found[0].ended)
+    else:
+        index = fork.check(forked, run.recipe) + 1 if forked else 0
     for program in run.programs[index:]:  # better now than after hours
         run.checkpoints.check_room(structure(run.programs, program.index, *shapes))
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
-    progress, at = found or _begin(run, start, ahead)
+    progress, at = found or _begin(run, index, start, forked, ahead)
     validated = 0.0
     while index < len(run.programs):
         program = run.programs[index]
@@ -60,14 +61,22 @@ def _recorded(progress: Progress) -> int:
     return progress.step - bool(progress.position)
 
 
-def _begin(run: Run, start: Start, ahead: Ahead[Compiled]) -> tuple[Progress, Snapshot]:
-    at = Snapshot(*run.devices.put(start), None)
+def _begin(
+    run: Run, index: int, start: Start, forked: Fork | None, ahead: Ahead[Compiled]
+) -> tuple[Progress, Snapshot]:
+    """The start of the run, which is that of stage `index`, with its score on the run's images."""
+    if forked:
+        at = fork.take(run, forked, *jax.eval_shape(lambda: start))
+    else:
+        at = Snapshot(*run.devices.put(start), None)
     inputs = None
-    if run.programs[0].prefix.val:  # what is made of the images now is kept
-        inputs = Inputs(run, run.programs[0], ahead.result(partial(_glance, run)), lambda: at)
+    if run.programs[index].prefix.val:  # what is made of the images now is kept
+        inputs = Inputs(run, run.programs[index], ahead.result(partial(_glance, run)), lambda: at)
     score = run.evaluate(at.params, at.stats, inputs)
     if score is None:
         raise run.stopped()
+    if forked:
+        return fork.begin(run, forked, score, at), at
     return Progress.at_start(0, 0, score), at
 
 

@@ -1,17 +1,20 @@
 """A run that begins at the end of another run's stage."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mortal import QUIET, RECIPE, go_on, rows
 
-from jaxft import CheckpointError, RecipeError, finetune
+from jaxft import CheckpointError, Recipe, RecipeError, Stage, data, finetune, models
 from jaxft.anchor import Anchor
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import save
+from jaxft.weights import load
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 HEAD, LATE, ALL = RECIPE.stages
@@ -86,6 +89,63 @@ def test_an_anchor_holds_to_what_the_first_run_started_from(tmp_path):
     result = go_on(tmp_path / "run", recipe)
     forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
+
+
+ROWS = np.random.default_rng(0).integers(0, 100, (48, 8, 8, 3), np.uint8)
+COLOURS = np.arange(48) % 2
+ROWS[np.arange(48), ..., COLOURS] += 120  # class 0 is red, class 1 is green
+JOB = Recipe(
+    model="cifar_resnet8",
+    weights="asset:digits_0to4",
+    data="colours",
+    train_split="train[:32]",
+    val_split="train[32:]",
+    image_size=8,
+    resize_size=8,
+    batch_size=8,
+    augment="none",
+    stages=(Stage("head", {"fc": 1e-2}, epochs=4),),
+)
+MORE = (*JOB.stages, Stage("more", {"fc": 1e-6}, epochs=1))
+
+
+def colours(turned=False):
+    return data.arrays(ROWS, 1 - COLOURS if turned else COLOURS, classes=["a", "b"])
+
+
+def measured(recipe, weights, turned):
+    """Accuracy on the images that validate, by the weights that a run has handed back."""
+    model = models.create("cifar_resnet8", num_classes=2)
+    params, stats = load(weights, model)
+    x = recipe.preprocessing.normalize(ROWS[32:])
+    views = [x, x[:, :, ::-1]] if recipe.tta == "flip" else [x]
+    logits = sum(model.apply(params, stats, view, norms="running")[0] for view in views)
+    return np.mean(np.argmax(logits, -1) == (COLOURS[32:] ^ turned))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("job")
+    return workdir, finetune(JOB, workdir, data=colours(), console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("turned", "change"),
+    [(True, {}), (False, {"mean": (0.9, 0.1, 0.5)}), (False, {"tta": "flip"})],
+    ids=["other_images", "other_mean", "tta"],
+)
+def test_fork_score_is_measured_on_its_own_images_and_settings(turned, change, job, tmp_path):
+    """The other run's score is none of the fork's: here its stage never improves on the start."""
+    workdir, before = job
+    recipe = dataclasses.replace(JOB, stages=MORE, **change)
+    forked = finetune(
+        recipe, tmp_path / "fork", data=colours(turned), fork_from=workdir, console=QUIET
+    )
+    described = json.loads((tmp_path / "fork/model.json").read_text())["score"]
+    assert described == dataclasses.asdict(forked.score)
+    recipe = recipe.expecting(recipe.preprocessing)
+    assert forked.score.accuracy == measured(recipe, forked.weights, turned)
+    assert forked.score != before.score
 
 
 OTHER_NETWORK = dataclasses.replace(RECIPE, model="cifar_resnet20", weights=None)
