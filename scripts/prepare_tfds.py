@@ -26,11 +26,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     try:
         collection = folder.find(options.folder)
-        splits, remarks = checked(collection.read(collection.splits), options.on_bad_image)
+        found = collection.read(collection.splits)
+        splits, remarks = checked(found, options.on_bad_image)
         folder_builder.write(splits, options.out, options.name)
     except (JaxftError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    for remark in remarks:
+    for remark in (*(text for files in found.values() for text in files.remarks), *remarks):
         print(remark)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in splits.items())
     print(f"Wrote {options.out} ({counts} images): --data tfds_dir:{options.out}")

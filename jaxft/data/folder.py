@@ -1,9 +1,10 @@
 """Folders of image files, one folder a class: PATH/train/<class>/, PATH/val/<class>/, or no splits.
 
-Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) do not count.
+See `jaxft.data.listing` for the files that count, `jaxft.data.layout` for the folders.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -14,15 +15,18 @@ from PIL import Image
 
 from jaxft.data import readable
 from jaxft.data.decode import decode
-from jaxft.data.protocol import Collection
-from jaxft.errors import DataError
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-_VALIDATION = {"val", "valid", "validation"}
-_LAYOUT = (
-    "images belong in PATH/train/<class>/ and PATH/val/<class>/, or all in PATH/<class>/ to have "
-    "a fifth of them validate."
+from jaxft.data.layout import (
+    EXPECTED,
+    check_depth,
+    check_names,
+    images_beside,
+    splits_of,
+    subfolders,
 )
+from jaxft.data.listing import Listing, images_below, printable
+from jaxft.data.protocol import Collection
+from jaxft.data.splits import shown
+from jaxft.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +34,14 @@ class Files:
     """A `Source` of image files that are decoded on access; `targets` int32 [n].
 
     root: the folder of the split, in which the folders of the classes lie.
+    remarks: what of the split is left out, a sentence each.
     """
 
     root: Path
     classes: tuple[str, ...]
     files: tuple[Path, ...]
     targets: np.ndarray
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,7 +55,11 @@ class Files:
 
     def problem(self, index: int, /) -> str | None:
         """The file and why it cannot be decoded, or None if it can."""
-        return readable.problem(self.files[index], str(self.files[index]))
+        path = self.files[index]
+        problem = readable.problem(path, printable(path))
+        if problem and path.is_symlink():
+            problem += f" (a link to {printable(path.readlink())})"
+        return problem
 
     def identity(self, index: int, /) -> str:
         """Returns the file's path below `root`, and its size in bytes."""
@@ -68,32 +78,27 @@ class Files:
 
     def _lost(self, index: int, reason: object) -> DataError:
         return DataError(
-            f"{self.files[index]} can no longer be read: {reason}. It was readable when the run "
-            "began: bring it back and start the run again."
+            f"{printable(self.files[index])} can no longer be read: {reason}. It was readable when "
+            "the run began: bring it back and start the run again."
         )
 
 
 def find(place: str) -> Collection:
-    """The splits of a folder: its folders if one is named `train`, else one split named `train`.
+    """The splits of a folder: its folders if one is a split, else one split named `train`.
 
     Raises:
       DataError: there is no such folder, it is empty, or has a split to validate but none to train.
     """
     if not place:
-        raise DataError(f"data 'folder:' names no folder: write folder:PATH; {_LAYOUT}")
+        raise DataError(f"data 'folder:' names no folder: write folder:PATH; {EXPECTED}")
     root = Path(place).expanduser()
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{printable(root)} is a file, not a folder; {EXPECTED}")
     if not root.is_dir():
-        raise DataError(f"there is no folder {root} (looked from {Path.cwd()}); {_LAYOUT}")
-    folders = _visible_folders(root)
-    if not folders:
-        raise DataError(f"{root} has no folders, neither of splits nor of classes; {_LAYOUT}")
-    if "train" in folders:
-        places = {name: root / name for name in folders}
-    elif _VALIDATION & set(folders):
-        raise DataError(f"{root} has no folder train; its folders: {', '.join(folders)}; {_LAYOUT}")
-    else:
-        places = {"train": root}
-    return Collection(str(root), tuple(places), partial(_read, root, places))
+        looked = f"(looked from {printable(Path.cwd())})"
+        raise DataError(f"there is no folder {printable(root)} {looked}; {EXPECTED}")
+    places = splits_of(root)
+    return Collection(printable(root), tuple(places), partial(_read, root, places))
 
 
 def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str, Files]:
@@ -102,53 +107,57 @@ def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str
     Raises:
       DataError: a split has no class folders, a class has no images, or classes differ.
     """
-    splits = [places[name] for name in names]
-    classes = [_visible_folders(split) for split in splits]
-    if bare := [str(split) for split, found in zip(splits, classes, strict=True) if not found]:
-        raise DataError(f"no class folders in {' and '.join(bare)}; {_LAYOUT}")
-    if any(found != classes[0] for found in classes):
-        in_all = set.intersection(*map(set, classes))
-        only = [
-            f"Only in {name}: {', '.join(c for c in found if c not in in_all) or 'none'}."
-            for name, found in zip(names, classes, strict=True)
-        ]
-        raise DataError(
-            f"{root}: {' and '.join(names)} must have the same class folders. {' '.join(only)}"
-        )
-    images = [[_images(split / name) for name in classes[0]] for split in splits]
+    folders = {name: subfolders(places[name]) for name in names}
+    check_names(root, folders)
+    listings = {
+        name: {
+            label: images_below(folder, within=(root, places[name]))
+            for label, folder in of_split.items()
+        }
+        for name, of_split in folders.items()
+    }
+    for name, of_split in listings.items():
+        check_depth(places[name], of_split)
     empty = [
-        str(split / name)
-        for split, per_class in zip(splits, images, strict=True)
-        for name, files in zip(classes[0], per_class, strict=True)
-        if not files
+        printable(folders[name][label]) + (f" ({_kinds(listing.others)})" if listing.others else "")
+        for name, of_split in listings.items()
+        for label, listing in of_split.items()
+        if not listing.images
     ]
     if empty:
         raise DataError(
-            f"no images in {', '.join(empty)}. Add some ({' '.join(_SUFFIXES)}) or remove the "
-            f"class from {' and from '.join(names)}; {_LAYOUT}"
+            f"no images in {', '.join(empty)}. Add some (.jpg, .png or another kind that Pillow "
+            f"reads) or remove the class from {' and from '.join(names)}; {EXPECTED}"
         )
-    return {
-        name: Files(
-            root=places[name],
-            classes=tuple(classes[0]),
-            files=tuple(chain.from_iterable(per_class)),
-            targets=np.repeat(
-                np.arange(len(per_class), dtype=np.int32), [len(files) for files in per_class]
-            ),
-        )
-        for name, per_class in zip(names, images, strict=True)
-    }
+    return {name: _files(name, places[name], of_split) for name, of_split in listings.items()}
 
 
-def _visible_folders(parent: Path) -> list[str]:
-    return sorted(
-        path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")
+def _files(name: str, root: Path, listings: Mapping[str, Listing]) -> Files:
+    counts = [len(listing.images) for listing in listings.values()]
+    others = sum((listing.others for listing in listings.values()), Counter[str]())
+    remarks = []
+    if others:
+        what = "files are not images" if others.total() > 1 else "file is not an image"
+        left_out = "are left out" if others.total() > 1 else "is left out"
+        remarks.append(
+            f"{name}: {others.total():,} {what} that can be read here and {left_out}: "
+            f"{_kinds(others)}."
+        )
+    if beside := images_beside(root):
+        what = "images lie" if len(beside) > 1 else "image lies"
+        left_out = "are left out" if len(beside) > 1 else "is left out"
+        remarks.append(
+            f"{name}: {len(beside):,} {what} beside the class folders, in none of them, and "
+            f"{left_out}: {shown(beside)}."
+        )
+    return Files(
+        root=root,
+        classes=tuple(listings),
+        files=tuple(chain.from_iterable(listing.images for listing in listings.values())),
+        targets=np.repeat(np.arange(len(listings), dtype=np.int32), counts),
+        remarks=tuple(remarks),
     )
 
 
-def _images(parent: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in parent.iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+def _kinds(others: Counter[str]) -> str:
+    return ", ".join(f"{printable(suffix)} ({count:,})" for suffix, count in others.most_common())

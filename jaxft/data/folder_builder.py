@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jaxft.data.folder import Files
+from jaxft.data.listing import printable
 from jaxft.errors import DataError
 
 
@@ -38,7 +39,7 @@ class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
     def _generate_examples(self, source: Files) -> Iterator[tuple[str, dict]]:
         for path, target in zip(source.files, source.targets, strict=True):
-            name = f"{source.classes[target]}/{path.name}"
+            name = printable(path.relative_to(source.root))
             # Bytes are stored as they are. TFDS shuffles by the name, the same way each time.
             example = {"image": path.read_bytes(), "label": int(target), "file_name": name}
             yield name, example

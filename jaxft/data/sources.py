@@ -33,8 +33,9 @@ def open_source(
     """Opens the data that `spec` names and checks all of it, so that a run cannot die of it later.
 
     - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, those classes only.
-    - `folder:PATH`: jpg, jpeg, png, bmp or webp files in PATH/train/<class>/, PATH/val/<class>/
-      and other splits of any name; or in PATH/<class>/, which is one split named train.
+    - `folder:PATH`: image files in PATH/train/<class>/, PATH/val/<class>/ and other splits of any
+      name; or in PATH/<class>/, which is one split named train. All kinds count that Pillow reads,
+      also in folders below that of their class; see `jaxft.data.listing`.
     - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
       ~/tensorflow_datasets; downloaded and prepared there if it is not yet.
     - `tfds_dir:PATH`: a folder that TFDS prepared, in array_record format.

@@ -29,7 +29,8 @@ def select(
     training = _training_split(collection) if train is None else train
     to_train = _parts(collection, training, "train")
     own = tuple(dict.fromkeys(part.split for part in to_train))
-    default = next((s for s in _VALIDATION if s in collection.splits and s not in own), None)
+    by_word = {split.casefold(): split for split in reversed(collection.splits) if split not in own}
+    default = next((by_word[word] for word in _VALIDATION if word in by_word), None)
     validation = default if val is None else val
     to_validate = () if validation is None else _parts(collection, validation, "val")
     names = tuple(dict.fromkeys(part.split for part in (*to_train, *to_validate)))
@@ -54,7 +55,7 @@ def select(
         )
 
     splits = Splits(parts.gather(chosen), parts.gather(held_out))
-    remarks = []
+    remarks = [text for source in parts.sources for text in getattr(source, "remarks", ())]
     if not to_validate:
         rule = f"what train leaves of {' and '.join(own)} validates"
         if shots is None and not len(left):
@@ -100,9 +101,11 @@ def _training_split(collection: Collection) -> str:
         return "train"
     if len(collection.splits) == 1:
         return collection.splits[0]
+    near = next((s for s in collection.splits if s.casefold().startswith("train")), None)
     raise DataError(
-        f"{collection.name} has no split train; name what trains with train=. "
-        f"Its splits: {', '.join(collection.splits)}."
+        f"{collection.name} has no split train; its splits: {', '.join(collection.splits)}. Name "
+        f"the one that trains with train='{near or 'SPLIT'}' (--train-split {near or 'SPLIT'}), or "
+        "rename it to train."
     )
 
 

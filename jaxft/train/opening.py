@@ -1,9 +1,11 @@
 """What a run opens before its first step: images, weights, network, a program for each stage."""
 
+import numpy as np
+
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
-from jaxft.errors import RecipeError
+from jaxft.errors import DataError, RecipeError
 from jaxft.groups import plan
 from jaxft.models import Model
 from jaxft.parallel import Devices
@@ -28,7 +30,10 @@ def check_network(recipe: Recipe, given: Model | None) -> None:
 
 
 def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
-    """The recipe's images, those given or those it names; decoded ones are kept as they fit."""
+    """The recipe's images, those given or those it names; decoded ones are kept as they fit.
+
+    Raises DataError for what is wrong with them, or if they are all of one class.
+    """
     splits = data.open_source(
         recipe.data if given is None else given,
         train=recipe.train_split,
@@ -37,6 +42,13 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         seed=recipe.seed,
         on_bad_image=recipe.on_bad_image,
     )
+    present = np.unique(splits.train.targets)
+    if len(present) == 1:
+        raise DataError(
+            f"{recipe.data}: all images to train on are of one class, "
+            f"'{splits.train.classes[present[0]]}', so that any answer would be right. Add images "
+            "of what is to be told from it, as a class such as 'other'."
+        )
     count = sum(map(len, splits))
 
     def kept(source: Source) -> Source:

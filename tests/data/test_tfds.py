@@ -103,6 +103,16 @@ def test_a_prepared_folder_keeps_files_classes_and_splits(folder, prepared):
     assert targets != sorted(targets)  # shuffled, so that slices mix the classes
 
 
+def test_a_prepared_folder_keeps_images_below_the_class(folder, tmp_path):
+    images = shutil.copytree(folder / "train", tmp_path / "images")
+    (images / "ant/more").mkdir()
+    shutil.copy(images / "ant/1.png", images / "ant/more/1.png")  # a name that is there already
+    collection = open_collection(f"folder:{images}")
+    folder_builder.write(collection.read(("train",)), tmp_path / "out", "nested")
+    found = open_collection(f"tfds_dir:{tmp_path}/out").read(("train",))["train"]
+    assert len(found) == 22
+
+
 def test_a_folder_of_classes_becomes_one_split(folder, tmp_path):
     classes = shutil.copytree(folder / "train", tmp_path / "classes")
     (classes / "ant/x.png").write_bytes(b"not a picture")

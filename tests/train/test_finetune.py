@@ -179,6 +179,16 @@ def test_cheap_mistakes_show_before_weights_are_fetched(tmp_path, monkeypatch):
         finetune(RECIPE, tmp_path / "file", console=QUIET)
 
 
+def test_images_of_one_class_are_refused(tmp_path):
+    recipe = dataclasses.replace(RECIPE, weights=None, data="digits:3", shots=None)
+    with pytest.raises(DataError, match="digits:3: all images to train on are of one class, '3'"):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+    two = data.arrays(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, int), ["a", "b"])
+    with pytest.raises(DataError, match="are of one class, 'a'"):
+        finetune(recipe, tmp_path / "run", data=data.Splits(two, two), console=QUIET)
+
+
 @pytest.mark.parametrize("start", ["zeros", "xavier"])
 def test_a_head_without_weights_starts_as_asked(start, tmp_path):
     recipe = dataclasses.replace(RECIPE, weights=None, head=start)

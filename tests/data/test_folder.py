@@ -1,0 +1,294 @@
+"""Folders as users have them: which files count, which folders are classes, what is said of it."""
+
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxft.data import open_source
+from jaxft.data.fingerprint import record
+from jaxft.errors import DataError
+
+PIXELS = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+
+
+def save(path: Path, kind: str = "PNG") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIXELS.save(path, kind)
+
+
+def fill(root: Path, *places: str, count: int = 2, suffix: str = ".png") -> Path:
+    for place in places:
+        for k in range(count):
+            save(root / place / f"{k}{suffix}")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return fill(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/bee")
+
+
+def opened(root, **options):
+    return open_source(f"folder:{root}", **options)
+
+
+def trained(root):
+    """The paths below the split, and how many of each class there are."""
+    train = opened(root).train
+    names = [path.relative_to(train.root).as_posix() for path in train.files]
+    return names, np.bincount(train.targets).tolist()
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        *((".JPG", "JPEG"), (".jpe", "JPEG"), (".jfif", "JPEG"), (".mpo", "MPO")),
+        *((".tif", "TIFF"), (".TIFF", "TIFF"), (".gif", "GIF"), (".ppm", "PPM"), (".bmp", "BMP")),
+        *((".webp", "WEBP"), (".tga", "TGA"), (".ico", "ICO"), (".pcx", "PCX"), (".dib", "DIB")),
+    ],
+)
+def test_folder_reads_every_kind_that_pillow_reads(root, suffix, kind):
+    save(root / f"train/ant/x{suffix}", kind)
+    splits = opened(root)
+    assert np.bincount(splits.train.targets).tolist() == [3, 2]
+    assert splits.remarks == ()
+    assert splits.train[2][0].mode == "RGB"
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".avif", "AVIF"), (".jp2", "JPEG2000")])
+def test_folder_reads_kinds_that_not_every_pillow_has(root, suffix, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"Pillow is built without {kind}")
+    save(root / f"train/ant/x{suffix}", kind)
+    assert len(opened(root).train) == 5
+
+
+def test_folder_counts_other_files_by_kind_in_one_remark_a_split(root):
+    for k in range(3):
+        (root / f"train/ant/{k}.heic").write_bytes(b"heic")
+    for name in ("train/bee/notes.TXT", "train/bee/labels", "train/bee/x.eps", "val/bee/clip.mp4"):
+        (root / name).write_bytes(b"else")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):  # a file manager's
+        (root / "train/ant" / name).write_bytes(b"else")
+    assert opened(root).remarks == (
+        "train: 6 files are not images that can be read here and are left out: .heic (3), "
+        "without a suffix (1), .txt (1), .eps (1).",
+        "val: 1 file is not an image that can be read here and is left out: .mp4 (1).",
+    )
+
+
+def test_folder_counts_images_beside_the_classes(root):
+    save(root / "train/stray.png")
+    (root / "train/labels.csv").write_text("a table")
+    assert opened(root).remarks == (
+        "train: 1 image lies beside the class folders, in none of them, and is left out: "
+        "stray.png.",
+    )
+
+
+def test_folder_of_a_class_without_images_says_what_it_holds(root):
+    shutil.rmtree(root / "val/bee")
+    (root / "val/bee").mkdir()
+    (root / "val/bee/0.heic").write_bytes(b"heic")
+    with pytest.raises(DataError, match=r"no images in .*/val/bee \(\.heic \(1\)\)\. Add some"):
+        opened(root)
+
+
+# Folders below those of the classes.
+
+
+def test_folder_reads_images_below_the_class_as_imagefolder_does(root):
+    fill(root, "train/ant/session2", "train/ant/session2/b", "train/ant/session1", count=1)
+    fill(root, "train/ant/.hidden", count=1)
+    names, counts = trained(root)
+    assert names[:5] == [
+        *("ant/0.png", "ant/1.png"),
+        *("ant/session1/0.png", "ant/session2/0.png", "ant/session2/b/0.png"),
+    ]
+    assert counts == [5, 2]
+
+
+def test_folder_follows_links_but_not_in_circles(root, tmp_path):
+    fill(tmp_path, "elsewhere/bees", "elsewhere/more")
+    shutil.rmtree(root / "train/bee")
+    (root / "train/bee").symlink_to(tmp_path / "elsewhere/bees")
+    (root / "train/bee/more").symlink_to(tmp_path / "elsewhere/more")
+    (root / "train/ant/self").symlink_to(".")
+    (root / "train/ant/up").symlink_to(root)
+    (tmp_path / "elsewhere/bees/split").symlink_to(root / "train")
+    names, counts = trained(root)
+    assert counts == [2, 4]
+    assert names[2:] == ["bee/0.png", "bee/1.png", "bee/more/0.png", "bee/more/1.png"]
+
+
+def test_folder_of_a_class_that_is_a_dead_link_is_named(root):
+    (root / "train/cat").symlink_to("/mnt/unmounted/cat")
+    with pytest.raises(DataError, match=r"train/cat is a link to /mnt/unmounted/cat, which is not"):
+        opened(root)
+
+
+@pytest.mark.parametrize("name", ["x.png", "session2", "v1.0"])
+def test_dead_links_to_files_are_named_or_skipped(root, name):
+    (root / "train/ant" / name).symlink_to("/mnt/gone")
+    with pytest.raises(DataError, match=rf"ant/{name}: No such file .*\(a link to /mnt/gone\)"):
+        opened(root)
+    skipped = opened(root, on_bad_image="skip")
+    assert len(skipped.train) == 4
+    assert f"ant/{name}: No such file or directory" in skipped.remarks[0]
+
+
+def test_a_pipe_with_the_name_of_an_image_is_not_opened(root):
+    os.mkfifo(root / "train/ant/x.png")
+    assert opened(root).remarks[0].endswith("left out: .png (1).")
+
+
+# Names.
+
+
+CAFE = {form: unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")}
+
+
+def test_class_names_are_the_same_composed_or_decomposed(tmp_path):
+    root = fill(tmp_path, f"train/{CAFE['NFC']}", "train/tea", f"val/{CAFE['NFD']}", "val/tea")
+    train, val = opened(root)
+    assert train.classes == val.classes == (CAFE["NFC"], "tea")
+    fill(root, f"train/{CAFE['NFD']}")
+    with pytest.raises(DataError, match="two folders called caf\u00e9, one with composed"):
+        opened(root)
+
+
+def test_names_that_are_not_unicode_can_be_printed_and_saved(tmp_path):
+    root = os.fsencode(fill(tmp_path / "data", "train/b", "val/b"))
+    for split in (b"train", b"val"):
+        os.makedirs(os.path.join(root, split, b"caf\xe9"))
+        for name in (b"ni\xf1o.png", b"x.png"):
+            with open(os.path.join(root, split, b"caf\xe9", name), "wb") as file:
+                PIXELS.save(file, "PNG")
+    with open(os.path.join(root, b"val", b"caf\xe9", b"\xf1.t\xe9xt"), "wb"):
+        pass
+    splits = opened(os.fsdecode(root))
+    assert splits.train.classes == ("b", r"caf\xe9")
+    assert r".t\xe9xt (1)" in splits.remarks[0]
+    json.dumps(record(splits), ensure_ascii=False).encode("utf-8")
+    for path in splits.train.files:
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"ni\\xf1o\.png: not an image") as caught:
+        opened(os.fsdecode(root))
+    str(caught.value).encode("utf-8")
+
+
+# Layouts. Each error names what was expected and what is there.
+
+
+def only(*places, count=2):
+    def make(root):
+        shutil.rmtree(root)
+        fill(root, *places, count=count)
+
+    return make
+
+
+def also(*places):
+    return lambda root: fill(root, *places)
+
+
+LAYOUTS = {
+    "splits in capitals": (
+        only("Train/a", "Train/b", "Val/a", "Val/b"),
+        ["no split train; its splits: Train, Val", "--train-split Train", "rename it to train"],
+    ),
+    "splits by other names": (
+        only("training/a", "training/b", "validation/a", "validation/b"),
+        ["its splits: training, validation", "train='training'"],
+    ),
+    "one folder too deep": (
+        only("images/train/a", "images/train/b"),
+        ["data holds images, and images holds train: did you mean folder:{root}/images?"],
+    ),
+    "one folder too deep, beside another": (
+        only("images/train/a", "images/train/b", "docs/pictures"),
+        ["holds docs, images, and images holds train: did you mean folder:{root}/images?"],
+    ),
+    "classes one folder too deep": (
+        only("images/a", "images/b"),
+        ["a single class folder, images, which holds no images but the folders a, b", "one folder"],
+    ),
+    "classes of the splits one folder too deep": (
+        only("train/images/a", "train/images/b", "val/images/a", "val/images/b"),
+        ["{root}/train has a single class folder, images", "out of {root}/train/images"],
+    ),
+    "splits within classes": (
+        only("a/train", "a/val", "b/train", "b/val"),
+        ["holds a, b, and a holds train and val: these are splits within classes"],
+    ),
+    "a class called train, with folders": (
+        only("bus/1", "bus/2", "car/3", "train/4", "train/5"),
+        ["its folder train holds folders, as a split does, but bus, car look like classes"],
+    ),
+    "files without folders": (
+        only("", count=6),
+        ["{root} has no folders", "6 images lie there outside of any, such as 0.png"],
+    ),
+    "files in a split": (
+        only("train", count=1),
+        ["no class folders in {root}/train, but an image lies there outside of any, such as 0.png"],
+    ),
+    "validation only": (only("val/a", "val/b"), ["no folder train; its folders: val"]),
+    "a class to validate only": (
+        also("val/cat"),
+        ["must have the same class folders. Only in train: none. Only in val: cat."],
+    ),
+    "a class to train only": (
+        also("train/cat"),
+        ["Only in train: cat. Only in val: none."],
+    ),
+    "classes spelt in two ways": (
+        also("train/house_cat", "val/House cat", "val/zebra"),
+        [
+            "Only in train: house_cat. Only in val: House cat, zebra. Are these the same: "
+            "house_cat (train) and House cat (val)? Then rename one of each."
+        ],
+    ),
+    "a file": (
+        lambda root: (shutil.rmtree(root), root.write_bytes(b"zip")),
+        ["{root} is a file, not a folder", "PATH/train/<class>/"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layout_mistake(root, case):
+    make, fragments = LAYOUTS[case]
+    make(root)
+    with pytest.raises(DataError) as caught:
+        opened(root)
+    for fragment in fragments:
+        assert fragment.format(root=root) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("places", "options", "classes", "counts"),
+    [
+        (("Train/a", "Train/b", "Val/a", "Val/b"), {"train": "Train"}, ("a", "b"), (4, 4)),
+        (("training/a", "training/b", "validation/a", "validation/b"), {"train": "training"},
+         ("a", "b"), (4, 4)),
+        (("train/a", "train/b", "valid/a", "valid/b", "test/a"), {}, ("a", "b"), (4, 4)),
+        (("bus", "car", "train"), {}, ("bus", "car", "train"), (3, 3)),
+        (("train/a", "train/b", "test"), {}, ("a", "b"), (2, 2)),
+        (("train/a", "train/b", "extra/a", "extra/b"), {}, ("a", "b"), (2, 2)),
+    ],
+)  # fmt: skip
+def test_layout_that_is_understood(tmp_path, places, options, classes, counts):
+    train, val = opened(fill(tmp_path, *places), **options)
+    assert train.classes == val.classes == classes
+    assert (len(train), len(val)) == counts
