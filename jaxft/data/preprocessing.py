@@ -92,6 +92,5 @@ def _framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         return image
     if preprocessing.resize_mode == "squash":
         scaled = transforms.squash(image, (side, side), preprocessing.interpolation)
-    else:
-        scaled = transforms.resize(image, side, preprocessing.interpolation)
-    return transforms.center_crop(scaled, size)
+        return transforms.center_crop(scaled, size)
+    return transforms.resized_center(image, side, size, preprocessing.interpolation)

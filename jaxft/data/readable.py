@@ -1,11 +1,13 @@
 """Every image is decoded once before a run, so that it cannot die of one later."""
 
 import os
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -22,21 +24,35 @@ OnBadImage = Literal["error", "skip"]
 of it, and said."""
 
 _SHOWN = 5  # images named in one message
+_reading = threading.local()  # `place`: the image that a thread checks
 
 
 def problem(file: Path | bytes, place: str) -> str | None:
     """`place` and why the file cannot be decoded, or None if it can."""
+    _reading.place = place
     try:
         decode(file, reduce_to=1)  # a JPEG at an eighth of its size, which reads all its bytes
     except DataError as error:
         return f"{place}: {error}"
+    finally:
+        del _reading.place
     return None
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silences Pillow's warnings of files, which `checked` has collected with the files' names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
 
 
 def checked(
     sources: Mapping[str, S], on_bad_image: OnBadImage
 ) -> tuple[dict[str, S], tuple[str, ...]]:
-    """The sources, by the names of their splits, without what cannot be read; and a remark of it.
+    """The sources, by the names of their splits, without what cannot be read; and remarks.
+
+    The remarks name what is left out, and images of which Pillow warns.
 
     Raises:
       DataError: some images cannot be read and `on_bad_image` is "error"; or a class would lose
@@ -44,14 +60,19 @@ def checked(
     """
     if on_bad_image not in get_args(OnBadImage):
         raise DataError(f"unknown on_bad_image '{on_bad_image}': use error or skip.")
-    found = {name: _problems(source) for name, source in sources.items()}
-    problems = sorted(line for lines in found.values() for line in lines.values())
-    if not problems:
-        return dict(sources), ()
+    with _collected_warnings() as warned:
+        found = {name: _problems(source) for name, source in sources.items()}
+    problems = sorted({line for lines in found.values() for line in lines.values()})
     total = sum(map(len, sources.values()))
-    listing = "".join(f"\n  {line}" for line in problems[:_SHOWN])
-    if len(problems) > _SHOWN:
-        listing += f"\n  and {len(problems) - _SHOWN} more"
+    remarks = []
+    if warned:
+        remarks.append(
+            f"Read, but with a warning: {len(warned)} of {total} images:"
+            f"{_listing([f'{place}: {text}' for place, text in sorted(warned.items())])}"
+        )
+    if not problems:
+        return dict(sources), tuple(remarks)
+    listing = _listing(problems)
     if on_bad_image == "error":
         raise DataError(
             f"{len(problems)} of {total} images cannot be read; replace or remove them, or leave "
@@ -68,7 +89,35 @@ def checked(
             f"without the images that cannot be read, none are left of {shown(emptied)}; "
             f"replace them:{listing}"
         )
-    return good, (f"Left out {len(problems)} of {total} images, which cannot be read:{listing}",)
+    left_out = f"Left out {len(problems)} of {total} images, which cannot be read:{listing}"
+    return good, (left_out, *remarks)
+
+
+def _listing(lines: list[str]) -> str:
+    more = len(lines) - _SHOWN
+    shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
+    return f"{shown}\n  and {more} more" if more > 0 else shown
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[dict[str, str]]:
+    """Collects the warnings of the images that threads check: the first one of each, by place."""
+    found: dict[str, str] = {}
+    with warnings.catch_warnings():
+        print_warning = warnings.showwarning
+
+        def collect(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+            if (place := getattr(_reading, "place", None)) is None:  # of something else
+                print_warning(message, *args, **kwargs)
+            else:
+                found.setdefault(place, str(message))
+
+        # Filters belong to the process: they are set here, around all threads. Pillow also warns of
+        # the images that are refused for their size.
+        warnings.filterwarnings("always", category=UserWarning, module=r"PIL\.|jaxft\.data\.decode")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.showwarning = collect
+        yield found
 
 
 def _without(source: S, bad: dict[int, str]) -> S:
@@ -88,9 +137,6 @@ def _problems(source: Source) -> dict[int, str]:
     # One task a thread, each with a slice of the images: a future an image would cost more than
     # the list of images itself.
     threads = min(32, (os.cpu_count() or 1) + 1)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # Pillow also warns of the images that are refused for their size. The filter is set here,
-        # around all threads, because filters belong to the process.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(threads) as pool:
         found = pool.map(among, [range(k, len(source), threads) for k in range(threads)])
         return {index: problem for part in found for index, problem in part.items()}

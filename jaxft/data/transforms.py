@@ -21,6 +21,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _SCALE = (0.08, 1.0)
+_LONG = 16  # sides of an image that is scaled as a whole: the longer one by the shorter
 _RATIO = (3 / 4, 4 / 3)
 
 
@@ -48,6 +49,29 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central `size` x `size` pixels (torchvision `CenterCrop`); zeros where there are none."""
     left, top = (_center(length, size) for length in image.size)
     return image.crop((left, top, left + size, top + size))
+
+
+def resized_center(
+    image: Image.Image, short_side: int, size: int, interpolation: Interpolation = "bilinear"
+) -> Image.Image:
+    """Scales and crops: `center_crop(resize(image, short_side), size)`.
+
+    Of an image that is more than 16 times as long as wide, only the part that is kept is scaled, so
+    that the whole never lies in memory; its levels may differ by 1 from rounding.
+    """
+    if max(image.size) <= _LONG * min(image.size):
+        return center_crop(resize(image, short_side, interpolation), size)
+    scaled = [int(short_side * length / min(image.size)) for length in image.size]
+    kept = [min(size, length) for length in scaled]
+    first = [_center(length, size) if length > size else 0 for length in scaled]
+    units = [length / steps for length, steps in zip(image.size, scaled, strict=True)]
+    left, top = (start * unit for start, unit in zip(first, units, strict=True))
+    right, bottom = (
+        min((start + count) * unit, length)
+        for start, count, unit, length in zip(first, kept, units, image.size, strict=True)
+    )
+    part = image.resize((kept[0], kept[1]), RESAMPLING[interpolation], (left, top, right, bottom))
+    return center_crop(part, size)
 
 
 def _center(length: int, size: int) -> int:

@@ -11,6 +11,7 @@ import jax
 from jaxft import atomic, models
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Source, Splits
+from jaxft.data.readable import without_warnings
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
@@ -56,6 +57,7 @@ class Result:
     from_scratch: Score | None = None
 
 
+@without_warnings()
 def finetune(
     recipe: Recipe,
     workdir: str | os.PathLike[str],

@@ -1,10 +1,12 @@
 """Views of images: pixel for pixel as torchvision makes them, recorded and live."""
 
+import math
 from typing import get_args
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from reference import GOLDEN, digest, recorded, sample, torchvision_transforms
 from scipy import stats
 
@@ -257,3 +259,33 @@ def test_wrong_size_without_resizing(augment):
 def test_unknown_augment():
     with pytest.raises(DataError, match="unknown augment 'mixup': use one of none, crop_flip, shi"):
         view(sample(24, 24), EXACT, "mixup")
+
+
+# Long images: the whole, scaled, would not fit into memory.
+
+
+@pytest.mark.parametrize("shape", [(17 * 5, 5), (7, 40 * 7), (3, 200)])
+@pytest.mark.parametrize(("side", "size"), [(40, 32), (20, 32), (33, 33)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_long_images_are_scaled_and_cropped_as_others(shape, side, size, interpolation):
+    image = sample(*shape)
+    whole = transforms.center_crop(transforms.resize(image, side, interpolation), size)
+    part = transforms.resized_center(image, side, size, interpolation)
+    np.testing.assert_allclose(np.asarray(part, int), np.asarray(whole, int), atol=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 60_000), (60_000, 1)])
+def test_very_long_images_take_little_memory(shape, monkeypatch):
+    largest = []
+    real = Image.Image.resize
+
+    def resize(self, size, *args):
+        largest.append(math.prod(size))
+        return real(self, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    image = Image.new("RGB", shape, (9, 8, 7))
+    assert (eval_view(image, Preprocessing()) == (9, 8, 7)).all()
+    for augment in ("crop_flip", "shift_flip"):
+        train_view(image, Preprocessing(), augment, np.random.default_rng(0))
+    assert max(largest) <= 256 * 256
