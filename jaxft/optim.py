@@ -159,6 +159,8 @@ def group_transform(
         gradients: Tree, state: GroupState, params: Tree | None = None
     ) -> tuple[Tree, GroupState]:
         updates, moments = direction(state.position).update(gradients, state.rule, params)
+        # A momentum that a schedule computes, as a wider array, must not widen them.
+        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
         rate = group_rate(lr, schedule, state, **length)
         factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
         updates = jax.tree.map(lambda u, f: -(rate * f).astype(u.dtype) * u, updates, factors)

@@ -118,8 +118,9 @@ class Recipe:
     it before the first)."""
     drop_path: float = 0.0
     """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, statistics and optimizer are float32."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the computation; parameters, statistics and optimizer are float32, or with float64, which
+    needs JAX_ENABLE_X64=1, float64 too, as by torch's `.double()`."""
     remat: bool = False
     """The backward pass computes each block again and remembers what came into it alone
     (`jax.checkpoint`): a forward pass more, for less memory, though not on CPU, where XLA undoes

@@ -72,7 +72,7 @@ class Model(Outline, Protocol):
         ...
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`, float32."""
+        """Returns fresh `(params, stats)`. Their dtypes are those of every run of this network."""
         ...
 
     def apply(

@@ -6,7 +6,7 @@ and optimizers are never needed, because every jax transform sees arrays in dict
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import nnx
@@ -17,6 +17,15 @@ from jaxft.models.model import Norms, Outline, Tree
 from jaxft.models.modes import layer_modes, norm_layers
 from jaxft.models.nnx_trees import inside, outside
 from jaxft.models.rngs import Rngs
+
+
+class Config(Outline, Protocol):
+    """What an `NNXModel` needs to know of its module."""
+
+    @property
+    def param_dtype(self) -> str:
+        """The dtype of parameters and statistics."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class NNXModel:
 
     name: str
     module: type[nnx.Module]
-    config: Outline
+    config: Config
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -59,9 +68,10 @@ class NNXModel:
         return True
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`, float32."""
+        """Returns fresh `(params, stats)` in `config.param_dtype`, drawn in float32."""
         module = self._build(key)
-        return outside(module, nnx.Param), outside(module, nnx.BatchStat)
+        trees = outside(module, nnx.Param), outside(module, nnx.BatchStat)
+        return jax.tree.map(lambda x: x.astype(self.config.param_dtype), trees)
 
     def apply(
         self,

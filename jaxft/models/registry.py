@@ -2,7 +2,9 @@
 
 import difflib
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
+
+import jax
 
 from jaxft.errors import RecipeError
 from jaxft.models.model import Model
@@ -17,6 +19,9 @@ def _basic(*depths: int) -> ResNetConfig:
 def _bottleneck(*depths: int, groups: int = 1, base_width: int = 64) -> ResNetConfig:
     return ResNetConfig("imagenet", depths, bottleneck=True, groups=groups, base_width=base_width)
 
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+"""What a network computes in."""
 
 _PLAIN = {
     "resnet10": _basic(1, 1, 1, 1),
@@ -83,7 +88,7 @@ def create(
     binary: bool = False,
     dropout: float = 0.0,
     drop_path: float = 0.0,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Dtype | None = None,
 ) -> Model:
     """The network called `name`, without any arrays yet.
 
@@ -96,7 +101,8 @@ def create(
     dropout: of the features before the head (concat_pool: before its last linear layer, and half
       of it before the first).
     drop_path: stochastic depth, for each example, of the last residual block; linear in depth.
-    dtype: of the computation; parameters, statistics and logits are float32. None: the images'.
+    dtype: of the computation; parameters, statistics and logits are float32, or with `float64`
+      (which needs `jax_enable_x64`) float64. None: the images'.
 
     Raises RecipeError for an unknown name, or options that do not fit the network.
 
@@ -123,8 +129,15 @@ def create(
         raise RecipeError(
             f"{name}: binary is one logit for two classes, not for {num_classes}; leave it out"
         )
-    if dtype not in (None, "float32", "bfloat16"):
-        raise RecipeError(f"{name}: dtype is {dtype!r}; it must be float32, bfloat16 or None")
+    if dtype not in (None, *get_args(Dtype)):
+        choices = ", ".join(get_args(Dtype))
+        raise RecipeError(f"{name}: dtype is {dtype!r}; it must be one of {choices}, or None")
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(float) != "float64":
+        raise RecipeError(
+            "dtype is float64, and JAX computes in float32 here. Turn float64 on: set the "
+            "environment variable JAX_ENABLE_X64=1, or call "
+            "jax.config.update('jax_enable_x64', True) before any array is made."
+        )
     config = _CONFIGS[name]
     if stride_in_1x1 and not config.bottleneck:
         raise RecipeError(

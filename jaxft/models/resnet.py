@@ -2,7 +2,7 @@
 
 Two layouts: ImageNet's (He et al. 2015, arXiv:1512.03385, as in `torchvision.models.resnet` and
 `timm.models.resnet`) and the thinner CIFAR one of the same paper's section 4.2. Activations are
-`[b h w c]`. Parameters are float32, whatever the compute dtype.
+`[b h w c]`. Parameters are drawn in float32, whatever the compute dtype.
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,9 @@ class ResNetConfig:
     first."""
     drop_path: float = 0.0
     """Stochastic depth of the last residual block; it grows linearly from 0 in the first."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of all between stem and head; None: that of the images."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Of all between stem and head; None: that of the images. With float64, parameters and
+    statistics are float64 too."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -88,6 +89,11 @@ class ResNetConfig:
     def head(self) -> str:
         """The path of the classifier."""
         return "fc"
+
+    @property
+    def param_dtype(self) -> str:
+        """The dtype of parameters and statistics; half precision is for computing only."""
+        return "float64" if self.dtype == "float64" else "float32"
 
 
 class BasicBlock(nnx.Module):

@@ -79,6 +79,8 @@ def finetune(
     model: the network to use instead of the one that `recipe.model` names, such as
       `jaxft.models.Linen(...)`; likewise.
     start: `(params, stats)` of that network to start from, instead of weights or random ones.
+      Arrays are cast to the network's dtypes. A head of another size, or none, is replaced by a
+      new one, as `recipe.head` says; with `head="zeros"` or `"xavier"` any head is.
     fork_from: another run's workdir: this one starts from the end of its stage called `stage` (of
       its last that has ended) and goes on with the recipe's stage after that.
 
@@ -115,7 +117,7 @@ def finetune(
     check(folder / "from_scratch", scratch)
     devices = Devices(recipe.sharding)
     model = open_network(recipe, model, splits.train.classes)
-    origin = recipe.weights or "random weights"
+    origin, remarks = recipe.weights or "random weights", list[str]()
     if forked:
         origin = f"stage {forked.stage!r} of {forked.workdir}"
     elif start is not None:
@@ -125,14 +127,14 @@ def finetune(
     elif start is None:
         start = drawn(recipe, model, source)
     else:
-        start = given(model, start)
+        start, remarks = given(recipe, model, start)
     programs = open_programs(recipe, model, splits, devices, start)
     if forked:
         fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = open_programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0], origin))
-    for remark in (*splits.remarks, *(source.remarks if source else ())):
+    for remark in (*splits.remarks, *(source.remarks if source else ()), *remarks):
         console.say(remark)
     with interruptible() as interruption:
         result = _run(programs, splits, start, forked, recipe, folder, console, interruption)

@@ -1,7 +1,12 @@
 """What a run starts from: parameters and statistics of its network."""
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.labels import Tree, paths
@@ -12,6 +17,8 @@ from jaxft.weights.head import with_head
 
 Start = tuple[Tree, Tree]
 """Parameters and statistics; shapes alone where a run need not start from them."""
+
+_SHOWN = 8  # arrays that do not fit
 
 
 def shapes(model: Model) -> Start:
@@ -30,19 +37,83 @@ def drawn(recipe: Recipe, model: Model, source: Weights | None) -> Start:
     return params, stats
 
 
-def given(model: Model, start: Start) -> Start:
-    """A caller's own, in the containers of the model.
+def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]:
+    """Fits the caller's arrays to the network.
 
-    Raises WeightsError if they do not fit it.
+    Floating-point arrays are cast to the network's dtypes. A head that is missing, or of another
+    size, is replaced by a new one, as `recipe.head` says; with `zeros` or `xavier` any head is.
+
+    Returns the start in the network's containers, and a remark for each change.
+    Raises WeightsError where arrays do not fit, or are not floating point.
     """
-    expected = shapes(model)
-    found = dict(zip(paths(start), jax.tree.leaves(start), strict=True))
-    ours = {path: jnp.shape(leaf) for path, leaf in found.items()}
-    wanted = {p: x.shape for p, x in zip(paths(expected), jax.tree.leaves(expected), strict=True)}
-    if wrong := sorted({path for path, _ in wanted.items() ^ ours.items()}):
+    if not (isinstance(start, tuple | list) and len(start) == 2):
         raise WeightsError(
-            f"start does not fit {model.name}; missing, extra or of another shape (params are 0., "
-            f"stats 1.): {', '.join(wrong)}"
+            f"start must be (params, stats), as {model.name}'s init returns; it is a "
+            f"{type(start).__name__}."
         )
+    expected = shapes(model)
+    wanted = dict(zip(paths(expected), jax.tree.leaves(expected), strict=True))
+    found = dict(zip(paths(tuple(start)), map(_array, jax.tree.leaves(start)), strict=True))
+    wrong = _mismatches(wanted, found)
+    in_head = tuple(f"{tree}.{model.head}." for tree in (0, 1))
+    only_head = all(
+        path.startswith(in_head) and (path not in found or _is_floating(found[path]))
+        for path in wrong
+    )
+    if wrong and (recipe.head == "keep" or not only_head):
+        lines = [f"{path}: {mismatch}" for path, mismatch in wrong.items()]
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise WeightsError(
+            "\n  ".join(
+                [f"start does not fit {model.name} (0 is params, 1 is stats):"]
+                + lines[:_SHOWN]
+                + more
+                + ['Only the head differs: head="fresh" draws a new one.'] * only_head
+            )
+        )
+    remarks = []
+    if wrong or recipe.head in ("zeros", "xavier"):
+        new = drawn(recipe, model, None)
+        heads = dict(zip(wanted, jax.tree.leaves(new), strict=True))
+        found = {path: (heads if path.startswith(in_head) else found)[path] for path in wanted}
+        why = f"does not fit {model.num_classes} classes" if wrong else "is replaced"
+        remarks.append(
+            f"The head of start, {model.head}, {why}: a new one is drawn (head={recipe.head!r})."
+        )
+    cast = Counter(
+        f"{x.dtype} to {wanted[path].dtype}"
+        for path, x in found.items()
+        if x.dtype != wanted[path].dtype
+    )
+    remarks += [f"{count} arrays of start are cast from {how}." for how, count in cast.items()]
     # By path, for a FrozenDict or NNX state may have another order.
-    return jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(found[p]) for p in wanted])
+    leaves = [jnp.asarray(found[path], like.dtype) for path, like in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(expected), leaves), remarks
+
+
+def _array(leaf: Any) -> jax.Array | np.ndarray:
+    """The leaf as an array; an array of objects where it is none."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    try:
+        return np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError):  # such as a torch tensor on a GPU
+        return np.asarray(None)
+
+
+def _is_floating(array: jax.Array | np.ndarray) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _mismatches(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each array that does not fit, by its path."""
+    wrong = {path: f"missing {list(wanted[path].shape)}" for path in wanted if path not in found}
+    for path, own in found.items():
+        like = wanted.get(path)
+        if like is None:
+            wrong[path] = f"{list(own.shape)} is not in the network"
+        elif not _is_floating(own):
+            wrong[path] = f"{own.dtype}, not floating point"
+        elif own.shape != like.shape:
+            wrong[path] = f"{list(own.shape)}, not {list(like.shape)}"
+    return wrong

@@ -79,7 +79,7 @@ def trial(
     source, recipe = opening.read_weights(recipe, model)
     devices = Devices(recipe.sharding)
     model = opening.open_network(recipe, model, splits.train.classes)
-    at = drawn(recipe, model, source) if start is None else given(model, start)
+    at = drawn(recipe, model, source) if start is None else given(recipe, model, start)[0]
     seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
     (program,) = opening.open_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))

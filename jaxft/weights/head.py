@@ -40,7 +40,7 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
     if isinstance(start, Mapping):
         if (given := _shapes(start)) != (wanted := _shapes(head)):
             raise WeightsError(f"the head given has {given}; {model.name} wants {wanted}")
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(start))
+        return jax.tree.map(lambda leaf, own: jnp.asarray(leaf, own.dtype), dict(start), head)
     if start == "fresh":
         return head
     if "kernel" not in head and not all(map(str.isdecimal, head)):
@@ -53,7 +53,8 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
         last.update(jax.tree.map(jnp.zeros_like, last))
     else:
         bound = math.sqrt(6 / sum(last["kernel"].shape))
-        last["kernel"] = jax.random.uniform(key, last["kernel"].shape, jnp.float32, -bound, bound)
+        drawn = jax.random.uniform(key, last["kernel"].shape, jnp.float32, -bound, bound)
+        last["kernel"] = drawn.astype(last["kernel"].dtype)
     return head
 
 
