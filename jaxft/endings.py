@@ -6,29 +6,38 @@ from typing import ClassVar, Literal
 from jaxft.errors import RecipeError
 
 Monitor = Literal["accuracy", "top5", "loss"]
+Mode = Literal["min", "max"]
+
+
+def default_mode(monitor: Monitor) -> Mode:
+    """Returns `min` for a loss, `max` for an accuracy."""
+    return "min" if monitor == "loss" else "max"
 
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Ends a stage once `patience` epochs in a row have not improved on its best.
+    """Ends a stage once `patience` epochs in a row have not improved.
 
-    As Keras, Lightning and torch's usual loop count: an epoch improves if it is strictly better
-    than the last that did by more than `min_delta`; NaN never is. What the first epoch has to
-    improve on is the stage's start. `monitor` is also what the stage's best is chosen by.
+    Counts as Keras, Lightning and torch's usual loops do: the first epoch is an improvement, a
+    later one if it is strictly better, by more than `min_delta`, than the last that was. A tie is
+    no improvement and NaN never is one; any number is an improvement on NaN alone.
 
     Attributes:
-      monitor: of the validation images; accuracies from 0 to 1, the loss in nats.
+      monitor: metric on the validation images; accuracies from 0 to 1, the loss in nats. The best
+        epoch is chosen by it too, unless the stage has a `monitor` of its own.
       patience: epochs.
       min_delta: in units of what is monitored; less is no improvement.
       min_epochs: the stage has at least as many; patience is counted from its start all the same.
       mode: whether `min` or `max` is better; by default `min` for a loss, else `max`.
+      baseline: with `start`, the first epoch must improve on the stage's start.
     """
 
     monitor: Monitor = "accuracy"
     patience: int = 3
     min_delta: float = 0.0
     min_epochs: int = 0
-    mode: Literal["min", "max"] | None = None
+    mode: Mode | None = None
+    baseline: Literal["start"] | None = None
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -17,7 +17,7 @@ from typing import Literal, TypedDict, Unpack
 
 from jaxft.anchor import Anchor
 from jaxft.choices import Augment, Balance, NormChoice
-from jaxft.endings import EarlyStop, Plateau
+from jaxft.endings import EarlyStop, Monitor, Plateau
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
 from jaxft.logistic import LogisticRegression
@@ -44,6 +44,7 @@ class Fields(TypedDict, total=False):
     optimizer: Rule | None
     until: EarlyStop | Plateau | None
     hand_on: Literal["best", "last"]
+    monitor: Monitor | None
     carry: Literal["reset", "keep"]
     steps: int | None
     minutes: float | None
@@ -169,7 +170,7 @@ def linear_probe_then_finetune(
     """The last block solved, then everything on a cosine (Kumar et al. 2022, arXiv:2202.10054).
 
     The probe is a logistic regression, see `LogisticRegression` for `c`; of `fields` it takes
-    `hand_on` and `carry`. The paper's `lr` is the best of several from 3e-7 to 1e-2.
+    `hand_on`, `monitor` and `carry`. The paper's `lr` is the best of several from 3e-7 to 1e-2.
 
     >>> probe, every = linear_probe_then_finetune(["body", "fc"], 1e-4)
     >>> probe.name, list(probe.train), every.train, every.epochs
@@ -182,6 +183,7 @@ def linear_probe_then_finetune(
             "probe",
             dict.fromkeys(head, LogisticRegression(c)),
             hand_on=fields.get("hand_on", "best"),
+            monitor=fields.get("monitor"),
             carry=fields.get("carry", "reset"),
         ),
         Stage("all", {"*": lr}, epochs, **LPFT | cosine | fields),

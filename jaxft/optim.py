@@ -10,9 +10,33 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree, leaf_labels
+from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
 from jaxft.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.schedules import ClosedForm
+
+
+class SGDState(NamedTuple):
+    """The state of `SGD`, empty without momentum.
+
+    The layout is the same for all hyperparameters: `carry` matches states field by field, and a
+    rule passes on, unchanged, the fields that it does not use.
+    """
+
+    buffer: Tree | None = None
+    """Momentum buffers; zeros before the first gradient."""
+    started: jax.Array | None = None
+    """Whether `buffer` holds a gradient yet, bool: torch does not dampen the first one."""
+
+
+class RMSpropState(NamedTuple):
+    """The state of `RMSprop`; `mu` is None unless centered, `buffer` without momentum."""
+
+    nu: Tree
+    """Averages of the squared gradients."""
+    mu: Tree | None
+    """Averages of the gradients."""
+    buffer: Tree | None
+    """Momentum buffers."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +55,30 @@ class SGD:
     rule: Literal["sgd"] = "sgd"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
-        """The update before the rate is applied; a schedule may overrule the momentum."""
-        steps = _decay(self.weight_decay, self.decay_vectors)
-        if self.momentum or momentum is not None:
-            decay = self.momentum if momentum is None else momentum
-            steps.append(_momentum(decay, self.dampening, self.nesterov))
-        return optax.chain(*steps) if steps else optax.identity()
+        """Returns the update before the rate is applied; `momentum` replaces the field."""
+        factor = self.momentum if momentum is None else momentum
+
+        def init(params: Tree) -> SGDState:
+            if _is_off(factor):
+                return SGDState()
+            return SGDState(_zeros(params), jnp.zeros([], bool))
+
+        def update(
+            gradients: Tree, state: SGDState, params: Tree | None = None
+        ) -> tuple[Tree, SGDState]:
+            gradients = _decay(self, gradients, params)
+            if _is_off(factor):
+                return gradients, state
+            new = gradients
+            if self.dampening:
+                assert state.started is not None
+                share = jnp.where(state.started, 1 - self.dampening, 1.0)
+                new = jax.tree.map(lambda g: share.astype(g.dtype) * g, gradients)
+            buffer = _accumulate(new, state.buffer, factor)
+            updates = _accumulate(gradients, buffer, factor) if self.nesterov else buffer
+            return updates, SGDState(buffer, jnp.ones([], bool))
+
+        return optax.GradientTransformation(init, update)
 
 
 @dataclass(frozen=True)
@@ -51,10 +93,16 @@ class Adam:
     rule: Literal["adam"] = "adam"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
-        """The update before the rate is applied; a schedule may overrule b1."""
-        b1: Any = self.b1 if momentum is None else momentum
-        adam = optax.scale_by_adam(b1, self.b2, self.eps)
-        return optax.chain(*_decay(self.weight_decay, self.decay_vectors), adam)
+        """Returns the update before the rate is applied; `momentum` replaces b1."""
+        adam = _adam(self, momentum)
+
+        def update(
+            gradients: Tree, state: optax.OptState, params: Tree | None = None
+        ) -> tuple[Tree, optax.OptState]:
+            updates, state = adam.update(_decay(self, gradients, params), state)
+            return updates, state
+
+        return optax.GradientTransformation(adam.init, update)
 
 
 @dataclass(frozen=True)
@@ -69,10 +117,16 @@ class AdamW:
     rule: Literal["adamw"] = "adamw"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
-        """The update before the rate is applied; a schedule may overrule b1."""
-        b1: Any = self.b1 if momentum is None else momentum
-        adam = optax.scale_by_adam(b1, self.b2, self.eps)
-        return optax.chain(adam, *_decay(self.weight_decay, self.decay_vectors))
+        """Returns the update before the rate is applied; `momentum` replaces b1."""
+        adam = _adam(self, momentum)
+
+        def update(
+            gradients: Tree, state: optax.OptState, params: Tree | None = None
+        ) -> tuple[Tree, optax.OptState]:
+            updates, state = adam.update(gradients, state)
+            return _decay(self, updates, params), state
+
+        return optax.GradientTransformation(adam.init, update)
 
 
 @dataclass(frozen=True)
@@ -88,11 +142,32 @@ class RMSprop:
     rule: Literal["rmsprop"] = "rmsprop"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
-        """The update before the rate is applied; a schedule may overrule the momentum."""
-        scale = optax.scale_by_stddev if self.centered else optax.scale_by_rms
-        scaled = scale(self.alpha, self.eps, eps_in_sqrt=False)
-        buffer = SGD(self.momentum).direction(momentum)
-        return optax.chain(*_decay(self.weight_decay, self.decay_vectors), scaled, buffer)
+        """Returns the update before the rate is applied; `momentum` replaces the field."""
+        factor = self.momentum if momentum is None else momentum
+        rms = optax.scale_by_rms(self.alpha, self.eps, eps_in_sqrt=False)
+        stddev = optax.scale_by_stddev(self.alpha, self.eps, eps_in_sqrt=False)
+
+        def init(params: Tree) -> RMSpropState:
+            mu = _zeros(params) if self.centered else None
+            return RMSpropState(_zeros(params), mu, None if _is_off(factor) else _zeros(params))
+
+        def update(
+            gradients: Tree, state: RMSpropState, params: Tree | None = None
+        ) -> tuple[Tree, RMSpropState]:
+            gradients = _decay(self, gradients, params)
+            if self.centered:
+                moments = optax.ScaleByRStdDevState(mu=state.mu, nu=state.nu)
+                updates, moments = stddev.update(gradients, moments)
+                state = state._replace(mu=moments.mu, nu=moments.nu)
+            else:
+                updates, moments = rms.update(gradients, optax.ScaleByRmsState(state.nu))
+                state = state._replace(nu=moments.nu)
+            if _is_off(factor):
+                return updates, state
+            updates = _accumulate(updates, state.buffer, factor)
+            return updates, state._replace(buffer=updates)
+
+        return optax.GradientTransformation(init, update)
 
 
 Optimizer = SGD | Adam | AdamW | RMSprop
@@ -230,8 +305,7 @@ def multi_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.multi_transform` that freezes what is labelled `frozen` and checks both sides.
 
-    Initialise it with the full parameters; update it with gradients of the trainable half
-    (`None` where frozen) or of everything.
+    Initialise and update it with everything, or with the trainable half (`None` where frozen).
 
     Raises:
       LabelError: a label without a transform, or a transform without a label; and from `init`,
@@ -259,51 +333,39 @@ def multi_transform(
     # A label tree can be callable (a module of strings), and optax would call it.
     whole = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
 
+    half, _ = partition(labels, labels)
+
     def init(params: Tree) -> optax.OptState:
-        leaf_labels(params, labels)
+        leaf_labels(params, half if same_structure(params, half) else labels)
         return whole.init(params)
 
     return optax.GradientTransformationExtraArgs(init, whole.update)
 
 
-def _decay(weight_decay: float, vectors: bool) -> list[optax.GradientTransformation]:
-    """Adds weight_decay times the parameter to the update; nothing for no decay."""
-
-    def add(updates: Tree, params: Tree) -> Tree:
-        return jax.tree.map(
-            lambda u, p: u + weight_decay * p if vectors or jnp.ndim(p) > 1 else u, updates, params
-        )
-
-    return [optax.stateless(add)] if weight_decay else []
-
-
-class DampenedState(NamedTuple):
-    """A momentum buffer and whether it holds a gradient yet."""
-
-    buffer: Tree
-    started: jax.Array
+def _decay(rule: Optimizer, updates: Tree, params: Tree | None) -> Tree:
+    """Adds the rule's weight_decay times the parameters to the updates."""
+    if not rule.weight_decay:
+        return updates
+    return jax.tree.map(
+        lambda u, p: u + rule.weight_decay * p if rule.decay_vectors or jnp.ndim(p) > 1 else u,
+        updates,
+        params,
+    )
 
 
-def _momentum(
-    decay: float | jax.Array, dampening: float, nesterov: bool
-) -> optax.GradientTransformation:
-    """Torch's momentum; its first step is the gradient itself, dampened only from then on."""
-    if not dampening:
-        return optax.trace(decay, nesterov)
+def _adam(rule: Adam | AdamW, momentum: jax.Array | None) -> optax.GradientTransformation:
+    b1: Any = rule.b1 if momentum is None else momentum
+    return optax.scale_by_adam(b1, rule.b2, rule.eps)
 
-    def init(params: Tree) -> DampenedState:
-        return DampenedState(jax.tree.map(jnp.zeros_like, params), jnp.zeros([], bool))
 
-    def update(
-        gradients: Tree, state: DampenedState, params: Tree | None = None
-    ) -> tuple[Tree, DampenedState]:
-        share = jnp.where(state.started, 1 - dampening, 1.0)
-        buffer = jax.tree.map(
-            lambda g, b: decay * b + share.astype(g.dtype) * g, gradients, state.buffer
-        )
-        updates = buffer
-        if nesterov:
-            updates = jax.tree.map(lambda g, b: g + decay * b, gradients, buffer)
-        return updates, DampenedState(buffer, jnp.ones([], bool))
+def _accumulate(new: Tree, buffer: Tree, factor: float | jax.Array) -> Tree:
+    return jax.tree.map(lambda n, b: n + factor * b, new, buffer)
 
-    return optax.GradientTransformation(init, update)
+
+def _zeros(params: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def _is_off(momentum: float | jax.Array) -> bool:
+    """Whether there is no momentum; one that a schedule sets counts as on, also where it is 0."""
+    return not isinstance(momentum, jax.Array) and momentum == 0

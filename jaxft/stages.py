@@ -11,7 +11,7 @@ import optax
 
 from jaxft.anchor import Anchor
 from jaxft.choices import Augment, Balance, NormChoice
-from jaxft.endings import EarlyStop, Plateau
+from jaxft.endings import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
 from jaxft.labels import Pattern, show
 from jaxft.logistic import LogisticRegression
@@ -49,16 +49,20 @@ class Stage:
       name: shown in tables and logs; unique within a recipe.
       train: pattern to learning rate (or `Update`); the first that matches a parameter wins,
         and what none matches is frozen. `{"fc": LogisticRegression()}` solves the head instead of
-        stepping it: such a stage has but a name, `hand_on` and `carry` besides, and counts as one
-        step of one epoch.
+        stepping it: such a stage has but a name, `hand_on`, `monitor` and `carry` besides, and
+        counts as one step of one epoch.
       epochs: passes over the training data, at most.
       schedule: of all groups that name none of their own; constant by default.
       optimizer: likewise; the recipe's by default.
       until: ends the stage earlier.
-      hand_on: the next stage starts from this stage's `best` epoch by validation (its start
-        counts: a stage that never improves hands on what it got) or from its `last`.
+      hand_on: the next stage starts from this stage's `best` epoch by validation or from its
+        `last`. The stage's start is a candidate for the best; of equal ones the first is taken.
       carry: `reset` starts every group's optimizer afresh, like a new torch optimizer; `keep`
-        keeps that of groups which have trained before, like `add_param_group`.
+        keeps that of groups which have trained before, like `add_param_group`, whatever becomes of
+        their hyperparameters. Weights and optimizer state are handed on together: after a stage
+        with `hand_on="best"`, moments and step counts are those of its best epoch.
+      monitor: metric that the best epoch is chosen by: `accuracy`, `top5` or `loss`; by default
+        that of `until=EarlyStop(...)`, else the accuracy.
       steps: optimizer steps, at most.
       minutes: of training and validation, at most. What such a stage does depends on the machine.
       norms: what the norm layers use, one of `jaxft.choices.NormChoice` for all of them or for
@@ -95,6 +99,7 @@ class Stage:
     hand_on: Literal["best", "last"] = "best"
     carry: Literal["reset", "keep"] = "reset"
     _: KW_ONLY
+    monitor: Monitor | None = None
     steps: int | None = None
     minutes: float | None = None
     norms: NormChoice | Mapping[str, NormChoice] = "B"
@@ -132,7 +137,7 @@ class Stage:
         said = [
             field.name
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "train", "hand_on", "carry")
+            if field.name not in ("name", "train", "hand_on", "monitor", "carry")
             and getattr(self, field.name) != field.default
         ]
         if said:
@@ -206,6 +211,15 @@ class Stage:
     def norm_choices(self) -> Mapping[str, NormChoice]:
         """`norms` by pattern, in order of precedence."""
         return {"*": self.norms} if isinstance(self.norms, str) else self.norms
+
+    @property
+    def best_by(self) -> tuple[Monitor, Mode]:
+        """The metric that the best epoch is chosen by, and whether less or more of it is better."""
+        until = self.until
+        if isinstance(until, EarlyStop) and self.monitor in (None, until.monitor):
+            return until.monitor, until.mode or default_mode(until.monitor)
+        monitor = self.monitor or "accuracy"
+        return monitor, default_mode(monitor)
 
     def length(self, steps_per_epoch: int) -> int:
         """Its steps, if nothing ends it earlier; one if it is solved."""

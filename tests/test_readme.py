@@ -84,7 +84,7 @@ def test_five_lines_freeze_in_every_framework(framework):
     exec(EXAMPLES["Stages in your own loop"][0], names)
     assert moved(before, names["params"]) == {"body", "head"}
     states = names["opt_state"].inner_states
-    counts = {name: int(states[name].inner_state.rule[0].count) for name in ("head", "*")}
+    counts = {name: int(states[name].inner_state.rule.count) for name in ("head", "*")}
     assert counts == {"head": 50, "*": 30}
 
 

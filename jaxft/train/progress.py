@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.endings import EarlyStop, Plateau
+from jaxft.endings import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 
@@ -65,9 +65,11 @@ class Progress:
         reductions: how often a `ReduceLROnPlateau` has reduced the rate.
         """
         epoch, until = self.epoch + 1, stage.until
+        improved = _better(score, self.best, *stage.best_by)
         rule = until if isinstance(until, EarlyStop) else EarlyStop()
-        improved = _better(score, self.best, rule)
-        cleared = _better(score, self.bar, rule, by=rule.min_delta)
+        bar = self.bar if self.epoch or rule.baseline == "start" else _NOTHING
+        mode = rule.mode or default_mode(rule.monitor)
+        cleared = _better(score, bar, rule.monitor, mode, by=rule.min_delta)
         waited = 0 if cleared else self.waited + 1
         if isinstance(until, EarlyStop) and waited >= until.patience and epoch >= until.min_epochs:
             margin = f" by more than {until.min_delta:g}" if until.min_delta else ""
@@ -82,7 +84,7 @@ class Progress:
             score=score,
             best=score if improved else self.best,
             best_epoch=epoch if improved else self.best_epoch,
-            bar=score if cleared else self.bar,
+            bar=score if cleared else bar,
             waited=waited,
             ended=done,
         )
@@ -92,10 +94,13 @@ class Progress:
         return self.best if stage.hand_on == "best" else self.score
 
 
-def _better(new: Score, old: Score, rule: EarlyStop, by: float = 0.0) -> bool:
-    """Strictly better by more than a margin; every number is better than NaN."""
-    smaller = (rule.mode or ("min" if rule.monitor == "loss" else "max")) == "min"
-    ours, theirs = getattr(new, rule.monitor), getattr(old, rule.monitor)
+# Any number is better.
+_NOTHING = Score(loss=math.nan, accuracy=math.nan, top5=math.nan)
+
+
+def _better(new: Score, old: Score, monitor: Monitor, mode: Mode, by: float = 0.0) -> bool:
+    """Whether `new` is strictly better by more than a margin; every number is better than NaN."""
+    ours, theirs = getattr(new, monitor), getattr(old, monitor)
     if math.isnan(theirs):
         return not math.isnan(ours)
-    return bool(ours + by < theirs if smaller else ours - by > theirs)
+    return bool(ours + by < theirs if mode == "min" else ours - by > theirs)

@@ -99,12 +99,23 @@ def spared(program: Program) -> str:
     return f"{blocks}: in each step, as {prefix.reason}.{kept}"
 
 
-def epilogue(plan: StagePlan, progress: Progress) -> str:
-    """Why the stage ended, and what goes on from it."""
+def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
+    """Why the stage ended, and which epoch goes on from it.
+
+    `keep`: whether the next stage carries the optimizer state on.
+    """
     sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
     if plan.stage.hand_on == "last":
         return sentence + f"Its last epoch goes on (accuracy {progress.score.accuracy:.4f})."
-    accuracy = f"accuracy {progress.best.accuracy:.4f}"
+    monitor, _ = plan.stage.best_by
+    values = [f"{name} {getattr(progress.best, name):.4f}" for name in (monitor, "accuracy")]
+    values = list(dict.fromkeys(values))
     if progress.best_epoch == 0:
-        return sentence + f"No epoch improved on its start, which goes on ({accuracy})."
-    return sentence + f"Epoch {progress.best_epoch} was its best and goes on ({accuracy})."
+        sentence += f"No epoch improved on the {monitor} of its start, which goes on"
+    else:
+        sentence += f"Epoch {progress.best_epoch} was its best by {monitor} and goes on"
+    sentence += f" ({', '.join(values)})."
+    if keep and progress.best_epoch < progress.epoch:
+        then = f"after epoch {progress.best_epoch}" if progress.best_epoch else "at its start"
+        sentence += f" So does the optimizer state as it was {then} (carry='keep')."
+    return sentence

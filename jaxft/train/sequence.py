@@ -48,7 +48,9 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         at = train_stage(run, program, compiled, position)
         progress = position.progress
         run.console.row("")
-        run.console.say(epilogue(program.plan, progress))
+        after = run.programs[index + 1 : index + 2]
+        keep = any(program.plan.stage.carry == "keep" for program in after)
+        run.console.say(epilogue(program.plan, progress, keep=keep))
         if validated:
             run.console.say(gap(position.began - validated, seconds))
         validated, index = position.validated, index + 1

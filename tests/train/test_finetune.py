@@ -266,7 +266,7 @@ def test_images_exchanged_between_classes_are_not_trained_on(tmp_path, monkeypat
 def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):
     stages = (
         Stage("head", {"fc": 1e-2}, epochs=1),
-        Stage("ruin", {"*": 0.3}, epochs=5, until=EarlyStop(patience=2)),
+        Stage("ruin", {"*": 0.3}, epochs=5, until=EarlyStop(patience=2, baseline="start")),
     )
     broken = finetune(dataclasses.replace(RECIPE, stages=stages), tmp_path / "a", console=QUIET)
     assert [row["stage"] for row in rows(tmp_path / "a")] == ["head", "ruin", "ruin"]

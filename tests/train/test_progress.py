@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import math
+from functools import partial
 
+import numpy as np
 import pytest
 
+import jaxft
 from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
 from jaxft.train.evaluate import Score
 from jaxft.train.progress import Progress
+from jaxft.train.record import epilogue
 
 NAN, INF = float("nan"), float("inf")
 EPOCHS = "epochs done"  # that the stage has no further epoch
@@ -28,6 +33,8 @@ def follow(stage, start, values, field, *, length=None, reductions=()):
     return progress
 
 
+from_start = partial(EarlyStop, baseline="start")
+
 CASES = [  # until, field, its value at the start and after each epoch -> best epoch, why it ended
     # Without a rule of its own a stage goes by accuracy, to its last epoch.
     (None, "accuracy", 0.5, [0.6, 0.7, 0.65], 2, EPOCHS),
@@ -36,36 +43,44 @@ CASES = [  # until, field, its value at the start and after each epoch -> best e
     (None, "accuracy", 0.7, [0.7], 0, ""),
     (None, "accuracy", NAN, [NAN, 0.1, NAN], 2, EPOCHS),
     # patience: waited >= patience, strictly better starts anew
-    (EarlyStop(patience=2), "accuracy", 0.5, [0.6, 0.6, 0.5], 1, f"{WAITED} 2 epochs"),
-    (EarlyStop(patience=2), "accuracy", 0.5, [0.4, 0.6, 0.5], 2, EPOCHS),
-    (EarlyStop(patience=1), "accuracy", 0.5, [0.5], 0, f"accuracy {WAITED} 1 epoch"),
-    (EarlyStop(patience=1), "accuracy", 0.5, [NAN], 0, f"{WAITED} 1 epoch"),
-    (EarlyStop(patience=1), "accuracy", NAN, [NAN], 0, f"{WAITED} 1 epoch"),
-    (EarlyStop("top5", patience=1), "top5", 0.5, [0.6, 0.5], 1, f"top5 {WAITED} 1 epoch"),
-    (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.9], 1, f"loss {WAITED} 2 epochs"),
-    (EarlyStop("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, EPOCHS),
-    (EarlyStop("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
-    (EarlyStop("loss", patience=2), "loss", INF, [3.0, INF, INF], 1, f"{WAITED} 2 epochs"),
+    (from_start(patience=2), "accuracy", 0.5, [0.6, 0.6, 0.5], 1, f"{WAITED} 2 epochs"),
+    (from_start(patience=2), "accuracy", 0.5, [0.4, 0.6, 0.5], 2, EPOCHS),
+    (from_start(patience=1), "accuracy", 0.5, [0.5], 0, f"accuracy {WAITED} 1 epoch"),
+    (from_start(patience=1), "accuracy", 0.5, [NAN], 0, f"{WAITED} 1 epoch"),
+    (from_start(patience=1), "accuracy", NAN, [NAN], 0, f"{WAITED} 1 epoch"),
+    (from_start("top5", patience=1), "top5", 0.5, [0.6, 0.5], 1, f"top5 {WAITED} 1 epoch"),
+    (from_start("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.9], 1, f"loss {WAITED} 2 epochs"),
+    (from_start("loss", patience=2), "loss", 1.0, [0.9, 0.95, 0.8], 3, EPOCHS),
+    (from_start("loss", patience=3), "loss", NAN, [2.0, NAN], 1, ""),
+    (from_start("loss", patience=2), "loss", INF, [3.0, INF, INF], 1, f"{WAITED} 2 epochs"),
     # from nothing, anything clears the bar, whatever the margin
-    (EarlyStop(patience=1, min_delta=0.5), "accuracy", NAN, [0.1, 0.2], 2, f"{MARGIN} 0.5 for 1"),
-    (EarlyStop("loss", patience=1, min_delta=0.5), "loss", INF, [3.0, 2.4], 2, ""),
+    (from_start(patience=1, min_delta=0.5), "accuracy", NAN, [0.1, 0.2], 2, f"{MARGIN} 0.5 for 1"),
+    (from_start("loss", patience=1, min_delta=0.5), "loss", INF, [3.0, 2.4], 2, ""),
     # mode: whatever the monitor
-    (EarlyStop("loss", patience=1, mode="max"), "loss", 1.0, [1.1, 1.0], 1, f"{WAITED} 1 epoch"),
-    (EarlyStop(patience=1, mode="min"), "accuracy", 0.5, [0.4, 0.4], 1, f"{WAITED} 1 epoch"),
+    (from_start("loss", patience=1, mode="max"), "loss", 1.0, [1.1, 1.0], 1, f"{WAITED} 1 epoch"),
+    (from_start(patience=1, mode="min"), "accuracy", 0.5, [0.4, 0.4], 1, f"{WAITED} 1 epoch"),
     # min_delta: more than that; the bar stays where it was last cleared, the best does not
-    (EarlyStop(patience=2, min_delta=0.25), "accuracy", 0.0, [0.25, 0.5, 0.5], 2, EPOCHS),
-    (EarlyStop(patience=2, min_delta=0.25), "accuracy", 0.0, [0.125, 0.25], 2, MARGIN),
-    (EarlyStop("loss", patience=1, min_delta=0.5), "loss", 2.0, [1.25, 0.5, 0.25], 3, MARGIN),
+    (from_start(patience=2, min_delta=0.25), "accuracy", 0.0, [0.25, 0.5, 0.5], 2, EPOCHS),
+    (from_start(patience=2, min_delta=0.25), "accuracy", 0.0, [0.125, 0.25], 2, MARGIN),
+    (from_start("loss", patience=1, min_delta=0.5), "loss", 2.0, [1.25, 0.5, 0.25], 3, MARGIN),
     # min_epochs: not before, and the wait goes on counting
-    (EarlyStop(patience=1, min_epochs=3), "accuracy", 0.5, [0.4, 0.4], 0, ""),
-    (EarlyStop(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, f"{WAITED} 2 epochs"),
-    (EarlyStop(patience=3, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, ""),
-    (EarlyStop(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.6], 2, ""),
-    (EarlyStop(patience=1, min_epochs=9), "accuracy", 0.5, [0.4, 0.4, 0.4], 0, EPOCHS),
+    (from_start(patience=1, min_epochs=3), "accuracy", 0.5, [0.4, 0.4], 0, ""),
+    (from_start(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, f"{WAITED} 2 epochs"),
+    (from_start(patience=3, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, ""),
+    (from_start(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.6], 2, ""),
+    (from_start(patience=1, min_epochs=9), "accuracy", 0.5, [0.4, 0.4, 0.4], 0, EPOCHS),
     # the best is by what is monitored, and of a Plateau by accuracy as without a rule
-    (EarlyStop(patience=2), "loss", 1.0, [0.9, 0.8], 0, f"accuracy {WAITED} 2 epochs"),
+    (from_start(patience=2), "loss", 1.0, [0.9, 0.8], 0, f"accuracy {WAITED} 2 epochs"),
     (Plateau(), "accuracy", 0.5, [0.6, 0.4], 1, ""),
     (Plateau(), "loss", 1.0, [0.5, 0.4, 0.3], 0, EPOCHS),
+    # By default the first epoch improves on nothing, and the start may still be the best.
+    (EarlyStop(patience=1), "accuracy", 0.9, [0.5, 0.6], 0, ""),
+    (EarlyStop(patience=1), "accuracy", 0.9, [0.5, 0.5], 0, f"accuracy {WAITED} 1 epoch"),
+    (EarlyStop(patience=2), "accuracy", 0.9, [0.5, 0.4, 0.6], 0, EPOCHS),
+    (EarlyStop(patience=1, min_delta=0.5), "accuracy", 0.0, [0.1, 0.2], 2, f"{MARGIN} 0.5 for 1"),
+    (EarlyStop("loss", patience=1), "loss", 0.1, [2.0, 1.0], 0, ""),
+    (EarlyStop("loss", patience=2), "loss", 0.1, [NAN, 2.0, 1.0], 0, EPOCHS),
+    (EarlyStop("loss", patience=1), "loss", 0.1, [NAN], 0, f"loss {WAITED} 1 epoch"),
 ]  # fmt: skip
 
 
@@ -83,9 +98,95 @@ def test_stage_end(until, field, start, values, best_epoch, ended):
     assert repr(Progress.from_fields(fields)) == repr(progress)
 
 
+def score(**values):
+    return Score(**{"loss": 0.5, "accuracy": 0.5, "top5": 0.5, **values})
+
+
+@pytest.mark.parametrize(
+    ("fields", "best_epoch", "ended"),
+    [
+        ({"monitor": "loss"}, 2, ""),  # best by loss, never stop
+        ({"monitor": "loss", "until": EarlyStop(patience=2)}, 2, f"accuracy {WAITED} 2 epochs"),
+        ({"monitor": "accuracy", "until": EarlyStop("loss", patience=1)}, 1, "loss has not"),
+        ({"monitor": "top5"}, 0, ""),
+        ({"monitor": "loss", "until": EarlyStop("loss", mode="max")}, 3, ""),
+        ({"until": EarlyStop("loss")}, 2, ""),
+        ({}, 1, ""),
+    ],
+    ids=str,
+)
+def test_monitor_of_the_best_epoch_and_of_stopping(fields, best_epoch, ended):
+    stage = Stage("x", {"*": 1.0}, epochs=9, **fields)
+    progress = Progress.at_start(0, 0, score())
+    for accuracy, loss in ((0.6, 0.4), (0.55, 0.3), (0.5, 0.9)):
+        progress = progress.after_epoch(stage, score(accuracy=accuracy, loss=loss))
+    assert progress.best_epoch == best_epoch
+    assert ended in progress.ended
+    assert bool(ended) == bool(progress.ended)
+
+
+def torch_loop(values, patience, min_delta, mode):
+    """The epoch after which torch's usual loop, Lightning and Keras stop, or None."""
+    best, waited = math.inf if mode == "min" else -math.inf, 0
+    for epoch, value in enumerate(values, 1):
+        if value < best - min_delta if mode == "min" else value > best + min_delta:
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return epoch
+    return None
+
+
+def test_early_stopping_counts_as_torch_loops_do():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.125]))
+        monitor, mode = [("accuracy", "max"), ("loss", "min")][rng.integers(2)]
+        until = EarlyStop(monitor, patience=patience, min_delta=min_delta)
+        stage = Stage("x", {"*": 1.0}, epochs=12, until=until)
+        start, *values = (rng.integers(0, 9, 13) / 8).tolist()
+        progress = Progress.at_start(0, 0, score(**{monitor: start}))
+        for value in values:
+            if not progress.ended:
+                progress = progress.after_epoch(stage, score(**{monitor: value}))
+        stopped = progress.epoch if progress.ended else None
+        assert stopped == torch_loop(values, patience, min_delta, mode)
+
+
+@pytest.mark.parametrize(
+    ("fields", "epochs", "keep", "sentence"),
+    [
+        ({}, (0.7, 0.6), False, "Epoch 1 was its best by accuracy and goes on (accuracy 0.7000)."),
+        (
+            {"monitor": "loss"},
+            (0.7, 0.6),
+            False,
+            "No epoch improved on the loss of its start, which goes on (loss 0.5000, "
+            "accuracy 0.5000).",
+        ),
+        ({}, (0.7, 0.6), True, "So does the optimizer state as it was after epoch 1 "),
+        ({}, (0.4, 0.3), True, "So does the optimizer state as it was at its start "),
+        ({}, (0.6, 0.7), True, "Epoch 2 was its best by accuracy and goes on (accuracy 0.7000)."),
+        ({"hand_on": "last"}, (0.7, 0.6), True, "Its last epoch goes on (accuracy 0.6000)."),
+    ],
+    ids=str,
+)
+def test_closing_line_names_the_metric_and_the_optimizer_state(fields, epochs, keep, sentence):
+    params = {"fc": np.ones(2)}
+    (plan,) = jaxft.plan([Stage("x", {"fc": 1.0}, epochs=2, **fields)], params)
+    progress = Progress.at_start(0, 0, score())
+    for epoch, accuracy in enumerate(epochs, 1):
+        done = "done" if epoch == 2 else ""
+        progress = progress.after_epoch(plan.stage, score(accuracy=accuracy), done=done)
+    said = epilogue(plan, progress, keep=keep)
+    assert sentence in said
+    assert ("optimizer" in said) == ("optimizer" in sentence)
+
+
 def test_a_sentence_names_the_margin():
     stage = Stage("x", {"*": 1.0}, epochs=3, until=EarlyStop(patience=1, min_delta=0.25))
-    ended = follow(stage, 0.5, [0.5], "accuracy").ended
+    ended = follow(stage, 0.5, [0.5, 0.5], "accuracy").ended
     assert ended == "accuracy has not improved by more than 0.25 for 1 epoch"
 
 
