@@ -10,6 +10,7 @@ from jaxft.endings import EarlyStop, Plateau
 from jaxft.errors import (
     CheckpointError,
     DataError,
+    InterruptedRunError,
     JaxftError,
     LabelError,
     ModelError,
@@ -67,6 +68,7 @@ __all__ = [  # in the order in which one meets them
     "DataError",
     "CheckpointError",
     "NonFiniteError",
+    "InterruptedRunError",
     "ParallelError",
     "gradients",
     "methods",

@@ -1,11 +1,59 @@
-"""A recipe's fields as options on the command line, for all scripts alike."""
+"""The command line of all scripts: a recipe's fields as options, and an end in one line."""
 
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
+from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
 from jaxft.recipe import Recipe, read
+
+# 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's `main`; its errors, SIGTERM and SIGINT end the program with one line."""
+    came = signal.SIGINT
+
+    def stop(number: int, _: object) -> None:
+        nonlocal came
+        came = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    for number in EXIT_CODES:
+        signal.signal(number, stop)
+    try:
+        main(sys.argv[1:])
+    except InterruptedRunError as stopped:
+        leave(f"\n{stopped}", EXIT_CODES[signal.Signals(stopped.signal)])
+    except (JaxftError, OSError) as error:
+        leave(f"{type(error).__name__}: {error}", 1)
+    except KeyboardInterrupt:
+        leave(f"\n{came.name} came, and ended it early.", EXIT_CODES[came])
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)  # all is done
+
+
+def check_folder(folder: Path) -> None:
+    """Raises RecipeError unless a program may write into a folder, which need not exist yet."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise RecipeError(f"{nearest} is a file; {folder} must be a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RecipeError(f"{nearest} cannot be written; choose another place than {folder}.")
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """Ends the program with a message on stderr, without waiting for any thread."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def read_with(path: str | os.PathLike[str], options: Sequence[str]) -> Recipe:

@@ -39,3 +39,15 @@ class ParallelError(JaxftError):
 
 class NonFiniteError(JaxftError):
     """A loss or a gradient has become infinite or NaN."""
+
+
+class InterruptedRunError(JaxftError):
+    """A signal has ended a run, which had nothing to lose or has saved its position.
+
+    Attributes:
+      signal: the number of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number

@@ -8,17 +8,20 @@ OUT: a .safetensors file with torchvision's names and layouts, or else a folder,
 NAME: the network, such as resnet50; every tensor must fit it, and nothing may be left over.
 """
 
+if __name__ == "__main__":
+    import stop_at_once  # noqa: F401, before what takes seconds to import
+
 import argparse
-import sys
 from pathlib import Path
 
 import jax
 
-from jaxft import JaxftError, models, weights
+from jaxft import WeightsError, models, weights
+from jaxft.command_line import check_folder, run
 from jaxft.weights.orbax import save_weights
 
 
-def main() -> None:
+def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,29 +30,27 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="NAME")
     parser.add_argument("--stride-in-1x1", action="store_true")
     parser.add_argument("--concat-pool", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.out.exists():
-        sys.exit(f"{arguments.out} exists; choose another OUT, or delete it.")
+        raise WeightsError(f"{arguments.out} exists; choose another OUT, or delete it.")
     if arguments.out.suffix in (".pth", ".pt", ".th", ".bin", ".ckpt"):
-        sys.exit(f"{arguments.out}: torch reads .safetensors too; name OUT so, or give a folder.")
-    try:
-        source = weights.read(arguments.source)
-        model = models.create(
-            arguments.model,
-            num_classes=source.num_classes or 1000,
-            stride_in_1x1=arguments.stride_in_1x1,
-            concat_pool=arguments.concat_pool,
+        raise WeightsError(
+            f"{arguments.out}: torch reads .safetensors too; name OUT so, or give a folder."
         )
-        params, stats = weights.load(source, model)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        if arguments.out.suffix == ".safetensors":
-            weights.save(arguments.out, model, params, stats)
-        else:
-            save_weights(arguments.out, params, stats)
-    except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    check_folder(arguments.out.parent)
+    source = weights.read(arguments.source)
+    model = models.create(
+        arguments.model,
+        num_classes=source.num_classes or 1000,
+        stride_in_1x1=arguments.stride_in_1x1,
+        concat_pool=arguments.concat_pool,
+    )
+    params, stats = weights.load(source, model)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.out.suffix == ".safetensors":
+        weights.save(arguments.out, model, params, stats)
+    else:
+        save_weights(arguments.out, params, stats)
     for remark in source.remarks:
         print(remark)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

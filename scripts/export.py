@@ -9,31 +9,31 @@ DIR (default: WORKDIR) then holds
     model.jaxexport    the evaluation as a program: jax.export.deserialize(...).call(images)
 """
 
+if __name__ == "__main__":
+    import stop_at_once  # noqa: F401, before what takes seconds to import
+
 import argparse
-import sys
 from pathlib import Path
 
-from jaxft import JaxftError
+from jaxft.command_line import check_folder, run
 from jaxft.train.export import export
 from jaxft.weights.export import PLATFORMS
 
 
-def main() -> None:
+def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
-    arguments = parser.parse_args()
-    try:
-        path, score = export(arguments.workdir, arguments.out, platforms=tuple(arguments.platforms))
-    except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    arguments = parser.parse_args(given)
+    check_folder(arguments.out or arguments.workdir)
+    path, score = export(arguments.workdir, arguments.out, platforms=tuple(arguments.platforms))
     print(f"Validation accuracy {score.accuracy:.4f}, loss {score.loss:.4f}")
     print(f"Weights  {path} (torch's names; model.json beside it)")
     print(f"Program  {path.with_name('model.jaxexport')} ({', '.join(arguments.platforms)})")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

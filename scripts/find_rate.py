@@ -9,12 +9,14 @@ together, the highest of them over the given range. Nothing is kept but DIR/curv
 DIR/rates.png.
 """
 
+if __name__ == "__main__":
+    import stop_at_once  # noqa: F401, before what takes seconds to import
+
 import argparse
-import sys
 from pathlib import Path
 
-from jaxft import JaxftError, Recipe
-from jaxft.command_line import read_with
+from jaxft import Recipe
+from jaxft.command_line import check_folder, read_with, run
 from jaxft.report.range_test import draw, rate_table, write_curve
 from jaxft.train.compilation import keep_programs
 from jaxft.train.range_test import highest, ramp, range_test
@@ -35,10 +37,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=100, help="at most; default: 100")
     known, options = parser.parse_known_args(arguments)
     keep_programs()
-    try:
-        find(read_with(known.config, options), known)
-    except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    check_folder(known.out)
+    find(read_with(known.config, options), known)
 
 
 def find(recipe: Recipe, known: argparse.Namespace) -> None:
@@ -63,4 +63,4 @@ def find(recipe: Recipe, known: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -6,22 +6,33 @@ CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlie
 `CONFIG --help` it shows its fields. DIR may lie in a bucket (gs://...).
 
 SIGTERM, or Ctrl-C, has the run save where it is and end, with exit code 75 (or 130); the same
-command goes on. Ctrl-C twice ends it at once.
+command goes on. Before training either ends it at once, and so does Ctrl-C twice.
 """
 
 import argparse
 import os
 import signal
 import sys
-from typing import NoReturn
-
-from jaxft import JaxftError, finetune, parallel, processes
-from jaxft.command_line import read_with
-from jaxft.train.compilation import keep_programs
-from jaxft.train.interruption import InterruptedRunError
 
 # 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+def stop(number: int, _: object) -> None:
+    message = f"{signal.Signals(number).name} came before training; the same command starts it"
+    os.write(2, f"\n{message}, or goes on.\n".encode())
+    os._exit(EXIT_CODES[number])
+
+
+if __name__ == "__main__":
+    for number in EXIT_CODES:  # before the imports below, which take seconds
+        signal.signal(number, stop)
+
+from typing import NoReturn
+
+from jaxft import InterruptedRunError, JaxftError, finetune, parallel, processes
+from jaxft.command_line import read_with
+from jaxft.train.compilation import keep_programs
 
 
 def main(arguments: list[str]) -> None:
@@ -57,6 +68,9 @@ def main(arguments: list[str]) -> None:
         leave(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
         leave("\nInterrupted. The same command goes on from the last checkpoint.", 130)
+    for number in EXIT_CODES:
+        if signal.getsignal(number) is stop:
+            signal.signal(number, signal.SIG_IGN)  # all is done
     processes.barrier("end")  # or the first to end would take the others along
     if not processes.is_first():
         return

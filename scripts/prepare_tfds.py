@@ -6,11 +6,13 @@ FOLDER holds FOLDER/<split>/<class>/ with a split named train, or just FOLDER/<c
 becomes one split named train. The images' own bytes are kept. Needs no TensorFlow.
 """
 
+if __name__ == "__main__":
+    import stop_at_once  # noqa: F401, before what takes seconds to import
+
 import argparse
-import sys
 from pathlib import Path
 
-from jaxft import JaxftError
+from jaxft.command_line import check_folder, run
 from jaxft.data import folder, folder_builder
 from jaxft.data.readable import checked
 
@@ -24,13 +26,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--name", default="images", help="of the data set (default: images)")
     parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error")
     options = parser.parse_args(arguments)
-    try:
-        collection = folder.find(options.folder)
-        found = collection.read(collection.splits)
-        splits, remarks = checked(found, options.on_bad_image)
-        folder_builder.write(splits, options.out, options.name)
-    except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    check_folder(options.out.parent)
+    collection = folder.find(options.folder)
+    found = collection.read(collection.splits)
+    splits, remarks = checked(found, options.on_bad_image)
+    folder_builder.write(splits, options.out, options.name)
     for remark in (*(text for files in found.values() for text in files.remarks), *remarks):
         print(remark)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in splits.items())
@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

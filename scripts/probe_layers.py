@@ -9,11 +9,13 @@ gradient to all of its weights. A large one says that a small relative change of
 the loss much, not that the block is the best to train alone.
 """
 
-import argparse
-import sys
+if __name__ == "__main__":
+    import stop_at_once  # noqa: F401, before what takes seconds to import
 
-from jaxft import JaxftError, Stage
-from jaxft.command_line import read_with
+import argparse
+
+from jaxft import Stage
+from jaxft.command_line import read_with, run
 from jaxft.report.blocks import block_table
 from jaxft.report.console import Console
 from jaxft.train.compilation import keep_programs
@@ -31,12 +33,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config", metavar="CONFIG")
     known, options = parser.parse_known_args(arguments)
     keep_programs()
-    try:
-        recipe = read_with(known.config, options)
-        tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="E"))
-        norms = block_norms(tried)
-    except (JaxftError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    recipe = read_with(known.config, options)
+    tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="E"))
+    norms = block_norms(tried)
     console = Console()
     origin = recipe.weights or "random weights"
     console.say(
@@ -62,4 +61,4 @@ def verdict(norms: dict[str, float], *, fitted: bool) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

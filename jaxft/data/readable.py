@@ -129,14 +129,23 @@ def _without(source: S, bad: dict[int, str]) -> S:
 def _problems(source: Source) -> dict[int, str]:
     if not isinstance(source, Checkable):
         return {}
-    check = source.problem
+    check, stopped = source.problem, threading.Event()
 
     def among(indices: range) -> dict[int, str]:
-        return {k: problem for k in indices if (problem := check(k)) is not None}
+        found = {}
+        for k in indices:
+            if stopped.is_set():
+                break
+            if (problem := check(k)) is not None:
+                found[k] = problem
+        return found
 
     # One task a thread, each with a slice of the images: a future an image would cost more than
     # the list of images itself.
     threads = min(32, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(among, [range(k, len(source), threads) for k in range(threads)])
-        return {index: problem for part in found for index, problem in part.items()}
+        try:
+            return {index: problem for part in found for index, problem in part.items()}
+        finally:
+            stopped.set()  # a signal ends the wait above, and the pool waits for its threads

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves where it is, and says so."""
+"""SIGTERM and SIGINT: before training they end a run at once, later once its step is saved."""
 
 import signal
 import threading
@@ -6,28 +6,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jaxft.errors import JaxftError
-
-
-class InterruptedRunError(JaxftError):
-    """A run was asked to stop and has saved its position; `signal` is who asked."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
+from jaxft.errors import InterruptedRunError
 
 
 class Interruption:
-    """Whether the run has been asked to stop."""
+    """Whether a signal has asked the run to stop.
+
+    Attributes:
+      signal: the number of that signal; None while there is none.
+      waits: whether the run ends itself, when it has saved its step. Until then a signal raises
+        KeyboardInterrupt where the program is.
+      resumes: whether the workdir holds a checkpoint to go on from.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.waits = False
+        self.resumes = False
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
-        """As a signal handler. A second SIGINT does not wait for anything."""
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
+        """Handles a signal. A second SIGINT does not wait for anything."""
+        again = self.signal is not None
         self.signal = number
+        if not self.waits or (again and number == signal.SIGINT):
+            raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """Lets a signal wait from here on until the run looks for it and has saved its step."""
+        self.waits = True
+        if self.signal is not None:  # what it raised has been caught on the way
+            raise self.before_training()
+
+    def before_training(self) -> InterruptedRunError:
+        """Returns the error of a run that has nothing to save."""
+        next_start = "goes on" if self.resumes else "starts over"
+        return self.error(f"came before training; the same command {next_start}")
+
+    def error(self, what: str) -> InterruptedRunError:
+        """Returns the error that says of the signal what became of it."""
+        number = self.signal or signal.SIGTERM  # or it reached another process
+        return InterruptedRunError(f"{signal.Signals(number).name} {what}.", number)
 
 
 @contextmanager
@@ -35,15 +53,28 @@ def interruptible() -> Iterator[Interruption]:
     """Catches SIGTERM, which machines get that are about to be taken away, and SIGINT, Ctrl-C.
 
     Signals reach Python's main thread alone: in any other, nothing is caught.
+
+    Raises InterruptedRunError for a signal before `Interruption.wait`, and for one that comes
+    after the run has last looked for it.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, interruption.ask) for number in numbers}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for number in before:
+            signal.signal(number, interruption.ask)
         yield interruption
+    except BaseException as error:
+        if interruption.waits or interruption.signal is None:
+            raise
+        # Also an error that something on the way has made of the KeyboardInterrupt.
+        cause = None if isinstance(error, KeyboardInterrupt) else error
+        raise interruption.before_training() from cause
     finally:
+        interruption.waits = True
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
+    if interruption.signal is not None:
+        raise interruption.error("came when all was trained; the same command hands it back")

@@ -71,8 +71,9 @@ def finetune(
 ) -> Result:
     """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
 
-    A run killed at any moment and called again ends bit-identically to one that was not. SIGTERM,
-    or one SIGINT, has it save where it is and end.
+    A run killed at any moment and called again ends bit-identically to one that was not. SIGTERM
+    or one SIGINT has it save where it is and end; before training they end it at once. Their
+    handlers are those of before when this returns or raises.
 
     data: images to use instead of those that the recipe names, such as `jaxft.data.arrays(...)`;
       `recipe.data` is then no more than their name, in what is printed and saved.
@@ -90,12 +91,30 @@ def finetune(
       InterruptedRunError: a signal has ended it.
       NonFiniteError: the loss has become NaN or infinite.
     """
+    with interruptible() as interruption:
+        return _open_and_run(
+            recipe, workdir, data, model, start, fork_from, stage, console, interruption
+        )
+
+
+def _open_and_run(
+    recipe: Recipe,
+    workdir: str | os.PathLike[str],
+    data: Source | Splits | None,
+    model: models.Model | None,
+    start: Start | None,
+    fork_from: str | os.PathLike[str] | None,
+    stage: str | None,
+    console: Console | None,
+    interruption: Interruption,
+) -> Result:
     recipe, folder = resolve(recipe), atomic.anywhere(workdir)
     console = console or Console(quiet=not is_first())
     if stage is not None and fork_from is None:
         raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
     check_network(recipe, model)
     begun, source, forked = saved(folder), None, None
+    interruption.resumes = begun is not None
     if begun:
         recipe = recipe.expecting(begun.preprocessing)
     elif fork_from is not None:
@@ -136,15 +155,15 @@ def finetune(
     console.row(_prologue(recipe, splits, start[0], origin))
     for remark in (*splits.remarks, *(source.remarks if source else ()), *remarks):
         console.say(remark)
-    with interruptible() as interruption:
-        result = _run(programs, splits, start, forked, recipe, folder, console, interruption)
-        if recipe.from_scratch:
-            console.row("\nFor comparison, the same network from random weights:")
-            beside = folder / "from_scratch"
-            start = shapes(model) if saved(beside) else drawn(scratch, model, None)
-            console.row(_prologue(scratch, splits, start[0], "random weights"))
-            other = _run(compared, splits, start, None, scratch, beside, console, interruption)
-            result = dataclasses.replace(result, from_scratch=other.score)
+    interruption.wait()
+    result = _run(programs, splits, start, forked, recipe, folder, console, interruption)
+    if recipe.from_scratch:
+        console.row("\nFor comparison, the same network from random weights:")
+        beside = folder / "from_scratch"
+        start = shapes(model) if saved(beside) else drawn(scratch, model, None)
+        console.row(_prologue(scratch, splits, start[0], "random weights"))
+        other = _run(compared, splits, start, None, scratch, beside, console, interruption)
+        result = dataclasses.replace(result, from_scratch=other.score)
     return result
 
 
@@ -183,6 +202,8 @@ def _run(
             interruption, anchor, kept, seen,
         )  # fmt: skip
         progress, handed_on = train_stages(run, start, forked)
+        if run.stop_asked():
+            raise run.stopped()
         score = progress.handed_on(programs[-1].plan.stage)
         trees = devices.host((handed_on.params, handed_on.stats))
         exported = workdir / "model.safetensors"

@@ -1,6 +1,5 @@
 """A run: what stays the same from its first stage to its last."""
 
-import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
+from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.parallel import Devices
 from jaxft.processes import agree
@@ -23,7 +23,7 @@ from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.evaluate import Score, score
 from jaxft.train.execution import sent
-from jaxft.train.interruption import InterruptedRunError, Interruption
+from jaxft.train.interruption import Interruption
 from jaxft.train.kept import Inputs, Kept
 from jaxft.train.program import Program
 from jaxft.train.step import Tally
@@ -132,9 +132,4 @@ class Run:
         """The error of a run that has been asked to stop, and has nothing to save."""
         saved = self.checkpoints.latest_step()
         where = f"step {saved} is saved" if saved else "nothing has been trained yet"
-        number = self.interruption.signal or signal.SIGTERM  # or it reached another process
-        return InterruptedRunError(
-            f"{signal.Signals(number).name} came, and {where}. The same command goes on from "
-            "there.",
-            number,
-        )
+        return self.interruption.error(f"came, and {where}. The same command goes on from there")

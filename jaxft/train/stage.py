@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +16,6 @@ from jaxft.errors import NonFiniteError
 from jaxft.processes import agree
 from jaxft.stages import Stage
 from jaxft.train.execution import apart, sent
-from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.kept import Inputs
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
@@ -197,11 +195,9 @@ def _stop(run: Run, program: Program, position: Position) -> Never:
     step = position.progress.step
     if run.checkpoints.latest_step() != step:
         _save(run, program, position)
-    number = run.interruption.signal or signal.SIGTERM  # or it reached another process
-    raise InterruptedRunError(
-        f"{signal.Signals(number).name} came in stage {program.plan.stage.name!r}, and step {step} "
-        "is saved. The same command goes on from there.",
-        number,
+    raise run.interruption.error(
+        f"came in stage {program.plan.stage.name!r}, and step {step} is saved. The same command "
+        "goes on from there"
     )
 
 

@@ -10,10 +10,9 @@ import signal
 import pytest
 from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, rows, run_until
 
-from jaxft import Anchor
+from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint import Checkpoints
 from jaxft.train.evaluate import Score
-from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
