@@ -6,7 +6,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from jaxft.choices import Augment
 from jaxft.data import color, policies, transforms
+from jaxft.data.protocol import Source, pixel_type
+from jaxft.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,30 @@ VIEWS: dict[str, View] = {
     "trivialaugment": View(frame="box", mirror=0.5, policy=policies.TrivialAugmentWide()),
 }
 """What each name of `Augment` stands for."""
+
+
+def view_of(augment: Augment | View) -> View:
+    """Returns the view, or that of the name; DataError if there is none."""
+    view = augment if isinstance(augment, View) else VIEWS.get(augment)
+    if view is None:
+        raise DataError(f"unknown augment '{augment}': use one of {', '.join(VIEWS)}.")
+    return view
+
+
+def check_view(source: Source, augment: Augment | View) -> None:
+    """Checks that a view can be made of the source's images.
+
+    Raises:
+      DataError: it is unknown; or it changes colours, and the images are normalised floats.
+    """
+    view = view_of(augment)
+    if pixel_type(source) != np.uint8 and (view.jitter or view.policy):
+        plain = [name for name, each in VIEWS.items() if not (each.jitter or each.policy)]
+        raise DataError(
+            f"augment={augment if isinstance(augment, str) else 'View(...)'} changes colours of "
+            f"0..255, and these images are normalised floats: use one of {', '.join(plain)}, or "
+            "give the images as uint8."
+        )
 
 
 def vary(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:

@@ -7,16 +7,16 @@ checkpoint needs to store only its position.
 
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.choices import Augment
-from jaxft.data.augment import View
+from jaxft.data.augment import View, check_view
 from jaxft.data.balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
-from jaxft.data.protocol import Source
+from jaxft.data.protocol import Source, pixel_type
 from jaxft.errors import DataError
 
 # The last word of the seed of an augmentation. It must not be 0: to NumPy's SeedSequence,
@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     """NumPy arrays of one batch; rows where `mask` is False are padding (zeros)."""
 
     image: np.ndarray
-    """uint8 [b h w 3], not yet normalised; or what is kept of the images, [b ...]."""
+    """uint8 [b h w 3], not yet normalised, or float32 if the source's are normalised; or what is
+    kept of the images, [b ...]."""
     target: np.ndarray
     """int32 [b]."""
     mask: np.ndarray
@@ -118,8 +119,10 @@ def train_batches(
             return make_view(example, number, *which)
 
         drawn = zip(examples.tolist(), places.tolist(), strict=True)
-        return _assemble([partial(view, *e) for e in drawn], preprocessing.image_size, part)
+        made = [partial(view, *e) for e in drawn]
+        return _assemble(made, preprocessing.image_size, part, pixel_type(source))
 
+    check_view(source, augment)
     make_view = augmented(source, preprocessing, augment, seed=seed, stage=stage)
     numbers = range(first_epoch * steps + first_step, epochs * steps)
     return prefetch(make_batch, numbers, 0 if kept else workers)
@@ -165,7 +168,7 @@ def eval_batches(
         if kept is not None:
             return _taken(kept, source, examples, part)
         views = [partial(view or evaluated, example) for example in examples.tolist()]
-        return _assemble(views, preprocessing.image_size, part)
+        return _assemble(views, preprocessing.image_size, part, pixel_type(source))
 
     steps = range(steps_per_epoch(source, batch_size))
     return prefetch(make_batch, steps, workers if kept is None else 0)
@@ -190,10 +193,13 @@ def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
 
 
 def _assemble(
-    views: Sequence[Callable[[], tuple[np.ndarray, int]]], image_size: int, part: slice
+    views: Sequence[Callable[[], tuple[np.ndarray, int]]],
+    image_size: int,
+    part: slice,
+    dtype: np.dtype[Any],
 ) -> Batch:
     count = part.stop - part.start
-    images = np.zeros((count, image_size, image_size, 3), np.uint8)
+    images = np.zeros((count, image_size, image_size, 3), dtype)
     targets = np.zeros(count, np.int32)
     for row, view in enumerate(views):
         images[row], targets[row] = view()

@@ -1,12 +1,13 @@
 """Decoded images in memory: later epochs are spared the files and the decoder."""
 
 import threading
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from jaxft.data.fingerprint import identity
-from jaxft.data.protocol import Source
+from jaxft.data.protocol import Source, pixel_type
 
 _BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
@@ -39,6 +40,11 @@ class Cached:
     def targets(self) -> np.ndarray:
         """All targets, int32 [n], the source's."""
         return self._source.targets
+
+    @property
+    def pixel_type(self) -> np.dtype[Any]:
+        """The type of the images' values, the source's."""
+        return pixel_type(self._source)
 
     def identity(self, index: int, /) -> str | bytes:
         """Returns what the source knows of the example without decoding it."""

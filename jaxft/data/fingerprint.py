@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.protocol import Source, Splits
+from jaxft.data.protocol import Source, Splits, pixel_type
 
 _SHOWN = 8  # classes named in one line
 
@@ -47,6 +47,7 @@ def record(splits: Splits) -> dict[str, Any]:
     return {
         **{name: len(source) for name, source in both.items()},
         "classes": list(classes),
+        "pixels": pixel_type(splits.train).name,
         "per_class": {
             name: np.bincount(source.targets, minlength=len(classes)).tolist()
             for name, source in both.items()

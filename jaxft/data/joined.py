@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data.fingerprint import identity
-from jaxft.data.protocol import Checkable, Source
+from jaxft.data.protocol import Checkable, Source, pixel_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,11 @@ class Joined:
     def classes(self) -> tuple[str, ...]:
         """The class names."""
         return self.sources[0].classes
+
+    @property
+    def pixel_type(self) -> np.dtype[Any]:
+        """The type of the images' values, that of the first source."""
+        return pixel_type(self.sources[0])
 
     def __len__(self) -> int:
         return len(self.indices)

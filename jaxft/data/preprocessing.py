@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxft.choices import Augment
 from jaxft.data import transforms
-from jaxft.data.augment import VIEWS, View, vary
+from jaxft.data.augment import View, vary, view_of
 from jaxft.errors import DataError
 
 
@@ -47,7 +47,7 @@ class Preprocessing:
 
 
 def eval_view(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """The image as it is evaluated, uint8 [h w 3]: scaled, then cropped centrally.
+    """The image as it is evaluated, [h w 3] of its type: scaled, then cropped centrally.
 
     Raises:
       DataError: `resize_size` is None and the image does not have the input's size.
@@ -61,14 +61,12 @@ def train_view(
     augment: Augment | View,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """A view of the image to train on, uint8 [h w 3], drawn from `rng`.
+    """A view of the image to train on, [h w 3] of its type, drawn from `rng`.
 
     Raises:
       DataError: `augment` is unknown, or as in `eval_view`.
     """
-    view = augment if isinstance(augment, View) else VIEWS.get(augment)
-    if view is None:
-        raise DataError(f"unknown augment '{augment}': use one of {', '.join(VIEWS)}.")
+    view = view_of(augment)
     size = preprocessing.image_size
     if view.frame == "box":
         box = transforms.crop_box(image.height, image.width, rng)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,14 @@ class Checkable(Protocol):
     def problem(self, index: int, /) -> str | None:
         """Where the image lies and why it cannot be read, or None if it can."""
         ...
+
+
+def pixel_type(source: Source) -> np.dtype[Any]:
+    """Returns the type of the images' values: uint8, or that which the source's `pixel_type` names.
+
+    Floats are normalised already: the network takes them as they are.
+    """
+    return np.dtype(getattr(source, "pixel_type", np.uint8))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from jaxft.data.joined import gather
-from jaxft.data.protocol import Collection, Source, Splits
+from jaxft.data.protocol import Collection, Source, Splits, pixel_type
 from jaxft.data.splits import Part, class_orders, indices, parse, shown, tally
 from jaxft.errors import DataError
 
@@ -131,6 +131,11 @@ def _check_sources(name: str, names: tuple[str, ...], sources: tuple[Source, ...
             raise DataError(
                 f"{name}: {names[0]} and {split} must have the same classes in the same order, "
                 f"but have {shown(sources[0].classes)} and {shown(source.classes)}."
+            )
+        if (kind := pixel_type(source)) != (other := pixel_type(sources[0])):
+            raise DataError(
+                f"{name}: the images of {names[0]} are {other} and those of {split} {kind}: give "
+                "both as levels of 0..255, or both normalised."
             )
         if source.targets.min() < 0 or source.targets.max() >= count:
             raise DataError(

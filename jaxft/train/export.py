@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from jaxft import atomic, checkpoint, weights
 from jaxft import recipe as recipes
@@ -27,8 +28,12 @@ def write(
     *,
     classes: Sequence[str],
     score: Score,
+    pixels: str = "uint8",
 ) -> Path:
-    """Writes `model.safetensors` (torch's names) and `model.json`; returns the former."""
+    """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
+
+    pixels: `float32` if the images were normalised already, so that `mean` and `std` do not apply.
+    """
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats)
     description = {
@@ -38,6 +43,7 @@ def write(
         "head_layers": list(recipe.head_layers),
         "binary": recipe.binary,
         "classes": list(classes),
+        "pixels": pixels,
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": dataclasses.asdict(score),
     }
@@ -71,12 +77,14 @@ def export(
         assert step is not None
         fields = kept.progress(step)
     progress, _, of_data = read(fields)
-    classes = of_data["classes"]
+    classes, pixels = of_data["classes"], of_data.get("pixels", "uint8")
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
     model = model or recipe.network(len(classes))
     params, stats = weights.load(kept.path(step), model)
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)
-    program = serialize(model, params, stats, recipe.preprocessing, platforms=platforms)
+    expected = recipe.preprocessing
+    program = serialize(model, params, stats, expected, pixels=pixels, platforms=platforms)
     atomic.write(folder / "model.jaxexport", program)
-    return write(folder, recipe, model, params, stats, classes=classes, score=score), score
+    facts: Any = {"classes": classes, "score": score, "pixels": pixels}
+    return write(folder, recipe, model, params, stats, **facts), score

@@ -209,7 +209,10 @@ def _run(
         exported = workdir / "model.safetensors"
         if is_first():
             classes = splits.train.classes
-            export.write(workdir, recipe, model, *trees, classes=classes, score=score)
+            pixels = programs[0].pixels
+            export.write(
+                workdir, recipe, model, *trees, classes=classes, score=score, pixels=pixels
+            )
     return Result(score, exported, workdir / "checkpoints" / str(progress.step))
 
 

@@ -11,8 +11,10 @@ import optax
 
 from jaxft import data
 from jaxft.data import Batch, Source, steps_per_epoch
+from jaxft.data.augment import check_view
 from jaxft.data.balance import class_weights
-from jaxft.errors import PatternError, RecipeError
+from jaxft.data.protocol import pixel_type
+from jaxft.errors import DataError, PatternError, RecipeError
 from jaxft.gradients import group_norms
 from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
@@ -83,6 +85,7 @@ class Program:
       objective: what its steps minimise.
       steps_per_epoch: batches that hold every training image once.
       prefix: what of the network it leaves as it is.
+      pixels: type of the images' values, uint8 or float32.
     """
 
     index: int
@@ -94,6 +97,7 @@ class Program:
     objective: Objective
     steps_per_epoch: int
     prefix: Prefix = Prefix()
+    pixels: str = "uint8"
 
     @property
     def steps(self) -> int:
@@ -256,7 +260,7 @@ class Program:
         state, frozen = devices.abstract(self.state(shapes))
         params, stats = devices.abstract((shapes.params, shapes.stats))
         side, kept = recipe.preprocessing.image_size, self.prefix
-        images = self._abstract((side, side, 3), np.uint8)
+        images = self._abstract((side, side, 3), self.pixels)
         batch = images
         if kept.row and kept.train:
             batch = self._abstract(kept.row.shape, kept.row.dtype)
@@ -319,6 +323,10 @@ def program(
     """
     stage = plan.stage
     recipe = recipe.during(stage)
+    try:
+        check_view(source, recipe.augment)
+    except DataError as error:
+        raise DataError(f"stage {stage.name!r}: {error}") from error
     if stage.solver:
         check_solvable(plan, model, *shapes, image_size=recipe.preprocessing.image_size)
     try:
@@ -342,4 +350,6 @@ def program(
         cutmix=recipe.cutmix,
     )
     steps = steps_per_epoch(source, recipe.batch_size, drop_last=recipe.drop_last)
-    return Program(index, plan, recipe, model, devices, norms, objective, steps)
+    return Program(
+        index, plan, recipe, model, devices, norms, objective, steps, pixels=pixel_type(source).name
+    )

@@ -16,13 +16,15 @@ def serialize(
     stats: Tree,
     preprocessing: Preprocessing,
     *,
+    pixels: str = "uint8",
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> bytes:
     """The evaluation, from images as they are decoded to logits, compiled for any of `platforms`.
 
     The program takes uint8 images `[b h w 3]`, RGB, resized and cropped to
     `preprocessing.image_size`, normalises them and gives float32 logits `[b k]` with running
-    statistics, for any `b`. The weights are inside. To run it:
+    statistics, for any `b`. With `pixels="float32"` it takes images that are normalised already.
+    The weights are inside. To run it:
 
         program = jax.export.deserialize(path.read_bytes())
         logits = program.call(images)
@@ -35,5 +37,5 @@ def serialize(
 
     (b,) = export.symbolic_shape("b")
     size = preprocessing.image_size
-    images = jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((b, size, size, 3), np.dtype(pixels))
     return bytes(export.export(jax.jit(evaluate), platforms=platforms)(images).serialize())

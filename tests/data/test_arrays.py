@@ -5,7 +5,16 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxft.data import arrays
+from jaxft.data import (
+    Preprocessing,
+    Splits,
+    View,
+    arrays,
+    eval_batches,
+    fingerprint,
+    open_source,
+    train_batches,
+)
 from jaxft.errors import DataError
 
 IMAGES = np.arange(4 * 5 * 6 * 3, dtype=np.uint8).reshape(4, 5, 6, 3)
@@ -34,6 +43,29 @@ MISTAKES = {
     "no images": (IMAGES[:0], TARGETS[:0], "ab", ["[0, 5, 6, 3]: there are none"]),
     "lengths": (IMAGES, TARGETS[:3], "ab", ["4 images but 3 targets"]),
     "one-hot": (IMAGES, np.eye(4), "ab", ["targets are [4, 4]", "targets.argmax(1)"]),
+    "one-hot, bool": (IMAGES, np.eye(2)[TARGETS] > 0, "ab", ["rows: targets.argmax(1)"]),
+    "several classes": (
+        IMAGES,
+        np.array([[0, 1], [1, 1], [0, 0], [1, 0]]),
+        "ab",
+        ["targets are [4, 2], but must be [n]: each image has one class, and these rows have none"],
+    ),
+    "shares": (IMAGES, np.full((4, 2), 0.5), "ab", ["shares of several are not supported"]),
+    "a row": (IMAGES, TARGETS[None], "ab", ["they are one row: targets[0]"]),
+    "three axes": (IMAGES, TARGETS[:, None, None], "ab", ["[4, 1, 1], but must be [n]"]),
+    "ragged": (IMAGES, [[0], [1, 2], [0], [1]], "ab", ["targets must be integers [n]"]),
+    "whole floats": (IMAGES, TARGETS * 1.0, "ab", ["whole numbers: targets.astype(int)"]),
+    "a column of floats": (IMAGES, TARGETS[:, None] * 1.0, "ab", ["targets.astype(int)"]),
+    "fractions": (IMAGES, TARGETS + 0.5, "ab", ["targets are float64", "0.5 is no index"]),
+    "NaN targets": (IMAGES, [0, 1, np.nan, 1], "ab", ["1 are NaN or infinite: leave out images"]),
+    "bool targets": (IMAGES, TARGETS > 0, "ab", ["of False and True: targets.astype(int)"]),
+    "names": (IMAGES, np.array(["a", "b", "b", "a"]), "ab", ["classes.index(name) for name"]),
+    "from 1": (IMAGES, TARGETS + 1, "ab", ["2 targets are outside", "count from 1: targets - 1"]),
+    "integers": (IMAGES.astype(int), TARGETS, "ab", ["int64, but", "fit: images.astype(np.uint8)"]),
+    "16 bits": (IMAGES.astype(np.uint16) + 255, TARGETS, "ab", ["they are 255 to"]),
+    "float levels": (IMAGES * 1.0, TARGETS, "ab", ["0..255: np.rint(images).astype(np.uint8)"]),
+    "standardized": (IMAGES / 255 - 0.5, TARGETS, "ab", ["for the network: values='normalized'"]),
+    "words": (IMAGES.astype(str), TARGETS, "ab", ["but must be uint8 (0..255)"]),
     "float targets": (IMAGES, TARGETS * 1.0, "ab", ["targets are float64", "must be integers"]),
     "out of range": (IMAGES, TARGETS - 1, "ab", ["2 targets are outside of 0..1", "[0] = -1"]),
     "no classes": (IMAGES, TARGETS, [], ["classes names none"]),
@@ -54,3 +86,97 @@ def test_mistake(mistake):
         arrays(images, targets, classes)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_a_column_of_targets_is_taken():  # as keras.datasets has them
+    targets = np.array([[3], [1], [2], [0]], np.uint8)
+    source = arrays(IMAGES, targets, "abcd")
+    assert source.targets.tolist() == [3, 1, 2, 0]
+    assert arrays(IMAGES, targets * 0, "a").targets.tolist() == [0, 0, 0, 0]
+
+
+# Images of floats.
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floats_of_0_to_1_are_the_levels_they_come_from(channels):
+    levels = IMAGES[..., :channels]
+    for dtype in (np.float32, np.float64):
+        source = arrays((levels / 255).astype(dtype), TARGETS, "ab", values="unit")
+        np.testing.assert_array_equal(source.images, levels)
+        assert fingerprint(source) == fingerprint(arrays(levels, TARGETS, "ab"))
+
+
+PREPROCESSING = Preprocessing(image_size=8, resize_size=10)
+
+
+def normalized(images, preprocessing=PREPROCESSING):
+    return np.asarray(preprocessing.normalize(images))
+
+
+def batches(source, augment):
+    if augment is None:
+        found = eval_batches(source, PREPROCESSING, batch_size=3, workers=0)
+    else:
+        found = train_batches(
+            source, PREPROCESSING, augment=augment, batch_size=3, workers=0, seed=0, stage=0,
+            epochs=2,
+        )  # fmt: skip
+    return list(found)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [None, "none", "flip", "crop_flip", View(upend=0.5)])
+def test_normalized_floats_are_viewed_as_levels_are(channels, augment):
+    levels = IMAGES[..., :channels]
+    color = np.repeat(levels, 3 // channels, -1)
+    source = arrays(normalized(color), TARGETS, "ab", values="normalized")
+    for ours, theirs in zip(
+        batches(source, augment), batches(arrays(levels, TARGETS, "ab"), augment), strict=True
+    ):
+        assert ours.image.dtype == np.float32
+        expected = normalized(theirs.image)
+        rounding = 1.5 / 255 / min(PREPROCESSING.std)  # of levels, which are scaled in two passes
+        np.testing.assert_allclose(
+            ours.image[ours.mask], expected[theirs.mask], atol=rounding, rtol=0
+        )
+        np.testing.assert_array_equal(ours.target, theirs.target)
+
+
+def test_a_shift_of_normalized_floats_fills_in_zeros():
+    source = arrays(np.ones((2, 8, 8, 1), np.float16), [0, 1], "ab", values="normalized")
+    shifted = [batch.image[batch.mask] for batch in batches(source, "shift")]
+    assert {*np.unique(shifted)} == {0, 1}
+
+
+@pytest.mark.parametrize("augment", ["jitter", "randaugment", "trivialaugment"])
+def test_colours_of_normalized_floats_are_not_augmented(augment):
+    source = arrays(normalized(IMAGES), TARGETS, "ab", values="normalized")
+    with pytest.raises(DataError, match=f"augment={augment} changes colours.*one of none, crop_fl"):
+        batches(source, augment)
+
+
+def test_normalized_floats_are_split_joined_and_kept_apart_from_levels():
+    source = arrays(normalized(IMAGES), TARGETS, "ab", values="normalized")
+    splits = open_source(Splits(source, source), train="train+val", val="val")
+    assert {batch.image.dtype.name for batch in batches(splits.train, "flip")} == {"float32"}
+    with pytest.raises(DataError, match="of train are float32 and those of val uint8"):
+        open_source(Splits(source, arrays(IMAGES, TARGETS, "ab")))
+
+
+@pytest.mark.parametrize(
+    ("images", "values", "message"),
+    [
+        (IMAGES, "unit", "images are uint8, but values='unit' is for floats"),
+        (IMAGES, "normalized", "images are uint8, but values='normalized' is for floats"),
+        (IMAGES / 128, "unit", r"are 0 to 1\.99\d, but values='unit' is for 0\.\.1"),
+        (IMAGES / 255 - 0.5, "unit", "values='normalized'"),
+        (IMAGES * 1.0, "normalized", "whole numbers of 0 to 255, but values='normalized'"),
+        (NAN, "unit", "values of images are NaN"),
+        (IMAGES / np.float32(0.1) - np.inf, "normalized", "360 values of images are NaN or inf"),
+        (IMAGES / 255, "float", "values 'float' is unknown: use uint8, unit, normalized"),
+    ],
+)
+def test_mistaken_values(images, values, message):
+    with pytest.raises(DataError, match=message):
+        arrays(images, TARGETS, "ab", values=values)

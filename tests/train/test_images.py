@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from jaxft import DataError, Recipe, Stage, data, finetune
 from jaxft.data import prefetch
 from jaxft.report.console import Console
+from jaxft.train.export import export
 
 ROOT = Path(__file__).parents[2]
 ONCE = (Stage("head", {"fc": 1e-2}, epochs=2, hand_on="last"),)
@@ -55,6 +57,42 @@ def from_folder(root, **fields):
 def plain(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
     return workdir, finetune(RECIPE, workdir, console=QUIET)
+
+
+@pytest.mark.parametrize("fields", [{}, {"augment": "none", "steps_per_execution": 2}], ids=str)
+def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
+    recipe = dataclasses.replace(RECIPE, augment="flip", cutmix=1.0, tta="flip", shots=None)
+    recipe = dataclasses.replace(recipe, **fields)
+    levels = [source.take(np.arange(20)) for source in data.open_source("digits:5-9", shots=6)]
+    preprocessing = data.Preprocessing(image_size=8, resize_size=8, mean=(0.5,) * 3, std=(0.2,) * 3)
+    floats = [
+        data.arrays(
+            preprocessing.normalize(source.images), source.targets, source.classes,
+            values="normalized",
+        )
+        for source in levels
+    ]  # fmt: skip
+    scores = []
+    for name, sources in (("levels", levels), ("floats", floats)):
+        given = dataclasses.replace(recipe, mean=preprocessing.mean, std=preprocessing.std)
+        result = finetune(given, tmp_path / name, data=data.Splits(*sources), console=QUIET)
+        scores.append(dataclasses.astuple(result.score))
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "levels"), losses(tmp_path / "floats"), rtol=1e-5)
+    described = json.loads((tmp_path / "floats/model.json").read_text())
+    assert described["pixels"] == "float32"
+    if fields:
+        return
+    _, score = export(tmp_path / "floats", tmp_path / "out", platforms=("cpu",))
+    program = jax.export.deserialize((tmp_path / "out/model.jaxexport").read_bytes())
+    correct = np.argmax(program.call(floats[1].images), 1) == floats[1].targets
+    assert abs(correct.mean() - score.accuracy) < 0.1  # which is of two views
+    (late,) = (dataclasses.replace(stage, augment="jitter") for stage in recipe.stages)
+    with pytest.raises(DataError, match="stage 'head': augment=jitter changes colours"):
+        finetune(
+            dataclasses.replace(recipe, stages=(late,)), tmp_path / "no", data=floats[0],
+            console=QUIET,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
