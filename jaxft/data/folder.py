@@ -129,7 +129,12 @@ def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str
             f"no images in {', '.join(empty)}. Add some (.jpg, .png or another kind that Pillow "
             f"reads) or remove the class from {' and from '.join(names)}; {EXPECTED}"
         )
-    return {name: _files(name, places[name], of_split) for name, of_split in listings.items()}
+    found = {name: _files(name, places[name], of_split) for name, of_split in listings.items()}
+    if root not in places.values() and (beside := images_beside(root)):
+        first = found[names[0]]
+        remark = f"{printable(root)}: {_left_out(beside, 'folders of the splits')}"
+        found[names[0]] = replace(first, remarks=(*first.remarks, remark))
+    return found
 
 
 def _files(name: str, root: Path, listings: Mapping[str, Listing]) -> Files:
@@ -144,18 +149,22 @@ def _files(name: str, root: Path, listings: Mapping[str, Listing]) -> Files:
             f"{_kinds(others)}."
         )
     if beside := images_beside(root):
-        what = "images lie" if len(beside) > 1 else "image lies"
-        left_out = "are left out" if len(beside) > 1 else "is left out"
-        remarks.append(
-            f"{name}: {len(beside):,} {what} beside the class folders, in none of them, and "
-            f"{left_out}: {shown(beside)}."
-        )
+        remarks.append(f"{name}: {_left_out(beside, 'class folders')}")
     return Files(
         root=root,
         classes=tuple(listings),
         files=tuple(chain.from_iterable(listing.images for listing in listings.values())),
         targets=np.repeat(np.arange(len(listings), dtype=np.int32), counts),
         remarks=tuple(remarks),
+    )
+
+
+def _left_out(images: list[str], folders: str) -> str:
+    what = "images lie" if len(images) > 1 else "image lies"
+    left_out = "are left out" if len(images) > 1 else "is left out"
+    return (
+        f"{len(images):,} {what} beside the {folders}, in none of them, and {left_out}: "
+        f"{shown(images)}."
     )
 
 

@@ -1,10 +1,10 @@
 """Which folders of a data set are splits and which are classes, and what is wrong with them."""
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from jaxft.data.class_names import differences, listed
 from jaxft.data.listing import Listing, entries, image_suffixes, is_dead, is_image, printable
 from jaxft.data.splits import shown
 from jaxft.errors import DataError
@@ -97,19 +97,15 @@ def check_names(root: Path, classes: Mapping[str, Mapping[str, Path]]) -> None:
     Raises:
       DataError: they have not, or one has none.
     """
-    for name, found in classes.items():
-        if not found:
+    for name, folders in classes.items():
+        if not folders:
             place = root if len(classes) == 1 and not (root / name).is_dir() else root / name
             raise DataError(
                 f"no class folders in {printable(place)}{_images_instead(place)}; {EXPECTED}"
             )
-    in_all = set.intersection(*map(set, classes.values()))
-    only = {name: [c for c in found if c not in in_all] for name, found in classes.items()}
-    if any(only.values()):
-        sides = " ".join(f"Only in {name}: {_listed(c)}." for name, c in only.items())
+    if found := differences({split: list(names) for split, names in classes.items()}):
         raise DataError(
-            f"{printable(root)}: {' and '.join(classes)} must have the same class folders. {sides}"
-            f"{_alike(only)}"
+            f"{printable(root)}: {' and '.join(classes)} must have the same class folders. {found}"
         )
 
 
@@ -128,18 +124,18 @@ def check_depth(root: Path, listings: Mapping[str, Listing]) -> None:
             and listing.folder in {image.parent.parent for image in listing.images}
         ):
             raise DataError(
-                f"{printable(root)} holds {_listed(listings)}, and {name} holds "
+                f"{printable(root)} holds {listed(list(listings))}, and {name} holds "
                 f"{' and '.join(splits)}: these are splits within classes; {EXPECTED}"
             )
         if splits:
             raise DataError(
-                f"{printable(root)} holds {_listed(listings)}, and {name} holds "
+                f"{printable(root)} holds {listed(list(listings))}, and {name} holds "
                 f"{' and '.join(splits)}: did you mean folder:{place}?"
             )
         if len(listings) == 1 and len(listing.folders) > 1:
             raise DataError(
                 f"{printable(root)} has a single class folder, {name}, which holds no images but "
-                f"the folders {_listed(listing.folders)}. If these are the classes, move them one "
+                f"the folders {listed(listing.folders)}. If these are the classes, move them one "
                 f"folder up, out of {place}; {EXPECTED}"
             )
 
@@ -148,24 +144,9 @@ def _names_a_split(name: str) -> bool:
     return name.casefold() in _SPLITS
 
 
-def _alike(only: Mapping[str, Sequence[str]]) -> str:
-    """A hint at names of two splits that may mean the same class."""
-    pairs = []
-    first, second = [*only, *only][:2]
-    folded = {name.casefold(): name for name in only[second]}
-    for name in only[first]:
-        if near := difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.7):
-            pairs.append(f"{name} ({first}) and {folded[near[0]]} ({second})")
-    return f" Are these the same: {shown(pairs)}? Then rename one of each." if pairs else ""
-
-
 def _images_instead(folder: Path) -> str:
     images = images_beside(folder)
     if not images:
         return ""
     count = f"{len(images):,} images lie" if len(images) > 1 else "an image lies"
     return f", but {count} there outside of any, such as {images[0]}"
-
-
-def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
-    return shown(list(names), 10) if names else "none"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from jaxft.data.class_names import differences
 from jaxft.data.joined import gather
 from jaxft.data.protocol import Collection, Source, Splits, pixel_type
 from jaxft.data.splits import Part, class_orders, indices, parse, shown, tally
@@ -39,12 +40,19 @@ def select(
     _check_sources(collection.name, names, parts.sources)
 
     chosen = parts.of(to_train)
+    remarks = [text for source in parts.sources for text in getattr(source, "remarks", ())]
     whole = parts.of(Part(name, name) for name in own)
     left = np.setdiff1d(whole, chosen)
     if shots is not None:
         # At least one of each class must remain where nothing else could validate.
         leave = 0 if to_validate or len(left) else 1
+        offered = len(chosen)
         chosen = chosen[_shots(parts.gather(chosen), shots, seed, leave)]
+        if to_validate and offered > len(chosen):
+            remarks.append(
+                f"shots={shots} trains on {len(chosen):,} of {offered:,} images; the others are "
+                "left out."
+            )
     elif not to_validate and not len(left):
         chosen = chosen[_of_each(parts.gather(chosen), seed, _four_fifths)]
     held_out = parts.of(to_validate) if to_validate else np.setdiff1d(whole, chosen)
@@ -55,7 +63,6 @@ def select(
         )
 
     splits = Splits(parts.gather(chosen), parts.gather(held_out))
-    remarks = [text for source in parts.sources for text in getattr(source, "remarks", ())]
     if not to_validate:
         rule = f"what train leaves of {' and '.join(own)} validates"
         if shots is None and not len(left):
@@ -128,9 +135,11 @@ def _check_sources(name: str, names: tuple[str, ...], sources: tuple[Source, ...
         if not len(source):
             raise DataError(f"{name}: {split} has no images.")
         if source.classes != sources[0].classes:
+            both = {names[0]: sources[0].classes, split: source.classes}
             raise DataError(
                 f"{name}: {names[0]} and {split} must have the same classes in the same order, "
-                f"but have {shown(sources[0].classes)} and {shown(source.classes)}."
+                f"but have {shown(sources[0].classes)} and {shown(source.classes)}. "
+                f"{differences(both)}"
             )
         if (kind := pixel_type(source)) != (other := pixel_type(sources[0])):
             raise DataError(

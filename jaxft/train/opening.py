@@ -56,7 +56,21 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
             return source
         return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
 
-    return Splits(kept(splits.train), kept(splits.val), splits.remarks)
+    remarks = (*splits.remarks, *_dropped(recipe, len(splits.train)))
+    return Splits(kept(splits.train), kept(splits.val), remarks)
+
+
+def _dropped(recipe: Recipe, images: int) -> list[str]:
+    """Remarks of what `drop_last` leaves out of each epoch, by the stages' batch sizes."""
+    if not recipe.drop_last or recipe.balance == "sampling":
+        return []
+    sizes = dict.fromkeys(recipe.during(stage).batch_size for stage in recipe.stages)
+    return [
+        f"drop_last leaves out {images % size} of {images:,} images in each epoch, other ones each "
+        f"time: they do not fill a batch of {size}."
+        for size in sizes
+        if images % size
+    ]
 
 
 def read_weights(recipe: Recipe, given: Model | None) -> tuple[Weights | None, Recipe]:

@@ -87,12 +87,15 @@ def test_folder_counts_other_files_by_kind_in_one_remark_a_split(root):
     )
 
 
-def test_folder_counts_images_beside_the_classes(root):
-    save(root / "train/stray.png")
+def test_folder_counts_images_beside_classes_and_splits(root):
+    for name in ("train/stray.png", "x.png", "y.png"):
+        save(root / name)
     (root / "train/labels.csv").write_text("a table")
     assert opened(root).remarks == (
         "train: 1 image lies beside the class folders, in none of them, and is left out: "
         "stray.png.",
+        f"{root}: 2 images lie beside the folders of the splits, in none of them, and are left "
+        "out: x.png, y.png.",
     )
 
 

@@ -218,6 +218,12 @@ def test_other_splits_are_read_only_when_named(root):
         open_source(f"folder:{root}", val="test")
 
 
+def test_shots_that_leave_out_images_are_a_remark(root):
+    splits = open_source(f"folder:{root}", shots=2)
+    assert splits.remarks == ("shots=2 trains on 4 of 7 images; the others are left out.",)
+    assert open_source(f"folder:{root}", train="train[3/class]", shots=3).remarks == ()
+
+
 def test_remarks(root):
     splits = open_source(f"folder:{root}", train="train+val[:1]", val="val[:2]")
     assert splits.remarks == (
@@ -508,6 +514,17 @@ def test_mistaken_selection(root, mistake):
     ("make", "message"),
     [
         (lambda a: numbered([1, 1]), "no image is left to validate with"),
+        (
+            lambda a: Splits(a, dataclasses.replace(a, classes=("1", "0"))),
+            "In another order: train has 0, 1. In another order: val has 1, 0.",
+        ),
+        (
+            lambda a: Splits(
+                dataclasses.replace(a, classes=("Cats", "dog")),
+                dataclasses.replace(a, classes=("cat", "dog")),
+            ),
+            r"Only in train: Cats. Only in val: cat. Are these the same: Cats \(train\) and cat \(v",
+        ),
         (lambda a: Splits(a, numbered([2])), "same classes in the same order, but have 0, 1 and 0"),
         (
             lambda a: dataclasses.replace(a, targets=a.targets + 1),

@@ -17,6 +17,7 @@ from jaxft import DataError, Recipe, Stage, data, finetune
 from jaxft.data import prefetch
 from jaxft.report.console import Console
 from jaxft.train.export import export
+from jaxft.train.opening import open_splits
 
 ROOT = Path(__file__).parents[2]
 ONCE = (Stage("head", {"fc": 1e-2}, epochs=2, hand_on="last"),)
@@ -136,6 +137,15 @@ def test_a_cache_changes_nothing(tmp_path):
     bare = finetune(dataclasses.replace(recipe, cache_mib=0), tmp_path / "b", console=QUIET)
     assert kept.weights.read_bytes() == bare.weights.read_bytes()
     assert kept.score == bare.score
+
+
+def test_images_that_drop_last_leaves_out_are_a_remark():
+    recipe = dataclasses.replace(RECIPE, drop_last=True, batch_size=7)
+    assert open_splits(recipe, None).remarks[1:] == (
+        "drop_last leaves out 2 of 30 images in each epoch, other ones each time: they do not fill "
+        "a batch of 7.",
+    )
+    assert len(open_splits(dataclasses.replace(recipe, batch_size=6), None).remarks) == 1
 
 
 def test_drop_last_that_drops_all_is_told_before_there_is_a_folder(tmp_path):
