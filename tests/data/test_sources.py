@@ -523,7 +523,7 @@ def test_mistaken_selection(root, mistake):
                 dataclasses.replace(a, classes=("Cats", "dog")),
                 dataclasses.replace(a, classes=("cat", "dog")),
             ),
-            r"Only in train: Cats. Only in val: cat. Are these the same: Cats \(train\) and cat \(v",
+            r"Only in train: Cats. Only in val: cat. Are these the same: Cats \(train\) and cat",
         ),
         (lambda a: Splits(a, numbered([2])), "same classes in the same order, but have 0, 1 and 0"),
         (
