@@ -19,6 +19,7 @@ from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
 from jaxft.errors import DataError, RecipeError
 from jaxft.models import Model, create
+from jaxft.models.model import OPTIONS
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
 
@@ -26,9 +27,6 @@ from jaxft.stages import Stage, check_stages
 _CHANGES_NOTHING = (
     "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
     "steps_per_execution", "remat", "on_nonfinite",
-)  # fmt: skip
-_OF_OUR_NETWORKS = (
-    "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
 )  # fmt: skip
 # What a stage may say for itself.
 _OF_A_STAGE = (
@@ -52,7 +50,10 @@ class Recipe:
     from scratch."""
     head: Literal["fresh", "zeros", "xavier", "keep"] = "fresh"
     """A new head for the data's classes, drawn as torch does, zero, or by Xavier's rule; or the
-    weights' own (then the class counts must agree)."""
+    weights' own (then the classes must agree)."""
+    head_classes: Literal["match", "ignore"] = "match"
+    """Whether a head that is kept (head keep, or a fork) must be of the images' classes, by name,
+    and is put in their order; or its outputs are taken for these classes as they are."""
     optimizer: Optimizer = SGD(momentum=0.9)
     """The rule that turns gradients into updates; rates belong to the stages."""
     batch_size: int = 32
@@ -251,7 +252,7 @@ class Recipe:
     def check_own_network(self) -> None:
         """Raises RecipeError for fields that shape jaxft's networks alone."""
         fields = {field.name: field.default for field in dataclasses.fields(self)}
-        said = [name for name in _OF_OUR_NETWORKS if getattr(self, name) != fields[name]]
+        said = [name for name in OPTIONS if getattr(self, name) != fields[name]]
         if said:
             raise RecipeError(
                 f"{', '.join(said)} shape jaxft's own networks; a network that is given has such "
@@ -260,17 +261,8 @@ class Recipe:
 
     def network(self, num_classes: int) -> Model:
         """The recipe's network, without any arrays yet."""
-        return create(
-            self.model,
-            num_classes=num_classes,
-            stride_in_1x1=self.stride_in_1x1,
-            concat_pool=self.concat_pool,
-            head_layers=self.head_layers,
-            binary=self.binary,
-            dropout=self.dropout,
-            drop_path=self.drop_path,
-            dtype=self.dtype,
-        )
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return create(self.model, num_classes=num_classes, **options)
 
 
 def read(path: str | os.PathLike[str]) -> Recipe:

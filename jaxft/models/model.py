@@ -24,6 +24,11 @@ Whether a layer's scale and bias train is its label's business; five combination
 | trained     | `running`     | linear probing then fine-tuning, surgical fine-tuning (E)     |
 """
 
+OPTIONS = (
+    "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
+)  # fmt: skip
+"""Keyword arguments of `jaxft.models.create` that shape a network, beside `num_classes`."""
+
 Norms = NormMode | Mapping[str, NormMode]
 """One mode for the whole network, or one for each norm layer by its path (`layer4.0.bn1`)."""
 
@@ -69,6 +74,11 @@ class Model(Outline, Protocol):
     @property
     def torch_named(self) -> bool:
         """Whether weights files have torch's names and layouts for it, or just its own paths."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options that build this network from its name; weights files record them."""
         ...
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxft.models.context import Context
-from jaxft.models.model import Norms, Outline, Tree
+from jaxft.models.model import OPTIONS, Norms, Outline, Tree
 from jaxft.models.modes import layer_modes, norm_layers
 from jaxft.models.nnx_trees import inside, outside
 from jaxft.models.rngs import Rngs
@@ -66,6 +66,11 @@ class NNXModel:
     def torch_named(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `jaxft.models.create` that the configuration has."""
+        return {name: getattr(self.config, name) for name in OPTIONS if hasattr(self.config, name)}
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)` in `config.param_dtype`, drawn in float32."""

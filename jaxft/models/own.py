@@ -94,6 +94,11 @@ class OwnModel(ABC):
         """Never: weights keep the module's own names and layouts."""
         return False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """None: the module's own fields are not jaxft's to know."""
+        return {}
+
     def apply(
         self,
         params: Tree,

@@ -16,6 +16,7 @@ from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
 from jaxft.train.resume import read
+from jaxft.weights.description import fields
 from jaxft.weights.export import PLATFORMS, serialize
 
 
@@ -35,14 +36,10 @@ def write(
     pixels: `float32` if the images were normalised already, so that `mean` and `std` do not apply.
     """
     path = folder / "model.safetensors"
-    weights.save(path, model, params, stats)
+    weights.save(path, model, params, stats, classes=classes)
     description = {
+        **fields(model, classes),
         "model": recipe.model,
-        "stride_in_1x1": recipe.stride_in_1x1,
-        "concat_pool": recipe.concat_pool,
-        "head_layers": list(recipe.head_layers),
-        "binary": recipe.binary,
-        "classes": list(classes),
         "pixels": pixels,
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": dataclasses.asdict(score),
@@ -75,8 +72,7 @@ def export(
     with closing(Checkpoints(checkpoints)) as kept:
         step = kept.latest_step()
         assert step is not None
-        fields = kept.progress(step)
-    progress, _, of_data = read(fields)
+        progress, _, of_data = read(kept.progress(step))
     classes, pixels = of_data["classes"], of_data.get("pixels", "uint8")
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
     model = model or recipe.network(len(classes))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree
+from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
 from jaxft.train.program import Program, Snapshot
@@ -21,6 +23,7 @@ from jaxft.train.progress import Progress
 from jaxft.train.resume import state_shapes
 from jaxft.train.run import Run
 from jaxft.weights import orbax
+from jaxft.weights.classes import Order, class_order, reordered, reordering
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Fork:
       step: of its last checkpoint.
       recipe: of that run.
       fields: its progress, as its checkpoint holds it.
+      order: that of the head's outputs in the new run, if it is another one; see `in_order`.
+      remarks: a sentence on it.
     """
 
     workdir: Path
@@ -40,6 +45,8 @@ class Fork:
     step: int
     recipe: Recipe
     fields: dict[str, Any]
+    order: Order | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def find(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork:
@@ -85,6 +92,24 @@ def check(fork: Fork, recipe: Recipe) -> int:
     return names.index(fork.stage)
 
 
+def in_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[str]) -> Fork:
+    """Returns the fork with the order that its head's outputs take among the images' classes.
+
+    Raises WeightsError if they are of other classes, unless the recipe ignores that.
+    """
+    if recipe.head_classes == "ignore":
+        return fork
+    source, before = str(fork.workdir), fork.fields["data"]["classes"]
+    way_out = (
+        "A fork keeps the head. For a new one start a run of its own, with the other run as its\n"
+        "weights and head='fresh'."
+    )
+    order = class_order(before, classes, source=source, way_out=way_out)
+    if order is None:
+        return fork
+    return dataclasses.replace(fork, order=order, remarks=(reordering(before, classes, source),))
+
+
 def check_arrays(
     fork: Fork, index: int, programs: tuple[Program, ...], params: Tree, stats: Tree
 ) -> None:
@@ -116,10 +141,14 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
     with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
         like = _taken_over(index, run.programs, params, stats)
         if "opt_state" in like:
-            return Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
-        trees = orbax.read_weights(checkpoints.path(fork.step))
-        fresh = jax.jit(run.programs[index].transform.init)(trees[0])
-        return Snapshot(*run.devices.put((*trees, fresh)))
+            at = Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
+        else:
+            trees = orbax.read_weights(checkpoints.path(fork.step))
+            fresh = jax.jit(run.programs[index].transform.init)(trees[0])
+            at = Snapshot(*run.devices.put((*trees, fresh)))
+    if fork.order:
+        at = Snapshot(*reordered(run.programs[0].model, tuple(at), fork.order))
+    return at
 
 
 def begin(run: Run, fork: Fork, score: Score, at: Snapshot) -> Progress:
@@ -137,9 +166,10 @@ def begin(run: Run, fork: Fork, score: Score, at: Snapshot) -> Progress:
     return progress
 
 
-def start(fork: Fork) -> tuple[Tree, Tree]:
+def start(fork: Fork, model: Model) -> tuple[Tree, Tree]:
     """What that run started from, as far as it knows, or else what its stage has handed on."""
     kept = fork.workdir / "start"
-    return orbax.read_weights(
+    trees = orbax.read_weights(
         kept if kept.exists() else fork.workdir / "checkpoints" / str(fork.step)
     )
+    return reordered(model, trees, fork.order) if fork.order else trees

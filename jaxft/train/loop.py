@@ -4,6 +4,7 @@ import dataclasses
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ from jaxft.train.opening import (
     open_programs,
     open_splits,
     read_weights,
+    wanted_classes,
 )
 from jaxft.train.program import Program
 from jaxft.train.run import Run
@@ -123,9 +125,10 @@ def _open_and_run(
         recipe = recipe.expecting(forked.recipe.preprocessing)
     check(folder, recipe)
     splits = open_splits(recipe, data)
+    classes = splits.train.classes
     # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
     if not begun and not forked:
-        source, recipe = read_weights(recipe, model)
+        source, recipe = read_weights(recipe, model, classes)
     scratch = dataclasses.replace(
         recipe,
         weights=None,
@@ -135,16 +138,17 @@ def _open_and_run(
     )
     check(folder / "from_scratch", scratch)
     devices = Devices(recipe.sharding)
-    model = open_network(recipe, model, splits.train.classes)
+    model = open_network(recipe, model, classes)
     origin, remarks = recipe.weights or "random weights", list[str]()
     if forked:
         origin = f"stage {forked.stage!r} of {forked.workdir}"
+        forked = fork.in_order(forked, recipe, model, classes)
     elif start is not None:
         origin = "the arrays given"
     if begun or forked:
         start = shapes(model)
     elif start is None:
-        start = drawn(recipe, model, source)
+        start = drawn(recipe, model, source, wanted_classes(recipe, classes))
     else:
         start, remarks = given(recipe, model, start)
     programs = open_programs(recipe, model, splits, devices, start)
@@ -153,7 +157,8 @@ def _open_and_run(
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = open_programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0], origin))
-    for remark in (*splits.remarks, *(source.remarks if source else ()), *remarks):
+    of_start = [each.remarks for each in (source, forked) if each]
+    for remark in (*splits.remarks, *chain(*of_start), *remarks):
         console.say(remark)
     interruption.wait()
     result = _run(programs, splits, start, forked, recipe, folder, console, interruption)
@@ -188,7 +193,7 @@ def _run(
         anchor = None
         if any(program.plan.stage.anchor for program in programs):
             if checkpoints.latest_step() is None:
-                pretrained = fork.start(forked) if forked else start
+                pretrained = fork.start(forked, model) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
                 orbax.save_weights(workdir / "start", *pretrained, replace=True)
             anchor = devices.put(orbax.read_weights(workdir / "start")[0])

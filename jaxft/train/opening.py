@@ -1,5 +1,7 @@
 """What a run opens before its first step: images, weights, network, a program for each stage."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxft import data, models, weights
@@ -14,6 +16,7 @@ from jaxft.train.keeping import keeping
 from jaxft.train.program import Program, program
 from jaxft.train.start import Start
 from jaxft.weights import Weights
+from jaxft.weights.load import checked
 
 
 def check_network(recipe: Recipe, given: Model | None) -> None:
@@ -73,11 +76,23 @@ def _dropped(recipe: Recipe, images: int) -> list[str]:
     ]
 
 
-def read_weights(recipe: Recipe, given: Model | None) -> tuple[Weights | None, Recipe]:
-    """The recipe's weights, and the recipe with the preprocessing that they expect."""
-    own_names = given is not None and not given.torch_named
-    source = weights.read(recipe.weights, own_names=own_names) if recipe.weights else None
-    return source, recipe.expecting((source and source.preprocessing) or Preprocessing())
+def read_weights(
+    recipe: Recipe, given: Model | None, classes: Sequence[str]
+) -> tuple[Weights | None, Recipe]:
+    """The recipe's weights, and the recipe with the preprocessing that they expect.
+
+    Raises WeightsError if they bring a head that is kept, of other classes than the images'.
+    """
+    if recipe.weights is None:
+        return None, recipe.expecting(Preprocessing())
+    source = weights.read(recipe.weights, own_names=given is not None and not given.torch_named)
+    source = checked(source, recipe.head, wanted_classes(recipe, classes))
+    return source, recipe.expecting(source.preprocessing or Preprocessing())
+
+
+def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | None:
+    """The classes that a head which is kept must be of; None if it may be of any."""
+    return classes if recipe.head_classes == "match" else None
 
 
 def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:

@@ -1,7 +1,7 @@
 """What a run starts from: parameters and statistics of its network."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,16 @@ def shapes(model: Model) -> Start:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def drawn(recipe: Recipe, model: Model, source: Weights | None) -> Start:
-    """Pretrained weights with the head that the recipe asks for, or all of it random."""
+def drawn(
+    recipe: Recipe, model: Model, source: Weights | None, classes: Sequence[str] | None = None
+) -> Start:
+    """Pretrained weights with the head that the recipe asks for, or all of it random.
+
+    `classes` are those of the images, in the order of the logits; None: whatever they are.
+    """
     key = jax.random.key(recipe.seed)
     if source:
-        return load(source, model, head=recipe.head, key=key)
+        return load(source, model, head=recipe.head, key=key, classes=classes)
     params, stats = model.init(key)
     if recipe.head in ("zeros", "xavier"):
         params = with_head(model, params, recipe.head, key)

@@ -76,10 +76,14 @@ def trial(
     recipe = resolve(replace(recipe, stages=(stage,), from_scratch=()))
     opening.check_network(recipe, model)
     splits = opening.open_splits(recipe, data)
-    source, recipe = opening.read_weights(recipe, model)
+    classes = splits.train.classes
+    source, recipe = opening.read_weights(recipe, model, classes)
     devices = Devices(recipe.sharding)
-    model = opening.open_network(recipe, model, splits.train.classes)
-    at = drawn(recipe, model, source) if start is None else given(recipe, model, start)[0]
+    model = opening.open_network(recipe, model, classes)
+    if start is None:
+        at = drawn(recipe, model, source, opening.wanted_classes(recipe, classes))
+    else:
+        at = given(recipe, model, start)[0]
     seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
     (program,) = opening.open_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,28 +12,40 @@ import yaml
 
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.transforms import Interpolation
+from jaxft.weights.description import Description, parse
 from jaxft.weights.hub import descriptions
 
 
 def expected(weights: Path) -> Preprocessing | None:
     """What a file beside the weights says, if it says it as we, timm or transformers do."""
-    files = descriptions(weights)
-    if weights.is_dir():
-        run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
-        # The recipe is there from the first, model.json at the end.
-        files = (run / "recipe.yaml", *descriptions(run / "model.safetensors"))
-    for file in files:
-        try:
-            read = yaml.safe_load if file.suffix == ".yaml" else json.loads
-            said = read(Path(file).read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
+    for said in _beside(weights):
         for reader in (_ours, _recipes, _timms, _transformers):
             try:
                 return reader(said)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
                 continue  # not of this kind
     return None
+
+
+def described(weights: Path) -> Description:
+    """Returns what the files beside the weights say of their network, each part by the first."""
+    found = Description()
+    for said in _beside(weights):
+        found = found.completed(parse(said))
+    return found
+
+
+def _beside(weights: Path) -> Iterator[Any]:
+    """The content of the files that describe the weights."""
+    files = descriptions(weights)
+    if weights.is_dir():
+        run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
+        # The recipe is there from the first, model.json at the end.
+        files = (run / "recipe.yaml", *descriptions(run / "model.safetensors"))
+    for file in files:
+        read = yaml.safe_load if file.suffix == ".yaml" else json.loads
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            yield read(Path(file).read_text())
 
 
 def _ours(said: Any) -> Preprocessing:

@@ -1,7 +1,7 @@
 """A head to start from, where the weights bring none that fits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import jax
@@ -36,19 +36,14 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
     layers does not number them.
     """
     # Compiled, so that no memory or time goes to the body, of which nothing is asked for.
-    head = jax.jit(lambda key: _at(model.init(key)[0], model.head))(key)
+    head = jax.jit(lambda key: at(model.init(key)[0], model.head.split(".")))(key)
     if isinstance(start, Mapping):
         if (given := _shapes(start)) != (wanted := _shapes(head)):
             raise WeightsError(f"the head given has {given}; {model.name} wants {wanted}")
         return jax.tree.map(lambda leaf, own: jnp.asarray(leaf, own.dtype), dict(start), head)
     if start == "fresh":
         return head
-    if "kernel" not in head and not all(map(str.isdecimal, head)):
-        raise WeightsError(
-            f"which layer of {model.name}'s head {model.head!r} is the last, and to start from "
-            f"{start}, is not known: name that layer as the head, or start it fresh"
-        )
-    last = head if "kernel" in head else head[max(head, key=int)]
+    last = at(head, last_layer(model, head))
     if start == "zeros":
         last.update(jax.tree.map(jnp.zeros_like, last))
     else:
@@ -58,8 +53,24 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
     return head
 
 
-def _at(tree: Tree, path: str) -> Tree:
-    for key in path.split("."):
+def last_layer(model: Model, head: Tree) -> tuple[str, ...]:
+    """Returns the keys, below the head, of the layer that makes the logits.
+
+    Raises WeightsError where a head of several layers does not number them.
+    """
+    if "kernel" in head:
+        return ()
+    if not all(map(str.isdecimal, head)):
+        raise WeightsError(
+            f"which layer of {model.name}'s head {model.head!r} is the last is not known: name "
+            "that layer as the head, or start it fresh"
+        )
+    return (max(head, key=int),)
+
+
+def at(tree: Tree, keys: Iterable[str]) -> Tree:
+    """Returns the part of nested dicts below some keys."""
+    for key in keys:
         tree = tree[key]
     return tree
 

@@ -1,5 +1,6 @@
 """Weights alone as an Orbax checkpoint, and out of a run's."""
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -16,16 +17,25 @@ _ITEMS = ("params", "stats")
 
 
 def save_weights(
-    folder: str | PathLike[str], params: Tree, stats: Tree, *, replace: bool = False
+    folder: str | PathLike[str],
+    params: Tree,
+    stats: Tree,
+    *,
+    described: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
 
-    Without `replace` there must be none yet.
+    Without `replace` there must be none yet. `described` is the JSON of
+    `jaxft.weights.description.fields`, kept as the checkpoint's metadata.
 
     Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
     """
     with ocp.StandardCheckpointer() as writer:
-        writer.save(absolute(folder), {"params": params, "stats": stats}, force=replace)
+        writer.save(
+            absolute(folder), {"params": params, "stats": stats}, force=replace,
+            custom_metadata=None if described is None else dict(described),
+        )  # fmt: skip
 
 
 def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
@@ -35,9 +45,7 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     which the newest counts. A run's are the best of the stage so far, or what an ended one hands
     on. Raises CheckpointError where there is none.
     """
-    place = epath.Path(folder)
-    if steps := whole_steps(place):
-        place /= str(max(steps))
+    place = _newest(folder)
     if (place / "params").is_dir():
         # Not every network has statistics; of the best there is what the stage changes.
         now = {item: _arrays(place / item) for item in _ITEMS if (place / item).is_dir()}
@@ -50,6 +58,30 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     if not {*_ITEMS} <= both.keys():
         raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
     return both["params"], both["stats"]
+
+
+def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
+    """Returns the JSON that describes the network of a checkpoint; empty where none does.
+
+    `folder` is as in `read_weights`.
+    """
+    place = _newest(folder)
+    hush()
+    if (place / "params").is_dir():
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                progress = reader.restore(absolute(place / "header"))["progress"]
+            return {**progress["recipe"], "classes": progress["data"]["classes"]}
+        except (KeyError, TypeError, ValueError, FileNotFoundError):
+            return {}  # an older run's; a damaged one is found when its arrays are read
+    with ocp.StandardCheckpointer() as reader:
+        return reader.metadata(absolute(place)).custom_metadata or {}
+
+
+def _newest(folder: str | PathLike[str]) -> epath.Path:
+    place = epath.Path(folder)
+    steps = whole_steps(place)
+    return place / str(max(steps)) if steps else place
 
 
 def _arrays(folder: epath.Path) -> Any:

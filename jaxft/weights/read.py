@@ -1,7 +1,7 @@
 """Reads a weights file of any kind into named tensors, not yet those of a network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
+from jaxft.weights.description import Description, from_metadata, parse
+from jaxft.weights.expectations import described
 from jaxft.weights.families import renamed
 from jaxft.weights.locate import locate
 from jaxft.weights.names import own_tensors, torch_tensors
@@ -29,12 +31,14 @@ class Weights:
     source: what they were asked for by.
     preprocessing: what they expect of images, where their source says.
     remarks: a sentence for each thing that was chosen, renamed or left out.
+    network: the network whose weights they are, as far as their source describes it.
     """
 
     source: str
     tensors: Mapping[str, LazyTensor]
     preprocessing: Preprocessing | None
     remarks: tuple[str, ...]
+    network: Description = field(default_factory=Description)
 
     @property
     def num_classes(self) -> int | None:
@@ -58,19 +62,21 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     """
     name = fspath(source)
     located = locate(name)
+    network = Description()
     if located.path.is_dir():
-        content = _run(located.path, own_names)
+        content, network = _run(located.path, own_names)
     elif _is_safetensors(located.path):
-        content = _safetensors(located.path)
+        content, network = _safetensors(located.path)
     else:
         content, own_names = open_torch(located.path), False  # torch names nothing as Flax does
+    network = network.completed(described(located.path))
     if own_names:
-        return Weights(name, content, located.preprocessing, ())
+        return Weights(name, content, located.preprocessing, (), network)
     tensors, remarks = unwrap(content, name, located.entry)
     targets = renamed(tensors, name)
     named = {targets[theirs]: tensor for theirs, tensor in tensors.items()}
     sentences = tuple(f"{remark[0].upper()}{remark[1:]}." for remark in remarks)
-    return Weights(name, named, located.preprocessing, sentences)
+    return Weights(name, named, located.preprocessing, sentences, network)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -79,7 +85,7 @@ def _is_safetensors(path: Path) -> bool:
     return head.endswith(b"{") and len(head) == 9  # eight bytes of length, then JSON
 
 
-def _safetensors(path: Path) -> dict[str, LazyTensor]:
+def _safetensors(path: Path) -> tuple[dict[str, LazyTensor], Description]:
     def tensor(name: str) -> np.ndarray:
         # Opened for each, so that the pages of those before are let go: of a mapped file they
         # count as memory. Through numpy, torch not needed; jax brings the dtype for bfloat16.
@@ -89,27 +95,30 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
+            tensors = {
                 name: LazyTensor(tuple(s.get_shape()), s.get_dtype(), partial(tensor, name))
                 for name, s in slices.items()
             }
+            return tensors, from_metadata(file.metadata())
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _run(folder: Path, own_names: bool) -> dict[str, LazyTensor]:
+def _run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Description]:
     """A run's newest checkpoint, or the one that the folder is, or what was exported to it."""
     from jaxft.weights import orbax  # slow to import, and few need it
 
     checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
     if exported.is_file() and not checkpoints.is_dir():
         return _safetensors(exported)
+    folder = checkpoints if checkpoints.is_dir() else folder
     try:
-        trees = orbax.read_weights(checkpoints if checkpoints.is_dir() else folder)
+        trees = orbax.read_weights(folder)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
     tensors = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))
-    return {
+    named = {
         tensor.name: LazyTensor(tensor.shape, _NAMES[array.dtype], partial(tensor.to_torch, array))
         for tensor, array in zip(tensors, jax.tree.leaves(trees), strict=True)
     }
+    return named, parse(orbax.read_description(folder))
