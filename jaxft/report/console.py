@@ -37,6 +37,8 @@ class Console:
 
     def row(self, text: str, style: str | None = None) -> None:
         """A line of a table, as wide as it is."""
+        # Paths may hold bytes that are not UTF-8, which a terminal of UTF-8 does not take.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         self._out.print(text.rstrip(), markup=False, style=style, soft_wrap=True)
 
     def stage(
