@@ -71,6 +71,7 @@ def train_batches(
     views: int = 0,
     kept: Callable[[int], np.ndarray] | None = None,
     rows: int | None = None,
+    last_rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """The batches of a stage's epochs `first_epoch`, ..., `epochs - 1`, one after another.
@@ -88,15 +89,16 @@ def train_batches(
     of these rows instead of images, and made when they are asked for.
 
     A batch's arrays have `rows` rows, `batch_size` by default; those beyond its examples are
-    padding. With `shard` (i, n), process i of n makes its n-th part of these rows and decodes no
-    others: the parts of all processes, one after another, are the batch.
+    padding. An epoch's last batch, if it is not full, has `last_rows` instead. With `shard`
+    (i, n), process i of n makes its n-th part of these rows and decodes no others: the parts of all
+    processes, one after another, are the batch.
 
     Raises:
       DataError: the rows do not divide into n parts or do not hold a batch, or as
         `steps_per_epoch`; later, when the batch that meets an unreadable image is asked for.
     """
     steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
-    part = _part(batch_size, rows, shard)
+    part_of = _parts(len(source), batch_size, rows, last_rows, shard)
 
     # Two epochs are in the making around each boundary between them.
     @lru_cache(maxsize=2)
@@ -106,7 +108,7 @@ def train_batches(
 
     def make_batch(step: int) -> Batch:
         epoch, index = divmod(step, steps)
-
+        part = part_of(index)
         number = epoch % views if views else epoch
         places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[part]
         examples = order(epoch)[places]
@@ -150,6 +152,7 @@ def eval_batches(
     view: Callable[[int], tuple[np.ndarray, int]] | None = None,
     kept: np.ndarray | None = None,
     rows: int | None = None,
+    last_rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """Every example once in the source's order, unaugmented; otherwise as `train_batches`.
@@ -157,13 +160,14 @@ def eval_batches(
     view: gives an example's image, where it is to be another, and its target.
     kept: as there, of all examples.
     """
-    part = _part(batch_size, rows, shard)
+    part_of = _parts(len(source), batch_size, rows, last_rows, shard)
 
     def evaluated(example: int) -> tuple[np.ndarray, int]:
         image, target = source[example]
         return eval_view(image, preprocessing), target
 
     def make_batch(step: int) -> Batch:
+        part = part_of(step)
         examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))[part]
         if kept is not None:
             return _taken(kept, source, examples, part)
@@ -172,6 +176,20 @@ def eval_batches(
 
     steps = range(steps_per_epoch(source, batch_size))
     return prefetch(make_batch, steps, workers if kept is None else 0)
+
+
+def _parts(
+    images: int,
+    batch_size: int,
+    rows: int | None,
+    last_rows: int | None,
+    shard: tuple[int, int],
+) -> Callable[[int], slice]:
+    """Returns, by a batch's index in its epoch, the rows of it that a process makes."""
+    full = last = _part(batch_size, rows, shard)
+    if last_rows is not None:
+        last = _part(images % batch_size, last_rows, shard)
+    return lambda index: full if (index + 1) * batch_size <= images else last
 
 
 def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:

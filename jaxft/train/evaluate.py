@@ -1,6 +1,6 @@
 """Evaluation: every example counts once, whatever the batch size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +39,7 @@ def eval_step(
     tta: Literal["none", "flip"] = "none",
     first: str | None = None,
     places: int = 1,
+    examples: Mapping[int, int] | None = None,
 ) -> Any:
     """The jitted evaluation of a batch, `(params, stats, batch) -> tally`, with running statistics.
 
@@ -51,9 +52,14 @@ def eval_step(
 
     With more `places` than one, so many batches are stacked, and their tallies too; the last
     argument is how many of them there are.
+
+    examples: see `train_step`.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
+        if examples:
+            count = examples[len(batch.mask)]
+            batch = jax.tree.map(lambda x: x[:count], batch)
         if first is None:
             images = preprocessing.normalize(batch.image)
             views = [images, images[:, :, ::-1]] if tta == "flip" else [images]

@@ -5,7 +5,8 @@ batches they fill: what it computes of a batch is the same to the last bit, wher
 Signals, and whether a stage's `minutes` are over, are looked at between calls only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +17,13 @@ from jaxft.data import Batch
 from jaxft.parallel import Devices
 
 T = TypeVar("T")
+
+
+def groups(batches: Iterable[Batch], places: int) -> Iterator[list[Batch]]:
+    """Yields up to `places` consecutive batches at a time, all of one shape."""
+    for _, alike in groupby(batches, lambda batch: len(batch.mask)):
+        while group := list(islice(alike, places)):
+            yield group
 
 
 def sent(devices: Devices, batches: Sequence[Batch], places: int) -> tuple[Any, ...]:

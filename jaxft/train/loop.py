@@ -22,6 +22,7 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train import export, fork
+from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
@@ -198,7 +199,14 @@ def _run(
                 orbax.save_weights(workdir / "start", *pretrained, replace=True)
             anchor = devices.put(orbax.read_weights(workdir / "start")[0])
         places = recipe.steps_per_execution
-        evaluator = eval_step(model, recipe.preprocessing, tta=recipe.tta, places=places)
+        sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
+        evaluator = eval_step(
+            model,
+            recipe.preprocessing,
+            tta=recipe.tta,
+            places=places,
+            examples=sizes.examples,
+        )
         seen = kept = Kept(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:
             kept = Kept(recipe.disk_cache_mib * 2**20, on_disk=True)

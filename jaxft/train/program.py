@@ -22,6 +22,7 @@ from jaxft.models import Model, NormMode
 from jaxft.optim import multi_transform
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
+from jaxft.train.batch_sizes import BatchSizes, batch_sizes
 from jaxft.train.compilation import flops
 from jaxft.train.evaluate import eval_step
 from jaxft.train.execution import one_by_one
@@ -45,6 +46,31 @@ class Gauge(NamedTuple):
 
     gradients: dict[str, jax.Array]
     weights: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """Compiled programs of one function, by the number of rows of the batch they receive.
+
+    Attributes:
+      programs: a compiled program for each number of rows.
+      full: rows of a full batch.
+    """
+
+    programs: Mapping[int, Any]
+    full: int
+
+    def __call__(self, state: TrainState, frozen: Tree, batch: Batch, *rest: Any) -> Any:
+        """Calls the program for batches like this one."""
+        return self.programs[batch.mask.shape[-1]](state, frozen, batch, *rest)
+
+    def cost_analysis(self) -> Any:
+        """Returns what XLA counts for a full batch."""
+        return self.programs[self.full].cost_analysis()
+
+    def memory_analysis(self) -> Any:
+        """Returns the memory that a full batch takes."""
+        return self.programs[self.full].memory_analysis()
 
 
 class Compiled(NamedTuple):
@@ -84,6 +110,7 @@ class Program:
       norms: the mode of each norm layer.
       objective: what its steps minimise.
       steps_per_epoch: batches that hold every training image once.
+      sizes: array shapes of these batches.
       prefix: what of the network it leaves as it is.
       pixels: type of the images' values, uint8 or float32.
     """
@@ -96,6 +123,7 @@ class Program:
     norms: Mapping[str, NormMode]
     objective: Objective
     steps_per_epoch: int
+    sizes: BatchSizes
     prefix: Prefix = Prefix()
     pixels: str = "uint8"
 
@@ -113,10 +141,17 @@ class Program:
         """The steps of an epoch, counted from 0."""
         return min(self.steps_per_epoch, self.steps - epoch * self.steps_per_epoch)
 
+    def alike(self, epoch: int, position: int) -> int:
+        """Returns the number of steps that follow in an epoch whose batches have one shape."""
+        left = self.epoch_length(epoch) - position
+        before_last = self.steps_per_epoch - 1 - position
+        is_other = self.sizes.last_rows != self.sizes.rows
+        return min(left, before_last) if is_other and before_last else left
+
     @property
     def rows(self) -> int:
-        """Of a batch's arrays: in equal shares for the devices."""
-        return self.devices.rows(self.recipe.batch_size)
+        """Rows of a full batch's arrays: in equal shares for the devices."""
+        return self.sizes.rows
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
@@ -151,7 +186,8 @@ class Program:
             balanced=recipe.balance == "sampling",
             views=recipe.views,
             kept=kept,
-            rows=self.rows,
+            rows=self.sizes.rows,
+            last_rows=self.sizes.last_rows,
             shard=self.devices.shard,
         )
 
@@ -177,6 +213,7 @@ class Program:
             clip_norm=stage.clip_norm,
             accumulate=stage.accumulate,
             batch_size=recipe.batch_size,
+            examples=self.sizes.examples,
             ema=stage.ema,
             skip_nonfinite=recipe.on_nonfinite == "skip",
             replicas=len(self.devices) if recipe.statistics == "replica" else 1,
@@ -261,9 +298,17 @@ class Program:
         params, stats = devices.abstract((shapes.params, shapes.stats))
         side, kept = recipe.preprocessing.image_size, self.prefix
         images = self._abstract((side, side, 3), self.pixels)
-        batch = images
+        row, dtype = images.image.shape[1:], images.image.dtype
         if kept.row and kept.train:
-            batch = self._abstract(kept.row.shape, kept.row.dtype)
+            row, dtype = kept.row.shape, kept.row.dtype
+
+        def compiled(function: Any, places: int, *rest: Any) -> Any:
+            programs = {}
+            for rows in dict.fromkeys((self.sizes.rows, self.sizes.last_rows)):
+                batches = self._abstract(row, dtype, places, rows)
+                programs[rows] = function.lower(state, frozen, batches, *rest).compile()
+            return programs[self.rows] if len(programs) == 1 else ByRows(programs, self.rows)
+
         through: dict[str, Any] = {}
         score = None
         if kept.row and kept.val:
@@ -276,16 +321,13 @@ class Program:
         start = params if stage.anchor else None
         step = None
         if not stage.solver and places == 1:
-            stepping = jax.jit(self.train_step(), donate_argnums=0)
-            step = stepping.lower(state, frozen, batch, number, start).compile()
+            step = compiled(jax.jit(self.train_step(), donate_argnums=0), 1, number, start)
         elif not stage.solver:
             several = jax.jit(self.train_steps(), donate_argnums=0)
-            batches = self._abstract(batch.image.shape[1:], batch.image.dtype, places)
-            step = several.lower(state, frozen, batches, number, number, start).compile()
+            step = compiled(several, places, number, number, start)
         gauge: Callable[..., Gauge] | None = None
         if stage.relative_rates:
-            measuring = jax.jit(self.gauge(self.tensors))
-            gauge = measuring.lower(state, frozen, batch, number, start).compile()
+            gauge = compiled(jax.jit(self.gauge(self.tensors)), 1, number, start)
         return Compiled(
             jax.jit(fresh).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
@@ -297,11 +339,13 @@ class Program:
             sum(map(flops, through.values())),
         )
 
-    def _abstract(self, row: tuple[int, ...], dtype: Any, places: int = 1) -> Batch:
+    def _abstract(
+        self, row: tuple[int, ...], dtype: Any, places: int = 1, rows: int | None = None
+    ) -> Batch:
         """The shapes of a batch of such rows, or of so many that are stacked."""
-        rows = (self.rows,) if places == 1 else (places, self.rows)
+        axes = (rows or self.rows,) if places == 1 else (places, rows or self.rows)
         return self.devices.abstract_batch(
-            Batch(np.empty((*rows, *row), dtype), np.empty(rows, np.int32), np.empty(rows, bool)),
+            Batch(np.empty((*axes, *row), dtype), np.empty(axes, np.int32), np.empty(axes, bool)),
             stacked=places > 1,
         )
 
@@ -350,6 +394,8 @@ def program(
         cutmix=recipe.cutmix,
     )
     steps = steps_per_epoch(source, recipe.batch_size, drop_last=recipe.drop_last)
+    sizes = batch_sizes(model, devices, len(source), recipe.batch_size, drop_last=recipe.drop_last)
+    pixels = pixel_type(source).name
     return Program(
-        index, plan, recipe, model, devices, norms, objective, steps, pixels=pixel_type(source).name
+        index, plan, recipe, model, devices, norms, objective, steps, sizes, pixels=pixels
     )

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import jax
@@ -21,8 +20,9 @@ from jaxft.processes import agree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
+from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.evaluate import Score, score
-from jaxft.train.execution import sent
+from jaxft.train.execution import groups, sent
 from jaxft.train.interruption import Interruption
 from jaxft.train.kept import Inputs, Kept
 from jaxft.train.program import Program
@@ -107,12 +107,14 @@ class Run:
         validate may be `replayed` from memory. None if a signal has come.
         """
         recipe, size = self.recipe, batch_size or self.recipe.batch_size
+        sizes = batch_sizes(self.programs[0].model, self.devices, len(source), size)
         batches = data.eval_batches(
             source,
             recipe.preprocessing,
             batch_size=size,
             workers=recipe.workers,
-            rows=self.devices.rows(size),
+            rows=sizes.rows,
+            last_rows=sizes.last_rows,
             shard=self.devices.shard,
             **instead,
         )
@@ -121,7 +123,7 @@ class Run:
             batches = self.seen.replayed(("images", size), batches, count)
         made: list[T] = []
         with closing(batches):
-            for index, group in enumerate(iter(lambda: list(islice(batches, places)), [])):
+            for index, group in enumerate(groups(batches, places)):
                 made.append(step(*sent(self.devices, group, places)))
                 jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
                 if index * places % recipe.sync_steps < places and self.stop_asked():

@@ -107,7 +107,7 @@ def _train_epoch(
         while position.progress.position < length:
             asked = time.perf_counter()
             to_save = every - position.progress.step % every if every else places
-            ahead = min(places, to_save, length - position.progress.position)
+            ahead = min(places, to_save, program.alike(epoch, position.progress.position))
             taken = list(islice(batches, ahead))
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]

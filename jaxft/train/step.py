@@ -1,6 +1,6 @@
 """The training step: gradients of the trainable half, through one multi_transform, donated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -83,6 +83,7 @@ def train_step(
     clip_norm: float | None = None,
     accumulate: int = 1,
     batch_size: int | None = None,
+    examples: Mapping[int, int] | None = None,
     ema: float | None = None,
     skip_nonfinite: bool = False,
     replicas: int = 1,
@@ -106,6 +107,8 @@ def train_step(
       be divisible; norm layers see one part at a time, as in torch's loops.
     batch_size: of a full batch, where its arrays have more rows, to fill the devices; these are in
       no part, or what a part is would depend on the number of devices.
+    examples: for a network that takes no mask, the number of examples in a batch of so many rows.
+      The network never sees the others, and the last part of a batch may be smaller.
     skip_nonfinite: a step whose loss or gradients are not finite changes nothing and its images
       are not in the record; else it is taken, and `finite` tells.
     replicas: see `Model.apply`.
@@ -125,7 +128,7 @@ def train_step(
             stats,
             part.images,
             norms=norms,
-            mask=part.mask,
+            mask=None if examples else part.mask,
             replicas=replicas,
             key=part.key,
             first=first,
@@ -144,7 +147,12 @@ def train_step(
         total = jnp.sum(objective.weights(targets), where=batch.mask)
         rows = _Rows(images, targets, batch.target, batch.mask, key)
         gradient = partial(jax.grad(loss, has_aux=True), state.trainable)
-        if accumulate == 1:
+        count = len(batch.mask)
+        if examples:
+            count = examples[count]
+            rows = rows.cut(0, count)
+        size = (batch_size or count) // accumulate
+        if accumulate == 1 or count <= size:
             found, (stats, sums) = gradient(state.stats, frozen, rows, total)
             return found, stats, sums
 
@@ -153,10 +161,14 @@ def train_step(
             added = jax.tree.map(jnp.add, (sofar[0], sofar[2]), (found, sums))
             return (added[0], stats, added[1]), None
 
-        parts = rows.split(accumulate, batch_size or len(batch.mask), devices)
+        spread: Callable[[jax.Array], jax.Array] | None = devices.spread if devices else None
+        if examples and devices and size % len(devices):
+            spread = devices.gather  # equal shares would need padding
+        parts, rest = rows.split(accumulate, size, count, spread)
         shapes = jax.eval_shape(gradient, state.stats, frozen, parts.first(), total)
         found, (_, sums) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, (found, state.stats, sums), parts)[0]
+        sofar, _ = jax.lax.scan(add, (found, state.stats, sums), parts)
+        return add(sofar, rest)[0] if rest else sofar
 
     def step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
@@ -204,20 +216,30 @@ class _Rows(NamedTuple):
     mask: ArrayLike
     key: jax.Array
 
-    def split(self, count: int, batch_size: int, devices: Devices | None) -> "_Rows":
-        size = batch_size // count
+    def cut(self, start: int, stop: int) -> "_Rows":
+        return self._map(lambda x: x[start:stop], self.key)
 
-        def split(x: ArrayLike) -> jax.Array:
-            parts = jnp.reshape(jnp.asarray(x)[:batch_size], (count, size, *jnp.shape(x)[1:]))
-            return devices.spread(parts) if devices else parts
+    def split(
+        self,
+        accumulate: int,
+        size: int,
+        count: int,
+        spread: Callable[[jax.Array], jax.Array] | None,
+    ) -> tuple["_Rows", "_Rows | None"]:
+        """Returns the parts of `size` rows among the first `count` rows, and the rows left."""
+        keys = jax.random.split(self.key, accumulate)
+        whole, left = divmod(min(count, accumulate * size), size)
 
-        return _Rows(
-            split(self.images),
-            split(self.targets),
-            split(self.target),
-            split(self.mask),
-            jax.random.split(self.key, count),
-        )
+        def split(x: jax.Array) -> jax.Array:
+            parts = jnp.reshape(x[: whole * size], (whole, size, *x.shape[1:]))
+            return spread(parts) if spread else parts
+
+        rest = self.cut(whole * size, whole * size + left)._replace(key=keys[-1])
+        return self._map(split, keys[:whole]), rest if left else None
+
+    def _map(self, function: Callable[[jax.Array], jax.Array], key: jax.Array) -> "_Rows":
+        images, targets, target, mask = (function(jnp.asarray(x)) for x in self[:-1])
+        return _Rows(images, targets, target, mask, key)
 
     def first(self) -> "_Rows":
         return jax.tree.map(lambda x: x[0], self)

@@ -1,0 +1,108 @@
+"""Padding has no influence: a batch that is not full computes what a batch of its own size does."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from mortal import QUIET, assert_close, assert_same_end, rows
+
+from jaxft import SGD, Recipe, Stage, data, finetune
+from jaxft.models import NNX, Linen
+from jaxft.train.range_test import ramp, range_test
+from jaxft.train.trial import trial
+
+
+class Standardises(nn.Module):
+    """Divides each image by its deviation: NaN for an image of zeros, and in its gradient."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class Mixes(nnx.Module):
+    """Centres each batch itself, and normalises rows that are not those of the batch."""
+
+    def __init__(self, *, rngs):
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = (x - x.mean(0)) / x.std()
+        tokens = self.norm(x.reshape(-1, 3)).reshape(len(x), -1, 3)
+        return self.head(nnx.relu(tokens).mean(1))
+
+
+NETWORKS = {
+    "linen": Linen(Standardises(), shape=(8, 8, 3), head="head"),
+    "nnx": NNX(Mixes, shape=(8, 8, 3), head="head"),
+}
+RECIPE = Recipe(
+    model="own",
+    data="noise",
+    optimizer=SGD(momentum=0.9),
+    batch_size=10,
+    image_size=8,
+    resize_size=8,
+    augment="none",
+    workers=0,
+    stages=(Stage("all", {"*": 1e-2}, epochs=1, hand_on="last", ema=0.5),),
+)
+
+
+def noise(count=10):
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * count, 8, 8, 3), np.uint8)
+    source = data.arrays(pixels, np.arange(2 * count) % 2, classes=["a", "b"])
+    return data.Splits(source.take(np.arange(count)), source.take(np.arange(count, 2 * count)))
+
+
+def run(workdir, network, splits=None, *, stage=None, **changes):
+    stages = tuple(dataclasses.replace(each, **stage or {}) for each in RECIPE.stages)
+    recipe = dataclasses.replace(RECIPE, stages=stages, **changes)
+    finetune(recipe, workdir, data=splits or noise(), model=NETWORKS[network], console=QUIET)
+    assert all(np.isfinite([row["train_loss"], row["val_loss"]]).all() for row in rows(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The folders of runs whose one batch is full, by network."""
+    return {network: run(tmp_path_factory.mktemp(network), network) for network in NETWORKS}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_padding_of_a_batch_changes_nothing(network, full, tmp_path):
+    """Ten images in batches of ten or, at most, of sixteen: losses, statistics, average, score."""
+    assert_same_end(run(tmp_path / "run", network, batch_size=16), full[network])
+
+
+def test_padding_changes_nothing_where_all_images_fit_in_one_accumulated_part(full, tmp_path):
+    workdir = run(tmp_path / "run", "nnx", batch_size=20, stage={"accumulate": 2})
+    assert_same_end(workdir, full["nnx"])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_padding_of_accumulated_parts_changes_nothing(network, tmp_path):
+    """Ten images in parts of 4, 4 and 2; further parts are empty."""
+    three = run(tmp_path / "three", network, batch_size=12, stage={"accumulate": 3})
+    five = run(tmp_path / "five", network, batch_size=20, stage={"accumulate": 5})
+    assert_same_end(five, three)
+
+
+def test_last_batch_of_its_own_size_ends_a_group_of_steps(tmp_path):
+    """Three batches, 4 + 4 + 2, one or three a call; the mirrored view has padding too."""
+    one = run(tmp_path / "one", "nnx", batch_size=4, tta="flip")
+    three = run(tmp_path / "three", "nnx", batch_size=4, tta="flip", steps_per_execution=3)
+    assert_close(three, one)
+
+
+def test_range_test_and_relative_rates_see_no_padding():
+    recipe = dataclasses.replace(RECIPE, batch_size=4)
+    stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
+    stage = ramp(stage, low=1e-5, high=1e-3, steps=10)
+    tried = trial(recipe, stage, data=noise(), model=NETWORKS["linen"])
+    assert np.isfinite(range_test(tried, low=1e-5, high=1e-3).losses).all()
