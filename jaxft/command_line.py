@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import tyro
 
+from jaxft.data.readable import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
 from jaxft.recipe import Recipe, read
 
@@ -28,7 +29,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     for number in EXIT_CODES:
         signal.signal(number, stop)
     try:
-        main(sys.argv[1:])
+        with without_warnings():
+            main(sys.argv[1:])
     except InterruptedRunError as stopped:
         leave(f"\n{stopped}", EXIT_CODES[signal.Signals(stopped.signal)])
     except (JaxftError, OSError) as error:

@@ -69,14 +69,16 @@ def arrays(
     Raises:
       DataError: anything about them is not so; all of it is said at once.
     """
-    images, classes = np.asarray(images), tuple(classes)
-    try:
-        targets = np.asarray(targets)
-    except ValueError as error:  # lists of different lengths
-        raise DataError("arrays: targets must be integers [n], one for each image") from error
+    images, targets = _array("images", images), _array("targets", targets)
+    if not np.iterable(classes):
+        raise DataError(f"arrays: classes are {classes!r}, but must be the names of the classes")
+    classes = tuple(classes)
+    if images.dtype.name == "bfloat16":  # which NumPy does not count among the floats
+        images = images.astype(np.float32)
     if targets.ndim == 2 and targets.shape[1] == 1:  # a column, as of keras.datasets
         targets = targets[:, 0]
-    problems = [*_of_images(images, values), *_of_targets(targets, classes, len(images))]
+    count = len(images) if images.ndim else 0
+    problems = [*_of_images(images, values), *_of_targets(targets, classes, count)]
     if not classes:
         problems.append("classes names none")
     if twice := sorted({str(name) for name in classes if classes.count(name) > 1}):
@@ -90,6 +92,13 @@ def arrays(
     elif values == "normalized":
         images = np.asarray(images, np.float32)
     return Arrays(tuple(map(str, classes)), images, targets.astype(np.int32))
+
+
+def _array(what: str, given: object) -> np.ndarray:
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise DataError(f"arrays: {what} must form one array, all of one shape: {error}") from error
 
 
 def _of_images(images: np.ndarray, values: str) -> list[str]:
