@@ -81,6 +81,19 @@ def start(
     )
 
 
+def check_devices() -> None:
+    """Raises ParallelError where the devices that JAX was asked for are not there."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without the plugin for CUDA
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        line = str(error).partition("\n")[0] or "there is no plugin for it."
+        raise ParallelError(
+            f"JAX cannot use {asked or 'its devices'!r}, as JAX_PLATFORMS asks: {line} Install "
+            "jaxft's extra for the device ('.[cuda]' or '.[tpu]'), or set JAX_PLATFORMS=cpu."
+        ) from error
+
+
 def _join(whom: str, advice: str, **arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would catch SIGTERM, to let Orbax save and end the processes at a step of its choice.

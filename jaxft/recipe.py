@@ -18,7 +18,7 @@ from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
 from jaxft.errors import DataError, RecipeError
-from jaxft.models import Model, create
+from jaxft.models import Model, create, factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
@@ -39,7 +39,8 @@ class Recipe:
     """A whole run: network, weights, data, stages. Each field is an option of its name."""
 
     model: str
-    """Network, e.g. resnet50 (`jaxft.models.names()` lists them)."""
+    """Network, e.g. resnet50 (`jaxft.models.names()` lists them), or MODULE:FUNCTION, which builds
+    one of your own for a number of classes."""
     data: str
     """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg), tfds:NAME,
     tfds_dir:PATH (prepared) or digits[:5-9]."""
@@ -260,7 +261,13 @@ class Recipe:
             )
 
     def network(self, num_classes: int) -> Model:
-        """The recipe's network, without any arrays yet."""
+        """The recipe's network, without any arrays yet.
+
+        Raises RecipeError for a name or options that do not fit, ModelError for a factory that
+        fails.
+        """
+        if factory.names_factory(self.model):
+            return factory.build(self.model, num_classes)
         options = {name: getattr(self, name) for name in OPTIONS}
         return create(self.model, num_classes=num_classes, **options)
 
@@ -274,6 +281,8 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     file = epath.Path(path)
     if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
+    if not atomic.in_bucket(file):
+        factory.search_in(file.parent)
     if file.suffix == ".py":
         recipe = runpy.run_path(str(path)).get("recipe")
         if not isinstance(recipe, Recipe):

@@ -2,8 +2,9 @@
 
 import difflib
 import inspect
+import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,13 +54,18 @@ class OwnModel(ABC):
     call: Call = usual_call
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
+        if not _is_shape(self.shape):
+            raise ModelError(
+                f"shape is {self.shape!r}; it must be that of an image, (h, w, c), such as "
+                "(224, 224, 3)."
+            )
+        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         try:
             hash(self)
         except TypeError as error:
             raise ModelError(
-                f"{self.name} cannot be hashed, and a network must be a static argument of a "
-                f"compiled step. Where its fields are lists or dicts, make them tuples."
+                f"{self.call!r} cannot be hashed, and a network must be a static argument of a "
+                "compiled step: let call be a function."
             ) from error
         _check_head(self.name, self.head, self._trees[0])
         if ungoverned := sorted(self._layers ^ self._batch_norms()):
@@ -114,23 +120,23 @@ class OwnModel(ABC):
     ) -> tuple[jax.Array, Tree]:
         """See `Model.apply`. Half-precision logits become float32.
 
-        The module is told that it trains if there is a `key`. Raises ValueError for images of
-        another shape, for a part of the network, for more than one replica, and for `norms` that
-        leave out a norm layer or name one that does not exist.
+        The module is told that it trains if there is a `key`. Raises ModelError for images of
+        another shape, for a part of the network and for more than one replica, ValueError for
+        `norms` that leave out a norm layer or name one that does not exist.
         """
         if not {first, last} <= {None, *self.blocks}:
-            raise ValueError(
+            raise ModelError(
                 f"{self.name} is one block, {self.blocks[0]!r}: there is no run of blocks from "
                 f"{first!r} to {last!r}"
             )
         if inputs.shape[1:] != self.shape:
-            raise ValueError(
+            raise ModelError(
                 f"{self.name} was declared for images {['b', *self.shape]}, and got "
                 f"{list(inputs.shape)}: they must agree (the recipe's image_size says what a run "
                 "feeds it)"
             )
         if replicas != 1 and self._layers:
-            raise ValueError(
+            raise ModelError(
                 f"flax's BatchNorm in {self.name} takes the statistics of the whole batch: "
                 f"replicas must be 1, not {replicas}"
             )
@@ -172,7 +178,7 @@ class OwnModel(ABC):
 
     @cached_property
     def _trees(self) -> tuple[Tree, Tree]:
-        trees: tuple[Tree, Tree] = jax.eval_shape(self.init, jax.random.key(0))
+        trees: tuple[Tree, Tree] = self._traced(self.init, jax.random.key(0))
         return trees
 
     @cached_property
@@ -185,7 +191,26 @@ class OwnModel(ABC):
             modes = layer_modes(self.name, self._layers, "running")
             return self._run(params, stats, images, modes, None, None)[0]
 
-        return jax.eval_shape(run, *self._trees, jnp.zeros((2, *self.shape)))
+        return self._traced(run, *self._trees, jnp.zeros((2, *self.shape)))
+
+    def _traced(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The shapes that a function returns; ModelError where the module fails in it."""
+        try:
+            return jax.eval_shape(function, *arguments)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{self.name} fails on images of shape {self.shape}: "
+                f"{type(error).__name__}: {error}\nIf it was built for another size, say so in "
+                "shape=(h, w, c); how it is called, in call=lambda module, images, trains: ..."
+            ) from error
+
+
+def _is_shape(shape: Any) -> bool:
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+        return False
+    return all(isinstance(side, numbers.Integral) and int(side) > 0 for side in shape)
 
 
 def rows_of(

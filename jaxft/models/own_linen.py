@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -27,11 +27,19 @@ class Linen(OwnModel):
     `params` and `stats` are the module's collections `params` and `batch_stats`, with the paths
     that the module gives them: `Conv_0.kernel`.
 
-    Raises ModelError for a module that has other collections, that cannot be hashed, that keeps
-    running statistics elsewhere than in `nn.BatchNorm`, or whose output is not logits.
+    Raises ModelError for a module that has other collections, that keeps running statistics
+    elsewhere than in `nn.BatchNorm`, or whose output is not logits.
     """
 
-    module: nn.Module
+    module: nn.Module = field(hash=False)  # a module whose fields cannot be hashed serves as well
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            given = self.module.__name__ if isinstance(self.module, type) else None
+            kind = f"the class {given}" if given else f"a {type(self.module).__name__}"
+            call = f": call it, {given}(...)" if given else ""
+            raise ModelError(f"Linen takes a flax.linen module, not {kind}{call}.")
+        super().__post_init__()
 
     @property
     def name(self) -> str:

@@ -39,6 +39,21 @@ class NNX(OwnModel):
 
     build: Callable[..., nnx.Module]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.build, nnx.Module):
+            kind = type(self.build).__name__
+            raise ModelError(
+                f"NNX takes what builds a module, and got a {kind} that is built: give the class, "
+                f"model = NNX({kind}, ...), or functools.partial({kind}, ...) with its arguments. "
+                "Its weights are start=model.trees(module)."
+            )
+        if not callable(self.build):
+            raise ModelError(
+                f"NNX takes what builds a module, a class or function called with rngs=, not a "
+                f"{type(self.build).__name__}."
+            )
+        super().__post_init__()
+
     @property
     def name(self) -> str:
         """The module's class."""

@@ -113,7 +113,11 @@ def create(
     if name not in _CONFIGS:
         near = difflib.get_close_matches(name, _CONFIGS, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise RecipeError(f"no model is called {name!r}.{hint}\n  Models: {', '.join(_CONFIGS)}")
+        raise RecipeError(
+            f"no model is called {name!r}.{hint} A network of your own is given as model=... in "
+            "Python, also to go on with its run or export it; a recipe names its factory, "
+            f"model='my_module:build'.\n  Models: {', '.join(_CONFIGS)}"
+        )
     if num_classes < 1:
         raise RecipeError(f"{name}: num_classes is {num_classes}; it must be at least 1")
     for option, rate in (("dropout", dropout), ("drop_path", drop_path)):

@@ -1,5 +1,6 @@
 """What a run says on the terminal: a table before each stage, a row an epoch, a sentence after."""
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,8 @@ class Console:
     """Prints the story of a run. `quiet` prints nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._out = Terminal(quiet=quiet, highlight=False)
+        # What users name, such as folder:cat or a class [bold], is no markup and no emoji.
+        self._out = Terminal(quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prose, wrapped at the width of the terminal; its indented lines stay as they are."""
@@ -39,7 +41,7 @@ class Console:
         """A line of a table, as wide as it is."""
         # Paths may hold bytes that are not UTF-8, which a terminal of UTF-8 does not take.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        self._out.print(text.rstrip(), markup=False, style=style, soft_wrap=True)
+        self._out.print(text.rstrip(), style=style, soft_wrap=True)
 
     def stage(
         self, plan: StagePlan, title: str, cost: str, params: Tree, norms: Mapping[str, str]
@@ -82,12 +84,12 @@ class Console:
             TextColumn("  epoch {task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("loss {task.fields[loss]}"),
             TimeRemainingColumn(),
         )
         shown = self._out.is_terminal and not self._out.quiet
         with Progress(*columns, console=self._out, transient=True, disable=not shown) as progress:
-            task = progress.add_task(str(epoch), total=steps, completed=done, loss=float("nan"))
+            task = progress.add_task(str(epoch), total=steps, completed=done, loss="-")
             yield Bar(progress, task)
 
     def epoch_row(
@@ -122,5 +124,6 @@ class Bar:
         self._progress, self._task = progress, task
 
     def advance(self, loss: float, steps: int) -> None:
-        """So many steps further."""
-        self._progress.update(self._task, advance=steps, loss=loss)
+        """Moves on by a number of steps; the loss is NaN until it is known."""
+        shown = "-" if math.isnan(loss) else _loss(loss)
+        self._progress.update(self._task, advance=steps, loss=shown)

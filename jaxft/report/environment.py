@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from etils import epath
 
 from jaxft import atomic
 
+_DEV = Path("/dev")
 _PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -48,6 +50,27 @@ def current() -> dict[str, Any]:
         "processes": jax.process_count(),
         "host": platform.node(),
     }
+
+
+def idle_accelerator() -> list[str]:
+    """Returns a remark where JAX runs on the CPU of a machine that has a GPU or TPU.
+
+    None where the CPU was asked for: by JAX_PLATFORMS, or by a CUDA_VISIBLE_DEVICES without any.
+    """
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if asked or jax.default_backend() != "cpu":
+        return []
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+    if any(_DEV.glob("nvidia[0-9]*")) and not hidden:
+        kind, extra = "an NVIDIA GPU", "cuda"
+    elif any(_DEV.glob("accel[0-9]*")):
+        kind, extra = "a TPU", "tpu"
+    else:
+        return []
+    return [
+        f"JAX runs on the CPU, and this machine has {kind}: pip install '.[{extra}]' lets JAX use "
+        "it. JAX_PLATFORMS=cpu says that the CPU is meant."
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,7 @@ from jaxft.data import Source, Splits
 from jaxft.data.readable import without_warnings
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
-from jaxft.parallel import Devices
+from jaxft.parallel import Devices, check_devices
 from jaxft.processes import is_first
 from jaxft.recipe import Recipe, resolve
 from jaxft.report import environment
@@ -28,6 +28,7 @@ from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
 from jaxft.train.kept import Kept
 from jaxft.train.opening import (
+    check_image_size,
     check_network,
     open_network,
     open_programs,
@@ -38,7 +39,7 @@ from jaxft.train.opening import (
 from jaxft.train.program import Program
 from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
-from jaxft.train.start import Start, drawn, given, shapes
+from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
 from jaxft.train.workdir import check, claim, saved
 from jaxft.weights import orbax
 
@@ -112,6 +113,7 @@ def _open_and_run(
     interruption: Interruption,
 ) -> Result:
     recipe, folder = resolve(recipe), atomic.anywhere(workdir)
+    check_devices()
     console = console or Console(quiet=not is_first())
     if stage is not None and fork_from is None:
         raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
@@ -127,9 +129,11 @@ def _open_and_run(
     check(folder, recipe)
     splits = open_splits(recipe, data)
     classes = splits.train.classes
+    model = open_network(recipe, model, classes)
     # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
     if not begun and not forked:
         source, recipe = read_weights(recipe, model, classes)
+    check_image_size(recipe, model)
     scratch = dataclasses.replace(
         recipe,
         weights=None,
@@ -139,13 +143,13 @@ def _open_and_run(
     )
     check(folder / "from_scratch", scratch)
     devices = Devices(recipe.sharding)
-    model = open_network(recipe, model, classes)
     origin, remarks = recipe.weights or "random weights", list[str]()
     if forked:
         origin = f"stage {forked.stage!r} of {forked.workdir}"
         forked = fork.in_order(forked, recipe, model, classes)
     elif start is not None:
         origin = "the arrays given"
+    is_random = not (begun or forked or source) and start is None
     if begun or forked:
         start = shapes(model)
     elif start is None:
@@ -153,11 +157,14 @@ def _open_and_run(
     else:
         start, remarks = given(recipe, model, start)
     programs = open_programs(recipe, model, splits, devices, start)
+    if is_random:
+        remarks += frozen_at_random([program.plan for program in programs], start[0])
     if forked:
         fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = open_programs(scratch, model, splits, devices, start)
     console.row(_prologue(recipe, splits, start[0], origin))
+    remarks += environment.idle_accelerator()
     of_start = [each.remarks for each in (source, forked) if each]
     for remark in (*splits.remarks, *chain(*of_start), *remarks):
         console.say(remark)

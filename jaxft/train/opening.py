@@ -7,9 +7,9 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
-from jaxft.errors import DataError, RecipeError
+from jaxft.errors import DataError, ModelError, RecipeError
 from jaxft.groups import plan
-from jaxft.models import Model
+from jaxft.models import Model, factory
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
 from jaxft.train.keeping import keeping
@@ -20,15 +20,41 @@ from jaxft.weights.load import checked
 
 
 def check_network(recipe: Recipe, given: Model | None) -> None:
-    """Raises RecipeError for what can be known of a network before anything takes time."""
-    if given is None:
+    """Raises JaxftError for what can be known of a network before anything takes time."""
+    if given is not None:
+        factory.checked(given, "model is")
+        _check_own(recipe, given)
+    elif factory.names_factory(recipe.model):
+        factory.find(recipe.model)
+        recipe.check_own_network()
+    else:
         recipe.network(num_classes=2)  # its name and options
-        return
+
+
+def _check_own(recipe: Recipe, model: Model) -> None:
+    """Raises RecipeError where the recipe does not go with a network of the user's own."""
     recipe.check_own_network()
-    if recipe.statistics == "replica" and isinstance(given, models.Linen | models.NNX):
+    if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):
         raise RecipeError(
-            f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {given.name}, "
+            f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {model.name}, "
             "take the statistics of the whole batch. Leave it at 'global'."
+        )
+    if recipe.remat and len(model.blocks) == 1:
+        raise RecipeError(
+            f"remat computes a network again block by block, and {model.name} is one block: it "
+            "would cost a forward pass and save no memory. Leave it out; within the module "
+            "flax.linen.remat and flax.nnx.remat do the same for its layers."
+        )
+
+
+def check_image_size(recipe: Recipe, model: Model) -> None:
+    """Raises ModelError where a network of the user's own takes other images than the recipe's."""
+    side = recipe.preprocessing.image_size
+    if isinstance(model, models.Linen | models.NNX) and model.shape != (side, side, 3):
+        raise ModelError(
+            f"{model.name} takes images of shape {model.shape}, and the recipe's are "
+            f"{(side, side, 3)}: set the recipe's image_size to the network's, or build the "
+            "network with the recipe's shape."
         )
 
 
@@ -77,7 +103,7 @@ def _dropped(recipe: Recipe, images: int) -> list[str]:
 
 
 def read_weights(
-    recipe: Recipe, given: Model | None, classes: Sequence[str]
+    recipe: Recipe, model: Model, classes: Sequence[str]
 ) -> tuple[Weights | None, Recipe]:
     """The recipe's weights, and the recipe with the preprocessing that they expect.
 
@@ -85,7 +111,7 @@ def read_weights(
     """
     if recipe.weights is None:
         return None, recipe.expecting(Preprocessing())
-    source = weights.read(recipe.weights, own_names=given is not None and not given.torch_named)
+    source = weights.read(recipe.weights, own_names=not model.torch_named)
     source = checked(source, recipe.head, wanted_classes(recipe, classes))
     return source, recipe.expecting(source.preprocessing or Preprocessing())
 
@@ -98,6 +124,8 @@ def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | No
 def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:
     """The network given, or that of the recipe; RecipeError if it has not these classes."""
     model = given or recipe.network(len(classes))
+    if given is None and factory.names_factory(recipe.model):
+        _check_own(recipe, model)
     if model.num_classes != len(classes):
         raise RecipeError(
             f"{model.name} has {model.num_classes} classes, and the images have {len(classes)}: "

@@ -8,6 +8,7 @@ from jaxft.train import fork
 from jaxft.train.compilation import Ahead
 from jaxft.train.fork import Fork
 from jaxft.train.kept import Inputs
+from jaxft.train.memory import fitting_memory
 from jaxft.train.norms import mode_names
 from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
@@ -35,17 +36,25 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         run.checkpoints.check_room(structure(run.programs, program.index, *shapes))
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
-    progress, at = found or _begin(run, index, start, forked, ahead)
+        run.console.say(f"Compiling stage {run.programs[index].plan.stage.name!r} ...")
+        with fitting_memory(run.programs[index]):
+            progress, at = found or _begin(run, index, start, forked, ahead)
+    elif found:
+        progress, at = found
     validated = 0.0
     while index < len(run.programs):
         program = run.programs[index]
-        compiled = ahead.result(partial(_glance, run))
-        position = at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
-        seconds = ahead.seconds
-        _announce(run, program, f"{cost(program, compiled, seconds)}\n{spared(program)}", position)
-        if index + 1 < len(run.programs):
-            ahead = _compile(run, index + 1, shapes)
-        at = train_stage(run, program, compiled, position)
+        with fitting_memory(program):
+            compiled = ahead.result(partial(_glance, run))
+            position = (
+                at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
+            )
+            seconds = ahead.seconds
+            told = f"{cost(program, compiled, seconds)}\n{spared(program)}"
+            _announce(run, program, told, position)
+            if index + 1 < len(run.programs):
+                ahead = _compile(run, index + 1, shapes)
+            at = train_stage(run, program, compiled, position)
         progress = position.progress
         run.console.row("")
         after = run.programs[index + 1 : index + 2]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import WeightsError
-from jaxft.labels import Tree, paths
+from jaxft.groups import StagePlan
+from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights, load
@@ -94,6 +95,24 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     # By path, for a FrozenDict or NNX state may have another order.
     leaves = [jnp.asarray(found[path], like.dtype) for path, like in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(expected), leaves), remarks
+
+
+def frozen_at_random(plans: Sequence[StagePlan], params: Tree) -> list[str]:
+    """Returns a remark on the first stage that freezes parameters which no stage has trained yet.
+
+    `params` are random; only their paths are read.
+    """
+    trained: set[str] = set()
+    for plan in plans:
+        labels = dict(zip(paths(params), leaf_labels(params, plan.labels), strict=True))
+        trained |= {path for path, label in labels.items() if label != FROZEN}
+        if untrained := [path for path in labels if path not in trained]:
+            parts = ", ".join(dict.fromkeys(path.partition(".")[0] for path in untrained))
+            return [
+                f"Stage {plan.stage.name!r} freezes random weights: {parts}. Nothing pretrained "
+                "was given; name it by weights=... or start=..., or train these layers first."
+            ]
+    return []
 
 
 def _array(leaf: Any) -> jax.Array | np.ndarray:

@@ -10,7 +10,7 @@ from jaxft.data import Batch, Source, Splits
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.parallel import Devices
+from jaxft.parallel import Devices, check_devices
 from jaxft.recipe import Recipe, resolve
 from jaxft.stages import Stage
 from jaxft.train import opening
@@ -74,12 +74,14 @@ def trial(
     `data`, `model` and `start` are as in `jaxft.finetune`, and so is what is raised.
     """
     recipe = resolve(replace(recipe, stages=(stage,), from_scratch=()))
+    check_devices()
     opening.check_network(recipe, model)
     splits = opening.open_splits(recipe, data)
     classes = splits.train.classes
-    source, recipe = opening.read_weights(recipe, model, classes)
-    devices = Devices(recipe.sharding)
     model = opening.open_network(recipe, model, classes)
+    source, recipe = opening.read_weights(recipe, model, classes)
+    opening.check_image_size(recipe, model)
+    devices = Devices(recipe.sharding)
     if start is None:
         at = drawn(recipe, model, source, opening.wanted_classes(recipe, classes))
     else:

@@ -52,6 +52,16 @@ class Spectral(Bare):
         return nn.SpectralNorm(nn.Dense(2), name="head")(x.mean((1, 2)), update_stats=False)
 
 
+class Flat(nnx.Module):
+    """Made for images of 8 pixels."""
+
+    def __init__(self, *, rngs):
+        self.head = nnx.Linear(8 * 8 * 3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x.reshape(len(x), -1))
+
+
 class Stateful(nnx.Module):
     def __init__(self, state, *, rngs):
         self.head = nnx.Linear(3, 2, rngs=rngs)
@@ -70,7 +80,21 @@ def linen(module, head="head"):
 
 
 UNFIT = {
-    "unhashable": (lambda: linen(Listed([1])), r"Listed cannot be hashed(?s:.*)make them tuples"),
+    "no shape": (lambda: Linen(Bare(), shape=32, head="head"), r"shape is 32; it must be .*h, w"),
+    "a shape of a batch": (
+        lambda: Linen(Bare(), shape=(1, 6, 6, 3), head="head"), r"shape is \(1, 6, 6, 3\)",
+    ),
+    "a shape of nothing": (lambda: NNX(Told, shape=(0, 6, 3), head="fc"), r"shape is \(0, 6, 3\)"),
+    "built for another size": (
+        lambda: NNX(Flat, shape=SHAPE, head="head"),
+        r"(?s)Flat fails on images of shape \(6, 6, 3\): .*If it was built for another size",
+    ),
+    "a class for a module": (lambda: linen(Bare), r"not the class Bare: call it, Bare\(...\)"),
+    "another framework's": (lambda: linen(Flat(rngs=nnx.Rngs(0))), "flax.linen module, not a Flat"),
+    "an instance": (
+        lambda: NNX(Flat(rngs=nnx.Rngs(0)), shape=SHAPE, head="head"),
+        r"got a Flat that is built: give the class, model = NNX\(Flat, ...\).*model.trees\(",
+    ),
     "no such head": (lambda: linen(Compact(), "haed"), "'haed'.\n  Did you mean 'head'"),
     "half a name": (lambda: linen(Compact(), "hea"), "at its head, 'hea'"),
     "no logits": (lambda: linen(Bare()), r"Bare makes \[2, 6, 6, 2\] of images \[2, 6, 6, 3\]"),
@@ -87,6 +111,17 @@ UNFIT = {
 def test_modules_that_cannot_be_networks(make, message):
     with pytest.raises(ModelError, match=message):
         make()
+
+
+def test_linen_module_whose_fields_cannot_be_hashed_is_a_network():
+    """As those of Hugging Face, whose config compares by value and has no hash."""
+    model, again, other = linen(Listed([1])), linen(Listed([1])), linen(Listed([2]))
+    assert hash(model) == hash(again)
+    assert model == again != other
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    step = jax.jit(lambda model, *trees: model.apply(*trees, norms="running")[0], static_argnums=0)
+    logits = jax.eval_shape(partial(step, model), *shapes, jnp.ones((2, *SHAPE)))
+    assert logits.shape == (2, 2)
 
 
 CALLS = {

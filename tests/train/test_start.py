@@ -9,7 +9,21 @@ import pytest
 from flax import linen as nn
 from test_finetune import QUIET, run_and_die
 
-from jaxft import Adam, Recipe, RecipeError, Stage, WeightsError, data, finetune, models, weights
+import jaxft
+from jaxft import (
+    Adam,
+    ModelError,
+    ParallelError,
+    Recipe,
+    RecipeError,
+    Stage,
+    WeightsError,
+    data,
+    finetune,
+    models,
+    weights,
+)
+from jaxft.train.start import frozen_at_random
 
 
 class Net(nn.Module):
@@ -162,3 +176,45 @@ def test_float64_run_resumes_bit_identically(tmp_path, monkeypatch):
     assert (np.float32(kernel) != kernel).any()
     drawn = models.create("cifar_resnet8", num_classes=3).init(jax.random.key(0))
     assert jax.tree.all(jax.tree.map(np.array_equal, start, drawn))  # as torch's .double()
+
+
+def test_random_weights_that_a_stage_freezes_are_named(tmp_path, capsys):
+    finetune(HEAD, tmp_path / "run", model=NET, **{**GIVEN, "console": None})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Stage 'head' freezes random weights: BatchNorm_0, Dense_0. Nothing pretrained" in said
+    assert "Compiling stage 'head' ..." in said
+    assert "nan" not in said
+    params = arrays()[0]
+    assert not frozen_at_random(jaxft.plan((*ALL.stages, *HEAD.stages), params), params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (
+            {"image_size": 8, "resize_size": 8},
+            ModelError,
+            r"^Net takes images of shape \(4, 4, 3\), and the recipe's are \(8, 8, 3\): set the",
+        ),
+        ({"remat": True}, RecipeError, "and Net is one block: it would cost a forward pass and"),
+    ],
+    ids=["image_size", "remat"],
+)
+def test_recipe_that_does_not_fit_a_network_of_ones_own(fields, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        finetune(dataclasses.replace(ALL, **fields), tmp_path / "run", model=NET, **GIVEN)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Unable to initialize backend 'cuda': none.\nmore"), AssertionError()],
+    ids=["refused", "no plugin"],
+)
+def test_devices_that_are_not_there_are_one_error(error, tmp_path, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ParallelError, match=r"JAX cannot use .*, as JAX_PLATFORMS asks: "):
+        finetune(ALL, tmp_path / "run", model=NET, **GIVEN)

@@ -1,0 +1,69 @@
+"""Out of memory: one error that names the ways out, and a run that goes on."""
+
+import dataclasses
+
+import jax
+import pytest
+from test_start import ALL, GIVEN, NET
+
+from jaxft import RecipeError, Stage, finetune
+from jaxft.train.program import Program
+from jaxft.train.run import Run
+
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+ADVICE = (
+    r"stage 'all': a batch of 8 images of 4 pixels does not fit into the memory of .*: "
+    r"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n(?s:.*)accumulate=2 .*\n"
+    r".*batch_size=4 or smaller"
+)
+
+
+def run(folder, recipe=ALL):
+    return finetune(recipe, folder, model=NET, **GIVEN)
+
+
+def refuse(*_, **__):
+    raise FULL
+
+
+def compile_without_step(self, shapes, compile=Program.compile):
+    return compile(self, shapes)._replace(step=refuse)
+
+
+PLACES = {
+    "compile": (Program, "compile", refuse),
+    "step": (Program, "compile", compile_without_step),
+    "evaluation": (Run, "evaluate", refuse),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "instead"), PLACES.values(), ids=PLACES)
+def test_out_of_memory_is_one_error_with_ways_out(owner, name, instead, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, instead)
+        with pytest.raises(RecipeError, match=ADVICE):
+            run(tmp_path / "run")
+
+
+def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
+    stages = (*ALL.stages, Stage("more", {"*": 1e-4}, 1, hand_on="last"))
+    recipe = dataclasses.replace(ALL, stages=stages)
+    whole = run(tmp_path / "whole", recipe)
+
+    def second_stage_fails(self, shapes, compile=Program.compile):
+        return refuse() if self.index else compile(self, shapes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "compile", second_stage_fails)
+        with pytest.raises(RecipeError, match="stage 'more': a batch of 8 images"):
+            run(tmp_path / "run", recipe)
+    assert run(tmp_path / "run", recipe).weights.read_bytes() == whole.weights.read_bytes()
+
+
+def test_out_of_memory_of_another_kind_stays_itself(tmp_path, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the driver")
+
+    monkeypatch.setattr(Program, "compile", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run(tmp_path / "run")
