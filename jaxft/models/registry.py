@@ -114,9 +114,9 @@ def create(
         near = difflib.get_close_matches(name, _CONFIGS, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise RecipeError(
-            f"no model is called {name!r}.{hint} A network of your own is given as model=... in "
-            "Python, also to go on with its run or export it; a recipe names its factory, "
-            f"model='my_module:build'.\n  Models: {', '.join(_CONFIGS)}"
+            f"no model is called {name!r}.{hint}\n  Models: {', '.join(_CONFIGS)}\n"
+            "A network of your own is given as model=... in Python, also to go on with its run or "
+            "to export it; or a recipe names its factory, model='my_module:build'."
         )
     if num_classes < 1:
         raise RecipeError(f"{name}: num_classes is {num_classes}; it must be at least 1")
