@@ -8,6 +8,7 @@ Beside them may lie `replaced-<step>`, until the checkpoint that replaces it is 
 renames, deletes or judges.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -36,6 +37,22 @@ def exist(folder: str | PathLike[str]) -> bool:
     """Whether the folder holds a whole checkpoint."""
     place = epath.Path(folder)
     return place.exists() and bool(whole_steps(place) | _replaced(place).keys())
+
+
+def newest_progress(folder: str | PathLike[str]) -> dict[str, Any] | None:
+    """Returns the `progress` of the newest checkpoint whose header is whole; None without one.
+
+    Reads one JSON file, so that it serves before anything else is opened, and beside a run.
+    """
+    place = epath.Path(folder)
+    if not place.exists():
+        return None
+    paths = {step: place / str(step) for step in whole_steps(place)}
+    for _, path in sorted((_replaced(place) | paths).items(), reverse=True):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            if not checksums.damage(path, prefix="header/"):
+                return dict(json.loads((path / "header" / "metadata").read_text())["progress"])
+    return None
 
 
 @dataclass(frozen=True)
@@ -169,10 +186,9 @@ class Checkpoints:
         remarks: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                if damage := first_answers(partial(checksums.damage, self.path(step))):
-                    raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
+                self._verify(step)
                 progress = self.progress(step)
-                arrays = self.restore(step, like(progress))
+                arrays = self._restore(step, like(progress))
             except _DamagedError as error:
                 self._rename(str(step), f"{_CORRUPT}{step}")
                 remarks.append(f"{error} It is now {_CORRUPT}{step}, and the one before it counts.")
@@ -191,8 +207,17 @@ class Checkpoints:
         `like` may hold `jax.ShapeDtypeStruct` leaves. An array goes where the leaf's sharding says,
         whatever devices it was on when written; without one, to this process's first device.
 
-        Raises CheckpointError with all that is missing, extra, or of another shape or type.
+        Raises CheckpointError with all that is missing, extra, or of another shape or type; or with
+        a file that is damaged. All processes must call it.
         """
+        self._verify(step)
+        return self._restore(step, like)
+
+    def _verify(self, step: int) -> None:
+        if damage := first_answers(partial(checksums.damage, self.path(step))):
+            raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
+
+    def _restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
         self._fits(step, self._header(step)["layout"], like)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
@@ -242,7 +267,8 @@ class Checkpoints:
         """In the background, when all is written and about to get its name."""
         if is_first() and not in_bucket(self.folder):  # a bucket has checksums of its own
             for unnamed in self.folder.glob(f"{self._writing}.*"):
-                checksums.seal(unnamed)
+                # Orbax writes to the files directly in it once more, last of all.
+                checksums.seal(unnamed, subfolders_only=True)
 
     def _lack(self, needed: int) -> str:
         if in_bucket(self.folder) or (free := shutil.disk_usage(self.folder).free) >= needed:
@@ -344,5 +370,8 @@ def hush() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     if "orbax" not in record.pathname:
         return True
-    known = "Metadata file does not exist|parse Metadata file|directory .* already exists"
+    known = (
+        "Metadata file does not exist|(parse|read) Metadata file|directory .* already exists"
+        "|Failed to get item metadata|contains unknown key"
+    )
     return not (record.exc_info or re.search(known, record.getMessage()))

@@ -15,37 +15,51 @@ from jaxft import atomic
 _FILE = "checksums.json"
 
 
-def seal(folder: epath.Path) -> None:
-    """Notes the CRC-32 of each file in the folder, in one more file."""
-    sums = {name: _crc32(folder / name) for name in sorted(_files(folder))}
-    atomic.write(folder / _FILE, json.dumps(sums))
+def seal(folder: epath.Path, *, subfolders_only: bool = False) -> None:
+    """Writes the CRC-32 of each file in the folder, and of the list itself, to one more file.
+
+    `subfolders_only` leaves out files that lie directly in the folder.
+    """
+    names = sorted(name for name in _files(folder) if "/" in name or not subfolders_only)
+    sums = {name: _crc32(folder / name) for name in names if name != _FILE}
+    atomic.write(folder / _FILE, json.dumps({**sums, _FILE: _of_list(sums)}))
 
 
-def damage(folder: epath.Path) -> str:
-    """What has changed since the folder was sealed, in a few words; empty if nothing has.
+def damage(folder: epath.Path, prefix: str = "") -> str:
+    """Returns what has changed since the folder was sealed, in a few words; "" if nothing has.
 
-    Empty as well if it never was: then its reader must find out.
+    Also "" if the folder never was sealed: then its reader must find out. `prefix` restricts the
+    check to files whose path in the folder begins with it.
     """
     file = folder / _FILE
     if not file.exists():
         return ""
     try:
         sums = dict(json.loads(file.read_text()))
-    except ValueError:
+        own = sums.pop(_FILE, None)  # absent in lists of older versions
+    except (ValueError, TypeError):
         return f"{_FILE} is not readable"
-    if gone := sorted(sums.keys() - set(_files(folder))):
-        return f"{gone[0]} is missing"
-    changed = (name for name, crc in sums.items() if _crc32(folder / name) != crc)
-    return f"{name} has changed" if (name := next(changed, "")) else ""
+    if own not in (None, _of_list(sums)):
+        return f"{_FILE} has changed"
+    for name, crc in sums.items():
+        if name.startswith(prefix):
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if _crc32(folder / name) != crc:
+                return f"{name} has changed"
+    return ""
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Those in its subfolders: Orbax writes to its own once more, last of all, and can miss it."""
     for path in (folder / prefix).iterdir():
         if path.is_dir():
             yield from _files(folder, f"{prefix}{path.name}/")
-        elif prefix:
+        else:
             yield prefix + path.name
+
+
+def _of_list(sums: dict[str, int]) -> int:
+    return zlib.crc32(json.dumps(sums).encode())
 
 
 def _crc32(path: epath.Path) -> int:

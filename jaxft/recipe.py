@@ -295,6 +295,14 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     return _validated(fields, source=str(path))
 
 
+def from_fields(fields: Any, *, source: str) -> Recipe:
+    """Returns the recipe whose `fields` these are; `source` names their origin in errors.
+
+    Raises RecipeError with all fields that do not fit.
+    """
+    return _validated(fields, source=source)
+
+
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Writes a recipe as YAML that `read` takes back as an equal one."""
     atomic.write(path, yaml.safe_dump(fields(recipe), sort_keys=False))

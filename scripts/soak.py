@@ -1,32 +1,34 @@
-"""Kills a run again and again, lets it finish, and compares it with one that was left alone.
+"""Kills runs at random moments and corrupts their files; compares their ends with undisturbed ones.
 
-    python scripts/soak.py [--kills 40] [--seed 0] [--devices 1]
+    python scripts/soak.py [--kills 40] [--corruptions 160] [--seed 0] [--devices 1]
 
-Three short stages on the digits: with dropout, a checkpoint every third step, optimizer state that
-is kept, averaged weights, and an end within an epoch. SIGKILL comes at random moments, while a
-checkpoint is written, as a stage ends, and in the first epoch of the next; now and then SIGTERM. A
-kill counts if that start had begun a checkpoint or ended a stage. Exits with 1 if weights, records
-or last arrays differ in anything but timings.
+The protocol follows crash-consistency tests of training checkpoints (arXiv:2511.18323). Prints a
+Markdown table of outcomes; exits with 1 after a wrong result or an error that names no file. For
+corruptions see `corruption.py`; they run at the same time as the kills, in a second process.
+
+Kills: three short stages on the digits, with dropout, a checkpoint every third step, optimizer
+state that is kept, averaged weights, and an end within an epoch. SIGKILL comes at random moments:
+while a checkpoint is written, as a stage ends, in the first epoch of the next; now and then SIGTERM
+instead. A kill counts if that start had begun a checkpoint or ended a stage. At the end, weights,
+records and last arrays must be those of an undisturbed run, timings excepted.
 """
 
 import argparse
-import itertools
-import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
+import corruption
 
 from jaxft import Adam, Recipe, Stage
 from jaxft.recipe import save
@@ -43,7 +45,7 @@ RECIPE = Recipe(
 )  # fmt: skip
 STAGES = [stage.name for stage in RECIPE.stages]
 WITHIN, SAVE, END, FIRST = COUNT = ("within", "in a save", "at the end", "in the first epoch")
-MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
+MOMENTS = (*COUNT, "before a save", "in start-up", "SIGTERM")
 
 
 class Start:
@@ -133,6 +135,17 @@ def strike(start: Start, aim: str, chance: random.Random) -> None:
         start.end(-signal.SIGKILL, signal.SIGKILL)
 
 
+def kill(folder: Path, known: argparse.Namespace) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """Runs the recipe alone and killed again and again; returns the kills, and what differs."""
+    if not known.kills:
+        return Counter(), []
+    save(RECIPE, folder / "recipe.yaml")
+    Start(folder, "alone", known.devices).end(0)
+    met = strike_often(folder, known)
+    Start(folder, "killed", known.devices).end(0)
+    return met, list(corruption.differences(folder / "alone", folder / "killed"))
+
+
 def strike_often(folder: Path, known: argparse.Namespace) -> Counter[tuple[str, str]]:
     """Starts the run until enough kills count; returns how often what was met in which stage."""
     chance, met, at = random.Random(known.seed), Counter[tuple[str, str]](), 0
@@ -152,31 +165,21 @@ def strike_often(folder: Path, known: argparse.Namespace) -> Counter[tuple[str, 
     return met
 
 
-def differences(one: Path, other: Path) -> Iterator[str]:
-    """What the ends of two runs do not share."""
-    if (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes():
-        yield "model.safetensors"
-    for ours, theirs in itertools.zip_longest(rows(one), rows(other)):
-        if ours != theirs:
-            yield f"metrics.jsonl, which should have {ours} and has {theirs}"
-            break
-    for item in ("params", "stats", "opt_state"):
-        ours, theirs = arrays(one, item), arrays(other, item)
-        same = jax.tree.structure(ours) == jax.tree.structure(theirs)
-        if not (same and jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))):
-            yield f"{item} of the last checkpoint"
-    yield from (str(path) for path in (other / "checkpoints").iterdir() if not path.name.isdigit())
-
-
-def rows(run: Path) -> list[dict[str, object]]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: x for name, x in row.items() if name not in MEASURED} for row in found]
-
-
-def arrays(run: Path, item: str) -> object:
-    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(run / "checkpoints" / str(last) / item)
+def outcome_table(
+    kills: Counter[tuple[str, str]], same: bool, corruptions: Counter[tuple[str, str]]
+) -> Iterator[str]:
+    """Yields the lines of a Markdown table: how many trials of each kind met which outcome."""
+    kinds = {"killed": MOMENTS, "damaged": corruption.FILES, "damage": corruption.DAMAGES}
+    ends = Counter(corruptions)
+    for (moment, _), n in kills.items():
+        ends[moment, corruption.SAME if same else corruption.WRONG] += n
+    yield f"| | trials | {' | '.join(corruption.OUTCOMES)} |"
+    yield "|---|" + "---:|" * (1 + len(corruption.OUTCOMES))
+    for title, names in kinds.items():
+        for name in names:
+            counts = [ends[name, outcome] for outcome in corruption.OUTCOMES]
+            cells = " | ".join(map(str, (sum(counts), *counts)))
+            yield f"| {title}: {name} | {cells} |"
 
 
 def main() -> None:
@@ -184,22 +187,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=40, help="that count")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--corruptions", type=int, default=160, help="of files")
+    parser.add_argument("--seed", type=int, default=0, help="of moments, files and damages")
     parser.add_argument("--devices", type=int, default=1, help="virtual ones")
     known = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save(RECIPE, folder / "recipe.yaml")
-        Start(folder, "alone", known.devices).end(0)
-        met = strike_often(folder, known)
-        Start(folder, "killed", known.devices).end(0)
-        wrong = list(differences(folder / "alone", folder / "killed"))
+    spawn = multiprocessing.get_context("spawn")  # a fork would share jax's threads
+    with TemporaryDirectory() as name, ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        trials = pool.submit(corruption.trials, known.corruptions, known.seed)
+        met, wrong = kill(Path(name), known)
+        corruptions = trials.result()
     print(f"\n{'':20}" + "".join(f"{stage:>8}" for stage in (*STAGES, "-")))
-    for moment in (*COUNT, "before a save", "in start-up", "SIGTERM"):
+    for moment in MOMENTS:
         print(f"{moment:20}" + "".join(f"{met[moment, stage]:8}" for stage in (*STAGES, "-")))
     print(f"{sum(met.values())} starts, of which {known.kills} kills count.")
     print(f"Different: {', '.join(wrong)}" if wrong else "The same to the last bit.")
-    sys.exit(bool(wrong))
+    print("", *outcome_table(met, not wrong, corruptions), sep="\n")
+    failed = any(n for (_, end), n in corruptions.items() if end in corruption.FAILED)
+    sys.exit(bool(wrong) or failed)
 
 
 if __name__ == "__main__":

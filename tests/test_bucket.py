@@ -16,6 +16,7 @@ import jax.numpy as jnp, numpy as np
 from etils import epath
 from jaxft import Recipe, Stage
 from jaxft.checkpoint import Checkpoints
+from jaxft.recipe import fields
 from jaxft.report import environment
 from jaxft.report.metrics import MetricsLog
 from jaxft.train.workdir import claim, saved
@@ -29,26 +30,27 @@ def newest():
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return checkpoints.newest(lambda progress: {"params": whole})
 
-for start in range(2):
+for step in (1, 2):
     with claim(folder, recipe), closing(MetricsLog(folder)) as log:
-        log.begin(start)
+        log.begin([{"step": 1}] * (step - 1))
         environment.append(folder)
-        log.write({"step": start + 1, "val_loss": float("nan"), "rates": {"fc": 0.5}})
+        log.write({"step": step, "val_loss": float("nan"), "rates": {"fc": 0.5}})
 assert saved(folder) is None
 
 with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
     assert checkpoints.newest(lambda progress: {}) is None
     for step, score, keep in ((2, 2, True), (3, 0, False), (3, 3, False)):
-        checkpoints.save(step, {"score": score}, {"params": whole}, keep=keep)
+        progress = {"score": score, "recipe": fields(recipe)}
+        checkpoints.save(step, progress, {"params": whole}, keep=keep)
 assert saved(folder) == recipe
 found = newest()
-assert (found.step, found.progress, found.remarks) == (3, {"score": 3}, ())
+assert (found.step, found.progress["score"], found.remarks) == (3, 3, ())
 np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
 
 # Killed while 3 was being replaced: there is a beginning of the new one, without its last object.
 (folder / "checkpoints" / "3").rename(folder / "checkpoints" / "replaced-3")
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
-assert newest().progress == {"score": 3}
+assert newest().progress["score"] == 3
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
 found = newest()
 assert (found.step, len(found.remarks)) == (2, 1)

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -25,20 +25,22 @@ class MetricsLog:
 
     def __init__(self, workdir: str | PathLike[str], *, writes: bool = True) -> None:
         self._workdir, self._writes, self._failure = epath.Path(workdir), writes, ""
+        self.rows: list[Mapping[str, Any]] = []
+        """All rows of the run so far, as JSON; empty where the log does not write."""
         self._path = self._workdir / "metrics.jsonl"
         self._events: EventFile | None = None
 
-    def begin(self, step: int) -> None:
-        """Goes on after a step: rows of later ones are dropped.
+    def begin(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Rewrites `metrics.jsonl` with `rows`, those of the checkpoint from which a run resumes.
 
-        A run that was killed after it wrote a row and before its checkpoint was whole trains that
-        epoch again; it must not appear twice.
+        A file that was damaged or lost is thereby whole again, and an epoch whose row was written
+        before its checkpoint was whole does not appear twice.
         """
         if not self._writes:
             return
-        rows = self._path.read_text().splitlines() if self._path.exists() else []
-        self._rows = [row for row in rows if _step(row) <= step]
-        self._events = EventFile(self._workdir / "tensorboard", purge_step=step + 1)
+        self.rows = list(rows)
+        last = self.rows[-1]["step"] if self.rows else 0
+        self._events = EventFile(self._workdir / "tensorboard", purge_step=last + 1)
         self._flush()
 
     def close(self) -> None:
@@ -58,7 +60,7 @@ class MetricsLog:
         """
         if self._events is None:
             return
-        self._rows.append(json.dumps(_strict(row), allow_nan=False))
+        self.rows.append(_strict(row))
         self._events.add(row["step"], dict(_floats(row)))
         self._flush()
 
@@ -67,7 +69,7 @@ class MetricsLog:
         if self._events is None:
             return
         # Whole: an object of a bucket cannot grow, and what a full disk cuts short is no row.
-        rows = "".join(row + "\n" for row in self._rows)
+        rows = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
         for write in (partial(atomic.write, self._path, rows), self._events.flush):
             try:
                 write()
@@ -87,11 +89,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _strict(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step(row: str) -> float:
-    """The step of a row; infinite for one that was cut short."""
-    try:
-        return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

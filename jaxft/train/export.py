@@ -7,8 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jaxft import atomic, checkpoint, weights
-from jaxft import recipe as recipes
+from jaxft import atomic, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
@@ -16,6 +15,7 @@ from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
 from jaxft.train.resume import read
+from jaxft.train.workdir import saved
 from jaxft.weights.description import fields
 from jaxft.weights.export import PLATFORMS, serialize
 
@@ -65,10 +65,9 @@ def export(
     Raises:
       CheckpointError: the workdir holds no run with a whole checkpoint.
     """
-    recipe_file, checkpoints = workdir / "recipe.yaml", workdir / "checkpoints"
-    if not (recipe_file.is_file() and checkpoint.exist(checkpoints)):
+    recipe, checkpoints = saved(workdir), workdir / "checkpoints"
+    if recipe is None:
         raise CheckpointError(f"{workdir} holds no run with a checkpoint; name a run's --workdir.")
-    recipe = recipes.read(recipe_file)
     with closing(Checkpoints(checkpoints)) as kept:
         step = kept.latest_step()
         assert step is not None

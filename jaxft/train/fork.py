@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxft import atomic, checkpoint
-from jaxft import recipe as recipes
+from jaxft import atomic
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree
@@ -22,6 +21,7 @@ from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.resume import state_shapes
 from jaxft.train.run import Run
+from jaxft.train.workdir import saved
 from jaxft.weights import orbax
 from jaxft.weights.classes import Order, class_order, reordered, reordering
 
@@ -55,10 +55,9 @@ def find(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork:
     Raises CheckpointError where there is none.
     """
     workdir = atomic.anywhere(workdir)
-    recipe_file, folder = workdir / "recipe.yaml", workdir / "checkpoints"
-    if not (recipe_file.exists() and checkpoint.exist(folder)):
+    recipe, folder = saved(workdir), workdir / "checkpoints"
+    if recipe is None:
         raise CheckpointError(f"{workdir} holds no run with a checkpoint to fork from.")
-    recipe = recipes.read(recipe_file)
     ended = {}
     with closing(Checkpoints(folder)) as checkpoints:
         for step in checkpoints.steps():

@@ -41,6 +41,7 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
         return run.devices.abstract(items)
 
     found = run.checkpoints.newest(like)
+    run.metrics.begin(found.progress["rows"] if found else ())
     if found is None:
         return None
     for remark in found.remarks:
@@ -93,7 +94,7 @@ def next_state(
 def read(fields: Mapping[str, Any]) -> tuple[Progress, Sums, Mapping[str, Any]]:
     """What `Run.save` was given of the progress, and what it added of the images."""
     rest = dict(fields)
-    del rest["recipe"]  # for whoever finds the checkpoint alone
+    del rest["recipe"], rest["rows"]
     data, sums = rest.pop("data"), Sums.from_fields(rest.pop("sums"))
     return Progress.from_fields(rest), sums, data
 

@@ -65,7 +65,12 @@ class Run:
         self, progress: dict[str, Any], arrays: dict[str, Tree], *, keep: bool = False
     ) -> None:
         """Starts to write a checkpoint; see `Checkpoints.save`."""
-        header = {**progress, "data": self.data, "recipe": recipes.fields(self.recipe)}
+        header = {
+            **progress,
+            "data": self.data,
+            "recipe": recipes.fields(self.recipe),
+            "rows": self.metrics.rows,
+        }
         self.checkpoints.save(progress["step"], header, arrays, keep=keep)
 
     def stop_asked(self) -> bool:

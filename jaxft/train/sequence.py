@@ -27,7 +27,6 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
     """
     shapes = jax.eval_shape(lambda: start)
     found = resume(run, *shapes)
-    run.metrics.begin(_recorded(found[0]) if found else 0)
     if found:
         index = found[0].stage + bool(found[0].ended)
     else:
@@ -65,11 +64,6 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         validated, index = position.validated, index + 1
     assert isinstance(at, Snapshot)  # the last stage has ended
     return progress, at
-
-
-def _recorded(progress: Progress) -> int:
-    """The last step whose row counts: that of the epoch under way is by a start that then died."""
-    return progress.step - bool(progress.position)
 
 
 def _begin(

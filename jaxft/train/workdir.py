@@ -16,12 +16,16 @@ from jaxft.recipe import Recipe
 
 
 def saved(workdir: str | PathLike[str]) -> Recipe | None:
-    """The recipe of the run that the folder holds, if that has come as far as a checkpoint."""
-    folder = epath.Path(workdir)
-    if (folder / "recipe.yaml").exists() and checkpoint.exist(folder / "checkpoints"):
-        begun = recipes.read(folder / "recipe.yaml")
-        return begun.expecting(begun.preprocessing)
-    return None
+    """Returns the recipe of the run in the folder, None before its first checkpoint.
+
+    The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
+    """
+    folder = epath.Path(workdir) / "checkpoints"
+    fields = checkpoint.newest_progress(folder)
+    if fields is None:
+        return None
+    begun = recipes.from_fields(fields["recipe"], source=f"the newest checkpoint in {folder}")
+    return begun.expecting(begun.preprocessing)
 
 
 def check(workdir: str | PathLike[str], recipe: Recipe) -> None:
@@ -37,7 +41,9 @@ def check(workdir: str | PathLike[str], recipe: Recipe) -> None:
             + "\nChoose another --workdir, or delete this one to start over."
         )
     # Without a checkpoint there is nothing to lose.
-    if not (folder / "recipe.yaml").exists() and folder.is_dir() and any(_visible(folder)):
+    if before or (folder / "recipe.yaml").exists():
+        return
+    if folder.is_dir() and any(_visible(folder)):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another --workdir.")
 
 

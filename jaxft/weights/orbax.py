@@ -9,9 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxft import checksums
+from jaxft.atomic import in_bucket
 from jaxft.checkpoint import absolute, hush, whole_steps
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
+from jaxft.processes import is_first
 
 _ITEMS = ("params", "stats")
 
@@ -31,11 +34,14 @@ def save_weights(
 
     Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
     """
+    place = absolute(folder)
     with ocp.StandardCheckpointer() as writer:
         writer.save(
-            absolute(folder), {"params": params, "stats": stats}, force=replace,
+            place, {"params": params, "stats": stats}, force=replace,
             custom_metadata=None if described is None else dict(described),
         )  # fmt: skip
+    if is_first() and not in_bucket(place):
+        checksums.seal(place)
 
 
 def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
@@ -43,9 +49,11 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
 
     `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
     which the newest counts. A run's are the best of the stage so far, or what an ended one hands
-    on. Raises CheckpointError where there is none.
+    on. Raises CheckpointError where there is none, or with the name of a file that is damaged.
     """
     place = _newest(folder)
+    if damage := checksums.damage(place):
+        raise CheckpointError(f"{place} is damaged: {damage}. Bring it back from a copy.")
     if (place / "params").is_dir():
         # Not every network has statistics; of the best there is what the stage changes.
         now = {item: _arrays(place / item) for item in _ITEMS if (place / item).is_dir()}

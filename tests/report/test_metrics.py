@@ -12,9 +12,9 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxft.report.metrics import MetricsLog
 
 
-def begun(workdir, step, **options):
+def begun(workdir, earlier=(), **options):
     log = MetricsLog(workdir, **options)
-    log.begin(step)
+    log.begin(earlier)
     return log
 
 
@@ -58,7 +58,7 @@ def test_a_row_in_both(tmp_path):
         gradient_norms={"fc": {"mean": 2.0}},
         improved=True,
     )
-    with closing(begun(tmp_path, 0)) as log:
+    with closing(begun(tmp_path)) as log:
         log.write(written)
     assert rows(tmp_path) == [
         {**written, "val_loss": None, "rates": {"fc": 0.5, "layer4": None}}
@@ -70,26 +70,35 @@ def test_a_row_in_both(tmp_path):
     assert tags == {"rates/fc": 0.5, "rates/layer4": math.inf, "gradient_norms/fc/mean": 2.0}
 
 
-def test_rows_after_the_step_that_the_run_goes_on_from_are_dropped(tmp_path):
-    with closing(begun(tmp_path, 0)) as log:
-        for step in (10, 20, 30):
+@pytest.mark.parametrize("damage", ["none", "cut", "changed", "missing"])
+def test_metrics_of_a_resumed_run_are_the_rows_of_its_checkpoint(damage, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with closing(begun(tmp_path)) as log:
+        for step in (10, 20):
             log.write(row(step))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('null\n{"stage": "head", "st')  # by an older jaxft, and killed
-    with closing(begun(tmp_path, 20)) as log:
+        earlier = list(log.rows)
+        log.write(row(30))
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 3])
+    elif damage == "changed":
+        file.write_bytes(content.replace(b"0.5", b"0.7"))
+    elif damage == "missing":
+        file.unlink()
+    with closing(begun(tmp_path, earlier)) as log:
         log.write(row(30, val_loss=0.25))
     assert rows(tmp_path) == [row(10), row(20), row(30, val_loss=0.25)]
     assert events(tmp_path)[-2:] == [(21, "purged", None), (30, "val_loss", 0.25)]
 
 
 def test_another_process_than_the_first_writes_nothing(tmp_path):
-    with closing(begun(tmp_path, 0, writes=False)) as log:
+    with closing(begun(tmp_path, writes=False)) as log:
         log.write(row(1))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
-    log = begun(disk.folder, 0)
+    log = begun(disk.folder)
     log.write(row(1))
     disk.fill(but=0)
     long = {f"layer{n}": 0.5 for n in range(1000)}
@@ -105,7 +114,7 @@ def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
 
 
 def test_what_a_full_disk_never_takes_is_a_warning(disk):
-    log = begun(disk.folder, 0)
+    log = begun(disk.folder)
     disk.fill(but=0)
     log.write(row(2, rates={f"layer{n}": 0.5 for n in range(1000)}))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl, or .* are missing: .*No space left"):

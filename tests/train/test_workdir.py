@@ -9,6 +9,7 @@ import pytest
 
 from jaxft import Recipe, RecipeError, Stage
 from jaxft.checkpoint import Checkpoints
+from jaxft.recipe import fields
 from jaxft.train import workdir
 from jaxft.train.workdir import check, claim, saved
 
@@ -19,7 +20,7 @@ RECIPE = RECIPE.expecting(RECIPE.preprocessing)
 def begin(folder):
     """A run that has come as far as a checkpoint."""
     with claim(folder, RECIPE), closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        checkpoints.save(1, {}, {"params": {"x": jnp.ones(1)}})
+        checkpoints.save(1, {"recipe": fields(RECIPE)}, {"params": {"x": jnp.ones(1)}})
 
 
 def test_a_run_is_known_by_its_first_checkpoint(tmp_path):
@@ -30,6 +31,22 @@ def test_a_run_is_known_by_its_first_checkpoint(tmp_path):
     check(tmp_path / "run", dataclasses.replace(RECIPE, workers=7))
     with pytest.raises(RecipeError, match=r"another recipe:\n  seed: 0 -> 1"):
         check(tmp_path / "run", dataclasses.replace(RECIPE, seed=1))
+
+
+@pytest.mark.parametrize("content", ["seed: 1", "stages: [", "\0" * 400, None])
+def test_a_damaged_recipe_file_is_written_again_from_the_checkpoint(content, tmp_path):
+    begin(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    whole = file.read_bytes()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    assert saved(tmp_path) == RECIPE
+    with pytest.raises(RecipeError, match=r"another recipe:\n  seed: 0 -> 1"):
+        check(tmp_path, dataclasses.replace(RECIPE, seed=1))
+    with claim(tmp_path, RECIPE):
+        assert file.read_bytes() == whole
 
 
 def test_a_checkpoint_that_is_being_replaced_is_one(tmp_path):
