@@ -32,7 +32,7 @@ def newest():
 
 for step in (1, 2):
     with claim(folder, recipe), closing(MetricsLog(folder)) as log:
-        log.begin([{"step": 1}] * (step - 1))
+        log.begin([{"step": 1, "val_loss": None}] * (step - 1))
         environment.append(folder)
         log.write({"step": step, "val_loss": float("nan"), "rates": {"fc": 0.5}})
 assert saved(folder) is None
