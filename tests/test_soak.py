@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-import corruption  # noqa: E402
-import soak  # noqa: E402
+import corruption
+import soak
 
 
 def test_soak_corruptions_never_give_a_wrong_result(capsys):
