@@ -186,7 +186,7 @@ class Checkpoints:
         remarks: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                self._verify(step)
+                self.verify(step)
                 progress = self.progress(step)
                 arrays = self._restore(step, like(progress))
             except _DamagedError as error:
@@ -201,6 +201,11 @@ class Checkpoints:
             )
         return None
 
+    def drop(self, step: int) -> None:
+        """Removes the checkpoint of `step`."""
+        self._rename(str(step), f"{step}.orbax-checkpoint-tmp")  # which is tidied away
+        self._marked.discard(step)
+
     def restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
         """The arrays of the checkpoint of `step`, in exactly the structure of `like`.
 
@@ -210,10 +215,11 @@ class Checkpoints:
         Raises CheckpointError with all that is missing, extra, or of another shape or type; or with
         a file that is damaged. All processes must call it.
         """
-        self._verify(step)
+        self.verify(step)
         return self._restore(step, like)
 
-    def _verify(self, step: int) -> None:
+    def verify(self, step: int) -> None:
+        """Raises CheckpointError if the checkpoint of `step` is not what was written."""
         if damage := first_answers(partial(checksums.damage, self.path(step))):
             raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
 

@@ -4,9 +4,10 @@ import dataclasses
 import math
 import os
 import runpy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import yaml
@@ -326,19 +327,88 @@ def resolve(recipe: Recipe) -> Recipe:
     return _validated(fields(recipe), source="recipe")
 
 
-def differences(before: Recipe, now: Recipe) -> list[str]:
-    """The fields by which two recipes train differently, as `field: before -> now`."""
+class Difference(NamedTuple):
+    """A field that two recipes do not share; as text, `stages[all].epochs: 6 -> 9`.
+
+    `before` or `now` is `ABSENT` where only the other recipe has the stage or the entry.
+    """
+
+    path: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_shown(self.before)} -> {_shown(self.now)}"
+
+
+ABSENT = object()
+
+
+def differences(before: Recipe, now: Recipe) -> list[Difference]:
+    """Returns the fields by which two recipes train differently, those of stages each by itself."""
     return [
-        f"{field.name}: {getattr(before, field.name)!r} -> {getattr(now, field.name)!r}"
+        difference
         for field in dataclasses.fields(Recipe)
         if field.name not in _CHANGES_NOTHING
-        and getattr(before, field.name) != getattr(now, field.name)
+        for difference in _differences(
+            field.name, getattr(before, field.name), getattr(now, field.name)
+        )
     ]
+
+
+def listed(found: Sequence[Difference]) -> str:
+    """Returns a line for each of the differences, at most twelve."""
+    more = [f"and {len(found) - 12} more"] if len(found) > 12 else []
+    return "\n  ".join([*map(str, found[:12]), *more])
+
+
+def _differences(path: str, before: Any, now: Any) -> Iterator[Difference]:
+    if before == now:
+        return
+    if all(isinstance(x, tuple) and x and isinstance(x[0], Stage) for x in (before, now)):
+        before, now = ({stage.name: stage for stage in stages} for stages in (before, now))
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        shared = [key for key in before if key in now]
+        for key in {**before, **now}:
+            yield from _differences(f"{path}[{key}]", before.get(key, ABSENT), now.get(key, ABSENT))
+        if shared != [key for key in now if key in before]:
+            yield Difference(f"{path} (order)", ", ".join(before), ", ".join(now))
+    elif dataclasses.is_dataclass(before) and type(before) is type(now):
+        for field in dataclasses.fields(before):
+            name = field.name
+            yield from _differences(f"{path}.{name}", getattr(before, name), getattr(now, name))
+    else:
+        yield Difference(path, before, now)
+
+
+def _shown(value: Any) -> str:
+    """A value in at most 60 characters; of a dataclass the fields that are not by default."""
+    if value is ABSENT:
+        return "absent"
+    if isinstance(value, Stage):
+        return "a stage"
+    text = repr(value)
+    if dataclasses.is_dataclass(value):
+        said = [
+            f"{field.name}={getattr(value, field.name)!r}"
+            for field in dataclasses.fields(value)
+            if getattr(value, field.name) != field.default
+        ]
+        text = f"{type(value).__name__}({', '.join(said)})"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe as YAML, or JSON, has it."""
     return dict(_adapter().dump_python(recipe, mode="json", warnings=False))
+
+
+def stages_of(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Returns the stages of a recipe that `fields` has written.
+
+    Raises RecipeError if this version of jaxft cannot read them.
+    """
+    return _validated(fields, source="the checkpoint's recipe").stages
 
 
 def _validated(fields: Any, *, source: str) -> Recipe:

@@ -44,6 +44,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--workdir", metavar="DIR")
+    parser.add_argument(
+        "--extend", action="store_true", help="go on with a longer last stage, or stages after it"
+    )
     fork = parser.add_argument_group("a new run from the end of another run's stage")
     fork.add_argument("--fork-from", metavar="RUN", help="the other run's workdir")
     fork.add_argument("--stage", help="the stage, in both recipes; default: the last that ended")
@@ -61,7 +64,13 @@ def main(arguments: list[str]) -> None:
     try:
         parallel.start(known.coordinator, known.processes, known.process)
         recipe = read_with(known.config, options)
-        result = finetune(recipe, known.workdir, fork_from=known.fork_from, stage=known.stage)
+        result = finetune(
+            recipe,
+            known.workdir,
+            fork_from=known.fork_from,
+            stage=known.stage,
+            extend=known.extend,
+        )
     except InterruptedRunError as stopped:
         leave(f"\n{stopped}", EXIT_CODES[stopped.signal])
     except (JaxftError, OSError) as error:

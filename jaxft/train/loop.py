@@ -24,6 +24,7 @@ from jaxft.report.metrics import MetricsLog
 from jaxft.train import export, fork
 from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.evaluate import Score, eval_step
+from jaxft.train.extension import check as check_extension
 from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
 from jaxft.train.kept import Kept
@@ -71,6 +72,7 @@ def finetune(
     start: Start | None = None,
     fork_from: str | os.PathLike[str] | None = None,
     stage: str | None = None,
+    extend: bool = False,
     console: Console | None = None,
 ) -> Result:
     """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
@@ -88,6 +90,11 @@ def finetune(
       new one, as `recipe.head` says; with `head="zeros"` or `"xavier"` any head is.
     fork_from: another run's workdir: this one starts from the end of its stage called `stage` (of
       its last that has ended) and goes on with the recipe's stage after that.
+    extend: the run in `workdir` may go on with more epochs (or steps, minutes, patience) in its
+      last stage, and with stages after it. It ends as if it had been that long from the start; a
+      stage whose rates depend on its length is refused. What has ended by `EarlyStop` stays ended
+      unless its patience grows. A last stage that had ended goes on from its newest checkpoint
+      before the end.
 
     Raises:
       JaxftError: anything wrong with recipe, data, weights or folder, before training starts;
@@ -97,7 +104,7 @@ def finetune(
     """
     with interruptible() as interruption:
         return _open_and_run(
-            recipe, workdir, data, model, start, fork_from, stage, console, interruption
+            recipe, workdir, data, model, start, fork_from, stage, extend, console, interruption
         )
 
 
@@ -109,6 +116,7 @@ def _open_and_run(
     start: Start | None,
     fork_from: str | os.PathLike[str] | None,
     stage: str | None,
+    extend: bool,
     console: Console | None,
     interruption: Interruption,
 ) -> Result:
@@ -126,7 +134,7 @@ def _open_and_run(
         forked = fork.find(fork_from, stage)
         ended = fork.check(forked, recipe)
         recipe = recipe.expecting(forked.recipe.preprocessing)
-    check(folder, recipe)
+    check(folder, recipe, extend=extend)
     splits = open_splits(recipe, data)
     classes = splits.train.classes
     model = open_network(recipe, model, classes)
@@ -159,6 +167,10 @@ def _open_and_run(
     programs = open_programs(recipe, model, splits, devices, start)
     if is_random:
         remarks += frozen_at_random([program.plan for program in programs], start[0])
+    if begun and begun.stages != recipe.stages:
+        shorter = dataclasses.replace(recipe, stages=begun.stages)
+        old = open_programs(shorter, model, splits, devices, start)
+        check_extension(folder, begun, old, programs, start)
     if forked:
         fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
@@ -169,7 +181,7 @@ def _open_and_run(
     for remark in (*splits.remarks, *chain(*of_start), *remarks):
         console.say(remark)
     interruption.wait()
-    result = _run(programs, splits, start, forked, recipe, folder, console, interruption)
+    result = _run(programs, splits, start, forked, recipe, folder, console, interruption, extend)
     if recipe.from_scratch:
         console.row("\nFor comparison, the same network from random weights:")
         beside = folder / "from_scratch"
@@ -189,10 +201,11 @@ def _run(
     workdir: Path,
     console: Console,
     interruption: Interruption,
+    extend: bool = False,
 ) -> Result:
     devices, model = programs[0].devices, programs[0].model
     with (
-        claim(workdir, recipe),
+        claim(workdir, recipe, extend=extend),
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         closing(MetricsLog(workdir, writes=is_first())) as metrics,
     ):

@@ -1,18 +1,22 @@
 """Going on with the run that a workdir holds: the newest checkpoint that can be read."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
+from jaxft import recipe as recipes
 from jaxft.carryover import carry_with_remarks
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
-from jaxft.train.position import Position, changing, restored
+from jaxft.train.opening import open_programs
+from jaxft.train.position import Position, at_start, changing, restored
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
+from jaxft.train.reopening import from_end, reopened
 from jaxft.train.run import Run
 from jaxft.train.sums import Sums
 
@@ -28,18 +32,25 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
 
     data = run.data  # before the first step, while the files are those that were checked
 
-    def like(fields: Mapping[str, Any]) -> dict[str, Tree]:
-        progress, _, before = read(fields)
-        if changed := changes(before, data):
+    def check(fields: Mapping[str, Any]) -> None:
+        if changed := changes(fields["data"], data):
             raise CheckpointError(
                 f"the images have changed since {run.checkpoints.path(fields['step'])} was "
                 "written:" + "".join(f"\n  {line}" for line in changed) + "\n"
                 "Bring them back as they were, or train on them in another --workdir; it can "
                 f"start from this run with --weights {run.checkpoints.path(fields['step'])}."
             )
-        items = structure(run.programs, progress.stage, params, stats, ended=bool(progress.ended))
-        return run.devices.abstract(items)
 
+    def like(fields: Mapping[str, Any]) -> dict[str, Tree]:
+        check(fields)
+        ended = bool(fields["ended"])
+        # The end of a stage has the groups of the recipe that it was written by.
+        programs = _written_by(run, fields, params, stats) if ended else run.programs
+        return run.devices.abstract(
+            structure(programs, fields["stage"], params, stats, ended=ended)
+        )
+
+    _reopen(run, check)
     found = run.checkpoints.newest(like)
     run.metrics.begin(found.progress["rows"] if found else ())
     if found is None:
@@ -48,10 +59,68 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
         run.console.say(remark)
     progress, sums, _ = read(found.progress)
     program = run.programs[progress.stage]
+    if (done := _reopened(run, found.progress)) is not None:
+        run.console.say(
+            f"Stage {program.plan.stage.name!r} had ended ({progress.ended}), and there is no "
+            "earlier checkpoint of it to read: it goes on from what it handed on."
+        )
+        at = Snapshot(**found.arrays)
+        position = at_start(
+            program, from_end(program.plan.stage, progress, done, program.steps_per_epoch), at
+        )
+        position.sums = sums if position.progress.position else Sums()
+        return position.progress, position
     run.console.say(_where(program, progress))
     if progress.ended:
         return progress, Snapshot(**found.arrays)
     return progress, restored(program, progress, sums, found.arrays)
+
+
+def _reopen(run: Run, check: Callable[[Mapping[str, Any]], None]) -> None:
+    """Drops the newest checkpoint if it is the end of a stage that has become longer.
+
+    The one before it in the stage then counts. Without one, the end stays.
+    """
+    *_, earlier, newest = (0, 0, *run.checkpoints.steps())
+    if not earlier:
+        return
+    try:
+        end, before = (run.checkpoints.progress(step) for step in (newest, earlier))
+        run.checkpoints.verify(earlier)
+    except CheckpointError:
+        return  # `Checkpoints.newest` says so
+    within = before["stage"] == end["stage"] and not before["ended"]
+    if within and _reopened(run, end) is not None:
+        check(end)
+        run.console.say(
+            f"Stage {run.recipe.stages[end['stage']].name!r} had ended ({end['ended']}). It has "
+            f"become longer, and goes on from step {earlier}, the last one saved before."
+        )
+        run.checkpoints.drop(newest)
+
+
+def _reopened(run: Run, fields: Mapping[str, Any]) -> int | None:
+    """See `jaxft.train.reopening.reopened`."""
+    if _same_stages(run, fields):
+        return None
+    progress, _, _ = read(fields)
+    program = run.programs[progress.stage]
+    was = recipes.stages_of(fields["recipe"])[progress.stage]
+    return reopened(was, program.plan.stage, progress, program.steps_per_epoch)
+
+
+def _same_stages(run: Run, fields: Mapping[str, Any]) -> bool:
+    return bool(fields["recipe"]["stages"] == recipes.fields(run.recipe)["stages"])
+
+
+def _written_by(
+    run: Run, fields: Mapping[str, Any], params: Tree, stats: Tree
+) -> tuple[Program, ...]:
+    """The programs of the recipe that a checkpoint was written by."""
+    if _same_stages(run, fields):
+        return run.programs
+    recipe = dataclasses.replace(run.recipe, stages=recipes.stages_of(fields["recipe"]))
+    return open_programs(recipe, run.programs[0].model, run.splits, run.devices, (params, stats))
 
 
 def structure(

@@ -13,6 +13,7 @@ from jaxft.atomic import in_bucket
 from jaxft.errors import RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
+from jaxft.train.extension import refused
 
 
 def saved(workdir: str | PathLike[str]) -> Recipe | None:
@@ -28,18 +29,29 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
     return begun.expecting(begun.preprocessing)
 
 
-def check(workdir: str | PathLike[str], recipe: Recipe) -> None:
-    """Raises RecipeError unless the folder is free, or holds the run of this very recipe."""
+def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> None:
+    """Raises RecipeError unless the folder is free, or holds the run of this very recipe.
+
+    With `extend`, the recipe may be that run's trained for longer; see `jaxft.train.extension`.
+    """
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file; --workdir must name a folder.")
     before = saved(folder)
     if before and (changed := recipes.differences(before, recipe)):
-        raise RecipeError(
-            f"{folder} holds a run of another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another --workdir, or delete this one to start over."
-        )
+        wrong = refused(before, recipe)
+        if extend and wrong:
+            raise RecipeError(
+                f"{folder} holds a run of another recipe:\n  {recipes.listed(wrong)}\n"
+                "--extend takes a longer last stage, and further stages after it, alone. Choose "
+                "another --workdir; --fork-from takes over the stages that stay."
+            )
+        if not extend:
+            way = "choose another --workdir, or delete this one to start over."
+            raise RecipeError(
+                f"{folder} holds a run of another recipe:\n  {recipes.listed(changed)}\n"
+                + (way.capitalize() if wrong else f"Go on with it for longer by --extend, or {way}")
+            )
     # Without a checkpoint there is nothing to lose.
     if before or (folder / "recipe.yaml").exists():
         return
@@ -54,7 +66,7 @@ def _visible(folder: epath.Path) -> list[str]:
 
 
 @contextmanager
-def claim(workdir: str | PathLike[str], recipe: Recipe) -> Iterator[None]:
+def claim(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> Iterator[None]:
     """Makes the folder this recipe's, and this run the only one in it, for the time of the run.
 
     The processes of a run all call it; the first claims the folder for them.
@@ -68,19 +80,19 @@ def claim(workdir: str | PathLike[str], recipe: Recipe) -> Iterator[None]:
     """
     folder = epath.Path(workdir)
     with ExitStack() as held:
-        if objection := first_answers(lambda: _claimed(folder, recipe, held)):
+        if objection := first_answers(lambda: _claimed(folder, recipe, held, extend)):
             raise RecipeError(objection)
         yield
 
 
-def _claimed(folder: epath.Path, recipe: Recipe, held: ExitStack) -> str:
+def _claimed(folder: epath.Path, recipe: Recipe, held: ExitStack, extend: bool) -> str:
     """Claims the folder until `held` is closed; returns why not, or nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not in_bucket(folder):
             lock = held.enter_context((folder / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
-        check(folder, recipe)
+        check(folder, recipe, extend=extend)
         recipes.save(recipe, folder / "recipe.yaml")
     except BlockingIOError:
         return f"another process is training in {folder}."

@@ -1,0 +1,157 @@
+"""A run that goes on for longer ends as if it had been that long from the start."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from flax import linen as nn
+from mortal import QUIET, KilledError, assert_same_end, die, rows
+
+from jaxft import (
+    Adam,
+    EarlyStop,
+    Recipe,
+    RecipeError,
+    Stage,
+    data,
+    finetune,
+    models,
+    schedules,
+)
+from jaxft.report.console import Console
+from jaxft.train.progress import Progress
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+IMAGES = data.arrays(PIXELS, np.arange(24) % 2, classes=["a", "b"])
+STEP = schedules.StepLR(2, gamma=0.5)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("early", "late"):
+            x = nn.relu(nn.Dense(8, name=name)(x))
+        return nn.Dense(2, name="head")(x.mean((1, 2)))
+
+
+NETWORK = models.Linen(Net(), shape=(8, 8, 3), head="head")
+HEAD = Stage("head", {"head": 1e-2}, epochs=1)
+LATE = Stage("late", {"head": 1e-2, "late": 1e-3}, epochs=2, schedule=STEP, carry="keep")
+RECIPE = Recipe(
+    model="net",
+    data="noise",
+    optimizer=Adam(),
+    train_split="train[:16]",
+    val_split="train[16:]",
+    image_size=8,
+    resize_size=8,
+    batch_size=8,
+    augment="flip",
+    stages=(HEAD, LATE),
+)
+
+
+def recipe(*stages):
+    return dataclasses.replace(RECIPE, stages=stages)
+
+
+def last(**fields):
+    return recipe(HEAD, dataclasses.replace(LATE, **fields))
+
+
+def run(of, workdir, console=QUIET, **options):
+    return finetune(of, workdir, data=IMAGES, model=NETWORK, console=console, **options)
+
+
+LONGER = {
+    "epochs": (RECIPE, last(epochs=4)),
+    "steps": (last(epochs=None, steps=3), last(epochs=None, steps=7)),
+    "average": (last(ema=0.9), last(ema=0.9, epochs=3)),
+    "last_handed_on": (last(epochs=1, hand_on="last"), last(epochs=3, hand_on="last")),
+    "patience": (
+        last(epochs=5, until=EarlyStop(min_delta=1.0, patience=1)),
+        last(epochs=5, until=EarlyStop(min_delta=1.0, patience=3)),
+    ),
+    "appended_stage": (
+        RECIPE,
+        recipe(HEAD, LATE, Stage("all", {"head": 1e-3, "*": 1e-4}, epochs=1)),
+    ),
+    "appended_stage_that_keeps": (
+        RECIPE,
+        recipe(HEAD, LATE, Stage("again", {"head": 1e-3, "late": 1e-3}, epochs=1, carry="keep")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LONGER)
+def test_extended_run_ends_as_longer_run(case, tmp_path):
+    """Bit for bit, with a schedule whose rates do not depend on the stage's length."""
+    before, longer = LONGER[case]
+    run(before, tmp_path / "extended")
+    run(longer, tmp_path / "extended", extend=True)
+    run(longer, tmp_path / "longer")
+    assert_same_end(tmp_path / "extended", tmp_path / "longer")
+
+
+def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsys):
+    """A stage of one epoch leaves nothing but what it handed on."""
+    run(recipe(HEAD), tmp_path / "run")
+    two = recipe(dataclasses.replace(HEAD, epochs=2))
+    run(two, tmp_path / "run", console=Console(), extend=True)
+    assert "goes on from what it handed on" in " ".join(capsys.readouterr().out.split())
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+def test_early_stop_is_not_undone_by_more_epochs(tmp_path):
+    stopped = EarlyStop(min_delta=1.0, patience=1)
+    run(last(epochs=5, until=stopped), tmp_path / "run")
+    before = rows(tmp_path / "run")
+    run(last(epochs=6, until=stopped), tmp_path / "run", extend=True)
+    assert rows(tmp_path / "run") == before
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ended")
+    run(last(schedule=schedules.CosineAnnealingLR()), workdir)
+    return workdir
+
+
+COSINE = {"schedule": schedules.CosineAnnealingLR()}
+
+
+@pytest.mark.parametrize(
+    ("now", "extend", "message"),
+    [
+        (last(**COSINE, epochs=4), False, r"stages\[late\]\.epochs: 2 -> 4\nGo on .* --extend"),
+        (last(**COSINE, epochs=4), True, r"'late': the rates .* CosineAnnealingLR depend on the"),
+        (last(**COSINE, epochs=1), True, r"stages\[late\]\.epochs: 2 -> 1\n--extend takes"),
+        (last(**COSINE, train={"head": 1e-1}), True, r"train\[head\]: 0\.01 -> 0\.1\n .*late\]: 0"),
+        (recipe(HEAD), True, r"stages\[late\]: a stage -> absent\n"),
+        (last(**COSINE, optimizer=Adam(b1=0.8)), False, r"\.optimizer: None -> Adam\(b1=0\.8\)\n"),
+    ],
+    ids=["without", "cosine", "shorter", "rates", "fewer_stages", "optimizer"],
+)
+def test_other_recipe_is_refused_field_by_field(now, extend, message, ended):
+    saved = (ended / "recipe.yaml").read_bytes()
+    with pytest.raises(RecipeError, match=message) as refused:
+        run(now, ended, extend=extend)
+    assert len(str(refused.value)) < 600
+    assert (ended / "recipe.yaml").read_bytes() == saved
+
+
+def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die(patch, Progress, "after_step", lambda progress: progress.step == 4)
+        with pytest.raises(KilledError):
+            run(RECIPE, tmp_path / "run")
+    more = (HEAD, LATE, Stage("all", {"late.kernel": 1e-3, "*": 1e-4}, epochs=1))
+    with pytest.raises(RecipeError, match=re.escape("'late' has begun, and the stages that")):
+        run(recipe(*more), tmp_path / "run", extend=True)
+    run(RECIPE, tmp_path / "run")
+    run(recipe(*more), tmp_path / "run", extend=True)
+    run(recipe(*more), tmp_path / "longer")
+    # Their records differ: norms are by group.
+    weights = [tmp_path / name / "model.safetensors" for name in ("run", "longer")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
