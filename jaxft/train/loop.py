@@ -92,7 +92,8 @@ def finetune(
       its last that has ended) and goes on with the recipe's stage after that.
     extend: the run in `workdir` may go on with more epochs (or steps, minutes, patience) in its
       last stage, and with stages after it. It ends as if it had been that long from the start; a
-      stage whose rates depend on its length is refused. What has ended by `EarlyStop` stays ended
+      stage whose rates depend on its length is refused. Where appended stages divide groups of
+      parameters it ends so to rounding. What has ended by `EarlyStop` stays ended
       unless its patience grows. A last stage that had ended goes on from its newest checkpoint
       before the end.
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from flax import linen as nn
-from mortal import QUIET, KilledError, assert_same_end, die, rows
+from mortal import QUIET, KilledError, assert_close, assert_same_end, die, rows
 
 from jaxft import (
     Adam,
@@ -152,6 +152,5 @@ def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
     run(RECIPE, tmp_path / "run")
     run(recipe(*more), tmp_path / "run", extend=True)
     run(recipe(*more), tmp_path / "longer")
-    # Their records differ: norms are by group.
-    weights = [tmp_path / name / "model.safetensors" for name in ("run", "longer")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    # Other groups make other programs, which round differently.
+    assert_close(tmp_path / "run", tmp_path / "longer")
