@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxft.data.class_names import differences, listed
-from jaxft.data.listing import Listing, entries, image_suffixes, is_dead, is_image, printable
+from jaxft.data.listing import (
+    Listing,
+    entries,
+    image_suffixes,
+    is_dead,
+    is_folder,
+    is_image,
+    printable,
+)
 from jaxft.data.splits import shown
 from jaxft.errors import DataError
 
@@ -33,7 +41,7 @@ def splits_of(root: Path) -> dict[str, Path]:
             f"{_images_instead(root)}; {EXPECTED}"
         )
     named = [name for name in folders if _names_a_split(name)]
-    below = {name: subfolders(folders[name]) for name in folders} if named else {}
+    below = {name: _folder_names(folders[name]) for name in folders} if named else {}
     others = [name for name in below if name not in named and images_beside(folders[name])]
     if not named or (others and not any(below[name] for name in named)):
         return {"train": root}
@@ -44,7 +52,7 @@ def splits_of(root: Path) -> dict[str, Path]:
         )
     # Beside a split that trains and none that validates, several folders look like classes.
     classes = {label for name in training for label in below[name]}
-    others += [name for name in below if name not in named and below[name].keys() - classes]
+    others += [name for name in below if name not in named and below[name] - classes]
     if len(others) > 1 and named == training:
         raise DataError(
             f"{printable(root)}: its folder {named[0]} holds folders, as a split does, but "
@@ -70,7 +78,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
                 f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not "
                 "there: bring the folder back (is its disk mounted?), or remove the link."
             )
-        if not entry.is_dir():
+        if not is_folder(entry):
             continue
         if name in found:
             raise DataError(
@@ -87,7 +95,7 @@ def images_beside(folder: Path) -> list[str]:
     return sorted(
         printable(entry.name)
         for entry in entries(folder)
-        if is_image(entry.name, suffixes) and not entry.is_dir()
+        if is_image(entry.name, suffixes) and not is_folder(entry)
     )
 
 
@@ -138,6 +146,10 @@ def check_depth(root: Path, listings: Mapping[str, Listing]) -> None:
                 f"the folders {listed(listing.folders)}. If these are the classes, move them one "
                 f"folder up, out of {place}; {EXPECTED}"
             )
+
+
+def _folder_names(folder: Path) -> set[str]:
+    return {printable(entry.name) for entry in entries(folder) if is_folder(entry)}
 
 
 def _names_a_split(name: str) -> bool:

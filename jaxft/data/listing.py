@@ -29,7 +29,7 @@ class Listing:
     folder: that folder.
     images: in a fixed order.
     others: the numbers of all other files by suffix.
-    folders: the names of the folders directly below that hold files, if no file lies beside them.
+    folders: the names of the folders directly below that hold images, if none lies beside them.
     """
 
     folder: Path
@@ -82,6 +82,11 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry of a folder is a folder, or a link to one."""
+    return not is_dead(entry) and entry.is_dir()
+
+
 def is_dead(entry: os.DirEntry[str]) -> bool:
     """Returns whether an entry of a folder is a link that leads nowhere."""
     return entry.is_symlink() and not os.path.exists(entry.path)
@@ -97,10 +102,10 @@ def images_below(folder: Path, *, within: tuple[Path, ...] = ()) -> Listing:
     images, others, places = [], Counter[str](), set()
     found = _walk(folder, "", frozenset(map(_inode, within)))
     for below, name, entry in sorted(found, key=lambda each: each[:2]):
-        places.add(below.split("/")[1] if below else "")
         suffix = os.path.splitext(name)[1].lower()
         if is_dead(entry) or (suffix in suffixes and entry.is_file()):
             images.append(Path(entry.path))
+            places.add(below.split("/")[1] if below else "")
         elif name.lower() not in _COMPANIONS:
             others[suffix or "without a suffix"] += 1
     return Listing(folder, images, others, () if "" in places else tuple(sorted(places)))
@@ -111,7 +116,7 @@ def _walk(
 ) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
     above |= {_inode(folder)}
     for entry in entries(folder):
-        if not entry.is_dir():
+        if not is_folder(entry):
             yield below, printable(entry.name), entry
         elif not (entry.is_symlink() and _inode(Path(entry.path)) in above):
             yield from _walk(Path(entry.path), f"{below}/{printable(entry.name)}", above)

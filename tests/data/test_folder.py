@@ -140,6 +140,21 @@ def test_folder_of_a_class_that_is_a_dead_link_is_named(root):
         opened(root)
 
 
+def test_dead_links_in_splits_that_are_not_read_do_not_matter(root):
+    (root / "test").mkdir()
+    (root / "test/cat").symlink_to("/mnt/unmounted/cat")
+    assert len(opened(root).train) == 4
+
+
+def test_a_link_to_itself_is_a_dead_link(root):
+    (root / "train/ant/x").symlink_to("x")
+    with pytest.raises(DataError, match=r"ant/x: .* \(a link to x\)"):
+        opened(root)
+    (root / "train/x").symlink_to("x")
+    with pytest.raises(DataError, match="train/x is a link to x, which is not there"):
+        opened(root)
+
+
 @pytest.mark.parametrize("name", ["x.png", "session2", "v1.0"])
 def test_dead_links_to_files_are_named_or_skipped(root, name):
     (root / "train/ant" / name).symlink_to("/mnt/gone")
@@ -219,7 +234,10 @@ LAYOUTS = {
         ["data holds images, and images holds train: did you mean folder:{root}/images?"],
     ),
     "one folder too deep, beside another": (
-        only("images/train/a", "images/train/b", "docs/pictures"),
+        lambda root: (
+            only("images/train/a", "images/train/b", "docs/pictures")(root),
+            (root / "images/README.md").write_text("notes"),
+        ),
         ["holds docs, images, and images holds train: did you mean folder:{root}/images?"],
     ),
     "classes one folder too deep": (
