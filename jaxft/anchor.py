@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxft.checked import checked
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree, paths, unflatten
 
 
+@checked()
 @dataclass(frozen=True)
 class Anchor:
     """The penalty body/2·‖w - w0‖² + head/2·‖w‖², of what trains.

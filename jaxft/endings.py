@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from jaxft.checked import checked
 from jaxft.errors import RecipeError
 
 Monitor = Literal["accuracy", "top5", "loss"]
@@ -14,6 +15,11 @@ def default_mode(monitor: Monitor) -> Mode:
     return "min" if monitor == "loss" else "max"
 
 
+@checked(
+    restore_best_weights="the best epoch goes on to the next stage by default, Stage(hand_on=...)",
+    start_from_epoch="it is called min_epochs",
+    verbose="the line that closes a stage says why it ended",
+)
 @dataclass(frozen=True)
 class EarlyStop:
     """Ends a stage once `patience` epochs in a row have not improved.
@@ -53,6 +59,7 @@ class EarlyStop:
             raise RecipeError(f"EarlyStop: {'; '.join(wrong)}.")
 
 
+@checked()
 @dataclass(frozen=True)
 class Plateau:
     """Ends a stage when its `ReduceLROnPlateau` asks for one reduction more than `reductions`.

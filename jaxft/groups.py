@@ -5,6 +5,7 @@ in different stages must not share a count.
 """
 
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxft.errors import PatternError, RecipeError
-from jaxft.labels import FROZEN, Pattern, Tree, match, show, unflatten
+from jaxft.labels import FROZEN, Pattern, Tree, match, shallow, show, unflatten
 from jaxft.optim import SGD, Rule, group_rate, group_transform, multi_transform
 from jaxft.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.stages import Resolved, Stage, check_stages
@@ -29,12 +30,14 @@ class StagePlan:
       patterns: the pattern that selects each group that trains, in the order of `stage.train`.
       park: the groups that do not train here and whose optimizer state a later stage takes up
         again; what `carry` needs to know.
+      remarks: sentences on patterns that select less than may be meant.
     """
 
     stage: Stage
     labels: Tree
     patterns: Mapping[str, Pattern]
     park: frozenset[str]
+    remarks: tuple[str, ...] = ()
 
     @property
     def rates(self) -> dict[str, float]:
@@ -127,7 +130,7 @@ class StagePlan:
         return opt_state._replace(inner_states=states)
 
 
-def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
+def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
     """Compiles stages to one fixed set of groups and a label tree for each stage.
 
     Groups are the coarsest refinement that serves every stage: two parameters share one if and
@@ -139,6 +142,8 @@ def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
       RecipeError: no stages, or two of one name.
       PatternError: patterns that match nothing or are shadowed, in all stages at once.
 
+    Warns of `*.bias` and the like where `**.bias` selects more.
+
     >>> params = {"stem": 0.0, "layer4": 0.0, "fc": 0.0}
     >>> head, late = plan(
     ...     [Stage("head", {"fc": 1e-3}, 5), Stage("late", {"fc": 1e-3, "*": 1e-4}, 5)], params
@@ -148,7 +153,7 @@ def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
     >>> late.labels, late.rates
     ({'fc': 'fc', 'layer4': '*', 'stem': '*'}, {'fc': 0.001, '*': 0.0001})
     """
-    check_stages(stages)
+    stages = check_stages(stages)
     chosen, complaints = [], []
     for stage in stages:
         indices, wrong = match(params, list(stage.train))
@@ -168,7 +173,10 @@ def plan(stages: Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
     for k, stage in enumerate(stages):
         labels = [FROZEN if s[k] is None else groups[s] for s in signatures]
         park = _parked(stages, patterns, k)
-        plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park))
+        remarks = tuple(shallow(params, list(stage.train)))
+        for remark in remarks:
+            warnings.warn(f"stage {stage.name!r}: {remark}", stacklevel=2)
+        plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park, remarks))
         plans[-1].updates()  # what cannot be resolved is an error now, not when its stage begins
     return tuple(plans)
 

@@ -5,8 +5,10 @@ A label tree has the structure of the parameters and a string at each leaf, as
 """
 
 import difflib
+import glob
 import re
 import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -57,17 +59,26 @@ def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) 
 
     Raises:
       PatternError: a pattern matches nothing, or only what earlier ones have taken.
-      LabelError: a label is not a string.
+      LabelError: `rules` is no mapping, or a label is not a string.
+
+    Warns of `*.bias` and the like where `**.bias` selects more.
 
     >>> params = {"conv": {"kernel": 0.0}, "fc": {"kernel": 0.0, "bias": 0.0}}
     >>> label(params, {"fc.bias": "bias", "fc": "head"})
     {'conv': {'kernel': 'frozen'}, 'fc': {'bias': 'bias', 'kernel': 'head'}}
     """
+    if not isinstance(rules, Mapping):
+        raise LabelError(
+            f"label: the rules are {reprlib.repr(rules)}; they must be a mapping of patterns to "
+            "labels, such as {'fc': 'head'}."
+        )
     given = [(repr(show(pattern)), name) for pattern, name in rules.items()]
     _check_names([*given, ("what no pattern matches", default)])
     chosen, complaints = match(params, list(rules))
     if complaints:
         raise PatternError("\n".join(complaints))
+    for remark in shallow(params, list(rules)):
+        warnings.warn(remark, stacklevel=2)
     names = list(rules.values())
     return unflatten(params, [default if i is None else names[i] for i in chosen])
 
@@ -275,15 +286,75 @@ def _covers(pattern: list[str], path: list[str]) -> bool:
     return bool(path) and fnmatchcase(path[0], first) and _covers(rest, path[1:])
 
 
+# What other libraries call the parameters of a layer, and what Flax does.
+_FLAX_NAMES = {"weight": ("kernel", "scale", "embedding"), "gamma": ("scale",), "beta": ("bias",)}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "mean", "var")
+
+
 def _hint(pattern: Pattern, names: Sequence[str]) -> str:
-    """Near misses of a pattern that matches nothing, and what there is to match."""
+    """Patterns that may have been meant by one that matches nothing, and what there is to match."""
     segments = [name.split(".") for name in names]
-    prefixes = dict.fromkeys(".".join(s[: i + 1]) for s in segments for i in range(len(s)))
-    near = difflib.get_close_matches(pattern, prefixes, n=1) if isinstance(pattern, str) else []
-    guess = f"Did you mean {near[0]!r}?  " if near else ""
+    guess = ""
+    if isinstance(pattern, str):
+        if near := _meant(pattern, names):
+            guess = f"Did you mean {' or '.join(map(repr, near))}?  "
+        elif pattern.split(".")[-1] in _STATISTICS:
+            guess = "Running statistics are no parameters; see `norms` of a stage.  "
     roots = Counter(s[0] for s in segments)
     shown = [f"{root}.* ({count})" for root, count in roots.items()]
     return f"\n  {guess}Parameters: {_some(shown, separator='  ', most=12)}"
+
+
+def _meant(pattern: str, names: Sequence[str]) -> list[str]:
+    """Patterns like this one that match some parameter."""
+    if matches_some(escaped := escape(pattern), names):
+        return [escaped]
+    # Slashes, PyTorch's indices, a leading `params` or `model`, and other names of parameters.
+    dotted = re.sub(r"\[(\d+)\]", r".\1", pattern.replace("/", ".")).strip(".")
+    forms = list(dict.fromkeys([dotted, dotted.partition(".")[2]]))
+    for form in forms:
+        *parents, last = form.split(".")
+        found = [".".join([*parents, name]) for name in (last, *_FLAX_NAMES.get(last, ()))]
+        if found := [form for form in found if matches_some(form, names)]:
+            return found
+    segments = [name.split(".") for name in names]
+    prefixes = dict.fromkeys(".".join(s[: i + 1]) for s in segments for i in range(len(s)))
+    return [escape(name) for name in difflib.get_close_matches(pattern, prefixes, n=1)]
+
+
+def escape(path: str) -> str:
+    """Returns the pattern that matches a path literally, e.g. `layers[[]0]` for `layers[0]`."""
+    return glob.escape(path)
+
+
+def matches_some(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a string pattern matches any of the paths; an empty segment matches none."""
+    return "" not in pattern.split(".") and any(map(_matcher(pattern), names, names))
+
+
+def shallow(params: Tree, patterns: Sequence[Pattern]) -> list[str]:
+    """Returns a remark on each pattern whose `*` stands for fewer segments than may be meant.
+
+    `*.bias` selects `fc.bias` but not `layer1.0.bias`, which `**.bias` selects too. Nothing is
+    returned for patterns of whole blocks such as `layer4.*`, where `**` selects nothing more, and
+    where the deeper pattern is among the patterns.
+    """
+    names, remarks = paths(params), []
+    for pattern in patterns:
+        if not (isinstance(pattern, str) and pattern.startswith("*.")):
+            continue
+        deeper, last = f"*{pattern}", pattern.split(".")[-1]
+        if last in ("*", "**") or not any(fnmatchcase(n.split(".")[-1], last) for n in names):
+            continue
+        some, more = (
+            [name for name in names if _matcher(p)(name, None)] for p in (pattern, deeper)
+        )
+        if len(some) < len(more) and deeper not in patterns:
+            remarks.append(
+                f"pattern {pattern!r} selects {len(some)} of the {len(more)} parameters that "
+                f"{deeper!r} selects: '*' is one segment of a path, '**' any number."
+            )
+    return remarks
 
 
 def _some(items: Sequence[str], *, separator: str = ", ", most: int = 5) -> str:

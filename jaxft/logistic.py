@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxft.checked import checked
 from jaxft.errors import DataError, RecipeError
 
 TOLERANCE = 1e-10
@@ -19,6 +20,7 @@ ITERATIONS = 1000
 """At most, for each strength."""
 
 
+@checked()
 @dataclass(frozen=True)
 class LogisticRegression:
     """In the place of a head's learning rate: the stage solves the head, and takes no steps.

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.checked import checked
 from jaxft.errors import LabelError
 from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
 from jaxft.plateau import PlateauState, ReduceLROnPlateau
-from jaxft.schedules import ClosedForm
+from jaxft.schedules import Checked, ClosedForm
 
 
 class SGDState(NamedTuple):
@@ -39,8 +40,35 @@ class RMSpropState(NamedTuple):
     """Momentum buffers."""
 
 
+_RATE = "rates belong to the stages, Stage(..., train={'fc': 1e-3})"
+_DECAY = "it is called weight_decay"
+# Arguments of torch's, Keras' and optax's optimizers, and what to write here.
+_OF_OTHERS = {
+    "params": "what trains is for the stages to say, Stage(..., train={'fc': 1e-3})",
+    "lr": _RATE,
+    "learning_rate": _RATE,
+    "betas": "write b1=0.9, b2=0.999",
+    "beta1": "it is called b1",
+    "beta_1": "it is called b1",
+    "beta2": "it is called b2",
+    "beta_2": "it is called b2",
+    "epsilon": "it is called eps",
+    "decay": _DECAY,
+    "wd": _DECAY,
+    "l2": _DECAY,
+    "weight_decay_rate": _DECAY,
+    "rho": "RMSprop's average of squares is called alpha",
+    "clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
+    "global_clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
+    "use_ema": "it is a field of the stage, Stage(..., ema=0.999)",
+    "mask": "decay_vectors=False spares biases and norms",
+    "amsgrad": "it is not among jaxft's; optimizer=optax.scale_by_amsgrad() serves in jaxft.plan",
+}
+
+
+@checked(**_OF_OTHERS)
 @dataclass(frozen=True)
-class SGD:
+class SGD(Checked):
     """`torch.optim.SGD`: decay joins the gradient, the rate stays outside the momentum buffer.
 
     With `decay_vectors=False` (here and below) the decay spares one-dimensional parameters:
@@ -53,6 +81,14 @@ class SGD:
     weight_decay: float = 0.0
     decay_vectors: bool = True
     rule: Literal["sgd"] = "sgd"
+
+    @classmethod
+    def wrong_values(cls, values: Mapping[str, Any]) -> list[str]:
+        """Returns a complaint for each value that torch refuses too."""
+        wrong = super().wrong_values(values)
+        if values.get("nesterov") and (not values.get("momentum") or values.get("dampening")):
+            wrong.append("nesterov needs a momentum and no dampening")
+        return wrong
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
         """Returns the update before the rate is applied; `momentum` replaces the field."""
@@ -81,8 +117,9 @@ class SGD:
         return optax.GradientTransformation(init, update)
 
 
+@checked(**_OF_OTHERS)
 @dataclass(frozen=True)
-class Adam:
+class Adam(Checked):
     """`torch.optim.Adam`: decay is added to the gradient before the moments."""
 
     b1: float = 0.9
@@ -105,8 +142,9 @@ class Adam:
         return optax.GradientTransformation(adam.init, update)
 
 
+@checked(**_OF_OTHERS)
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Checked):
     """`torch.optim.AdamW`: decay acts on the parameters alone, times the rate (default 1e-2)."""
 
     b1: float = 0.9
@@ -129,8 +167,9 @@ class AdamW:
         return optax.GradientTransformation(adam.init, update)
 
 
+@checked(**_OF_OTHERS)
 @dataclass(frozen=True)
-class RMSprop:
+class RMSprop(Checked):
     """`torch.optim.RMSprop`: alpha averages the squares; eps and the rate as torch places them."""
 
     alpha: float = 0.99

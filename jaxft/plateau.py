@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft.schedules import Checked
+from jaxft.checked import checked
+from jaxft.schedules import OF_TORCH, Checked
 
 
 class PlateauState(NamedTuple):
@@ -23,6 +24,7 @@ class PlateauState(NamedTuple):
         return PlateauState(*(jnp.asarray(x, jnp.result_type(type(x))) for x in self))
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class ReduceLROnPlateau(Checked):
     """`torch.optim.lr_scheduler.ReduceLROnPlateau`: times factor after patience + 1 bad epochs.

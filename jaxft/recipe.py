@@ -14,6 +14,7 @@ import yaml
 from etils import epath
 
 from jaxft import atomic
+from jaxft.checked import CLASSES, checked, unknown
 from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
@@ -35,6 +36,18 @@ _OF_A_STAGE = (
 )  # fmt: skip
 
 
+_RATE = "rates belong to the stages, Stage(..., train={'fc': 1e-3})"
+
+
+@checked(
+    lr=_RATE,
+    learning_rate=_RATE,
+    epochs="each stage has its own, Stage(..., epochs=5)",
+    scheduler="it is a field of the stage, Stage(..., schedule=...)",
+    schedule="it is a field of the stage, Stage(..., schedule=...)",
+    num_classes="the data says how many classes there are",
+    pretrained="write weights='torchvision:ResNet50_Weights.IMAGENET1K_V2'",
+)
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run: network, weights, data, stages. Each field is an option of its name."""
@@ -415,8 +428,19 @@ def _validated(fields: Any, *, source: str) -> Recipe:
     try:
         return _adapter().validate_python(fields)
     except pydantic.ValidationError as error:
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"{source}: " + "\n  ".join(found)) from None
+        raise RecipeError(f"{source}: " + "\n  ".join(map(_complaint, error.errors()))) from None
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors, with the name that was meant."""
+    place, message = error["loc"], error["msg"]
+    if error["type"] == "unexpected_keyword_argument":
+        # A place has the names of fields, indices, and the classes that a union was tried with.
+        classes = [CLASSES[key] for key in place[:-1] if key in CLASSES]
+        in_stage = place[0] in ("stages", "from_scratch")
+        cls = classes[-1] if classes else Stage if in_stage else Recipe
+        message = f"Unexpected: {unknown(cls, str(place[-1]))}"
+    return f"{'.'.join(map(str, place))}: {message}"
 
 
 @cache

@@ -4,14 +4,15 @@ A schedule is a value without a state: an interrupted run changes nothing, and a
 it anew. (ReduceLROnPlateau, which depends on what validation says, is in `plateau`.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, inf, log, pi
+from math import floor, inf, isfinite, log, pi
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from jaxft.checked import checked
 from jaxft.errors import RecipeError
 
 Unit = Literal["epoch", "step"]
@@ -41,38 +42,56 @@ class Schedule(Protocol):
         return None
 
 
+# Arguments of torch's schedulers, and what to write here.
+OF_TORCH = {
+    "optimizer": "the stage that names a schedule applies it to its groups",
+    "last_epoch": "a schedule starts with its stage",
+    "verbose": "the rates of each epoch are in metrics.jsonl",
+    "max_lr": "the maximum is the group's rate, Stage(..., train={'fc': 1e-3})",
+    "epochs": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
+    "steps_per_epoch": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
+}
+
+
 class Checked:
-    """A dataclass whose fields obey the rules of their names; RecipeError tells all that do not."""
+    """A dataclass whose fields obey the rules of their names.
+
+    Raises RecipeError that lists all that do not.
+    """
 
     def __post_init__(self) -> None:
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        wrong = [
+        if wrong := self.wrong_values(vars(self)):
+            raise RecipeError(f"{type(self).__name__}: {'; '.join(wrong)}.")
+
+    @classmethod
+    def wrong_values(cls, values: Mapping[str, Any]) -> list[str]:
+        """Returns a complaint for each value out of its range."""
+        return [
             f"{name} is {values[name]!r}; it must be {rule}"
             for rule, (names, obeys) in _RULES.items()
             for name in names.split()
-            if name in values and not obeys(values[name])
+            if values.get(name) is not None and not obeys(values[name])
         ]
-        if wrong:
-            raise RecipeError(f"{type(self).__name__}: {'; '.join(wrong)}.")
 
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "at least 1": ("step_size t_max total_iters total_steps length ratio", lambda x: 1 <= x < inf),
-    "at least 0": ("eta_min patience threshold cooldown min_lr eps", lambda x: 0 <= x < inf),
+    "at least 0": (
+        "eta_min patience threshold cooldown min_lr eps momentum weight_decay",
+        lambda x: 0 <= x < inf,
+    ),
     "positive": ("gamma power div div_final div_factor final_div_factor", lambda x: 0 < x < inf),
     "above 0 and below 1": ("factor", lambda x: 0 < x < 1),
-    "in [0, 1]": ("start_factor end_factor pct_start cut_frac", lambda x: 0 <= x <= 1),
-    "in [0, 1)": ("base_momentum max_momentum", lambda x: 0 <= x < 1),
-    "three of [0, 1)": ("moms", lambda x: len(x) == 3 and all(0 <= m < 1 for m in x)),
+    "in [0, 1]": ("start_factor end_factor pct_start cut_frac alpha", lambda x: 0 <= x <= 1),
+    "in [0, 1)": ("base_momentum max_momentum b1 b2", lambda x: 0 <= x < 1),
+    "three of [0, 1)": ("moms", lambda x: all(0 <= m < 1 for m in x)),
     "a rising tuple, from 1": ("milestones", lambda x: x == tuple(sorted({*x})) and x[:1] > (0,)),
     "a schedule in closed form": ("then", lambda x: isinstance(x, Schedule)),
-    "'epoch' or 'step'": ("by", lambda x: x in ("epoch", "step")),
-    "'cos' or 'linear'": ("anneal_strategy", lambda x: x in ("cos", "linear")),
-    "'min' or 'max'": ("mode", lambda x: x in ("min", "max")),
-    "'rel' or 'abs'": ("threshold_mode", lambda x: x in ("rel", "abs")),
+    "finite": ("dampening", isfinite),
 }
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class Constant(Checked, Schedule):
     """The base rate throughout."""
@@ -84,6 +103,7 @@ class Constant(Checked, Schedule):
         return jnp.full_like(_float(t), lr)
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class StepLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.StepLR`: times gamma every step_size."""
@@ -97,6 +117,7 @@ class StepLR(Checked, Schedule):
         return lr * _power(self.gamma, jnp.asarray(t) // self.step_size)
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class MultiStepLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.MultiStepLR`: times gamma at each milestone."""
@@ -110,6 +131,7 @@ class MultiStepLR(Checked, Schedule):
         return lr * _power(self.gamma, sum(jnp.asarray(t) >= m for m in self.milestones))
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class ExponentialLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.ExponentialLR`: times gamma each time."""
@@ -122,6 +144,7 @@ class ExponentialLR(Checked, Schedule):
         return lr * _power(self.gamma, t)
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class CosineAnnealingLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.CosineAnnealingLR`: half a cosine from lr to eta_min at t_max.
@@ -144,6 +167,7 @@ class CosineAnnealingLR(Checked, Schedule):
         return _through([lr, self.eta_min], [end], back_and_forth, "cos")
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class PolynomialLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.PolynomialLR`: to 0 at total_iters (else the stage's end)."""
@@ -158,6 +182,7 @@ class PolynomialLR(Checked, Schedule):
         return lr * (jnp.maximum(end - _float(t), 0) / end) ** self.power
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class LinearLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.LinearLR`: from one factor (also 0) to another, then constant."""
@@ -172,6 +197,7 @@ class LinearLR(Checked, Schedule):
         return lr * _through([self.start_factor, self.end_factor], [self.total_iters], t, "linear")
 
 
+@checked("then", **OF_TORCH)
 @dataclass(frozen=True)
 class Warmup(Checked, Schedule):
     """A linear rise to lr, and any schedule that starts after it, in that schedule's unit.
@@ -205,6 +231,7 @@ class Warmup(Checked, Schedule):
         return jnp.maximum(jnp.asarray(t) - self.length, 0), max(total - self.length, 1)
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class OneCycleLR(Checked, Schedule):
     """`torch.optim.lr_scheduler.OneCycleLR`: up to lr and down to next to nothing (Smith 2018).
@@ -243,6 +270,7 @@ class OneCycleLR(Checked, Schedule):
         return _through(knots, ends, t, self.anneal_strategy)
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class FastaiOneCycle(Checked, Schedule):
     """fastai's `fit_one_cycle`: like OneCycleLR, but each step stands at t/total.
@@ -267,6 +295,7 @@ class FastaiOneCycle(Checked, Schedule):
         return _through(self.moms, [self.pct_start * total, total], t, "cos")
 
 
+@checked(**OF_TORCH)
 @dataclass(frozen=True)
 class SlantedTriangular(Checked, Schedule):
     """A short linear rise from lr/ratio to lr and a long fall (ULMFiT, Howard and Ruder 2018).

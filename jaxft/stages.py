@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -10,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import optax
 
 from jaxft.anchor import Anchor
+from jaxft.checked import checked
 from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.endings import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
@@ -17,9 +19,13 @@ from jaxft.labels import Pattern, show
 from jaxft.logistic import LogisticRegression
 from jaxft.optim import Optimizer, Rule
 from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import ClosedForm, Constant
+from jaxft.schedules import ClosedForm, Constant, Schedule
+
+_RATE = "each group in train has a rate of its own, train={'fc': 1e-3}"
 
 
+# The stage checks an update's values, because it can name the pattern.
+@checked("lr", "schedule", "optimizer", "weight_decay")
 @dataclass(frozen=True)
 class Update:
     """How a group trains, where a rate alone does not say it.
@@ -38,6 +44,19 @@ class Update:
     weight_decay: float | None = None
 
 
+@checked(
+    "schedule",
+    "optimizer",
+    "norms",
+    lr=_RATE,
+    learning_rate=_RATE,
+    early_stopping="write until=EarlyStop(patience=3)",
+    scheduler="it is called schedule",
+    lr_scheduler="it is called schedule",
+    max_grad_norm="it is called clip_norm",
+    grad_accum="it is called accumulate",
+    freeze="what no pattern in train matches is frozen",
+)
 @dataclass(frozen=True)
 class Stage:
     """What trains, at which rate, for how long, and how it ends.
@@ -161,7 +180,19 @@ class Stage:
                 wrong.append(
                     f"{place} is {rule!r}; it must be one of jaxft's or an optax transform"
                 )
+        for place, schedule in self._schedules().items():
+            if not isinstance(schedule, Schedule | ReduceLROnPlateau | None):
+                wrong.append(
+                    f"{place} is {schedule!r}; it must be one of jaxft.schedules or a "
+                    "ReduceLROnPlateau"
+                )
         return wrong
+
+    def _schedules(self) -> dict[str, object]:
+        own = {
+            f"the schedule of {show(p)!r}": update.schedule for p, update in self.updates.items()
+        }
+        return {"its schedule": self.schedule, **own}
 
     def _wrong_limits(self) -> list[str]:
         wrong = []
@@ -186,9 +217,8 @@ class Stage:
                 wrong.append(
                     f"norms has {choice!r}; it must be one of {', '.join(get_args(NormChoice))}"
                 )
-        schedules = [self.schedule, *(update.schedule for update in self.updates.values())]
         if isinstance(self.until, Plateau) and not any(
-            isinstance(schedule, ReduceLROnPlateau) for schedule in schedules
+            isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
             wrong.append("until is a Plateau, which counts those of a ReduceLROnPlateau schedule")
         return wrong
@@ -259,10 +289,14 @@ class Resolved(NamedTuple):
     optimizer: Rule
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Raises RecipeError if there are no stages, or two of one name."""
-    names = [stage.name for stage in stages]
-    if not names:
+def check_stages(stages: "Stage | Sequence[Stage]") -> tuple[Stage, ...]:
+    """Returns the stages; raises RecipeError if there are none, or two of one name."""
+    each = (stages,) if isinstance(stages, Stage) else tuple(stages)
+    if wrong := [stage for stage in each if not isinstance(stage, Stage)]:
+        raise RecipeError(f"stages must be Stage(...), not {reprlib.repr(wrong[0])}.")
+    if not each:
         raise RecipeError("there must be at least one stage.")
+    names = [stage.name for stage in each]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise RecipeError(f"stage names must be unique; {twice} occur more than once.")
+    return each

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -123,6 +124,31 @@ MISTAKES = {
         RecipeError,
         "its optimizer is <function sgd.*>; it must be one of .*the optimizer of 'fc' is <function",
     ),
+    "one stage that is none": (
+        lambda: plan("late"),
+        RecipeError,
+        "stages must be Stage.*, not 'late'",
+    ),
+    "rules that are a list": (
+        lambda: jaxft.label(PARAMS, ["fc"]),
+        LabelError,
+        r"label: the rules are \['fc'\]; they must be a mapping of patterns to labels, such as",
+    ),
+    "rules that are a string": (
+        lambda: jaxft.label(PARAMS, "fc"),
+        LabelError,
+        "the rules are 'fc'",
+    ),
+    "rates for labels": (
+        lambda: jaxft.label(PARAMS, {"fc": 1e-3}),
+        LabelError,
+        "labels must be strings, not 0.001 for 'fc'",
+    ),
+    "schedule of optax": (
+        lambda: stage({"fc": 0.1}, schedule=optax.constant_schedule(1.0)),
+        RecipeError,
+        "its schedule is <function.*; it must be one of jaxft.schedules",
+    ),
     "parameters for labels": (
         lambda: jaxft.multi_transform({"head": optax.sgd(1.0)}, PARAMS),
         LabelError,
@@ -162,3 +188,66 @@ def test_all_that_is_wrong_is_said_at_once():
         "stage 'first': pattern 'layer5' matches no parameter",
         "stage 'second': pattern 'stem' is never reached: '*' before it takes all that it matches",
     ]
+
+
+TORCH_LIKE = {
+    "conv1": {"kernel": jnp.ones(2)},
+    "bn1": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+    "layers": [{"kernel": jnp.ones(2)}],
+    "fc": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+}
+LITERAL = {"layers[0]": {"kernel": jnp.ones(2)}, "what?": jnp.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("params", "pattern", "hints"),
+    [
+        (TORCH_LIKE, "fc.weight", ["fc.kernel"]),
+        (TORCH_LIKE, "bn1.weight", ["bn1.scale"]),
+        (TORCH_LIKE, "bn1.gamma", ["bn1.scale"]),
+        (TORCH_LIKE, "**.weight", ["**.kernel", "**.scale"]),
+        (TORCH_LIKE, "model.fc.weight", ["fc.kernel"]),
+        (TORCH_LIKE, "params/fc/kernel", ["fc.kernel"]),
+        (TORCH_LIKE, "layers[0]", ["layers.0"]),
+        (TORCH_LIKE, "fc1", ["fc"]),
+        (LITERAL, "layers[0]", ["layers[[]0]"]),
+        (LITERAL, "layers[0].kernel", ["layers[[]0].kernel"]),
+        (LITERAL, "layer[0]", ["layers[[]0]"]),
+    ],
+)
+def test_hint_of_a_pattern_is_one_that_works(params, pattern, hints):
+    with pytest.raises(PatternError) as caught:
+        jaxft.label(params, {pattern: "x"})
+    assert f"Did you mean {' or '.join(map(repr, hints))}?" in str(caught.value)
+    for hint in hints:
+        assert "x" in jax.tree.leaves(jaxft.label(params, {hint: "x"}))
+
+
+def test_hint_for_running_statistics():
+    with pytest.raises(PatternError, match=r"Running statistics are no parameters; .*`norms`"):
+        jaxft.label(TORCH_LIKE, {"bn1.running_mean": "x"})
+
+
+NESTED = {"fc": {"bias": jnp.ones(2)}, "layer1": [{"bias": jnp.ones(2), "kernel": jnp.ones(2)}]}
+
+
+def test_a_star_for_one_segment_is_remarked_upon():
+    message = r"pattern '\*.bias' selects 1 of the 2 parameters that '\*\*.bias' selects"
+    with pytest.warns(UserWarning, match=message):
+        jaxft.label(NESTED, {"*.bias": "x"})
+    with pytest.warns(UserWarning, match=f"stage 'late': {message}"):
+        (late,) = jaxft.plan([stage({"*.bias": 0.1})], NESTED)
+    assert len(late.remarks) == 1
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [("layer1.*",), ("*.0",), ("**.bias",), ("*",), ("fc.*", "*.0.*"), ("*.bias", "**.bias")],
+)
+def test_deliberate_patterns_are_not_remarked_upon(patterns):
+    jaxft.label(NESTED, dict.fromkeys(patterns, "x"))  # a warning would be an error
+
+
+def test_a_single_stage_is_a_plan_of_one():
+    (alone,) = jaxft.plan(stage({"fc": 0.1}), PARAMS)
+    assert alone.stage.name == "late"

@@ -1,5 +1,6 @@
 """What a run opens before its first step: images, weights, network, a program for each stage."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -138,8 +139,11 @@ def open_programs(
     recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: Start
 ) -> tuple[Program, ...]:
     """A program for each of the recipe's stages; `like` may be shapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the console shows the remarks when their stage begins
+        plans = plan(recipe.stages, like[0])
     programs = [
         program(index, stage, recipe, model, splits.train, devices, like)
-        for index, stage in enumerate(plan(recipe.stages, like[0]))
+        for index, stage in enumerate(plans)
     ]
     return keeping(programs, *like, images=(len(splits.train), len(splits.val)))

@@ -112,6 +112,8 @@ def _enter(
 def _announce(run: Run, program: Program, cost: str, position: Position) -> None:
     plan, progress, params = program.plan, position.progress, position.best.params
     names = mode_names(params, plan.labels, program.norms)
+    for remark in plan.remarks:
+        run.console.say(f"Stage {plan.stage.name!r}: {remark}")
     run.console.stage(plan, title(program, len(run.programs)), cost, params, names)
     if progress.epoch == progress.position == 0:
         run.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
