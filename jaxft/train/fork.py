@@ -13,7 +13,7 @@ import jax
 from jaxft import atomic
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
-from jaxft.labels import Tree
+from jaxft.labels import Tree, paths
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
@@ -24,6 +24,7 @@ from jaxft.train.run import Run
 from jaxft.train.workdir import saved
 from jaxft.weights import orbax
 from jaxft.weights.classes import Order, class_order, reordered, reordering
+from jaxft.weights.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
             at = Snapshot(*run.devices.put((*trees, fresh)))
     if fork.order:
         at = Snapshot(*reordered(run.programs[0].model, tuple(at), fork.order))
+    arrays = run.devices.host((at.params, at.stats))
+    check_finite(
+        f"the end of stage {fork.stage!r} of {fork.workdir} (0 is params, 1 is stats)",
+        zip(paths(arrays), jax.tree.leaves(arrays), strict=True),
+    )
     return at
 
 

@@ -18,7 +18,8 @@ class Objective:
     """How a batch becomes a loss; by default plain cross entropy.
 
     label_smoothing: the share of each target that is spread over all classes.
-    class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; none: all alike.
+    class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; none: all alike. The mean
+      divides by the sum of the images' weights; with mixup or cutmix by the number of images.
     reduction: `sum`: gradients are those of the sum over the batch, as torch's `reduction="sum"`.
     erasing: the chance that a box of an image is erased.
     mixup, cutmix: the alphas of their Beta distributions; 0 is without. With both, each batch is
@@ -66,9 +67,8 @@ class Objective:
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of logits [b k] with each row's targets: [b k], or classes int [b].
 
-        The mean is their sum over that of `weights`. With one class a row that is torch's
-        `CrossEntropyLoss(weight=..., label_smoothing=...)`; of mixed classes torch would divide by
-        the number of rows, and the weights set the pace.
+        Their sum over that of `weights` is the mean of torch's
+        `CrossEntropyLoss(weight=..., label_smoothing=...)`.
         """
         if targets.ndim == 1:
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -77,9 +77,13 @@ class Objective:
         return -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
 
     def weights(self, targets: jax.Array) -> jax.Array:
-        """How much each row counts, [b]."""
-        if targets.ndim == 1:
-            return jnp.ones(targets.shape, jnp.float32)
+        """How much each row counts, [b]: the weight of its class.
+
+        With mixup or cutmix a row has several classes and counts as 1: as torch's loss for targets
+        that are probabilities, whose mean divides by the number of rows.
+        """
+        if targets.ndim == 1 or self.mixup or self.cutmix:
+            return jnp.ones(len(targets), jnp.float32)
         return targets @ self._class_weights(targets)
 
     def reduced(self, mean: jax.Array, total: jax.Array) -> jax.Array:

@@ -13,10 +13,13 @@ import numpy as np
 
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
+from jaxft.labels import paths
 from jaxft.processes import agree
 from jaxft.stages import Stage
+from jaxft.train.evaluate import Score
 from jaxft.train.execution import apart, sent
 from jaxft.train.kept import Inputs
+from jaxft.train.norms import layer
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
 from jaxft.train.record import row
@@ -33,7 +36,8 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
 
     Raises:
       InterruptedRunError: a signal asked it to stop; it has saved where it was.
-      NonFiniteError: a step's loss or gradients are not finite, and the recipe has it stop.
+      NonFiniteError: what a step makes or the validation loss is not finite, and the recipe has
+        it stop.
     """
     start = position.progress
     inputs = Inputs(run, program, compiled, lambda: position.best)
@@ -151,6 +155,7 @@ def _end_epoch(
     if validated is None:
         _stop(run, program, position)
     position.validated = time.perf_counter()
+    _check_score(run, program, position, validated)
     opt_state = plan.after_epoch(
         position.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
     )
@@ -208,16 +213,64 @@ def _check_finite(run: Run, program: Program, position: Position, records: list[
     for step, record in enumerate(records, first):
         if record.finite:
             continue
-        mean = float(record.tally.loss) / float(record.tally.examples)
-        what = "the gradients are not finite" if math.isfinite(mean) else f"the loss is {mean}"
         saved = run.checkpoints.latest_step()
         raise NonFiniteError(
-            f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: {what}. "
+            f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: "
+            + _not_finite(program, position, record)
             + (f"The checkpoint of step {saved} is good. " if saved else "")
-            + "With --on-nonfinite skip the same command goes on and leaves such steps out. Lower "
-            "rates or a clip_norm make another recipe, for another --workdir; --fork-from takes "
-            "over the stages that went well."
+            + "With --on-nonfinite skip the same command goes on and leaves such steps out. "
+            + _way_out(record, step)
         )
+
+
+def _not_finite(program: Program, position: Position, record: Record) -> str:
+    """Names what a step made that is not finite."""
+    examples = int(record.tally.examples)
+    mean = float(record.tally.loss) / examples
+    if record.weight == 0:
+        return (
+            f"all {examples} images of the batch are of classes whose class_weights are 0, and a "
+            "mean over a weight of 0 is NaN. "
+        )
+    if not math.isfinite(mean):
+        return f"the loss is {mean}. "
+    groups = [name for name, norm in record.gradient_norms.items() if not math.isfinite(norm)]
+    if groups:
+        return f"the loss is {mean:.4g}, but gradients of {', '.join(groups)} are not finite. "
+    stats = position.state.stats
+    leaves = zip(paths(stats), jax.tree.leaves(stats), strict=True)
+    wrong = dict.fromkeys(layer(path) for path, x in leaves if not np.isfinite(x).all())
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return (
+            f"the loss is {mean:.4g}, but running statistics of {', '.join([*wrong][:5])}{more} "
+            "are not finite. "
+        )
+    return "the loss and gradients are finite, but the optimizer's update is not. "
+
+
+def _way_out(record: Record, step: int) -> str:
+    if record.weight == 0:
+        return "Or use reduction='sum', a larger batch_size, or leave images of these classes out."
+    if step == 1:  # no update has been made yet
+        return "It is the run's first step: look at the images, the weights and the network."
+    return (
+        "If the loss had been rising, lower rates or a clip_norm make another recipe, for another "
+        "--workdir; --fork-from takes over the stages that went well."
+    )
+
+
+def _check_score(run: Run, program: Program, position: Position, score: Score) -> None:
+    if math.isfinite(score.loss) or program.recipe.on_nonfinite == "skip":
+        return
+    progress, saved = position.progress, run.checkpoints.latest_step()
+    raise NonFiniteError(
+        f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {progress.step}: the "
+        f"validation loss is {score.loss}, though loss and gradients of all steps are finite. "
+        + (f"The last checkpoint is that of step {saved}. " if saved else "")
+        + "Look at the images to validate and at the running statistics (norms). With "
+        "--on-nonfinite skip the same command goes on, and such an epoch is never the best."
+    )
 
 
 def _done(program: Program, position: Position) -> str:

@@ -14,6 +14,7 @@ from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights, load
+from jaxft.weights.finite import check_finite
 from jaxft.weights.head import with_head
 
 Start = tuple[Tree, Tree]
@@ -50,7 +51,7 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     size, is replaced by a new one, as `recipe.head` says; with `zeros` or `xavier` any head is.
 
     Returns the start in the network's containers, and a remark for each change.
-    Raises WeightsError where arrays do not fit, or are not floating point.
+    Raises WeightsError where arrays do not fit, are not floating point, or are not finite.
     """
     if not (isinstance(start, tuple | list) and len(start) == 2):
         raise WeightsError(
@@ -94,6 +95,7 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     remarks += [f"{count} arrays of start are cast from {how}." for how, count in cast.items()]
     # By path, for a FrozenDict or NNX state may have another order.
     leaves = [jnp.asarray(found[path], like.dtype) for path, like in wanted.items()]
+    check_finite("start (0 is params, 1 is stats)", zip(wanted, leaves, strict=True))
     return jax.tree.unflatten(jax.tree.structure(expected), leaves), remarks
 
 

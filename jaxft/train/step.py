@@ -12,10 +12,11 @@ from jax.typing import ArrayLike
 from jaxft import gradients
 from jaxft.anchor import Anchor
 from jaxft.data import Batch, Preprocessing
-from jaxft.labels import FROZEN, Tree, combine
+from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.optim import pass_step
 from jaxft.parallel import Devices
+from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 from jaxft.train.remat import block_by_block
 
@@ -48,9 +49,11 @@ class Record(NamedTuple):
     update_norms: dict[str, jax.Array]
     """Of the change to the parameters."""
     finite: jax.Array
-    """Whether the loss and all gradients are."""
+    """Whether logits, loss, gradients, updates and new running statistics are."""
     gradients: Tree = None
     """Before clipping, where the step was asked to keep them."""
+    weight: jax.Array | None = None
+    """Sum of the images' weights, by which a mean loss divides."""
 
 
 def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
@@ -134,14 +137,19 @@ def train_step(
             first=first,
         )
         losses = objective.losses(logits, part.targets)
-        share = jnp.sum(losses, where=part.mask) / total
+        # As in torch, a batch whose classes all weigh 0 has the sum 0, and no mean.
+        weight = jnp.where(total == 0, 1, total) if objective.reduction == "sum" else total
+        share = jnp.sum(losses, where=part.mask) / weight
         minimised = objective.reduced(share, total)
-        return minimised, (stats, tally(logits, part.target, part.mask)._replace(loss=share))
+        # Within a fusion XLA may drop NaN from the loss on CPU.
+        lost = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
+        told = jnp.where(lost, jnp.nan, share)
+        return minimised, (stats, tally(logits, part.target, part.mask)._replace(loss=told))
 
     def backward(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[Tree, Tree, Tally]:
-        """Gradients, new statistics and sums of a whole batch."""
+    ) -> tuple[Tree, Tree, Tally, jax.Array]:
+        """Gradients, new statistics, sums and total weight of a whole batch."""
         images = jnp.asarray(batch.image) if first else preprocessing.normalize(batch.image)
         images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
         total = jnp.sum(objective.weights(targets), where=batch.mask)
@@ -154,7 +162,7 @@ def train_step(
         size = (batch_size or count) // accumulate
         if accumulate == 1 or count <= size:
             found, (stats, sums) = gradient(state.stats, frozen, rows, total)
-            return found, stats, sums
+            return found, stats, sums, total
 
         def add(sofar: tuple[Tree, Tree, Tally], part: _Rows) -> tuple[tuple, None]:
             found, (stats, sums) = gradient(sofar[1], frozen, part, total)
@@ -168,24 +176,28 @@ def train_step(
         shapes = jax.eval_shape(gradient, state.stats, frozen, parts.first(), total)
         found, (_, sums) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         sofar, _ = jax.lax.scan(add, (found, state.stats, sums), parts)
-        return add(sofar, rest)[0] if rest else sofar
+        return *(add(sofar, rest)[0] if rest else sofar), total
 
     def step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
     ) -> tuple[TrainState, Record]:
         trainable, _, opt_state, average = state
-        found, stats, sums = backward(state, frozen, batch, key)
+        found, stats, sums, weight = backward(state, frozen, batch, key)
         mean, sums = sums.loss, sums._replace(loss=sums.loss * sums.examples)
         if anchor:
             found = anchor.pull(found, trainable, start, model.head)
         kept = found if keep_gradients else None
         gradient_norms = gradients.group_norms(found, groups)
-        finite = jnp.isfinite(jnp.array([mean, optax.tree.norm(found)])).all()
+        total_norm = optax.tree.norm(found)
         if clip_norm:
             found, _ = gradients.clip(found, clip_norm)
         updates, opt_state = transform.update(found, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         update_norms = gradients.group_norms(updates, groups)
+        finite = jnp.isfinite(jnp.array([mean, total_norm, *update_norms.values()])).all()
+        for path, x in zip(paths(stats), jax.tree.leaves(stats), strict=True):
+            if (norms if isinstance(norms, str) else norms[layer(path)]) == "batch":
+                finite &= jnp.isfinite(x).all()
         if ema:
             # What stands still must not move: optax.incremental_update rounds it, and XLA on CPU
             # makes zeros of subnormal numbers.
@@ -195,7 +207,7 @@ def train_step(
                 (trainable, stats),
             )
         new = TrainState(trainable, stats, opt_state, average)
-        record = Record(sums, gradient_norms, update_norms, finite, kept)
+        record = Record(sums, gradient_norms, update_norms, finite, kept, weight)
         if skip_nonfinite:
             old = state._replace(opt_state=pass_step(state.opt_state))
             nothing = jax.tree.map(jnp.zeros_like, record)

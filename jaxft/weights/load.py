@@ -12,6 +12,7 @@ import numpy as np
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
 from jaxft.weights.classes import Order, class_order, reordered, reordering
+from jaxft.weights.finite import check_finite
 from jaxft.weights.head import Start, with_head
 from jaxft.weights.names import TorchTensor, file_tensors
 from jaxft.weights.read import Weights, read
@@ -39,7 +40,8 @@ def load(
     with another head the file's own. Tensors are read one by one: at no time is there more in
     memory than the result and one of them.
 
-    Raises WeightsError with every mismatch at once, or where there is no readable file.
+    Raises WeightsError with every mismatch at once, for values that are not finite, or where there
+    is no readable file.
     """
     if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
         raise ValueError(f"head is {', '.join(('keep', *get_args(Start)))} or a tree, not {head!r}")
@@ -75,6 +77,8 @@ def load(
         params = with_head(model, params, head, key)
     elif order:
         params = reordered(model, params, order)
+    names = (tensor.name for tensor in jax.tree.leaves(tensors))
+    check_finite(weights.source, zip(names, jax.tree.leaves((params, stats)), strict=True))
     return params, stats
 
 

@@ -120,3 +120,51 @@ def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on(
     assert not record.finite
     assert not any(map(np.any, jax.tree.leaves(record)))
     jax.tree.map(np.testing.assert_array_equal, after, expected)
+
+
+class Overflows(nn.Module):
+    """The statistics of one norm layer become infinite; its output goes nowhere."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        nn.BatchNorm(use_running_average=not train, name="aside")(jnp.exp(1000 * x))
+        return nn.Dense(2, name="head")(x.mean((1, 2)))
+
+
+ONE = dataclasses.replace(STOPPING, stages=(Stage("all", {"*": 1e-2}, 1),))
+
+
+def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
+    network = Linen(Overflows(), shape=(8, 8, 3), head="head")
+    told = r"step 1: the loss is 0\.\d+, but running statistics of aside are not finite"
+    with pytest.raises(NonFiniteError, match=told) as stop:
+        finetune(ONE, tmp_path, data=images(), model=network, console=QUIET)
+    assert "rates" not in str(stop.value)  # none has been used yet
+
+
+def test_validation_loss_that_is_not_finite_ends_the_run(tmp_path):
+    train, val = images()
+    swapped = data.Splits(val, train)  # the white image is one to validate
+    told = r"'all', epoch 1, step 2: the validation loss is (nan|inf), though loss and gradients"
+    with pytest.raises(NonFiniteError, match=told) as stop:
+        finetune(ONE, tmp_path, data=swapped, model=NETWORK, console=QUIET)
+    assert "lower rates" not in str(stop.value).lower()
+    skipping = dataclasses.replace(ONE, on_nonfinite="skip")
+    finetune(skipping, tmp_path, data=swapped, model=NETWORK, console=QUIET)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batch_whose_classes_all_weigh_nothing(reduction, tmp_path):
+    """As in torch the sum is 0; there is no mean, and the message names the class weights."""
+    pixels = np.random.default_rng(0).integers(0, 200, (5, 8, 8, 3), np.uint8)
+    source = data.arrays(pixels, np.array([1, 1, 1, 0, 0]), ("a", "b"))
+    splits = data.Splits(source.take(np.arange(4)), source.take(np.array([4])))
+    stage = dataclasses.replace(ONE.stages[0], class_weights=(1.0, 0.0))
+    recipe = dataclasses.replace(ONE, reduction=reduction, stages=(stage,))
+    if reduction == "sum":
+        finetune(recipe, tmp_path, data=splits, model=NETWORK, console=QUIET)
+        assert np.isfinite(rows(tmp_path)[0]["train_loss"])
+        return
+    with pytest.raises(NonFiniteError, match=r"all 2 images .* class_weights are 0") as stop:
+        finetune(recipe, tmp_path, data=splits, model=NETWORK, console=QUIET)
+    assert "rates" not in str(stop.value)

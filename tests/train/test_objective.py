@@ -105,16 +105,6 @@ def test_the_sum_is_torchs(weights):
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
-def test_mixed_targets_count_by_their_weights():
-    """A row of two classes costs as its two parts would, and so does the divisor."""
-    objective = Objective(class_weights=(1.0, 4.0, 0.5))
-    targets = jnp.array([[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]])
-    log = np.asarray(jax.nn.log_softmax(LOGITS[:2]), np.float64)
-    parts = 0.75 * 1 * log[0, 0] + 0.25 * 4 * log[0, 1] + 0.5 * log[1, 2]
-    found = mean_loss(objective, jnp.asarray(LOGITS[:2]), targets, np.ones(2, bool))
-    np.testing.assert_allclose(found, -parts / (0.75 + 0.25 * 4 + 0.5), rtol=1e-6)
-
-
 def varied(objective, batch, key=KEY):
     images = PREPROCESSING.normalize(batch.image)
     vary = jax.jit(objective.vary, static_argnums=3)
@@ -240,3 +230,31 @@ def test_the_mirror_in_evaluation():
     np.testing.assert_allclose(
         flip(*start, symmetric).loss, plain(*start, symmetric).loss, rtol=1e-6
     )
+
+
+SOFT = ((0.7, 0.0, 0.3), (0.3, 0.7, 0.0), (0.0, 0.3, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("mixup", "smoothing", "reduction", "expected"),
+    [
+        # torch 2.13's CrossEntropyLoss(weight, label_smoothing, reduction), in float64
+        (0.0, 0.0, "mean", 0.728001059069557),
+        (0.0, 0.1, "mean", 0.78092730471134),
+        (0.2, 0.0, "mean", 1.0611292897126103),
+        (0.2, 0.1, "mean", 1.1016971042148775),
+        (0.0, 0.1, "sum", 2.73324556648969),
+        (0.2, 0.1, "sum", 3.305091312644633),
+    ],
+)
+def test_class_weights_with_smoothed_or_mixed_classes_are_torchs(
+    mixup, smoothing, reduction, expected
+):
+    objective = Objective(
+        class_weights=(0.5, 2.0, 1.0), label_smoothing=smoothing, mixup=mixup, reduction=reduction
+    )
+    targets = jnp.array(SOFT if mixup else np.eye(3))
+    logits = jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0], [-1.0, 0.5, 2.0]])
+    total = objective.weights(targets).sum()
+    mean = objective.losses(logits, targets).sum() / total
+    np.testing.assert_allclose(objective.reduced(mean, total), expected, rtol=1e-6)
