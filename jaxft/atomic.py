@@ -13,7 +13,7 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
     `path` may be `gs://...`: there an object appears once all of it has arrived.
     """
     data = content.encode() if isinstance(content, str) else content
-    place = epath.Path(path)
+    place = anywhere(path)
     if in_bucket(place):
         place.write_bytes(data)
         return
@@ -30,8 +30,8 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
 
 
 def anywhere(path: str | PathLike[str]) -> Path:
-    """A path on a disk, which is `pathlib`'s own, or in a bucket, which does as those do."""
-    return epath.Path(path) if in_bucket(path) else Path(path)
+    """Returns a path on a disk, whose `~` is expanded, or in a bucket, which does as those do."""
+    return epath.Path(path) if in_bucket(path) else Path(os.path.expanduser(path))
 
 
 def in_bucket(path: str | PathLike[str]) -> bool:

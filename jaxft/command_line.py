@@ -9,9 +9,11 @@ from typing import NoReturn
 
 import tyro
 
+from jaxft.atomic import in_bucket
 from jaxft.data.readable import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
 from jaxft.recipe import Recipe, read
+from jaxft.stages import Stage
 
 # 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -43,6 +45,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raises RecipeError unless a program may write into a folder, which need not exist yet."""
+    if in_bucket(folder):
+        return
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise RecipeError(f"{nearest} is a file; {folder} must be a folder.")
@@ -58,6 +62,15 @@ def leave(message: str, code: int) -> NoReturn:
     os._exit(code)
 
 
+_OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_EXAMPLE = Recipe(model="resnet50", data="folder:PATH", stages=(Stage("head", {"fc": 1e-3}, 5),))
+
+
+def print_fields() -> None:
+    """Prints the options that a recipe's fields are, with those of an example's one stage."""
+    tyro.cli(Recipe, default=_EXAMPLE, args=["--help"], prog="CONFIG", config=_OPTIONS)
+
+
 def read_with(path: str | os.PathLike[str], options: Sequence[str]) -> Recipe:
     """The recipe in a file, with `options` such as `--batch-size 64` before its own fields.
 
@@ -68,5 +81,6 @@ def read_with(path: str | os.PathLike[str], options: Sequence[str]) -> Recipe:
         Recipe,
         default=read(path),
         args=options,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        prog=f"{sys.argv[0]} {path}",  # whose help has these options
+        config=_OPTIONS,
     )

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import runpy
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
-from jaxft.errors import DataError, RecipeError
+from jaxft.errors import DataError, JaxftError, RecipeError
 from jaxft.models import Model, create, factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim import SGD, Optimizer
@@ -292,13 +293,13 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     Raises:
       RecipeError: no such file, no recipe in it, or fields that do not fit; all at once.
     """
-    file = epath.Path(path)
+    file = epath.Path(os.path.expanduser(path))
     if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
     if not atomic.in_bucket(file):
         factory.search_in(file.parent)
     if file.suffix == ".py":
-        recipe = runpy.run_path(str(path)).get("recipe")
+        recipe = _run_file(str(file)).get("recipe")
         if not isinstance(recipe, Recipe):
             raise RecipeError(f"{path} defines no recipe: it must say recipe = Recipe(...).")
         return recipe
@@ -307,6 +308,20 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML: {error}") from error
     return _validated(fields, source=str(path))
+
+
+def _run_file(path: str) -> dict[str, Any]:
+    try:
+        return runpy.run_path(path)
+    except JaxftError:
+        raise
+    except SyntaxError as error:
+        place = f"{error.filename}:{error.lineno}"
+        raise RecipeError(f"{place}: {type(error).__name__}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), "?")
+        raise RecipeError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
 def from_fields(fields: Any, *, source: str) -> Recipe:
@@ -414,14 +429,6 @@ def _shown(value: Any) -> str:
 def fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe as YAML, or JSON, has it."""
     return dict(_adapter().dump_python(recipe, mode="json", warnings=False))
-
-
-def stages_of(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """Returns the stages of a recipe that `fields` has written.
-
-    Raises RecipeError if this version of jaxft cannot read them.
-    """
-    return _validated(fields, source="the checkpoint's recipe").stages
 
 
 def _validated(fields: Any, *, source: str) -> Recipe:

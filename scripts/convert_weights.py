@@ -12,11 +12,11 @@ if __name__ == "__main__":
     import stop_at_once  # noqa: F401, before what takes seconds to import
 
 import argparse
-from pathlib import Path
 
 import jax
 
 from jaxft import WeightsError, models, weights
+from jaxft.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.weights.orbax import save_weights
 
@@ -26,7 +26,7 @@ def main(given: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=anywhere)
     parser.add_argument("--model", required=True, metavar="NAME")
     parser.add_argument("--stride-in-1x1", action="store_true")
     parser.add_argument("--concat-pool", action="store_true")

@@ -13,8 +13,8 @@ if __name__ == "__main__":
     import stop_at_once  # noqa: F401, before what takes seconds to import
 
 import argparse
-from pathlib import Path
 
+from jaxft.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.train.export import export
 from jaxft.weights.export import PLATFORMS
@@ -24,8 +24,8 @@ def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("workdir", type=anywhere)
+    parser.add_argument("--out", type=anywhere, metavar="DIR")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     arguments = parser.parse_args(given)
     check_folder(arguments.out or arguments.workdir)

@@ -13,9 +13,9 @@ if __name__ == "__main__":
     import stop_at_once  # noqa: F401, before what takes seconds to import
 
 import argparse
-from pathlib import Path
 
 from jaxft import Recipe
+from jaxft.atomic import anywhere
 from jaxft.command_line import check_folder, read_with, run
 from jaxft.report.range_test import draw, rate_table, write_curve
 from jaxft.train.compilation import keep_programs
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=anywhere, required=True)
     parser.add_argument("--stage", metavar="NAME", help="which stage; default: the first")
     parser.add_argument("--low", type=float, default=1e-7, help="the first rate; default: 1e-7")
     parser.add_argument("--high", type=float, default=10.0, help="the last rate; default: 10")

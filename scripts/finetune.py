@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from typing import NoReturn
 
 from jaxft import InterruptedRunError, JaxftError, finetune, parallel, processes
-from jaxft.command_line import read_with
+from jaxft.command_line import print_fields, read_with
 from jaxft.train.compilation import keep_programs
 
 
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
     hosts.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
-        return
+        print("\nEach field of a recipe is an option, here with the defaults of an example:\n")
+        print_fields()
     known, options = parser.parse_known_args(arguments)
     if known.workdir is None and not {"-h", "--help"} & set(options):
         parser.error("--workdir DIR is required")

@@ -10,8 +10,8 @@ if __name__ == "__main__":
     import stop_at_once  # noqa: F401, before what takes seconds to import
 
 import argparse
-from pathlib import Path
 
+from jaxft.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.data import folder, folder_builder
 from jaxft.data.readable import checked
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=anywhere)
     parser.add_argument("--name", default="images", help="of the data set (default: images)")
     parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error")
     options = parser.parse_args(arguments)

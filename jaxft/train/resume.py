@@ -12,6 +12,7 @@ from jaxft.carryover import carry_with_remarks
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
+from jaxft.stages import Stage
 from jaxft.train.opening import open_programs
 from jaxft.train.position import Position, at_start, changing, restored
 from jaxft.train.program import Program, Snapshot
@@ -105,12 +106,16 @@ def _reopened(run: Run, fields: Mapping[str, Any]) -> int | None:
         return None
     progress, _, _ = read(fields)
     program = run.programs[progress.stage]
-    was = recipes.stages_of(fields["recipe"])[progress.stage]
+    was = _stages(fields)[progress.stage]
     return reopened(was, program.plan.stage, progress, program.steps_per_epoch)
 
 
 def _same_stages(run: Run, fields: Mapping[str, Any]) -> bool:
     return bool(fields["recipe"]["stages"] == recipes.fields(run.recipe)["stages"])
+
+
+def _stages(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
+    return recipes.from_fields(fields["recipe"], source="the checkpoint's recipe").stages
 
 
 def _written_by(
@@ -119,7 +124,7 @@ def _written_by(
     """The programs of the recipe that a checkpoint was written by."""
     if _same_stages(run, fields):
         return run.programs
-    recipe = dataclasses.replace(run.recipe, stages=recipes.stages_of(fields["recipe"]))
+    recipe = dataclasses.replace(run.recipe, stages=_stages(fields))
     return open_programs(recipe, run.programs[0].model, run.splits, run.devices, (params, stats))
 
 
