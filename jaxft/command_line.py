@@ -63,7 +63,12 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 _OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-_EXAMPLE = Recipe(model="resnet50", data="folder:PATH", stages=(Stage("head", {"fc": 1e-3}, 5),))
+_EXAMPLE = Recipe(
+    model="resnet50",
+    data="folder:PATH",
+    stages=(Stage("head", {"fc": 1e-3}, 5),),
+    from_scratch=(Stage("all", {"*": 1e-2}, 5),),
+)
 
 
 def print_fields() -> None:

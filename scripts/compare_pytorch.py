@@ -18,13 +18,29 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="a folder with train/<class> and val/<class>")
+    parser.add_argument("weights", type=Path, help="of a ResNet-50, with torch's names")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="of each stage")
+    parser.add_argument("--image-size", type=int, default=224, help="in pixels")
+    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights want it")
+    return parser
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # a mistake, or --help, needs no torch
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torchvision import datasets, models, transforms
 
-from jaxft import Recipe, finetune, recipe
+from jaxft import Recipe, command_line, finetune, recipe
 from jaxft.report.console import Console
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -151,16 +167,9 @@ def ours(name: str, args: argparse.Namespace, seed: int, recipe: Recipe) -> floa
     return finetune(recipe, args.out / f"{name}_{seed}", console=Console(quiet=True)).score.accuracy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="a folder with train/<class> and val/<class>")
-    parser.add_argument("weights", type=Path, help="of a ResNet-50, with torch's names")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3, help="of each stage")
-    parser.add_argument("--image-size", type=int, default=224, help="in pixels")
-    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights want it")
-    args = parser.parse_args()
+def main(given: list[str]) -> None:
+    args = parser().parse_args(given)
+    command_line.check_folder(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = args.out / "accuracies.jsonl"
     rows.touch()
@@ -198,4 +207,4 @@ def spread(accuracies: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from jaxft import Recipe
+from jaxft import Recipe, RecipeError
+from jaxft.recipe import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +136,10 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
 
 
 def test_help_tells_of_every_field():
-    assert "CONFIG --workdir DIR" in finetune("--help").stdout
+    without = finetune("--help").stdout
+    assert "CONFIG --workdir DIR" in without
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in without, field.name
     assert "--workdir DIR is required" in finetune("configs/quickstart.py").stderr
     done = finetune("configs/quickstart.py", "--help")
     assert done.returncode == 0
@@ -142,6 +147,40 @@ def test_help_tells_of_every_field():
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
     assert "--stages.1.train.layer3 FLOAT" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\nrecipe = Recip()\n", r":2: NameError: name 'Recip' is not defined$"),
+        ("\n\nimport nowhere\n", r":3: ModuleNotFoundError: No module named 'nowhere'$"),
+        ("x = (\n", r":1: SyntaxError: '\(' was never closed$"),
+        ("import json\njson.loads('')\n", r":2: JSONDecodeError: Expecting value"),
+        ("recipe = 1\n", r"config.py defines no recipe"),
+    ],
+    ids=["name", "import", "syntax", "raised_elsewhere", "no_recipe"],
+)
+def test_recipe_file_error_is_one_line_with_its_place(text, message, tmp_path):
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        read(tmp_path / "config.py")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["find_rate", "export", "convert_weights", "prepare_tfds"])
+def test_output_is_checked_before_anything_else(name, tmp_path):
+    """Here nothing else is there that could be read."""
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    arguments = {
+        "find_rate": ("nowhere.py", "--out", out),
+        "export": (tmp_path / "nowhere", "--out", out),
+        "convert_weights": ("nowhere.safetensors", out, "--model", "resnet18"),
+        "prepare_tfds": (tmp_path / "nowhere", out),
+    }
+    main = runpy.run_path(str(ROOT / f"scripts/{name}.py"))["main"]
+    with pytest.raises(RecipeError, match="file is a file; "):
+        main([*map(str, arguments[name])])
 
 
 def test_weights_are_converted_both_ways(tmp_path):
