@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxft import atomic, weights
 from jaxft.checkpoint import Checkpoints
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.recipe import Recipe
@@ -64,6 +64,7 @@ def export(
 
     Raises:
       CheckpointError: the workdir holds no run with a whole checkpoint.
+      RecipeError, WeightsError: the run was given its network, and `model` is missing.
     """
     recipe, checkpoints = saved(workdir), workdir / "checkpoints"
     if recipe is None:
@@ -74,12 +75,18 @@ def export(
         progress, _, of_data = read(kept.progress(step))
     classes, pixels = of_data["classes"], of_data.get("pixels", "uint8")
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
-    model = model or recipe.network(len(classes))
-    params, stats = weights.load(kept.path(step), model)
+    network = model or recipe.network(len(classes))
+    try:
+        params, stats = weights.load(kept.path(step), network)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}\nA run that was given its network, finetune(model=...), is exported with it: "
+            "jaxft.train.export.export(workdir, model=...)."
+        ) from error
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)
     expected = recipe.preprocessing
-    program = serialize(model, params, stats, expected, pixels=pixels, platforms=platforms)
+    program = serialize(network, params, stats, expected, pixels=pixels, platforms=platforms)
     atomic.write(folder / "model.jaxexport", program)
     facts: Any = {"classes": classes, "score": score, "pixels": pixels}
-    return write(folder, recipe, model, params, stats, **facts), score
+    return write(folder, recipe, network, params, stats, **facts), score

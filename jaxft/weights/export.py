@@ -5,6 +5,7 @@ import numpy as np
 from jax import export
 
 from jaxft.data import Preprocessing
+from jaxft.errors import ModelError
 from jaxft.models.model import Model, Tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -29,7 +30,8 @@ def serialize(
         program = jax.export.deserialize(path.read_bytes())
         logits = program.call(images)
 
-    Raises ValueError for a platform that jax does not know.
+    Raises ValueError for a platform that jax does not know, ModelError for a module that needs the
+    batch's size as a number.
     """
 
     def evaluate(images: jax.Array) -> jax.Array:
@@ -38,4 +40,11 @@ def serialize(
     (b,) = export.symbolic_shape("b")
     size = preprocessing.image_size
     images = jax.ShapeDtypeStruct((b, size, size, 3), np.dtype(pixels))
-    return bytes(export.export(jax.jit(evaluate), platforms=platforms)(images).serialize())
+    try:
+        program = export.export(jax.jit(evaluate), platforms=platforms)(images)
+    except TypeError as error:
+        raise ModelError(
+            f"{model.name} cannot be exported for batches of any size: {error}\nIn the module, "
+            "take a batch's size as x.shape[0], not len(x), and do not convert it to an int."
+        ) from error
+    return bytes(program.serialize())

@@ -23,6 +23,7 @@ from jaxft import (
     models,
     weights,
 )
+from jaxft.train.export import export
 from jaxft.train.start import frozen_at_random
 
 
@@ -218,3 +219,12 @@ def test_devices_that_are_not_there_are_one_error(error, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(ParallelError, match=r"JAX cannot use .*, as JAX_PLATFORMS asks: "):
         finetune(ALL, tmp_path / "run", model=NET, **GIVEN)
+
+
+def test_export_without_the_network_that_a_run_was_given_says_what_is_missing(tmp_path):
+    recipe = dataclasses.replace(HEAD, model="cifar_resnet8")
+    finetune(recipe, tmp_path, model=NET, start=arrays(), **GIVEN)
+    with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.train\.export"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"Net cannot be exported .*(?s:.*)x.shape\[0\], not len"):
+        export(tmp_path, tmp_path / "out", model=NET, platforms=("cpu",))
