@@ -67,7 +67,7 @@ def check(
         progress = checkpoints.progress(step) if step is not None else None
     if progress is None or progress["stage"] < index:
         return  # nothing of the last stage has been trained
-    if old[index].steps == new[index].steps and progress["ended"]:
+    if old[index].plan.stage == new[index].plan.stage and progress["ended"]:
         return
     _check_rates(old[index], new[index])
     was, now = (
