@@ -88,11 +88,16 @@ class Stage:
         those that each pattern selects (B for the rest): `{"layer4": "A", "*": "E"}`.
       clip_norm: gradients are scaled down to this norm over all that trains.
       accumulate: a batch is worked through in so many parts, one after another, for their memory.
+        `batch_size` is the effective one, of one optimizer step, not that of a part as in torch's
+        loops. An epoch's last batch has as many parts as it fills, its step divides by its own
+        number of images, and no step is left over for the next epoch.
         On CPU that loop is slow with convolutions of networks other than jaxft's own.
       ema: the decay, each step, of an average of the weights and running statistics since the
         stage's start; it is what validation sees and what the stage hands on. 0.999, say.
       anchor: a penalty that holds the weights near the pretrained ones (L2-SP).
       class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; instead of `balance`.
+        The mean divides by the sum of the images' weights, or with mixup or cutmix by the number
+        of images, as torch does for probabilities. Validation losses are plain cross entropy.
       relative_rates: at the start of each epoch every tensor's rate becomes the base rate times its
         relative gradient norm, by the largest one's, and every optimizer starts afresh (Auto-RGN,
         see `jaxft.train.relative_gradients`).

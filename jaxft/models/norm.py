@@ -47,7 +47,9 @@ class BatchNorm(nnx.Module):
             raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
         parts = x.reshape(n, b // n, *x.shape[1:])
         if context.mask is None and math.prod(parts.shape[1:-1]) < 2:
-            raise ValueError("batch statistics need more than one value per channel")
+            raise ValueError(
+                f"batch statistics of {context.path} need more than one value per channel"
+            )
         mask = jnp.ones(b, bool) if context.mask is None else jnp.asarray(context.mask)
         y, (mean, var, count) = _normalize(parts, mask.reshape(n, -1), scale, bias, self.eps)
         if mode == "batch":

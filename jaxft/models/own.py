@@ -232,6 +232,12 @@ def rows_of(
     return rows if own is None else rows & own
 
 
+def check_values(layer: str, x: jax.Array) -> None:
+    """Raises ValueError if batch statistics of a norm layer's input would be of single values."""
+    if x.size <= x.shape[-1]:
+        raise ValueError(f"batch statistics of {layer} need more than one value per channel")
+
+
 def _check_head(name: str, head: str, params: Tree) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     parts = sorted({dotted(path[:-1]) for path, _ in flat})

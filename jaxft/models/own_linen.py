@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxft.errors import ModelError
 from jaxft.models.model import NormMode, Tree
-from jaxft.models.own import OwnModel, rows_of
+from jaxft.models.own import OwnModel, check_values, rows_of
 
 _COLLECTIONS = {"params", "batch_stats"}
 
@@ -135,4 +135,6 @@ class _Governor:
         mask: jax.Array | None = None,
     ) -> jax.Array:
         running = self.modes.get(path, "running") == "running"
+        if not running:
+            check_values(path, x)
         return method(x, running, mask=rows_of(path, x, self.mask, mask))

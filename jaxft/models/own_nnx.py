@@ -15,7 +15,7 @@ from jaxft.errors import ModelError
 from jaxft.models.model import NormMode, Tree
 from jaxft.models.modes import dotted
 from jaxft.models.nnx_trees import inside, outside
-from jaxft.models.own import OwnModel, rows_of
+from jaxft.models.own import OwnModel, check_values, rows_of
 
 _KINDS = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
@@ -151,6 +151,8 @@ class _Governed(nnx.BatchNorm):
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
     ) -> jax.Array:
+        if self.jaxft_mode != "running":
+            check_values(self.jaxft_path, x)
         rows = rows_of(self.jaxft_path, x, self.jaxft_mask, mask)
         return super().__call__(x, self.jaxft_mode == "running", mask=rows)
 

@@ -29,6 +29,7 @@ from jaxft.train.execution import one_by_one
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.prefix import Prefix, compile_prefix
+from jaxft.train.single_image import check_single_image
 from jaxft.train.solvable import check_solvable
 from jaxft.train.step import Record, TrainState, train_step
 
@@ -304,7 +305,9 @@ class Program:
 
         def compiled(function: Any, places: int, *rest: Any) -> Any:
             programs = {}
-            for rows in dict.fromkeys((self.sizes.rows, self.sizes.last_rows)):
+            reaches_last = self.epoch_length(0) == self.steps_per_epoch
+            reached = (self.sizes.rows, *[self.sizes.last_rows] * reaches_last)
+            for rows in dict.fromkeys(reached):
                 batches = self._abstract(row, dtype, places, rows)
                 programs[rows] = function.lower(state, frozen, batches, *rest).compile()
             return programs[self.rows] if len(programs) == 1 else ByRows(programs, self.rows)
@@ -395,6 +398,20 @@ def program(
     )
     steps = steps_per_epoch(source, recipe.batch_size, drop_last=recipe.drop_last)
     sizes = batch_sizes(model, devices, len(source), recipe.batch_size, drop_last=recipe.drop_last)
+    if not stage.solver:
+        try:
+            check_single_image(
+                model,
+                shapes,
+                norms,
+                sizes,
+                image_size=recipe.preprocessing.image_size,
+                accumulate=stage.accumulate,
+                replicas=len(devices) if recipe.statistics == "replica" else 1,
+                reaches_last=stage.length(steps) >= steps,
+            )
+        except RecipeError as error:
+            raise RecipeError(f"stage {stage.name!r}: {error}") from error
     pixels = pixel_type(source).name
     return Program(
         index, plan, recipe, model, devices, norms, objective, steps, sizes, pixels=pixels
