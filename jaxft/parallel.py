@@ -9,6 +9,7 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Thread
@@ -126,6 +127,8 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
         if str(error) == "coordinator_address should be defined." and not arguments:
             return  # there is no cluster
         raise ParallelError(f"cannot join {whom}: {error}") from error
+    with suppress(RuntimeError):  # `check_devices` reports it
+        jax.devices()  # needs all processes: now, before any of them can fail
 
 
 def _answer(arguments: dict[str, Any]) -> str:

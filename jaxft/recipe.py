@@ -426,6 +426,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """Returns the fields on which the result depends, as JSON has them."""
+    return {name: x for name, x in fields(recipe).items() if name not in _CHANGES_NOTHING}
+
+
 def fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe as YAML, or JSON, has it."""
     return dict(_adapter().dump_python(recipe, mode="json", warnings=False))

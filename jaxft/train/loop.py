@@ -21,7 +21,7 @@ from jaxft.recipe import Recipe, resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
-from jaxft.train import export, fork
+from jaxft.train import agreement, export, fork
 from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.extension import check as check_extension
@@ -103,7 +103,7 @@ def finetune(
       InterruptedRunError: a signal has ended it.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    with interruptible() as interruption:
+    with interruptible() as interruption, agreement.announced():
         return _open_and_run(
             recipe, workdir, data, model, start, fork_from, stage, extend, console, interruption
         )
@@ -176,6 +176,7 @@ def _open_and_run(
         fork.check_arrays(forked, ended, programs, *start)
     if recipe.from_scratch:  # its patterns must not fail after hours of the others
         compared = open_programs(scratch, model, splits, devices, start)
+    agreement.reach(folder, recipe, splits)
     console.row(_prologue(recipe, splits, start[0], origin))
     remarks += environment.idle_accelerator()
     of_start = [each.remarks for each in (source, forked) if each]
