@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxft import lost_process
 from jaxft.errors import ParallelError
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ LARGE = 2**18
 _BATCH = "batch"  # the mesh's one axis
 _PATIENCE = 50.0  # seconds for all processes to come; a minute with the start and end of Python
 _FOREVER = 10**6
+_SILENCE = 60  # seconds after which a process that sends no heartbeat counts as lost
 _PARTING = 20  # seconds that a process which ends waits for the others: after an error, in vain
 
 
@@ -107,6 +109,7 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
                 **arguments,
                 initialization_timeout=_FOREVER,
                 shutdown_timeout_seconds=_PARTING,
+                heartbeat_timeout_seconds=_SILENCE,
             )
         except Exception as error:
             failures.append(error)
@@ -127,6 +130,7 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
         if str(error) == "coordinator_address should be defined." and not arguments:
             return  # there is no cluster
         raise ParallelError(f"cannot join {whom}: {error}") from error
+    lost_process.end_clearly()
     with suppress(RuntimeError):  # `check_devices` reports it
         jax.devices()  # needs all processes: now, before any of them can fail
 

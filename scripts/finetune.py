@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from typing import NoReturn
 
-from jaxft import InterruptedRunError, JaxftError, finetune, parallel, processes
+from jaxft import InterruptedRunError, JaxftError, finetune, lost_process, parallel, processes
 from jaxft.command_line import print_fields, read_with
 from jaxft.train.compilation import keep_programs
 
@@ -75,13 +75,18 @@ def main(arguments: list[str]) -> None:
     except InterruptedRunError as stopped:
         leave(f"\n{stopped}", EXIT_CODES[stopped.signal])
     except (JaxftError, OSError) as error:
-        leave(f"{type(error).__name__}: {error}", 1)
+        lost = isinstance(error, lost_process.LostProcessError)
+        leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE if lost else 1)
     except KeyboardInterrupt:
         leave("\nInterrupted. The same command goes on from the last checkpoint.", 130)
     for number in EXIT_CODES:
         if signal.getsignal(number) is stop:
             signal.signal(number, signal.SIG_IGN)  # all is done
-    processes.barrier("end")  # or the first to end would take the others along
+    try:
+        with lost_process.translated():
+            processes.barrier("end")  # or the first to end would take the others along
+    except lost_process.LostProcessError as error:
+        leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE)
     if not processes.is_first():
         return
     print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")

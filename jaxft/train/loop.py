@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import atomic, models
+from jaxft import atomic, lost_process, models
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Source, Splits
 from jaxft.data.readable import without_warnings
@@ -103,7 +103,7 @@ def finetune(
       InterruptedRunError: a signal has ended it.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    with interruptible() as interruption, agreement.announced():
+    with interruptible() as interruption, lost_process.translated(), agreement.announced():
         return _open_and_run(
             recipe, workdir, data, model, start, fork_from, stage, extend, console, interruption
         )
