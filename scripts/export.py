@@ -4,19 +4,23 @@
 
 DIR (default: WORKDIR) then holds
 
-    model.safetensors  the weights by torch's names: torchvision and timm load them strictly
+    model.safetensors  the weights by torch's names: torchvision and timm load them strictly (but
+                       with stride_in_1x1, see README)
     model.json         network, classes, preprocessing, validation score
-    model.jaxexport    the evaluation as a program: jax.export.deserialize(...).call(images)
+    model.jaxexport    the evaluation as a program: jax.export.deserialize(...).call(images); jax
+                       promises that versions up to 6 months newer run it
 """
 
 if __name__ == "__main__":
     import stop_at_once  # noqa: F401, before what takes seconds to import
 
 import argparse
+import json
 
 from jaxft.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.train.export import export
+from jaxft.weights.description import MARK, STRIDES
 from jaxft.weights.export import PLATFORMS
 
 
@@ -33,6 +37,14 @@ def main(given: list[str]) -> None:
     print(f"Validation accuracy {score.accuracy:.4f}, loss {score.loss:.4f}")
     print(f"Weights  {path} (torch's names; model.json beside it)")
     print(f"Program  {path.with_name('model.jaxexport')} ({', '.join(arguments.platforms)})")
+    described = json.loads(path.with_name("model.json").read_text())
+    program = described["program"]
+    print(
+        f"         by jax {program['jax']}, good until {program['good_until']}: jax promises that "
+        "versions\n         up to 6 months newer run it. Later, export again from the checkpoint."
+    )
+    if described.get(MARK):
+        print(STRIDES)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line as a user meets it: one clear error, and nothing half-written."""
 
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from jaxft import Recipe, RecipeError
+from jaxft import Recipe, RecipeError, models, weights
 from jaxft.recipe import read
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +199,22 @@ def test_weights_are_converted_both_ways(tmp_path):
     assert (again.returncode, "exists" in again.stderr) == (1, True)
 
 
+def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
+    model = models.create("cifar_resnet8", num_classes=2, head_layers=(5, "relu"), binary=True)
+    trees = model.init(jax.random.key(0))
+    weights.save(tmp_path / "w.safetensors", model, *trees, classes=["no", "yes"])
+    command = ("convert_weights", tmp_path / "w.safetensors", tmp_path / "out")
+    options = ("--model", "cifar_resnet8", "--head-layers", "5", "relu")
+    refused = script(*command, *options)
+    assert "binary=True" in refused.stderr
+    done = script(*command, *options, "--binary")
+    assert done.returncode == 0, done.stderr
+    assert "cifar_resnet8, 2 classes, 74,970 parameters" in done.stdout
+    again = weights.read(tmp_path / "out")
+    assert again.network.classes == ("no", "yes")
+    jax.tree.map(np.testing.assert_array_equal, weights.load(again, model), trees)
+
+
 def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
     done = script("convert_weights", "asset:digits_0to4", tmp_path / "w", "--model", "resnet18")
     assert done.returncode == 1
@@ -216,8 +233,12 @@ def test_a_run_is_exported(tmp_path):
         (tmp_path / "run" / name).unlink()
     done = script("export", tmp_path / "run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    program = described.pop("program")
+    assert described == json.loads(kept.pop("model.json"))
     assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
     assert "model.jaxexport (cpu, cuda, tpu)" in done.stdout
+    assert f"by jax {program['jax']}, good until {program['good_until']}" in done.stdout
     program = jax.export.deserialize((tmp_path / "out" / "model.jaxexport").read_bytes())
     assert program.call(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 2)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jaxft.train.evaluate import Score
 from jaxft.train.resume import read
 from jaxft.train.workdir import saved
 from jaxft.weights.description import fields
-from jaxft.weights.export import PLATFORMS, serialize
+from jaxft.weights.export import PLATFORMS, lifetime, serialize
 
 
 def write(
@@ -30,10 +30,12 @@ def write(
     classes: Sequence[str],
     score: Score,
     pixels: str = "uint8",
+    program: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
 
     pixels: `float32` if the images were normalised already, so that `mean` and `std` do not apply.
+    program: of `model.jaxexport`, where it is written too; see `lifetime`.
     """
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
@@ -44,6 +46,8 @@ def write(
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": dataclasses.asdict(score),
     }
+    if program:
+        description["program"] = dict(program)
     atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
     return path
 
@@ -88,5 +92,5 @@ def export(
     expected = recipe.preprocessing
     program = serialize(network, params, stats, expected, pixels=pixels, platforms=platforms)
     atomic.write(folder / "model.jaxexport", program)
-    facts: Any = {"classes": classes, "score": score, "pixels": pixels}
+    facts: Any = {"classes": classes, "score": score, "pixels": pixels, "program": lifetime()}
     return write(folder, recipe, network, params, stats, **facts), score

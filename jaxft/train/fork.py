@@ -15,6 +15,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree, paths
 from jaxft.models import Model
+from jaxft.models.model import OPTIONS
 from jaxft.recipe import Recipe
 from jaxft.train.evaluate import Score
 from jaxft.train.program import Program, Snapshot
@@ -24,6 +25,7 @@ from jaxft.train.run import Run
 from jaxft.train.workdir import saved
 from jaxft.weights import orbax
 from jaxft.weights.classes import Order, class_order, reordered, reordering
+from jaxft.weights.description import check_options
 from jaxft.weights.finite import check_finite
 
 
@@ -95,8 +97,11 @@ def check(fork: Fork, recipe: Recipe) -> int:
 def in_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[str]) -> Fork:
     """Returns the fork with the order that its head's outputs take among the images' classes.
 
-    Raises WeightsError if they are of other classes, unless the recipe ignores that.
+    Raises WeightsError if they are of other classes, unless the recipe ignores that, or of a
+    network with other options.
     """
+    options = {name: getattr(fork.recipe, name) for name in OPTIONS}
+    check_options(options, model, str(fork.workdir), keep=True)
     if recipe.head_classes == "ignore":
         return fork
     source, before = str(fork.workdir), fork.fields["data"]["classes"]

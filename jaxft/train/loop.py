@@ -43,6 +43,7 @@ from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
 from jaxft.train.workdir import check, claim, saved
 from jaxft.weights import orbax
+from jaxft.weights.description import MARK, STRIDES
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ def _run(
             export.write(
                 workdir, recipe, model, *trees, classes=classes, score=score, pixels=pixels
             )
+            if model.options.get(MARK):
+                console.say(f"\n{STRIDES}")
     return Result(score, exported, workdir / "checkpoints" / str(progress.step))
 
 

@@ -17,7 +17,7 @@ from jaxft.train.keeping import keeping
 from jaxft.train.program import Program, program
 from jaxft.train.start import Start
 from jaxft.weights import Weights
-from jaxft.weights.load import checked
+from jaxft.weights.load import fitted
 
 
 def check_network(recipe: Recipe, given: Model | None) -> None:
@@ -108,12 +108,12 @@ def read_weights(
 ) -> tuple[Weights | None, Recipe]:
     """The recipe's weights, and the recipe with the preprocessing that they expect.
 
-    Raises WeightsError if they bring a head that is kept, of other classes than the images'.
+    Raises WeightsError if they do not fit the network, or bring a head of other classes to keep.
     """
     if recipe.weights is None:
         return None, recipe.expecting(Preprocessing())
     source = weights.read(recipe.weights, own_names=not model.torch_named)
-    source = checked(source, recipe.head, wanted_classes(recipe, classes))
+    source = fitted(source, model, recipe.head, wanted_classes(recipe, classes))
     return source, recipe.expecting(source.preprocessing or Preprocessing())
 
 

@@ -5,9 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxft.errors import WeightsError
 from jaxft.models.model import OPTIONS, Model
 
+MARK = "stride_in_1x1"
+"""A tensor in the files of networks with that option: what knows nothing of it refuses them."""
+STRIDES = (
+    "With stride_in_1x1 the file has a tensor of that name, so that torchvision and timm, whose\n"
+    "networks stride elsewhere, do not load it strictly: README says how they do."
+)
+
 _KEY = "jaxft"  # in a safetensors file's metadata
+# Options that change what the same tensors compute. Dropout acts in training alone, and a dtype
+# rounds: weights may well be used with others.
+_OF_BODY = ("stride_in_1x1",)
+_OF_HEAD = ("concat_pool", "head_layers", "binary")
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,27 @@ def parse(said: Any) -> Description:
     if not isinstance(said, Mapping):
         return Description()
     options = {name: said[name] for name in OPTIONS if name in said}
-    name = said.get("model") if isinstance(said.get("model"), str) else None
-    return Description(name, options, _classes(said))
+    if said.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in said:
+        options[MARK] = bool(said["downsample_in_bottleneck"])  # transformers'
+    name = said.get("model", said.get("architecture"))  # ours, timm's
+    return Description(name if isinstance(name, str) else None, options, _classes(said))
+
+
+def check_options(options: Mapping[str, Any], model: Model, source: str, *, keep: bool) -> None:
+    """Raises WeightsError where weights are of a network with other options than `model`.
+
+    Of its body's; with `keep` of its head's too.
+    """
+    ours = json.loads(json.dumps(dict(model.options)))
+    names = (*_OF_BODY, *(_OF_HEAD if keep else ()))
+    theirs = json.loads(json.dumps({n: options[n] for n in names if n in options and n in ours}))
+    if other := [name for name, value in theirs.items() if value != ours[name]]:
+        was = ", ".join(f"{name}={theirs[name]!r}" for name in other)
+        here = ", ".join(f"{name}={ours[name]!r}" for name in other)
+        raise WeightsError(
+            f"{source} has the weights of a network with {was}, and this {model.name} is one with "
+            f"{here}: with the same tensors it would compute something else. Build it with {was}."
+        )
 
 
 def _classes(said: Mapping[str, Any]) -> tuple[str, ...] | None:

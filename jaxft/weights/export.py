@@ -1,5 +1,8 @@
 """A network with its weights as one file that runs wherever jax does, jaxft or not."""
 
+import calendar
+from datetime import UTC, date, datetime
+
 import jax
 import numpy as np
 from jax import export
@@ -9,6 +12,20 @@ from jaxft.errors import ModelError
 from jaxft.models.model import Model, Tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_MONTHS = 6  # of jax's promise
+
+
+def lifetime(today: date | None = None) -> dict[str, str]:
+    """Returns which jax writes a program today, and until when later ones are sure to run it.
+
+    jax promises of an exported program that a jax up to 6 months newer than the one that exported
+    it runs it: https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees.
+    """
+    today = today or datetime.now(UTC).date()
+    year, month = divmod(today.year * 12 + today.month - 1 + _MONTHS, 12)
+    last = calendar.monthrange(year, month + 1)[1]
+    until = date(year, month + 1, min(today.day, last))
+    return {"jax": jax.__version__, "written": str(today), "good_until": str(until)}
 
 
 def serialize(

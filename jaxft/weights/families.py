@@ -28,6 +28,8 @@ _TABLE = (
         "layer{after0}.{1}.bn{after2}.{3}",
     ),
     (r"classifier\.1\.(\w+)", "fc.{0}"),
+    # What else a last layer is called.
+    (r"(?:classifier|head|last_linear)\.(weight|bias)", "fc.{0}"),
     # The CIFAR ResNets of akamaster/pytorch_resnet_cifar10.
     (r"linear\.(\w+)", "fc.{0}"),
 )
@@ -38,7 +40,10 @@ def renamed(names: Iterable[str], source: str) -> Mapping[str, str]:
 
     Raises WeightsError where two of them mean the same tensor.
     """
-    targets = {name: _rename(name) for name in names}
+    names = list(names)
+    targets = {name: rename(name) for name in names}
+    # What has torchvision's name already is the tensor; what only might be it is another.
+    targets = {n: n if n != t and t in targets else t for n, t in targets.items()}
     origins: dict[str, list[str]] = {}
     for name, target in targets.items():
         origins.setdefault(target, []).append(name)
@@ -47,7 +52,8 @@ def renamed(names: Iterable[str], source: str) -> Mapping[str, str]:
     return targets
 
 
-def _rename(name: str) -> str:
+def rename(name: str) -> str:
+    """torchvision's name for a tensor."""
     for pattern, target in _TABLE:
         if found := re.fullmatch(pattern, name):
             groups = enumerate(found.groups())

@@ -24,7 +24,8 @@ _FORMS = """
   hf:OWNER/REPO[@REVISION][/FILENAME]         a repository on the Hugging Face hub
   torchvision:ResNet50_Weights.IMAGENET1K_V2  what torchvision publishes
   https://HOST/PATH#sha256=HEX                any other file
-with #entry=NAME behind it for one entry of a file that holds several."""
+with #entry=NAME behind it for one entry of a file that holds several, #prefix=NAME for the tensors
+whose names begin with it."""
 # What others call them.
 _SCHEMES = {
     "hf": "hf:", "huggingface": "hf:", "hf_hub": "hf:", "hf-hub": "hf:", "timm": "hf:timm/",
@@ -47,11 +48,13 @@ class Located:
     preprocessing: what the weights expect of images, where their source says; the nearest that
       there is to other interpolations, crops and sides that differ.
     entry: which entry of the file holds them, where the source names one.
+    prefix: what their names begin with, likewise.
     """
 
     path: Path
     preprocessing: Preprocessing | None = None
     entry: str | None = None
+    prefix: str | None = None
 
 
 def locate(weights: str) -> Located:
@@ -66,7 +69,8 @@ def locate(weights: str) -> Located:
         https://HOST/PATH#sha256=HEX
 
     where a file name such as `resnet50-11ad3fa6.pth` states a hash as well. `#entry=NAME` behind
-    any of them selects an entry; `&` joins it to a hash. A path that exists is taken as it is,
+    any of them selects an entry, `#prefix=NAME` the tensors whose names begin with it; `&` joins
+    these and a hash. A path that exists is taken as it is,
     whatever it looks like.
 
     Raises:
@@ -75,15 +79,16 @@ def locate(weights: str) -> Located:
     if os.path.exists(weights):  # never raises, unlike Path's
         return Located(Path(weights), expected(Path(weights)))
     source, options = _split(weights)
-    entry, sha256 = options.get("entry"), options.get("sha256")
+    entry, prefix, sha256 = (options.get(name) for name in ("entry", "prefix", "sha256"))
     scheme, _, name = source.partition(":")
     if scheme in ("https", "http"):
-        return Located(_from_url(source, sha256), entry=entry)
+        return Located(_from_url(source, sha256), entry=entry, prefix=prefix)
     if sha256 is not None:
         raise WeightsError(f"{weights}: #sha256 is for https:// URLs; {source} needs none.")
     if scheme == "torchvision":
         found = published(name)
-        return Located(download(found.url, sha256=found.sha256), found.preprocessing, entry)
+        path = download(found.url, sha256=found.sha256)
+        return Located(path, found.preprocessing, entry, prefix)
     if scheme == "hf":
         path = hub.fetch(name)
     elif scheme == "asset":
@@ -92,7 +97,7 @@ def locate(weights: str) -> Located:
         path = Path(source).expanduser()
         if not source or not os.path.exists(path):
             raise WeightsError(f"there are no weights '{source}'.{_hint(source)}")
-    return Located(path, expected(path), entry)
+    return Located(path, expected(path), entry, prefix)
 
 
 def _split(weights: str) -> tuple[str, Mapping[str, str]]:
@@ -102,10 +107,10 @@ def _split(weights: str) -> tuple[str, Mapping[str, str]]:
         return weights, {}
     options = dict(option.split("=", 1) for option in fragment.split("&"))
     for name, value in options.items():
-        if name not in ("entry", "sha256") or not value:
+        if name not in ("entry", "prefix", "sha256") or not value:
             raise WeightsError(
-                f"{weights}: '{name}={value}' means nothing. After # there may be entry=NAME, or "
-                "sha256=HEX for a URL."
+                f"{weights}: '{name}={value}' means nothing. After # there may be entry=NAME, "
+                "prefix=NAME, or sha256=HEX for a URL."
             )
     return source, options
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from jaxft.weights.expectations import described
 from jaxft.weights.families import renamed
 from jaxft.weights.locate import locate
 from jaxft.weights.names import own_tensors, torch_tensors
+from jaxft.weights.prefix import take_prefix
 from jaxft.weights.tensors import DTYPES, LazyTensor
 from jaxft.weights.torch_file import open_torch
 from jaxft.weights.unwrap import unwrap
@@ -43,7 +45,8 @@ class Weights:
     @property
     def num_classes(self) -> int | None:
         """Rows of the last layer called `fc` or within it; None where there is none."""
-        rows = [x.shape[0] for n, x in self.tensors.items() if n.startswith("fc.") and x.shape]
+        named = ((f".{name}", x.shape) for name, x in self.tensors.items())
+        rows = [shape[0] for name, shape in named if ".fc." in name and shape]
         return rows[-1] if rows else None
 
 
@@ -71,12 +74,22 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
         content, own_names = open_torch(located.path), False  # torch names nothing as Flax does
     network = network.completed(described(located.path))
     if own_names:
-        return Weights(name, content, located.preprocessing, (), network)
-    tensors, remarks = unwrap(content, name, located.entry)
-    targets = renamed(tensors, name)
+        if located.prefix is None:
+            return Weights(name, content, located.preprocessing, (), network)
+        tensors, said = take_prefix(content, located.prefix, name)
+        return Weights(name, tensors, located.preprocessing, tuple(said), network)
+    tensors, remarks = named_tensors(content, name, located.entry, located.prefix)
+    return Weights(name, tensors, located.preprocessing, remarks, network)
+
+
+def named_tensors(
+    content: Any, source: str, entry: str | None = None, prefix: str | None = None
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Returns the tensors by torchvision's names, and a sentence for each remark of `unwrap`."""
+    tensors, remarks = unwrap(content, source, entry, prefix)
+    targets = renamed(tensors, source)
     named = {targets[theirs]: tensor for theirs, tensor in tensors.items()}
-    sentences = tuple(f"{remark[0].upper()}{remark[1:]}." for remark in remarks)
-    return Weights(name, named, located.preprocessing, sentences, network)
+    return named, tuple(f"{r[0].upper()}{r[1:].removesuffix('.')}." for r in remarks)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -111,14 +124,25 @@ def _run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Descript
     checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
     if exported.is_file() and not checkpoints.is_dir():
         return _safetensors(exported)
-    folder = checkpoints if checkpoints.is_dir() else folder
+    place = checkpoints if checkpoints.is_dir() else folder
     try:
-        trees = orbax.read_weights(folder)
+        trees = orbax.read_weights(place)
     except CheckpointError as error:
-        raise WeightsError(str(error)) from error
+        raise WeightsError(_no_weights(folder, str(error))) from error
     tensors = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))
     named = {
         tensor.name: LazyTensor(tensor.shape, _NAMES[array.dtype], partial(tensor.to_torch, array))
         for tensor, array in zip(tensors, jax.tree.leaves(trees), strict=True)
     }
-    return named, parse(orbax.read_description(folder))
+    return named, parse(orbax.read_description(place))
+
+
+def _no_weights(folder: Path, cause: str) -> str:
+    """Why a folder holds no weights, and what to name instead."""
+    if (folder / "recipe.yaml").is_file():
+        return f"{folder} is a run's, and has no checkpoint yet: let it run on, or name others."
+    kinds = (".safetensors", ".pth", ".pt", ".bin", ".th", ".ckpt")
+    files = sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    if files:
+        return f"{folder} is a folder, and no run's. Name a file in it: {files[0]}"
+    return f"{cause} Name a run's folder, one of its checkpoints, or a weights file."

@@ -12,9 +12,13 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def mismatch(
-    wanted: Mapping[str, TorchTensor], found: Mapping[str, LazyTensor], head: str
+    wanted: Mapping[str, TorchTensor], found: Mapping[str, LazyTensor], head: str, prefix: str = ""
 ) -> str | None:
-    """None where every tensor fits, both ways; otherwise a report that ends with a way out."""
+    """None where every tensor fits, both ways; otherwise a report that ends with a way out.
+
+    `prefix` is what the file's names begin with.
+    """
+    where = f" below {prefix!r}" if prefix else ""
     missing = wanted.keys() - found.keys()
     extra = found.keys() - wanted.keys()
     both = wanted.keys() & found.keys()
@@ -33,14 +37,19 @@ def mismatch(
         ),
         ("not floating point", [f"{n} {found[n].dtype}" for n in sorted(retyped)]),
     )
-    lines = [f"{fit} of the network's {len(wanted)} tensors fit."]
+    lines = [f"{fit} of the network's {len(wanted)} tensors fit by name and shape{where}."]
     for title, entries in sections:
         if entries:
             lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in _bounded(entries))]
-    if all(name.startswith(f"{head}.") for name in wrong):
+    if not (missing or reshaped or retyped):
+        lines.append(
+            "  All of the network is there. If the rest does nothing between body and head,\n"
+            "  weights.from_state_dict takes the tensors without it."
+        )
+    elif all(name.startswith(f"{head}.") for name in missing | reshaped | retyped):
         lines.append('  Only the head differs. For training, a new one serves: head="fresh".')
     elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
-        lines.append("  The file plainly holds another architecture.")
+        lines.append("  It may hold another architecture, or this one by other names.")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from os import PathLike
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import numpy as safetensors
 
 from jaxft import atomic
@@ -29,6 +30,8 @@ def save(
     it is (`num_batches_tracked` aside), and so does `load`, bit for bit. A module of the user's
     own keeps its own paths and layouts (`Conv_0.kernel`), which safetensors and any JAX code read.
     The file's metadata describe the network: name, options and `classes`, the names of its logits.
+    With `stride_in_1x1` it also has a tensor of that name, so that a torch network that strides
+    elsewhere does not load it strictly and compute something else: see README.
 
     Raises WeightsError where the trees are not the model's, OSError where the folder cannot be
     written.
@@ -43,6 +46,8 @@ def save(
     tensors = jax.tree.leaves(file_tensors(model, *expected))
     arrays = jax.device_get(jax.tree.leaves(trees))
     named = {t.name: t.to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+    if model.options.get(description.MARK):
+        named[description.MARK] = np.ones(1, np.uint8)
     # Not safetensors' own `save_file`: that leaves the file readable by its owner alone.
     atomic.write(path, _described(safetensors.save(named), description.metadata(model, classes)))
 

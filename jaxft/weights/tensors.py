@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,3 +31,23 @@ class LazyTensor:
     """As safetensors names it: `F32`, `BF16`, `I64`."""
     read: Callable[[], np.ndarray]
     """A fresh array in torch's layout; raises WeightsError where the file is damaged."""
+
+
+def in_memory(value: Any) -> Any:
+    """Returns a `LazyTensor` of an array of NumPy, jax or torch; anything else as it is.
+
+    A dtype that safetensors has no name for stays by its own.
+    """
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return value
+    dtype = str(value.dtype).removeprefix("torch.")
+    names = {str(known): name for name, known in DTYPES.items()}
+
+    def read() -> np.ndarray:
+        array = value
+        if hasattr(array, "detach"):  # torch's, which gives NumPy no bfloat16
+            array = array.detach().cpu()
+            array = array.float() if dtype == "bfloat16" else array
+        return np.asarray(array)
+
+    return LazyTensor(tuple(value.shape), names.get(dtype, dtype), read)

@@ -23,6 +23,7 @@ _PROTOCOL = 1001
 # torch stores its tensors as they are; what others pack again shrinks little, but for zeros.
 _UNPACKED_BYTES = 16 << 20
 _UNPACKED_RATIO = 100  # above those
+_ARRAYS = " jaxft.weights.from_state_dict takes NumPy's arrays, by torch's names."
 
 
 def open_torch(path: Path) -> Any:
@@ -65,14 +66,20 @@ def _told_of(path: Path) -> Iterator[None]:
 def _stranger(head: bytes) -> str:
     """What a file is that torch.save did not write."""
     if not head:
-        return "is empty"
+        return "is empty. Get it again."
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         return "looks like a web page, perhaps one about the file. Get the file itself."
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file it points to. Run `git lfs pull`."
     if head[257:262] == b"ustar":
         return f"is a tar, as torch before 0.1.10 wrote it. {WAY_OUT}"
-    return f"is no file of torch.save: it begins with {head[:8]!r}"
+    if head.lstrip().startswith(b"{"):
+        return "is JSON, no weights. Name the weights file beside it, or a run's folder."
+    return f"is no file of torch.save, nor safetensors: it begins with {head[:8]!r}." + (
+        _ARRAYS
+        if head.startswith(b"\x93NUMPY")
+        else " Name a .safetensors file, or one that torch.save wrote."
+    )
 
 
 def _open_zip(path: Path) -> Any:
@@ -82,7 +89,11 @@ def _open_zip(path: Path) -> Any:
     root = next((n[: -len("/data.pkl")] for n in entries if n.endswith("/data.pkl")), None)
     if root is None:
         found = ", ".join(repr(name[:60]) for name in list(entries)[:5])
-        raise WeightsError(f"is a zip, but not of torch.save: no data.pkl. It holds {found}")
+        arrays = all(name.endswith(".npy") for name in entries)
+        raise WeightsError(
+            f"is a zip, but not of torch.save: no data.pkl. It holds {found}"
+            + (f".{_ARRAYS}" if arrays else "")
+        )
     if f"{root}/constants.pkl" in entries:
         raise WeightsError(
             "is a TorchScript program. In torch, save its tensors alone: "

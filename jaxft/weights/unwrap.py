@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import WeightsError
+from jaxft.weights.prefix import take_prefix
 from jaxft.weights.tensors import LazyTensor
 from jaxft.weights.torch_pickle import Inert
 
@@ -21,7 +22,7 @@ _Path = tuple[str, ...]
 
 
 def unwrap(
-    content: Any, source: str, entry: str | None = None
+    content: Any, source: str, entry: str | None = None, prefix: str | None = None
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """The tensors by name, and a remark for each thing that was chosen, renamed or left.
 
@@ -32,6 +33,7 @@ def unwrap(
 
     source: the file, as errors and remarks call it.
     entry: which dict it is, instead: its key, or keys joined by dots.
+    prefix: which tensors of it, instead: those whose names begin with it.
 
     Raises:
       WeightsError: there is no state dict, or there are several of which none has a known name.
@@ -54,10 +56,13 @@ def unwrap(
         remarks.append(f"left '{_COUNTER}' of {source}, which counts the averaged steps")
         if not tensors:
             raise WeightsError(f"{source} holds no tensor beside '{_COUNTER}'")
-    prefix = _prefix(tensors)
-    if prefix:
-        remarks.append(f"took {prefix!r} off each name in {source}")
-    stripped = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    shared = _prefix(tensors)
+    if prefix is not None:
+        inside, said = take_prefix(tensors, prefix, source, shared)
+        return inside, [*remarks, *said]
+    if shared:
+        remarks.append(f"took {shared!r} off each name in {source}")
+    stripped = {name.removeprefix(shared): x for name, x in tensors.items()}
     assert len(stripped) == len(tensors)
     return stripped, remarks
 
@@ -98,8 +103,8 @@ def _pick(states: Mapping[_Path, Mapping[Any, Any]], source: str, at: _Path = ()
         return nested[0]
     raise WeightsError(
         f"{source} holds several state dicts, and none by a usual name: "
-        f"{_bounded(_shown(states, below))}. Say which as its entry, like "
-        f"entry={'.'.join(nested[0])!r}."
+        f"{_bounded(_shown(states, below))}. Say which: "
+        f"{source}#entry={'.'.join(nested[0])}"
     )
 
 

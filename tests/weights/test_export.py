@@ -1,5 +1,6 @@
 """The program that a network becomes: for every platform, and without us."""
 
+import datetime
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from jaxft.data import Preprocessing
 from jaxft.models import create
 from jaxft.models.nnx_model import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
-from jaxft.weights.export import PLATFORMS, serialize
+from jaxft.weights.export import PLATFORMS, lifetime, serialize
 
 PREPROCESSING = Preprocessing(image_size=32)
 ALONE = """
@@ -62,3 +63,12 @@ def test_it_is_for_every_platform_and_any_batch():
     for batch in (1, 4):
         logits = program.call(np.zeros((batch, 32, 32, 3), np.uint8))
         assert (logits.shape, logits.dtype) == ((batch, 5), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("written", "until"),
+    [("2026-01-15", "2026-07-15"), ("2026-08-31", "2027-02-28"), ("2026-06-30", "2026-12-30")],
+)
+def test_a_program_is_good_for_six_months(written, until):
+    found = lifetime(datetime.date.fromisoformat(written))
+    assert found == {"jax": jax.__version__, "written": written, "good_until": until}

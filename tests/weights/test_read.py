@@ -178,3 +178,37 @@ def test_two_tensors_for_one(tensors, tmp_path):
     save_file(tensors | {"linear.bias": np.zeros(5, "f4")}, tmp_path / "w")
     with pytest.raises(WeightsError, match=r"fc\.bias and linear\.bias \(both fc\.bias\)"):
         read(tmp_path / "w")
+
+
+NO_WEIGHTS = {
+    "a run without a checkpoint": (["run/recipe.yaml"], "run", "has no checkpoint yet"),
+    "a run that has begun": (["run/recipe.yaml", "run/checkpoints/"], "run", "let it run on"),
+    "a folder of images": (["data/a.jpg"], "data", "Name a run's folder, one of its checkpoints"),
+    "a folder with a file": (["w/a.pth", "w/b.txt"], "w", "Name a file in it: .*a.pth"),
+    "an empty file": (["a.pth"], "a.pth", "is empty. Get it again"),
+    "model.json": (["model.json"], "model.json", "is JSON, no weights. Name the weights"),
+    "text": (["notes.txt"], "notes.txt", "Name a .safetensors file, or one that torch.save"),
+}
+
+
+@pytest.mark.parametrize(("files", "source", "said"), NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_what_holds_no_weights_is_told_the_way_out(files, source, said, tmp_path):
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        elif name != "a.pth":
+            path.write_text('{"classes": []}' if name.endswith(".json") else "some text")
+        else:
+            path.touch()
+    with pytest.raises(WeightsError, match=said):
+        read(tmp_path / source)
+
+
+def test_a_file_of_numpys_is_told_of_from_state_dict(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones(3))
+    np.save(tmp_path / "b.npy", np.ones(3))
+    for name in ("a.npz", "b.npy"):
+        with pytest.raises(WeightsError, match="from_state_dict takes NumPy's arrays"):
+            read(tmp_path / name)

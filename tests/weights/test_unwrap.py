@@ -166,7 +166,7 @@ REFUSED = {
     "several": (
         {"student": state(), "teacher": state(size=2)},
         None,
-        ["several", "'student' (3 tensors), 'teacher' (2 tensors)", "entry='student'"],
+        ["several", "'student' (3 tensors), 'teacher' (2 tensors)", "F#entry=student"],
     ),
     "several below": (CHECKPOINT, "model", ["'model.teacher' (3 tensors)", "'model.student'"]),
     "no such entry": (CHECKPOINT, "net", ["'net'", "'ema' (3 tensors)", "'deep.er.net'"]),
