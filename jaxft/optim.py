@@ -105,14 +105,15 @@ class SGD(Checked):
             gradients = _decay(self, gradients, params)
             if _is_off(factor):
                 return gradients, state
+            assert state.started is not None
             new = gradients
             if self.dampening:
-                assert state.started is not None
                 share = jnp.where(state.started, 1 - self.dampening, 1.0)
                 new = jax.tree.map(lambda g: share.astype(g.dtype) * g, gradients)
             buffer = _accumulate(new, state.buffer, factor)
             updates = _accumulate(gradients, buffer, factor) if self.nesterov else buffer
-            return updates, SGDState(buffer, jnp.ones([], bool))
+            # An array that no step reads is not donated.
+            return updates, SGDState(buffer, state.started | True)
 
         return optax.GradientTransformation(init, update)
 
