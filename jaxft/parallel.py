@@ -6,7 +6,6 @@ adds what they have to tell each other (GSPMD, Xu et al. 2021, arXiv:2105.04663)
 """
 
 import re
-import socket
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxft import lost_process
+from jaxft import lost_process, rendezvous
 from jaxft.errors import ParallelError
 
 T = TypeVar("T")
@@ -55,7 +54,8 @@ def start(
     after: an error in one leaves none behind, and a run ends with a `barrier`.
 
     Raises:
-      ParallelError: arguments that do not fit, or not all processes have come within a minute.
+      ParallelError: arguments that do not fit, in this process or among all (a number that came
+        twice), or not all processes have come within a minute.
     """
     if processes == 1 or jax.distributed.is_initialized():
         return
@@ -74,6 +74,7 @@ def start(
         raise ParallelError(
             f"process is {process}; of {processes} the first is 0 and the last {processes - 1}."
         )
+    rendezvous.meet(coordinator, processes, process, patience=_PATIENCE)
     _join(
         f"the {processes} processes at {coordinator}",
         f"Start each with a --process of its own, from 0 to {processes - 1}.",
@@ -118,13 +119,10 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
     # behind, with the error raised here.
     thread = Thread(target=join, name="jaxft-join", daemon=True)
     thread.start()
-    thread.join(0.8 * _PATIENCE)
-    # Asked before process 0 too gives up, if it began with this one.
-    came = _answer(arguments) if thread.is_alive() else ""
-    thread.join(0.2 * _PATIENCE)
+    thread.join(_PATIENCE)
     if thread.is_alive():
         raise ParallelError(
-            f"cannot join {whom}: after {_PATIENCE:.0f} s not all have come.{came} {advice}"
+            f"cannot join {whom}: after {_PATIENCE:.0f} s not all have come. {advice}"
         )
     for error in failures:
         if str(error) == "coordinator_address should be defined." and not arguments:
@@ -133,18 +131,6 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
     lost_process.end_clearly()
     with suppress(RuntimeError):  # `check_devices` reports it
         jax.devices()  # needs all processes: now, before any of them can fail
-
-
-def _answer(arguments: dict[str, Any]) -> str:
-    """Whether it is process 0 that is missing, as a sentence, where that can be known."""
-    if not arguments.get("process_id"):
-        return ""
-    host, port = arguments["coordinator_address"].rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        return f" Process 0 does not answer there ({error})."
-    return " Process 0 is there; of the others some are not."
 
 
 def _all_devices() -> Mesh:

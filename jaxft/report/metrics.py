@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -29,6 +30,15 @@ class MetricsLog:
         """All rows of the run so far, as JSON; empty where the log does not write."""
         self._path = self._workdir / "metrics.jsonl"
         self._events: EventFile | None = None
+
+    def rows_until(self, step: int) -> list[Mapping[str, Any]]:
+        """Returns the rows of `metrics.jsonl` up to `step`, as far as it can be read."""
+        rows: list[Mapping[str, Any]] = []
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            for line in self._path.read_text().splitlines():
+                if (row := json.loads(line))["step"] <= step:
+                    rows.append(row)
+        return rows
 
     def begin(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Rewrites `metrics.jsonl` with `rows`, those of the checkpoint from which a run resumes.

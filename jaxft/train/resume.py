@@ -53,6 +53,8 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
 
     _reopen(run, check)
     found = run.checkpoints.newest(like)
+    if found and "rows" not in found.progress:  # a checkpoint of an older version
+        found.progress["rows"] = run.metrics.rows_until(found.step)
     run.metrics.begin(found.progress["rows"] if found else ())
     if found is None:
         return None
@@ -168,7 +170,8 @@ def next_state(
 def read(fields: Mapping[str, Any]) -> tuple[Progress, Sums, Mapping[str, Any]]:
     """What `Run.save` was given of the progress, and what it added of the images."""
     rest = dict(fields)
-    del rest["recipe"], rest["rows"]
+    del rest["recipe"]
+    rest.pop("rows", None)
     data, sums = rest.pop("data"), Sums.from_fields(rest.pop("sums"))
     return Progress.from_fields(rest), sums, data
 

@@ -60,6 +60,23 @@ def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypa
     assert odd_names(workdir) == ["corrupt-12"]
 
 
+def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch):
+    """Those of `metrics.jsonl` up to its step stay."""
+    save = Checkpoints.save
+
+    def save_without_rows(self, step, progress, arrays, *, keep=False):
+        kept = {name: value for name, value in progress.items() if name != "rows"}
+        save(self, step, kept, arrays, keep=keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_without_rows)
+        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
+        with pytest.raises(KilledError):
+            go_on(tmp_path)
+    go_on(tmp_path)
+    assert_same_end(tmp_path, whole)
+
+
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
     workdir = tmp_path / "run"
     with begin_until("step:5", workdir, signals="SIGSTOP") as first:
