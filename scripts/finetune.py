@@ -32,6 +32,7 @@ from typing import NoReturn
 
 from jaxft import InterruptedRunError, JaxftError, finetune, lost_process, parallel, processes
 from jaxft.command_line import print_fields, read_with
+from jaxft.train import agreement
 from jaxft.train.compilation import keep_programs
 
 
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> None:
     keep_programs()
     try:
         parallel.start(known.coordinator, known.processes, known.process)
-        recipe = read_with(known.config, options)
+        with agreement.announced():
+            recipe = read_with(known.config, options)
         result = finetune(
             recipe,
             known.workdir,
@@ -77,6 +79,8 @@ def main(arguments: list[str]) -> None:
     except (JaxftError, OSError) as error:
         lost = isinstance(error, lost_process.LostProcessError)
         leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE if lost else 1)
+    except SystemExit as ended:  # --help, or an option that there is not: all is printed
+        leave("", int(ended.code or 0))
     except KeyboardInterrupt:
         leave("\nInterrupted. The same command goes on from the last checkpoint.", 130)
     for number in EXIT_CODES:
@@ -97,7 +101,8 @@ def main(arguments: list[str]) -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # sys.exit would wait for what is being compiled ahead

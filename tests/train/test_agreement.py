@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+
+from jaxft.train import agreement
 
 CHILD = """
 import json, os, sys
@@ -20,15 +25,18 @@ address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 agreement._VISIBLE = 0.5
 parallel.start(address, 2, process)
 stages, errors = (Stage("all", {"*": 1e-3}, epochs=1),), {}
-for case in ("file", "size", "seed", "broken", "disk"):
+for case in ("file", "size", "seed", "broken", "exit", "disk"):
     os.chdir(f"{folder}/{case}/host{process}")
     recipe = Recipe(
         model="cifar_resnet8", data="folder:images", image_size=8, resize_size=8, batch_size=4,
         seed=process if case == "seed" else 0, workers=process, stages=stages,
     )
     try:
+        with agreement.announced():  # as scripts/finetune.py reads its arguments
+            if case == "exit" and process == 1:
+                sys.exit(2)
         finetune(recipe, "own" if case == "disk" else "../shared", console=Console(quiet=True))
-    except JaxftError as error:
+    except (JaxftError, SystemExit) as error:
         errors[case] = f"{type(error).__name__}: {error}"
 with open(f"{folder}/errors{process}.json", "w") as file:
     json.dump(errors, file)
@@ -50,7 +58,7 @@ def images(folder):
 def folder(tmp_path_factory):
     """A folder for each case, in which each host has images that lie at the same path."""
     folder = tmp_path_factory.mktemp("hosts")
-    for case in ("file", "size", "seed", "broken", "disk"):
+    for case in ("file", "size", "seed", "broken", "exit", "disk"):
         for process in range(2):
             images(folder / case / f"host{process}" / "images")
     (folder / "file/host1/images/train/bees/1.png").unlink()
@@ -86,6 +94,7 @@ def test_agreement_finds_a_missing_image(errors):
         "  train images: 4 in process 0, 3 in process 1\n"
         "  train images of class bees: 2 in process 0, 1 in process 1\n"
     )
+    assert "\n  train images of class bees: only process 0 has bees/1.png of 3" in first
 
 
 def test_agreement_finds_an_image_of_another_size(errors):
@@ -93,6 +102,11 @@ def test_agreement_finds_an_image_of_another_size(errors):
     assert first == second
     assert "\n  names, sizes or classes of train images (digest): " in first
     assert first.count(" in process 1") == 1
+    assert re.search(
+        r"\n  train images of class bees: only process 0 has bees/1.png of \d+ bytes, "
+        r"only process 1 has bees/1.png of \d+ bytes\nGive",
+        first,
+    )
 
 
 def test_agreement_finds_another_recipe(errors):
@@ -109,6 +123,16 @@ def test_agreement_passes_an_error_of_one_process_to_the_others(errors):
     assert "bees/1.png" in first
 
 
+def test_agreement_passes_an_exit_of_one_process_to_the_others(errors):
+    """As the command line ends it for an option that there is not."""
+    first, second = (each["exit"] for each in errors)
+    assert second == "SystemExit: 2"
+    assert first == (
+        "ParallelError: process 1 of this run has failed: it has ended with exit code 2, and its "
+        "output tells why."
+    )
+
+
 def test_agreement_finds_a_workdir_that_is_not_shared(errors, folder):
     first, second = (each["disk"] for each in errors)
     assert first == second
@@ -118,3 +142,30 @@ def test_agreement_finds_a_workdir_that_is_not_shared(errors, folder):
 
 def test_agreement_leaves_nothing_behind(errors, folder):
     assert not [*folder.glob("*/host*/own"), *folder.glob("*/shared")]
+
+
+def test_agreement_prints_for_whom_it_waits(monkeypatch, capsys):
+    """Once, however long it takes."""
+    waits = iter([True, True, False])
+
+    class Client:
+        def key_value_set(self, key, value):
+            self.kept = {key: value}
+
+        def key_value_dir_get(self, folder):
+            return [*self.kept.items()]
+
+        def blocking_key_value_get(self, key, milliseconds):
+            if key.endswith("/0"):
+                return "{}"
+            if next(waits):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return "{}"
+
+    state = SimpleNamespace(client=Client(), process_id=0, num_processes=2)
+    monkeypatch.setattr(agreement.distributed, "global_state", state)
+    monkeypatch.setattr(agreement, "_LONG", 0.0)
+    assert agreement._exchange("facts", {}) == [{}, {}]
+    printed = capsys.readouterr().err
+    assert printed.startswith("Waiting for process 1 of 2 to open its images and weights.")
+    assert printed.count("Waiting") == 1
