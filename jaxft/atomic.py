@@ -1,10 +1,16 @@
 """Files that appear whole or not at all, on a disk or in a bucket."""
 
 import os
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 
 from etils import epath
+
+from jaxft.errors import RecipeError
+
+# The client of each kind of bucket, and what installs it.
+BUCKETS = {"gs": ("gcsfs", "jaxft[gcs]"), "s3": ("s3fs", "s3fs")}
 
 
 def write(path: str | PathLike[str], content: bytes | str) -> None:
@@ -30,8 +36,23 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
 
 
 def anywhere(path: str | PathLike[str]) -> Path:
-    """Returns a path on a disk, whose `~` is expanded, or in a bucket, which does as those do."""
-    return epath.Path(path) if in_bucket(path) else Path(os.path.expanduser(path))
+    """Returns a path on a disk, whose `~` is expanded, or in a bucket, which does as those do.
+
+    Raises RecipeError where no client of the bucket is installed.
+    """
+    if not in_bucket(path):
+        return Path(os.path.expanduser(path))
+    scheme, _, _ = os.fspath(path).partition("://")
+    if scheme not in BUCKETS:
+        raise RecipeError(f"{path} is no folder; in a bucket it is gs://... or s3://...")
+    module, package = BUCKETS[scheme]
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise RecipeError(
+            f"{path} needs {module}, which cannot be imported: pip install '{package}'."
+        ) from error
+    return epath.Path(path)
 
 
 def in_bucket(path: str | PathLike[str]) -> bool:

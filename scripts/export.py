@@ -28,12 +28,13 @@ def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=anywhere)
-    parser.add_argument("--out", type=anywhere, metavar="DIR")
+    parser.add_argument("workdir")
+    parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     arguments = parser.parse_args(given)
-    check_folder(arguments.out or arguments.workdir)
-    path, score = export(arguments.workdir, arguments.out, platforms=tuple(arguments.platforms))
+    workdir, out = anywhere(arguments.workdir), arguments.out and anywhere(arguments.out)
+    check_folder(out or workdir)
+    path, score = export(workdir, out, platforms=tuple(arguments.platforms))
     print(f"Validation accuracy {score.accuracy:.4f}, loss {score.loss:.4f}")
     print(f"Weights  {path} (torch's names; model.json beside it)")
     print(f"Program  {path.with_name('model.jaxexport')} ({', '.join(arguments.platforms)})")

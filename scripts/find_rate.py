@@ -30,13 +30,14 @@ def main(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--out", metavar="DIR", type=anywhere, required=True)
+    parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--stage", metavar="NAME", help="which stage; default: the first")
     parser.add_argument("--low", type=float, default=1e-7, help="the first rate; default: 1e-7")
     parser.add_argument("--high", type=float, default=10.0, help="the last rate; default: 10")
     parser.add_argument("--steps", type=int, default=100, help="at most; default: 100")
     known, options = parser.parse_known_args(arguments)
     keep_programs()
+    known.out = anywhere(known.out)
     check_folder(known.out)
     find(read_with(known.config, options), known)
 

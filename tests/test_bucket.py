@@ -14,7 +14,7 @@ RUN = """
 from contextlib import closing
 import jax.numpy as jnp, numpy as np
 from etils import epath
-from jaxft import Recipe, Stage
+from jaxft import Recipe, Stage, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import fields
 from jaxft.report import environment
@@ -45,6 +45,8 @@ with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
 assert saved(folder) == recipe
 found = newest()
 assert (found.step, found.progress["score"], found.remarks) == (3, 3, ())
+(tensor,) = weights.read(folder, own_names=True).tensors.values()
+np.testing.assert_array_equal(tensor.read(), whole["x"])
 np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
 
 # Killed while 3 was being replaced: there is a beginning of the new one, without its last object.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from etils import epath
 
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.transforms import Interpolation
@@ -45,7 +46,7 @@ def _beside(weights: Path) -> Iterator[Any]:
     for file in files:
         read = yaml.safe_load if file.suffix == ".yaml" else json.loads
         with suppress(OSError, ValueError, yaml.YAMLError):
-            yield read(Path(file).read_text())
+            yield read(epath.Path(file).read_text())
 
 
 def _ours(said: Any) -> Preprocessing:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console as Terminal
 
+from jaxft.atomic import BUCKETS, anywhere
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.errors import WeightsError
 from jaxft.weights import hub
@@ -62,7 +63,7 @@ def locate(weights: str) -> Located:
 
     The source is one of
 
-        PATH
+        PATH, or gs://BUCKET/FOLDER of a run
         asset:NAME
         hf:OWNER/REPO[@REVISION][/FILENAME]
         torchvision:ResNet50_Weights.IMAGENET1K_V2
@@ -93,6 +94,10 @@ def locate(weights: str) -> Located:
         path = hub.fetch(name)
     elif scheme == "asset":
         path = _asset(name)
+    elif scheme in BUCKETS:
+        path = anywhere(source)
+        if not path.is_dir():
+            raise WeightsError(f"{source} is not the folder of a run. Copy a file to a disk first.")
     else:
         path = Path(source).expanduser()
         if not source or not os.path.exists(path):

@@ -2,12 +2,13 @@
 
 import dataclasses
 import errno
+import sys
 from contextlib import closing, suppress
 
 import jax.numpy as jnp
 import pytest
 
-from jaxft import Recipe, RecipeError, Stage
+from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import fields
 from jaxft.train import workdir
@@ -94,3 +95,25 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", denied)  # the tests may be root's, whom nothing is denied
     with pytest.raises(RecipeError, match="cannot be written: Permission"), claim(tmp_path, RECIPE):
         pass
+
+
+@pytest.mark.parametrize("place", ["workdir", "fork_from", "weights"])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("gs://b/run", r"gs://b/run needs gcsfs, .*: pip install 'jaxft\[gcs\]'\."),
+        ("s3://b/run", r"s3://b/run needs s3fs, .*: pip install 's3fs'\."),
+    ],
+)
+def test_bucket_without_its_client_names_the_extra(place, url, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    places = {"workdir": tmp_path / "run", place: url}
+    recipe = dataclasses.replace(RECIPE, weights=places.pop("weights", None))
+    with pytest.raises(RecipeError, match=message):
+        finetune(recipe, places.pop("workdir"), **places)
+
+
+def test_folder_of_an_unknown_protocol_is_an_error():
+    with pytest.raises(RecipeError, match="it is gs://"):
+        finetune(RECIPE, "hdfs://b/run")

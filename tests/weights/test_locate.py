@@ -239,7 +239,7 @@ SLIPS = {
     "timm:resnet50.a1_in1k": ["mean 'hf:timm/resnet50.a1_in1k'?", *FORMS],
     "hf_hub:timm/resnet50": ["mean 'hf:timm/resnet50'?", *FORMS],
     "HF:timm/resnet50": ["mean 'hf:timm/resnet50'?", *FORMS],
-    "s3://bucket/w.pth": ["no weights 's3://bucket/w.pth'", *FORMS],
+    "ftp://host/w.pth": ["no weights 'ftp://host/w.pth'", *FORMS],
     "resnet50": ["no weights 'resnet50'", *FORMS],
     "": ["no weights ''", *FORMS],
     "w#1": ["no weights 'w#1'", *FORMS],
