@@ -10,7 +10,7 @@ from etils import epath
 from jaxft import checkpoint
 from jaxft import recipe as recipes
 from jaxft.atomic import in_bucket
-from jaxft.errors import RecipeError
+from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
 from jaxft.train.extension import refused
@@ -52,11 +52,27 @@ def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False)
                 f"{folder} holds a run of another recipe:\n  {recipes.listed(changed)}\n"
                 + (way.capitalize() if wrong else f"Go on with it for longer by --extend, or {way}")
             )
+    elif before and _is_longer(folder / "recipe.yaml", before):
+        raise RecipeError(
+            f"{folder} is to go on for longer: {folder / 'recipe.yaml'} has more epochs or stages "
+            "than its last checkpoint. Go on with that recipe by --extend, or delete the file to "
+            "end the run as it was planned before."
+        )
     # Without a checkpoint there is nothing to lose.
     if before or (folder / "recipe.yaml").exists():
         return
     if folder.is_dir() and any(_visible(folder)):
         raise RecipeError(f"{folder} is not empty and holds no run; choose another --workdir.")
+
+
+def _is_longer(file: epath.Path, before: Recipe) -> bool:
+    """Whether it is a whole recipe of the run extended, of which no checkpoint knows yet."""
+    try:
+        recipe = recipes.read(file)
+        recipe = recipe.expecting(recipe.preprocessing)
+    except (OSError, JaxftError):  # damaged
+        return False
+    return bool(recipes.differences(before, recipe)) and not refused(before, recipe)
 
 
 def _visible(folder: epath.Path) -> list[str]:

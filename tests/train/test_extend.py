@@ -154,3 +154,24 @@ def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
     run(recipe(*more), tmp_path / "longer")
     # Other groups make other programs, which round differently.
     assert_close(tmp_path / "run", tmp_path / "longer")
+
+
+def test_extended_run_without_checkpoint_keeps_its_recipe_file(tmp_path, monkeypatch):
+    """Killed before its first checkpoint: the old command neither shortens nor overwrites it."""
+    run(recipe(HEAD), tmp_path)
+    two = recipe(dataclasses.replace(HEAD, epochs=2))
+    with monkeypatch.context() as patch:
+        die(patch, Progress, "after_step", lambda progress: True)
+        with pytest.raises(KilledError):
+            run(two, tmp_path, extend=True)
+    longer = (tmp_path / "recipe.yaml").read_bytes()
+    for extend in (False, True):
+        with pytest.raises(RecipeError, match=r"is to go on for longer: .* delete the file"):
+            run(recipe(HEAD), tmp_path, extend=extend)
+    with pytest.raises(RecipeError, match=r"epochs: 1 -> 2\nGo on with it for longer by --extend"):
+        run(two, tmp_path)
+    assert (tmp_path / "recipe.yaml").read_bytes() == longer
+    (tmp_path / "recipe.yaml").write_text("stages: [")  # damaged: the checkpoint's counts
+    run(two, tmp_path, extend=True)
+    assert (tmp_path / "recipe.yaml").read_bytes() == longer
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2]
