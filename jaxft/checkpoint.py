@@ -378,6 +378,6 @@ def _is_news(record: logging.LogRecord) -> bool:
         return True
     known = (
         "Metadata file does not exist|(parse|read) Metadata file|directory .* already exists"
-        "|Failed to get item metadata|contains unknown key"
+        "|Failed to get item metadata|contains unknown key|Waiting for previous save"
     )
     return not (record.exc_info or re.search(known, record.getMessage()))

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,9 +57,9 @@ def check_folder(folder: Path) -> None:
 
 def leave(message: str, code: int) -> NoReturn:
     """Ends the program with a message on stderr, without waiting for any thread."""
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, AttributeError):  # one of them may be closed, or its disk full
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -188,8 +188,8 @@ class Recipe:
             )
         if self.head == "keep" and self.weights is None:
             raise RecipeError("head='keep' keeps that of the weights, and weights is None.")
-        if self.seed < 0:
-            raise RecipeError(f"seed is {self.seed}; it must not be negative.")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
         if self.std is not None and not all(s > 0 for s in self.std):
             raise RecipeError(f"std is {self.std}; each must be positive.")
         self._check_splits()

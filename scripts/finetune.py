@@ -28,12 +28,14 @@ if __name__ == "__main__":
     for number in EXIT_CODES:  # before the imports below, which take seconds
         signal.signal(number, stop)
 
+from contextlib import suppress
 from typing import NoReturn
 
 from jaxft import InterruptedRunError, JaxftError, finetune, lost_process, parallel, processes
 from jaxft.command_line import print_fields, read_with
 from jaxft.train import agreement
 from jaxft.train.compilation import keep_programs
+from jaxft.train.loop import Result
 
 
 def main(arguments: list[str]) -> None:
@@ -93,18 +95,25 @@ def main(arguments: list[str]) -> None:
         leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE)
     if not processes.is_first():
         return
+    try:
+        show(result)
+    except OSError as error:
+        leave(f"All is done, but standard output cannot be written: {error.strerror}.", 0)
+
+
+def show(result: Result) -> None:
     print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")
     if result.from_scratch:
         print(f"From scratch:       {result.from_scratch.accuracy:.4f}")
     print(f"Weights     {result.weights} (torch's names; model.json beside it)")
-    print(f"Checkpoint  {result.checkpoint}")
+    print(f"Checkpoint  {result.checkpoint}", flush=True)
 
 
 def leave(message: str, code: int) -> NoReturn:
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, AttributeError):  # one of them may be closed, or its disk full
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)  # sys.exit would wait for what is being compiled ahead
 
 

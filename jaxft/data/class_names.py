@@ -29,7 +29,7 @@ def differences(classes: Mapping[str, Sequence[str]]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Returns the first names, for a message."""
-    return shown(list(names), _SHOWN) if names else "none"
+    return shown([_visible(name) for name in names], _SHOWN) if names else "none"
 
 
 def _alike(only: Mapping[str, Sequence[str]]) -> str:
@@ -38,9 +38,14 @@ def _alike(only: Mapping[str, Sequence[str]]) -> str:
     pairs = []
     for name in own:
         if near := difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.7):
-            pairs.append(f"{name} ({first}) and {folded[near[0]]} ({second})")
+            pairs.append(f"{_visible(name)} ({first}) and {_visible(folded[near[0]])} ({second})")
     return f" Are these the same: {shown(pairs)}? Then rename one of each." if pairs else ""
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+def _visible(name: str) -> str:
+    """The name, in quotes if it begins or ends with a space."""
+    return name if name == name.strip() else repr(name)

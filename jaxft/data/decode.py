@@ -57,7 +57,7 @@ def decode(file: Path | bytes, *, reduce_to: int | None = None) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(_too_large("the image")) from error
     except Exception as error:  # decoders raise anything, from OSError to struct.error
-        raise DataError(_reason(error)) from error
+        raise DataError(_reason(error, file)) from error
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -78,8 +78,9 @@ def _too_large(what: str) -> str:
     return f"{what} exceeds what is safe to decode ({MAX_PIXELS:,} pixels): scale it down"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, file: Path | bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        return "not an image" if size else "the file is empty"
     # An OSError's own text repeats the path.
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -20,6 +20,7 @@ from jaxft.data.layout import (
     check_depth,
     check_names,
     images_beside,
+    names_a_split,
     splits_of,
     subfolders,
 )
@@ -99,6 +100,17 @@ def find(place: str) -> Collection:
         raise DataError(f"there is no folder {printable(root)} {looked}; {EXPECTED}")
     places = splits_of(root)
     return Collection(printable(root), tuple(places), partial(_read, root, places))
+
+
+def class_folders_of(place: str) -> list[Path]:
+    """Returns the folders whose folders are classes: those of the splits, or the root itself.
+
+    There are none where there is no such folder.
+    """
+    root = Path(place).expanduser()
+    if not place or not root.is_dir():
+        return []
+    return [path for name, path in splits_of(root).items() if path == root or names_a_split(name)]
 
 
 def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str, Files]:

@@ -40,7 +40,7 @@ def splits_of(root: Path) -> dict[str, Path]:
             f"{printable(root)} has no folders, neither of splits nor of classes"
             f"{_images_instead(root)}; {EXPECTED}"
         )
-    named = [name for name in folders if _names_a_split(name)]
+    named = [name for name in folders if names_a_split(name)]
     below = {name: _folder_names(folders[name]) for name in folders} if named else {}
     others = [name for name in below if name not in named and images_beside(folders[name])]
     if not named or (others and not any(below[name] for name in named)):
@@ -125,7 +125,7 @@ def check_depth(root: Path, listings: Mapping[str, Listing]) -> None:
     """
     for name, listing in listings.items():
         place = printable(listing.folder)
-        splits = [below for below in listing.folders if _names_a_split(below)]
+        splits = [below for below in listing.folders if names_a_split(below)]
         if (
             splits
             and len(listings) > 1
@@ -152,7 +152,8 @@ def _folder_names(folder: Path) -> set[str]:
     return {printable(entry.name) for entry in entries(folder) if is_folder(entry)}
 
 
-def _names_a_split(name: str) -> bool:
+def names_a_split(name: str) -> bool:
+    """Returns whether a folder is called as splits are: train, val, test and so on, in any case."""
     return name.casefold() in _SPLITS
 
 

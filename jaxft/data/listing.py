@@ -4,10 +4,11 @@ A file counts as an image if Pillow can open files of its suffix, in any case: .
 .gif, .webp, .avif, .ppm and so on. Vector graphics (.eps), video (.mpg) and scientific data of
 which Pillow reads the header only (.h5) do not count. Links to files and folders are followed.
 Hidden files and folders do not count, nor do the companions of file managers (`Thumbs.db`,
-`desktop.ini`); all other files are counted by suffix.
+`desktop.ini`, `__MACOSX`, `@eaDir`); all other files are counted by suffix.
 """
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from PIL import Image, ImageFile
 
 from jaxft.errors import DataError
 
-_COMPANIONS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+_COMPANIONS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
 _NOT_READ = {"EPS", "MPEG"}  # a program of its own draws the former; of the latter no image is read
 
 
@@ -39,8 +40,12 @@ class Listing:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """Returns a path or a name with composed letters, and `\\xe9` for a byte that is not UTF-8."""
+    """Returns a path or a name with composed letters, on one line.
+
+    A byte that is not UTF-8 becomes `\\xe9`, a control character such as a line break `\\n`.
+    """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
     return unicodedata.normalize("NFC", text)
 
 
@@ -70,14 +75,18 @@ def is_image(name: str, suffixes: frozenset[str]) -> bool:
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns what a folder holds and is not hidden, in no particular order.
+    """Returns what a folder holds, in no particular order, but for what is hidden or a companion.
 
     Raises:
       DataError: it cannot be listed.
     """
     try:
         with os.scandir(folder) as found:
-            return [entry for entry in found if not entry.name.startswith(".")]
+            return [
+                entry
+                for entry in found
+                if not entry.name.startswith(".") and entry.name.lower() not in _COMPANIONS
+            ]
     except OSError as error:
         raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
 
@@ -106,7 +115,7 @@ def images_below(folder: Path, *, within: tuple[Path, ...] = ()) -> Listing:
         if is_dead(entry) or (suffix in suffixes and entry.is_file()):
             images.append(Path(entry.path))
             places.add(below.split("/")[1] if below else "")
-        elif name.lower() not in _COMPANIONS:
+        else:
             others[suffix or "without a suffix"] += 1
     return Listing(folder, images, others, () if "" in places else tuple(sorted(places)))
 

@@ -31,8 +31,8 @@ def select(
     to_train = _parts(collection, training, "train")
     own = tuple(dict.fromkeys(part.split for part in to_train))
     by_word = {split.casefold(): split for split in reversed(collection.splits) if split not in own}
-    default = next((by_word[word] for word in _VALIDATION if word in by_word), None)
-    validation = default if val is None else val
+    usual = [by_word[word] for word in _VALIDATION if word in by_word]
+    validation = usual[0] if val is None and usual else val
     to_validate = () if validation is None else _parts(collection, validation, "val")
     names = tuple(dict.fromkeys(part.split for part in (*to_train, *to_validate)))
     sources = collection.read(names)
@@ -41,6 +41,8 @@ def select(
 
     chosen = parts.of(to_train)
     remarks = [text for source in parts.sources for text in getattr(source, "remarks", ())]
+    if val is None and len(usual) > 1:
+        remarks.append(f"{collection.name}: {validation} validates, {usual[1]} is left out.")
     whole = parts.of(Part(name, name) for name in own)
     left = np.setdiff1d(whole, chosen)
     if shots is not None:

@@ -1,10 +1,11 @@
 """What a run says on the terminal: a table before each stage, a row an epoch, a sentence after."""
 
 import math
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 import jax
@@ -24,12 +25,28 @@ from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
 
 
+class _Output(Terminal):
+    """Standard output, whose loss does not end a run: a run is worth more than its lines."""
+
+    def on_broken_pipe(self) -> None:
+        """Sends further lines nowhere; Rich would end the program besides."""
+        with suppress(SystemExit, OSError):
+            super().on_broken_pipe()
+        self.lost("its reader has gone")
+
+    def lost(self, reason: str) -> None:
+        """Prints nothing from here on, and says so on standard error."""
+        self.quiet = True
+        with suppress(OSError, AttributeError):  # which may be closed, too
+            sys.stderr.write(f"Nothing more is printed, as {reason}; the run goes on.\n")
+
+
 class Console:
     """Prints the story of a run. `quiet` prints nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         # What users name, such as folder:cat or a class [bold], is no markup and no emoji.
-        self._out = Terminal(quiet=quiet, highlight=False, markup=False, emoji=False)
+        self._out = _Output(quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prose, wrapped at the width of the terminal; its indented lines stay as they are."""
@@ -41,7 +58,10 @@ class Console:
         """A line of a table, as wide as it is."""
         # Paths may hold bytes that are not UTF-8, which a terminal of UTF-8 does not take.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        self._out.print(text.rstrip(), style=style, soft_wrap=True)
+        try:
+            self._out.print(text.rstrip(), style=style, soft_wrap=True)
+        except OSError as error:
+            self._out.lost(f"standard output cannot be written: {error.strerror}")
 
     def stage(
         self, plan: StagePlan, title: str, cost: str, params: Tree, norms: Mapping[str, str]

@@ -1,6 +1,6 @@
 """Array shapes of a run's batches: which networks see padding, and which never do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxft.models import Model
@@ -49,3 +49,16 @@ def batch_sizes(
         if last_rows == rows:  # a compiled program is chosen by the number of rows
             last_rows += len(devices)
     return BatchSizes(batch_size, last, rows, last_rows, masked)
+
+
+def oversized(sizes: Sequence[BatchSizes], images: int) -> list[str]:
+    """Returns a remark for each batch size above the number of images that costs time for nothing.
+
+    A network that takes a mask computes all rows of a batch.
+    """
+    larger = {each.batch_size for each in sizes if each.masked and each.batch_size > images}
+    return [
+        f"batch_size {size:,} is more than the {images:,} images to train on, and a step computes "
+        f"{size:,} rows all the same: batch_size {images} takes less time and memory."
+        for size in sorted(larger)
+    ]

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -61,7 +62,11 @@ def keep_programs() -> None:
     """Has jax keep compiled programs on disk, where it is not told otherwise.
 
     They lie under `programs` in the folder of downloaded weights. `JAX_COMPILATION_CACHE_DIR` names
-    another place, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
+    another place, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none. Where that folder cannot be
+    made, as without a home, none are kept.
     """
+    folder = cache_folder() / "programs"
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))

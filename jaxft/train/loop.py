@@ -22,7 +22,7 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics import MetricsLog
 from jaxft.train import agreement, export, fork
-from jaxft.train.batch_sizes import batch_sizes
+from jaxft.train.batch_sizes import batch_sizes, oversized
 from jaxft.train.evaluate import Score, eval_step
 from jaxft.train.extension import check as check_extension
 from jaxft.train.fork import Fork
@@ -41,7 +41,7 @@ from jaxft.train.program import Program
 from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
-from jaxft.train.workdir import check, claim, saved
+from jaxft.train.workdir import check, check_apart, claim, saved
 from jaxft.weights import orbax
 from jaxft.weights.description import MARK, STRIDES
 
@@ -137,6 +137,8 @@ def _open_and_run(
         ended = fork.check(forked, recipe)
         recipe = recipe.expecting(forked.recipe.preprocessing)
     check(folder, recipe, extend=extend)
+    if data is None:
+        check_apart(folder, recipe.data)
     splits = open_splits(recipe, data)
     classes = splits.train.classes
     model = open_network(recipe, model, classes)
@@ -167,6 +169,7 @@ def _open_and_run(
     else:
         start, remarks = given(recipe, model, start)
     programs = open_programs(recipe, model, splits, devices, start)
+    remarks += oversized([program.sizes for program in programs], len(splits.train))
     if is_random:
         remarks += frozen_at_random([program.plan for program in programs], start[0])
     if begun and begun.stages != recipe.stages:

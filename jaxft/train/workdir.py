@@ -4,12 +4,14 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
+from pathlib import Path
 
 from etils import epath
 
 from jaxft import checkpoint
 from jaxft import recipe as recipes
 from jaxft.atomic import in_bucket
+from jaxft.data.folder import class_folders_of
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
@@ -75,6 +77,22 @@ def _is_longer(file: epath.Path, before: Recipe) -> bool:
     return bool(recipes.differences(before, recipe)) and not refused(before, recipe)
 
 
+def check_apart(workdir: str | PathLike[str], data: str) -> None:
+    """Raises RecipeError if the folder lies where the folder of a class would.
+
+    The next look at the images, on resume or by another run, would take it for a class.
+    """
+    kind, _, place = data.partition(":")
+    if kind != "folder" or in_bucket(workdir):
+        return
+    for root in class_folders_of(place):
+        if root.resolve() in Path(workdir).resolve().parents:
+            raise RecipeError(
+                f"{workdir} lies in {root}, where each folder is a class of images; choose a "
+                "--workdir outside of it."
+            )
+
+
 def _visible(folder: epath.Path) -> list[str]:
     """What lies there, but for what a run leaves that is killed at birth."""
     names = [path.name for path in folder.iterdir()]
@@ -112,6 +130,8 @@ def _claimed(folder: epath.Path, recipe: Recipe, held: ExitStack, extend: bool) 
         recipes.save(recipe, folder / "recipe.yaml")
     except BlockingIOError:
         return f"another process is training in {folder}."
+    except FileExistsError:
+        return f"{folder} is a link that leads nowhere; choose another --workdir."
     except OSError as error:
         return f"{folder} cannot be written: {error.strerror or error}."
     except RecipeError as error:

@@ -211,7 +211,7 @@ def empty_png(width, height) -> bytes:
 
 BROKEN = {
     "no image": (b"hello", "not an image"),
-    "nothing": (b"", "not an image"),
+    "nothing": (b"", "the file is empty"),
     "cut off": (FILES["jpeg, odd, large"]()[:3000], "truncated"),
     "20,000 x 20,000": (empty_png(20_000, 20_000), "exceeds what is safe.*scale it down"),
     "10,000 x 10,000": (empty_png(10_000, 10_000), "exceeds what is safe.*scale it down"),

@@ -80,6 +80,8 @@ def test_folder_counts_other_files_by_kind_in_one_remark_a_split(root):
         (root / name).write_bytes(b"else")
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):  # a file manager's
         (root / "train/ant" / name).write_bytes(b"else")
+    save(root / "train/__MACOSX/ant/._0.png")
+    save(root / "val/ant/@eaDir/0.png/thumbnail.png")
     assert opened(root).remarks == (
         "train: 6 files are not images that can be read here and are left out: .heic (3), "
         "without a suffix (1), .txt (1), .eps (1).",
@@ -205,6 +207,14 @@ def test_names_that_are_not_unicode_can_be_printed_and_saved(tmp_path):
     str(caught.value).encode("utf-8")
 
 
+def test_names_with_line_breaks_are_printed_on_one_line(tmp_path):
+    root = fill(tmp_path / "data", "train/a\nb", "train/c", "val/a\nb", "val/c")
+    assert opened(root).train.classes == (r"a\nb", "c")
+    (root / "val/c/\x1b[31m.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"val/c/\\x1b\[31m\.png: the file is empty"):
+        opened(root)
+
+
 # Layouts. Each error names what was expected and what is there.
 
 
@@ -273,6 +283,10 @@ LAYOUTS = {
         also("train/cat"),
         ["Only in train: cat. Only in val: none."],
     ),
+    "a class with a space behind it": (
+        lambda root: (root / "val/bee").rename(root / "val/bee "),
+        ["Only in val: 'bee '. Are these the same: bee (train) and 'bee ' (val)?"],
+    ),
     "classes spelt in two ways": (
         also("train/house_cat", "val/House cat", "val/zebra"),
         [
@@ -313,3 +327,9 @@ def test_layout_that_is_understood(tmp_path, places, options, classes, counts):
     train, val = opened(fill(tmp_path, *places), **options)
     assert train.classes == val.classes == classes
     assert (len(train), len(val)) == counts
+
+
+def test_a_second_folder_to_validate_is_left_out_with_a_remark(root):
+    fill(root, "validation/ant", "validation/bee")
+    assert opened(root).remarks == (f"{root}: val validates, validation is left out.",)
+    assert opened(root, val="validation").remarks == ()

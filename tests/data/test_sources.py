@@ -438,7 +438,7 @@ MISTAKES = {
         write("train/bee/x.png", b""),
         "folder:{root}",
         None,
-        ["{root}/train/bee/x.png: not an image"],
+        ["{root}/train/bee/x.png: the file is empty"],
     ),
     "broken link": (
         lambda root: (root / "train/ant/x.jpg").symlink_to("gone.jpg"),

@@ -1,5 +1,7 @@
 """What a terminal and a pipe show."""
 
+import errno
+import os
 import re
 
 import jax
@@ -28,6 +30,18 @@ def test_names_are_neither_markup_nor_emoji(capsys):
     assert "Stage 1 of 1: [red]s\n[b]\n" in said
     assert "  :cat:           2" in said
     assert "[i]x" in said
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_output_that_cannot_be_written_does_not_end_a_run(number, monkeypatch, capsys):
+    def refuse(text):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("sys.stdout.write", refuse)
+    console = Console()
+    for _ in range(2):
+        console.row("text")
+    assert capsys.readouterr().err.count("Nothing more is printed, as ") == 1
 
 
 @pytest.mark.parametrize(("loss", "text"), [(float("nan"), "loss - "), (1.25, "loss 1.2500")])

@@ -49,9 +49,14 @@ def test_flops_are_those_of_the_program():
 
 
 def test_programs_are_kept_in_the_cache_folder_unless_another_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     named = jax.config.jax_compilation_cache_dir
-    for given, expected in ((None, str(tmp_path / "programs")), ("elsewhere", "elsewhere")):
+    (tmp_path / "file").touch()
+    for cache, given, expected in (
+        (tmp_path, None, str(tmp_path / "programs")),
+        (tmp_path, "elsewhere", "elsewhere"),
+        (tmp_path / "file", None, None),
+    ):
+        monkeypatch.setenv("JAXFT_CACHE", str(cache))
         try:
             jax.config.update("jax_compilation_cache_dir", given)
             keep_programs()

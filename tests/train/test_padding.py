@@ -10,6 +10,7 @@ from mortal import QUIET, assert_close, assert_same_end, rows
 
 from jaxft import SGD, Recipe, Stage, data, finetune
 from jaxft.models import NNX, Linen
+from jaxft.train.batch_sizes import BatchSizes, oversized
 from jaxft.train.range_test import ramp, range_test
 from jaxft.train.trial import trial
 
@@ -106,3 +107,13 @@ def test_range_test_and_relative_rates_see_no_padding():
     stage = ramp(stage, low=1e-5, high=1e-3, steps=10)
     tried = trial(recipe, stage, data=noise(), model=NETWORKS["linen"])
     assert np.isfinite(range_test(tried, low=1e-5, high=1e-3).losses).all()
+
+
+def test_batch_size_above_the_number_of_images_is_a_remark_where_padding_is_computed():
+    def remarks(masked, batch_size):
+        return oversized([BatchSizes(batch_size, 8, batch_size, 8, masked)] * 2, 8)
+
+    (remark,) = remarks(True, 64)
+    assert "batch_size 64 is more than the 8 images to train on" in remark
+    assert not remarks(True, 8)
+    assert not remarks(False, 64)

@@ -3,7 +3,7 @@
 import dataclasses
 import errno
 import sys
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 
 import jax.numpy as jnp
 import pytest
@@ -12,7 +12,7 @@ from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import fields
 from jaxft.train import workdir
-from jaxft.train.workdir import check, claim, saved
+from jaxft.train.workdir import check, check_apart, claim, saved
 
 RECIPE = Recipe(model="resnet18", data="digits", stages=(Stage("head", {"fc": 1e-3}, epochs=1),))
 RECIPE = RECIPE.expecting(RECIPE.preprocessing)
@@ -117,3 +117,31 @@ def test_bucket_without_its_client_names_the_extra(place, url, message, tmp_path
 def test_folder_of_an_unknown_protocol_is_an_error():
     with pytest.raises(RecipeError, match="it is gs://"):
         finetune(RECIPE, "hdfs://b/run")
+
+
+@pytest.mark.parametrize(
+    ("classes", "place", "fits"),
+    [
+        ("data/train", "data/train/run", False),
+        ("data/train", "data/train/ant/run", False),
+        ("data/train", "link/train/run", False),
+        ("data/train", "data/runs/1", True),
+        ("data/train", "data", True),
+        ("data", "data/run", False),
+        ("data", "data/../run", True),
+    ],
+)
+def test_a_workdir_among_the_folders_of_classes_is_refused(classes, place, fits, tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / classes / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+    expected = pytest.raises(RecipeError, match="each folder is a class of images; choose a")
+    with nullcontext() if fits else expected:
+        check_apart(tmp_path / place, f"folder:{tmp_path}/data")
+
+
+def test_a_workdir_that_is_a_dead_link_is_named(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    refused = pytest.raises(RecipeError, match="run is a link that leads nowhere; choose another")
+    with refused, claim(tmp_path / "run", RECIPE):
+        pass
