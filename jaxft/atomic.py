@@ -17,6 +17,8 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
     """Writes a file, over any older one, so that no reader and no crash ever sees a part of it.
 
     `path` may be `gs://...`: there an object appears once all of it has arrived.
+
+    Raises OSError with the file's name.
     """
     data = content.encode() if isinstance(content, str) else content
     place = anywhere(path)
@@ -31,6 +33,11 @@ def write(path: str | PathLike[str], content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, place)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # A full disk's has no file name.
+        raise OSError(error.errno, error.strerror, str(place)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -314,8 +314,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            cause = re.search("No space left on device|Permission denied", str(error))
-            raise self._failure(cause[0] if cause else str(error)) from error
+            raise self._failure(cause_of(error)) from error
 
     def _failure(self, cause: str) -> CheckpointError:
         whole = whole_steps(self.folder) | _replaced(self.folder).keys()
@@ -360,6 +359,12 @@ def _replaced(folder: epath.Path) -> dict[int, epath.Path]:
     """By their steps, the checkpoints that another one has replaced, or was about to."""
     paths = folder.glob(f"{_REPLACED}*")
     return {int(path.name.removeprefix(_REPLACED)): path for path in paths}
+
+
+def cause_of(error: Exception) -> str:
+    """Returns why Orbax could not write, in a few words where it is the disk."""
+    found = re.search("No space left on device|Permission denied", str(error))
+    return found[0] if found else str(error)
 
 
 def absolute(folder: str | PathLike[str]) -> epath.Path:

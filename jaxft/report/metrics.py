@@ -55,7 +55,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes out what is missing, if it can."""
-        self._flush()
+        if self._failure:
+            self._flush()
         if self._failure:
             warnings.warn(
                 f"the last rows of {self._path}, or TensorBoard's, are missing: {self._failure}",

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxft import checksums
 from jaxft.atomic import in_bucket
-from jaxft.checkpoint import absolute, hush, whole_steps
+from jaxft.checkpoint import absolute, cause_of, hush, whole_steps
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
 from jaxft.processes import is_first
@@ -32,14 +32,19 @@ def save_weights(
     Without `replace` there must be none yet. `described` is the JSON of
     `jaxft.weights.description.fields`, kept as the checkpoint's metadata.
 
+    Raises CheckpointError where it cannot be written.
+
     Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
     """
     place = absolute(folder)
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(
-            place, {"params": params, "stats": stats}, force=replace,
-            custom_metadata=None if described is None else dict(described),
-        )  # fmt: skip
+    try:
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(
+                place, {"params": params, "stats": stats}, force=replace,
+                custom_metadata=None if described is None else dict(described),
+            )  # fmt: skip
+    except Exception as error:  # Orbax has no type of its own for what it cannot write
+        raise CheckpointError(f"{place} could not be written: {cause_of(error)}.") from error
     if is_first() and not in_bucket(place):
         checksums.seal(place)
 
