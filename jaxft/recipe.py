@@ -307,6 +307,8 @@ def read(path: str | os.PathLike[str]) -> Recipe:
         fields = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} holds no fields of a recipe, such as 'model: resnet50'.")
     return _validated(fields, source=str(path))
 
 
@@ -318,7 +320,7 @@ def _run_file(path: str) -> dict[str, Any]:
     except SyntaxError as error:
         place = f"{error.filename}:{error.lineno}"
         raise RecipeError(f"{place}: {type(error).__name__}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), "?")
         raise RecipeError(f"{path}:{line}: {type(error).__name__}: {error}") from error

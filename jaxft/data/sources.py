@@ -1,8 +1,11 @@
 """How a spec such as `folder:PATH`, or a source itself, becomes the two splits of a run."""
 
 import difflib
+import os
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from jaxft.data import digits, folder, tfds
 from jaxft.data.protocol import Collection, Source, Splits
@@ -68,8 +71,13 @@ def open_collection(spec: str | Source | Splits) -> Collection:
     """
     if isinstance(spec, Splits):
         both = {"train": spec.train, "val": spec.val}
+        for name, source in both.items():
+            _check_source(f"data.{name}", source)
         return Collection("the data given", tuple(both), lambda _: both)
+    if isinstance(spec, PathLike):
+        spec = os.fsdecode(spec)
     if not isinstance(spec, str):
+        _check_source("data", spec)
         return Collection("the data given", ("train",), lambda _: {"train": spec})
     kind, colon, place = spec.partition(":")
     if kind in _KINDS:
@@ -82,3 +90,16 @@ def open_collection(spec: str | Source | Splits) -> Collection:
         guess = f" Did you mean '{near[0]}{colon}{place}'?" if near else ""
     kinds = "".join(f"\n  {usage}" for _, usage in _KINDS.values())
     raise DataError(f"unknown data '{spec}'.{guess} Data is one of:{kinds}")
+
+
+def _check_source(name: str, source: Any) -> None:
+    """Raises DataError for what is no `Source`, such as a pair of arrays or an `ImageFolder`."""
+    wanted = ("classes", "targets", "__len__", "__getitem__")
+    missing = [attribute for attribute in wanted if not hasattr(source, attribute)]
+    if not missing and hasattr(source.targets, "dtype"):
+        return
+    lacks = f"has no {missing[0]}" if missing else "has targets that are no array"
+    raise DataError(
+        f"{name} is a {type(source).__name__}, which {lacks}. Give a spec such as 'folder:PATH', "
+        "jaxft.data.arrays(images, targets, classes), or Splits of two such sources."
+    )

@@ -60,7 +60,12 @@ def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False)
             "than its last checkpoint. Go on with that recipe by --extend, or delete the file to "
             "end the run as it was planned before."
         )
-    # Without a checkpoint there is nothing to lose.
+    if not before and (weights := folder / "model.safetensors").exists():
+        raise RecipeError(
+            f"{weights} is of a run whose checkpoints are gone, and this run would replace it. "
+            "Choose another --workdir, or move it away to start over."
+        )
+    # Without a checkpoint there is nothing else to lose.
     if before or (folder / "recipe.yaml").exists():
         return
     if folder.is_dir() and any(_visible(folder)):

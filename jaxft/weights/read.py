@@ -93,8 +93,11 @@ def named_tensors(
 
 
 def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
     return head.endswith(b"{") and len(head) == 9  # eight bytes of length, then JSON
 
 

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -536,3 +537,19 @@ def test_mistaken_selection(root, mistake):
 def test_mistaken_sources(make, message):
     with pytest.raises(DataError, match=message):
         open_source(make(numbered([2, 3])))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (Path("data"), "unknown data 'data'"),
+        (None, "data is a NoneType, which has no classes. Give a spec such as 'folder:PATH'"),
+        ((np.zeros((2, 4, 4, 3), np.uint8), np.arange(2)), "data is a tuple, which has no classes"),
+        (SimpleNamespace(classes=["a"], targets=[0], __len__=1, __getitem__=1), "are no array"),
+        (Splits(None, None), r"data\.train is a NoneType"),
+    ],
+    ids=["path", "none", "pair of arrays", "targets in a list", "splits of nothing"],
+)
+def test_what_is_no_source_is_one_error(what, message):
+    with pytest.raises(DataError, match=message):
+        open_source(what)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import shutil
 import sys
 from contextlib import closing, nullcontext, suppress
 
@@ -145,3 +146,12 @@ def test_a_workdir_that_is_a_dead_link_is_named(tmp_path):
     refused = pytest.raises(RecipeError, match="run is a link that leads nowhere; choose another")
     with refused, claim(tmp_path / "run", RECIPE):
         pass
+
+
+def test_weights_of_a_run_whose_checkpoints_are_gone_are_not_replaced(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    check(tmp_path, RECIPE)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RecipeError, match="whose checkpoints are gone, and this run would replace"):
+        check(tmp_path, RECIPE)

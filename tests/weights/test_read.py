@@ -1,5 +1,6 @@
 """Weights of every form that we read become the same trees, and only those."""
 
+import errno
 import subprocess
 import sys
 from contextlib import closing
@@ -212,3 +213,13 @@ def test_a_file_of_numpys_is_told_of_from_state_dict(tmp_path):
     for name in ("a.npz", "b.npy"):
         with pytest.raises(WeightsError, match="from_state_dict takes NumPy's arrays"):
             read(tmp_path / name)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(WeightsError, match=r"a\.pth cannot be read: Permission denied\."):
+        read(tmp_path / "a.pth")
