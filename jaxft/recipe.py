@@ -102,7 +102,7 @@ class Recipe:
     cutmix: float = 0.0
     """Paste a box from one training image into another: alpha, often 1; 0: off."""
     label_smoothing: float = 0.0
-    """The share of each target that is spread over all classes."""
+    """The share of each target that is spread over all classes; validation losses are without."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether gradients are of the mean loss of a batch or of the sum, as in d2l's recipes; what is
     shown is the mean."""
@@ -149,7 +149,8 @@ class Recipe:
     """Whether each device holds all parameters, or a part of the large ones; changes no result
     but by rounding."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradients are not finite ends the run, or is left out and counted."""
+    """A step or a validation that is not finite ends the run; or such steps are left out and
+    counted, and such an epoch is never the best."""
     checkpoint_steps: int = 0
     """Also save a checkpoint every so many steps; 0: after each epoch. Changes no result."""
     sync_steps: int = 10

@@ -61,12 +61,20 @@ class Linear(nnx.Module):
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
+def relu(x: jax.Array) -> jax.Array:
+    """Computes torch's ReLU, which keeps NaN, of any shape.
+
+    XLA on CPU makes zeros of NaN where it fuses `jax.nn.relu`, a maximum, with a sum.
+    """
+    return jnp.where(x <= 0, 0, x)
+
+
 class Relu(nnx.Module):
     """`torch.nn.ReLU`."""
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Any shape."""
-        return nnx.relu(x)
+        return relu(x)
 
 
 class Dropout(nnx.Module):

@@ -23,6 +23,7 @@ from jaxft.models.layers import (
     MaxPool,
     Relu,
     Sequential,
+    relu,
 )
 from jaxft.models.norm import BatchNorm
 from jaxft.models.rngs import Rngs
@@ -121,13 +122,13 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride width]`."""
         at = context.below
-        y = nnx.relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
+        y = relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
         y = self.bn2(self.conv2(y, at("conv2")), at("bn2"))
         if hasattr(self, "downsample"):
             x = self.downsample(x, at("downsample"))
         elif x.shape != y.shape:
             x = subsample(x, y.shape[-1])
-        return nnx.relu(self.drop_path(y, context) + x)
+        return relu(self.drop_path(y, context) + x)
 
 
 class Bottleneck(nnx.Module):
@@ -160,12 +161,12 @@ class Bottleneck(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b h w c_in]` to `[b h/stride w/stride 4*width]`."""
         at = context.below
-        y = nnx.relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
-        y = nnx.relu(self.bn2(self.conv2(y, at("conv2")), at("bn2")))
+        y = relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
+        y = relu(self.bn2(self.conv2(y, at("conv2")), at("bn2")))
         y = self.bn3(self.conv3(y, at("conv3")), at("bn3"))
         if hasattr(self, "downsample"):
             x = self.downsample(x, at("downsample"))
-        return nnx.relu(self.drop_path(y, context) + x)
+        return relu(self.drop_path(y, context) + x)
 
 
 class ResNet(nnx.Module):
@@ -214,7 +215,7 @@ class ResNet(nnx.Module):
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
         x = x if self.dtype is None else x.astype(self.dtype)
         x = self.conv1(x, context.below("conv1"))
-        x = nnx.relu(self.bn1(x, context.below("bn1")))
+        x = relu(self.bn1(x, context.below("bn1")))
         return self.maxpool(x, context) if self.imagenet else x
 
     def _pool(self, x: jax.Array) -> jax.Array:

@@ -156,7 +156,8 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
     arrays = run.devices.host((at.params, at.stats))
     check_finite(
         f"the end of stage {fork.stage!r} of {fork.workdir} (0 is params, 1 is stats)",
-        zip(paths(arrays), jax.tree.leaves(arrays), strict=True),
+        paths(arrays),
+        arrays,
     )
     return at
 

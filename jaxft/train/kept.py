@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxft.data import Batch, Source
 from jaxft.data.batches import augmented
-from jaxft.errors import RecipeError
+from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import paths
 from jaxft.train.norms import layer
 from jaxft.train.prefix import block_labels
@@ -101,6 +101,12 @@ class Kept:
             self.add(key, seen)
 
 
+@jax.jit
+def _finite_rows(x: jax.Array) -> jax.Array:
+    """Returns whether each row of `[b ...]` is finite, `[b]`."""
+    return jnp.isfinite(x).reshape(len(x), -1).all(1)
+
+
 def _size(tree: Any) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(tree))
 
@@ -150,31 +156,37 @@ class Inputs:
         return found
 
     def _made(self, half: Half, view: tuple[int, int] | None) -> list[np.ndarray] | None:
-        """By a pass over the images, for each of the prefix's ends; None if a signal comes."""
+        """By a pass over the images, for each of the prefix's ends; None if a signal comes.
+
+        Raises NonFiniteError for features that are not finite, unless the recipe skips them.
+        """
         run, recipe = self._run, self._program.recipe
         source: Source = getattr(run.splits, half)
         sides = (1, -1) if half == "val" and recipe.tta == "flip" else (1,)
         params, stats, _ = self._at()
         arrays: list[np.ndarray] = []
-        waiting: deque[list[list[jax.Array]]] = deque()
+        waiting: deque[list[tuple[list[jax.Array], jax.Array]]] = deque()
         done = 0
 
-        def outputs(x: jax.Array) -> list[jax.Array]:
+        def outputs(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
             found = []
             for block, compute in self._compiled.prefix.items():
                 x = compute(params, stats, x)
                 if block in self._program.prefix.ends:
                     found.append(x)
-            return found
+            return found, _finite_rows(x)
 
         def store() -> None:
             nonlocal done
-            by_end = zip(*run.devices.host(waiting.popleft()), strict=True)
-            made = [np.stack(both, 1) for both in by_end]
+            by_side, finite = zip(*run.devices.host(waiting.popleft()), strict=True)
+            made = [np.stack(both, 1) for both in zip(*by_side, strict=True)]
             if not arrays:
                 of_all = ((len(source), *x.shape[1:]) for x in made)
                 arrays.extend(map(run.kept.empty, of_all, (x.dtype for x in made)))
             count = min(recipe.batch_size, len(source) - done)
+            wrong = np.flatnonzero(~np.all(finite, 0)[:count])
+            if len(wrong) and recipe.on_nonfinite == "stop":
+                raise self._not_finite(half, done + int(wrong[0]), len(source))
             for array, rows in zip(arrays, made, strict=True):
                 array[done : done + count] = rows[:count]
             done += count
@@ -197,6 +209,21 @@ class Inputs:
             return None
         store()
         return arrays
+
+    def _not_finite(self, half: Half, image: int, images: int) -> NonFiniteError:
+        use, skipping = {
+            "train": ("train on", "leaves steps with it out"),
+            "val": ("validate", "has no epoch as the best whose validation is not finite"),
+        }[half]
+        stage, blocks = self._program.plan.stage, self._program.prefix.blocks
+        where = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
+        way_out = f" With --on-nonfinite skip the same command goes on and {skipping}."
+        return NonFiniteError(
+            f"stage {stage.name!r}: the features of image {image} (of {images} to {use}, counted "
+            f"from 0), as its frozen {where} compute them, are not finite. Look at that image, at "
+            "the weights (large ones overflow) and at the running statistics."
+            + ("" if stage.solver else way_out)
+        )
 
     @cached_property
     def _digests(self) -> dict[str, str]:

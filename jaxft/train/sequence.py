@@ -9,6 +9,7 @@ from jaxft.train.compilation import Ahead
 from jaxft.train.fork import Fork
 from jaxft.train.kept import Inputs
 from jaxft.train.memory import fitting_memory
+from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import mode_names
 from jaxft.train.position import Position, at_start
 from jaxft.train.program import Compiled, Program, Snapshot
@@ -69,7 +70,10 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
 def _begin(
     run: Run, index: int, start: Start, forked: Fork | None, ahead: Ahead[Compiled]
 ) -> tuple[Progress, Snapshot]:
-    """The start of the run, which is that of stage `index`, with its score on the run's images."""
+    """Returns the run's start, which is that of stage `index`, with its score on the run's images.
+
+    Raises NonFiniteError for a score that is not finite, InterruptedRunError if a signal has come.
+    """
     if forked:
         at = fork.take(run, forked, *jax.eval_shape(lambda: start))
     else:
@@ -80,6 +84,9 @@ def _begin(
     score = run.evaluate(at.params, at.stats, inputs)
     if score is None:
         raise run.stopped()
+    name = run.programs[index].plan.stage.name
+    place = f"stage {name!r}, before the first step"
+    check_validation(run, at.params, at.stats, score, place=place)
     if forked:
         return fork.begin(run, forked, score, at), at
     return Progress.at_start(0, 0, score), at

@@ -19,6 +19,7 @@ from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 from jaxft.train.execution import apart, sent
 from jaxft.train.kept import Inputs
+from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import layer
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
@@ -261,15 +262,15 @@ def _way_out(record: Record, step: int) -> str:
 
 
 def _check_score(run: Run, program: Program, position: Position, score: Score) -> None:
-    if math.isfinite(score.loss) or program.recipe.on_nonfinite == "skip":
-        return
     progress, saved = position.progress, run.checkpoints.latest_step()
-    raise NonFiniteError(
-        f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {progress.step}: the "
-        f"validation loss is {score.loss}, though loss and gradients of all steps are finite. "
-        + (f"The last checkpoint is that of step {saved}. " if saved else "")
-        + "Look at the images to validate and at the running statistics (norms). With "
-        "--on-nonfinite skip the same command goes on, and such an epoch is never the best."
+    check_validation(
+        run,
+        *position.shown[:2],
+        score,
+        place=f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, "
+        f"step {progress.step}",
+        remark=", though loss and gradients of all steps are finite"
+        + (f". The last checkpoint is that of step {saved}" if saved else ""),
     )
 
 

@@ -51,7 +51,8 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     size, is replaced by a new one, as `recipe.head` says; with `zeros` or `xavier` any head is.
 
     Returns the start in the network's containers, and a remark for each change.
-    Raises WeightsError where arrays do not fit, are not floating point, or are not finite.
+    Raises WeightsError where arrays do not fit, are not floating point, are not finite, or are
+    running variances below 0.
     """
     if not (isinstance(start, tuple | list) and len(start) == 2):
         raise WeightsError(
@@ -95,8 +96,9 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     remarks += [f"{count} arrays of start are cast from {how}." for how, count in cast.items()]
     # By path, for a FrozenDict or NNX state may have another order.
     leaves = [jnp.asarray(found[path], like.dtype) for path, like in wanted.items()]
-    check_finite("start (0 is params, 1 is stats)", zip(wanted, leaves, strict=True))
-    return jax.tree.unflatten(jax.tree.structure(expected), leaves), remarks
+    fitted: Start = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    check_finite("start (0 is params, 1 is stats)", wanted, fitted)
+    return fitted, remarks
 
 
 def frozen_at_random(plans: Sequence[StagePlan], params: Tree) -> list[str]:

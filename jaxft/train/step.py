@@ -64,6 +64,8 @@ def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
     """
     target, mask = jnp.asarray(target), jnp.asarray(mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    # Within a fusion XLA may drop NaN from the loss on CPU.
+    losses = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, losses)
     own = jnp.take_along_axis(logits, target[:, None], axis=-1)
     rank = jnp.sum(~(logits <= own), axis=-1)  # NaN goes before numbers, and its own is the last
     return Tally(

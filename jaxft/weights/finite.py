@@ -1,32 +1,48 @@
-"""Refusal of weights that are not finite."""
+"""Refusal of weights that are not finite, and of running variances below 0."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
 from jaxft.errors import WeightsError
+from jaxft.labels import Tree, paths
 
 _SHOWN = 5
 
 
-def check_finite(source: str, tensors: Iterable[tuple[str, jax.Array | np.ndarray]]) -> None:
-    """Checks parameters and running statistics that a run is to start from, given with names.
+def check_finite(source: str, names: Iterable[str], start: tuple[Tree, Tree]) -> None:
+    """Checks the `(params, stats)` that a run is to start from; `names` are those of the leaves.
 
     XLA may drop NaN on CPU (in a relu followed by a mean), so such weights can train unnoticed.
 
     Raises:
-      WeightsError: a value is NaN or infinite; the message names the tensors.
+      WeightsError: a value is NaN or infinite, or a running variance, of which networks take the
+        root, is below 0; the message names the tensors.
     """
-    wrong = []
-    for name, tensor in tensors:
+    params, stats = start
+    variances = [False] * len(jax.tree.leaves(params))
+    variances += [path.rpartition(".")[2] == "var" for path in paths(stats)]
+    wrong, negative = [], []
+    for name, tensor, is_variance in zip(names, jax.tree.leaves(start), variances, strict=True):
         array = np.asarray(tensor)
         if bad := int(array.size - np.isfinite(array).sum()):
             wrong.append(f"{name} ({bad:,} of {array.size:,} values)")
+        elif is_variance and (bad := int((array < 0).sum())):
+            negative.append(f"{name} ({bad:,} of {array.size:,} values)")
     if wrong:
-        more = f", and {len(wrong) - _SHOWN} more tensors" if len(wrong) > _SHOWN else ""
         raise WeightsError(
-            f"{source} holds NaN or infinity, in the network's float type, in "
-            f"{', '.join(wrong[:_SHOWN])}{more}. Start from other weights, such as an earlier "
-            "checkpoint."
+            f"{source} holds NaN or infinity, in the network's float type, in {_shown(wrong)}. "
+            "Start from other weights, such as an earlier checkpoint."
         )
+    if negative:
+        raise WeightsError(
+            f"{source} holds running variances below 0, whose root is NaN, in {_shown(negative)}. "
+            "Start from other weights; where these are a sum or difference of networks, take the "
+            "statistics of one of them."
+        )
+
+
+def _shown(tensors: Sequence[str]) -> str:
+    more = f", and {len(tensors) - _SHOWN} more tensors" if len(tensors) > _SHOWN else ""
+    return ", ".join(tensors[:_SHOWN]) + more

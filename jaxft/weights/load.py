@@ -45,8 +45,8 @@ def load(
     file's own. Tensors are read one by one: at no time is there more in memory than the result and
     one of them.
 
-    Raises WeightsError with every mismatch at once, for values that are not finite, or where there
-    is no readable file.
+    Raises WeightsError with every mismatch at once, for values that are not finite, running
+    variances below 0, or where there is no readable file.
     """
     if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
         raise ValueError(f"head is {', '.join(('keep', *get_args(Start)))} or a tree, not {head!r}")
@@ -74,7 +74,7 @@ def load(
     elif order:
         params = reordered(model, params, order)
     names = (tensor.name for tensor in jax.tree.leaves(tensors))
-    check_finite(weights.source, zip(names, jax.tree.leaves((params, stats)), strict=True))
+    check_finite(weights.source, names, (params, stats))
     return params, stats
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxft.errors import RecipeError
 from jaxft.models import create
 from jaxft.models.context import Context
-from jaxft.models.layers import AveragePool, Dropout, MaxPool
+from jaxft.models.layers import AveragePool, Dropout, MaxPool, Relu, relu
 from jaxft.models.nnx_model import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
 
@@ -172,3 +172,18 @@ def test_dtypes_that_there_are_not():
 def test_rates_out_of_range(option, rate):
     with pytest.raises(RecipeError, match=f"resnet18: {option} is {rate}"):
         create("resnet18", **{option: rate})
+
+
+@pytest.mark.parametrize("reduction", [jnp.mean, jnp.sum])
+def test_relu_keeps_nan_where_it_is_fused_with_a_reduction(reduction):
+    """XLA on CPU makes 0 of it in `jax.nn.relu`."""
+    x = jnp.ones((4, 8, 8, 16)).at[1, 2, 3, 4].set(jnp.nan)
+    found = jax.jit(lambda x: reduction(Relu()(2 * x, Context("running")), (1, 2)))(x)
+    assert np.argwhere(np.isnan(found)).tolist() == [[1, 4]]
+
+
+def test_relu_is_torchs():
+    """Also its gradient, which is 0 at 0."""
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    np.testing.assert_array_equal(relu(x), [0, 0, 0, 3])
+    np.testing.assert_array_equal(jax.grad(lambda x: relu(x).sum())(x), [0, 0, 0, 1])

@@ -7,14 +7,25 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from mortal import QUIET, RECIPE, go_on, rows
 
-from jaxft import CheckpointError, Recipe, RecipeError, Stage, data, finetune, models
+from jaxft import (
+    CheckpointError,
+    Recipe,
+    RecipeError,
+    Stage,
+    WeightsError,
+    checksums,
+    data,
+    finetune,
+    models,
+)
 from jaxft.anchor import Anchor
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import save
-from jaxft.weights import load
+from jaxft.weights import load, orbax
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 HEAD, LATE, ALL = RECIPE.stages
@@ -196,3 +207,19 @@ def test_a_stage_alone_names_no_run(tmp_path):
     with pytest.raises(RecipeError, match="stage"):
         finetune(RECIPE, tmp_path / "run", stage="late", console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_fork_of_arrays_that_are_not_finite_is_refused(tmp_path):
+    """As of a run of an earlier version, which did not look at running statistics."""
+    recipe = dataclasses.replace(RECIPE, stages=(HEAD, LATE))
+    go_on(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
+    place = tmp_path / "run/checkpoints/8"
+    _, stats = orbax.read_weights(place)
+    stats["bn1"]["mean"][0] = np.nan
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(place / "stats", stats, force=True)
+    checksums.seal(place)
+    with pytest.raises(
+        WeightsError, match=r"end of stage 'head' .* 1\.bn1\.mean \(1 of 16 values\)"
+    ):
+        fork(recipe, tmp_path / "fork", tmp_path / "run", "head")

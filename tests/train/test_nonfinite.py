@@ -10,7 +10,7 @@ import pytest
 from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, rows, steps
 from test_step import MODEL, PREPROCESSING, batch
 
-from jaxft import Adam, NonFiniteError, Stage, data, finetune, partition, plan
+from jaxft import Adam, NonFiniteError, Stage, data, finetune, models, partition, plan
 from jaxft.models import Linen
 from jaxft.optim import GroupState
 from jaxft.train.progress import Progress
@@ -142,15 +142,91 @@ def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
     assert "rates" not in str(stop.value)  # none has been used yet
 
 
-def test_validation_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_validation_loss_that_is_not_finite_ends_the_run_before_its_first_step(tmp_path):
     train, val = images()
     swapped = data.Splits(val, train)  # the white image is one to validate
-    told = r"'all', epoch 1, step 2: the validation loss is (nan|inf), though loss and gradients"
+    told = r"stage 'all', before the first step: the validation loss is (nan|inf)\. Look"
     with pytest.raises(NonFiniteError, match=told) as stop:
         finetune(ONE, tmp_path, data=swapped, model=NETWORK, console=QUIET)
     assert "lower rates" not in str(stop.value).lower()
     skipping = dataclasses.replace(ONE, on_nonfinite="skip")
     finetune(skipping, tmp_path, data=swapped, model=NETWORK, console=QUIET)
+
+
+class Drifts(nn.Module):
+    """It cannot be evaluated any more once it has been trained."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        logits = nn.Dense(2, name="head")(x.mean((1, 2)))
+        moved = self.param("moved", nn.initializers.zeros, (2,))
+        return logits + moved if train else logits + jnp.where(moved == 0, 0, jnp.nan)
+
+
+def test_validation_loss_that_becomes_nan_ends_the_run(tmp_path):
+    network = Linen(Drifts(), shape=(8, 8, 3), head="head")
+    told = r"'all', epoch 1, step 6: the validation loss is nan, though loss and gradients"
+    with pytest.raises(NonFiniteError, match=told):
+        finetune(ONE, tmp_path, data=images(), model=network, console=QUIET)
+
+
+PLACES = {"stem": "conv1", "layer2": "layer2.0.conv1", "layer3": "layer3.0.conv2"}
+OVERFLOWING = dataclasses.replace(
+    ONE, model="cifar_resnet8", stages=(Stage("head", {"fc": 1e-2}, 2),)
+)
+
+
+def overflow(recipe, workdir, block, *, train=False, val=False):
+    """Trains with finite weights that overflow in a frozen block, for all images but black ones."""
+    pixels = np.zeros((14, 8, 8, 3), np.uint8)
+    pixels[3], pixels[11] = 255 * train, 255 * val
+    source = data.arrays(pixels, np.arange(14) % 2, ("a", "b"))
+    splits = data.Splits(source.take(np.arange(10)), source.take(np.arange(10, 14)))
+    params, stats = models.create("cifar_resnet8", num_classes=2).init(jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            3e38 * jnp.sign(x) if ".".join(k.key for k in path[:-1]) == PLACES[block] else x
+        ),
+        params,
+    )
+    return finetune(recipe, workdir, data=splits, start=(params, stats), console=QUIET)
+
+
+@pytest.mark.parametrize("cache_mib", [0, 512])
+@pytest.mark.parametrize("block", PLACES)
+def test_frozen_block_that_overflows_in_validation_ends_the_run_at_once(block, cache_mib, tmp_path):
+    recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
+    told = (
+        r"stage 'head': the features of image 1 \(of 4 to validate, .* frozen blocks stem to layer3"
+        if cache_mib
+        else r"stage 'head', before the first step: the validation loss is (nan|inf)\. "
+        rf"The first block whose output is not finite is '{block}'\. "
+    )
+    with pytest.raises(NonFiniteError, match=told):
+        overflow(recipe, tmp_path, block, val=True)
+
+
+@pytest.mark.parametrize("cache_mib", [0, 512])
+@pytest.mark.parametrize("block", PLACES)
+def test_frozen_block_that_overflows_in_training_ends_the_run(block, cache_mib, tmp_path):
+    recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
+    told = (
+        r"features of image 3 \(of 10 to train"
+        if cache_mib
+        else r"step \d: the loss is (nan|inf)\. "
+    )
+    with pytest.raises(NonFiniteError, match=told):
+        overflow(recipe, tmp_path, block, train=True)
+
+
+@pytest.mark.parametrize("cache_mib", [0, 512])
+def test_steps_in_which_a_frozen_block_overflows_are_skipped(cache_mib, tmp_path):
+    recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib, on_nonfinite="skip")
+    overflow(recipe, tmp_path, "layer2", train=True, val=True)
+    for row in rows(tmp_path):
+        assert row["skipped_steps"] == 1
+        assert np.isfinite(row["train_loss"])
+        assert row["val_loss"] is None  # not finite
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -18,6 +18,14 @@ PLACES = [
     *("fc.weight", "fc.bias"),
 ]
 
+RECIPE = Recipe(
+    model="cifar_resnet8",
+    data="digits:5-9",
+    image_size=8,
+    resize_size=8,
+    stages=(Stage("head", {"fc": 1e-2}, epochs=1),),
+)
+
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", PLACES)
@@ -30,6 +38,23 @@ def test_weights_file_that_is_not_finite_is_refused(name, value, tmp_path):
         weights.load(tmp_path / "weights.safetensors", MODEL)
 
 
+def test_negative_running_variance_is_refused(tmp_path):
+    """In a file and in arrays; 0 is a variance, of a channel that is dead."""
+    name, file = "layer2.0.bn1.running_var", tmp_path / "weights.safetensors"
+    variance = TENSORS[name].copy()
+    variance[:2] = -1e-3, 0
+    save_file({**TENSORS, name: variance}, file)
+    told = rf"holds running variances below 0.* in {name} \(1 of {variance.size} values\)\. Start"
+    with pytest.raises(WeightsError, match=told):
+        weights.load(file, MODEL)
+    params, stats = FIVE.init(jax.random.key(0))
+    stats["bn1"]["var"] = -stats["bn1"]["var"]
+    with pytest.raises(
+        WeightsError, match=r"start .* variances below 0.* in 1\.bn1\.var \(16 of 16"
+    ):
+        finetune(RECIPE, tmp_path / "run", start=(params, stats), console=Console(quiet=True))
+
+
 def test_infinite_head_that_is_replaced_does_not_matter(tmp_path):
     save_file({**TENSORS, "fc.bias": np.full(40, np.inf, np.float32)}, tmp_path / "w.safetensors")
     weights.load(tmp_path / "w.safetensors", MODEL, head="zeros")
@@ -38,14 +63,7 @@ def test_infinite_head_that_is_replaced_does_not_matter(tmp_path):
 def test_start_that_is_not_finite_is_refused(tmp_path):
     """The message shows a few names and counts the others; no folder is left."""
     start = jax.tree.map(lambda x: x * np.nan, FIVE.init(jax.random.key(0)))
-    recipe = Recipe(
-        model="cifar_resnet8",
-        data="digits:5-9",
-        image_size=8,
-        resize_size=8,
-        stages=(Stage("head", {"fc": 1e-2}, epochs=1),),
-    )
     told = r"start .* in 0\.bn1\.bias .*, and \d+ more tensors\. Start from other weights"
     with pytest.raises(WeightsError, match=told):
-        finetune(recipe, tmp_path / "run", start=start, console=Console(quiet=True))
+        finetune(RECIPE, tmp_path / "run", start=start, console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
