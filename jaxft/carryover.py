@@ -48,7 +48,7 @@ def carry(
 
     The `multi_transform` may lie within others (`optax.chain`, `MultiSteps`, `apply_if_finite`,
     `inject_hyperparams`, ...), and these within it. Moments outside of it start afresh, with a
-    warning.
+    warning; so do gradients that a `MultiSteps` has accumulated for a step not yet taken.
 
     Args:
       old: the state of a `multi_transform` over the previous labels.
@@ -86,7 +86,7 @@ def carry_with_remarks(
             f"carry: the old state holds {len(olds)} multi_transforms and the new one "
             f"{len(news)}. Build both stages' transforms alike, or carry each state by itself."
         )
-    remarks = _lost_outside(old)
+    remarks = [*_lost_outside(old), *_half_accumulated(old)]
     states = []
     for pair in zip(olds, news, strict=True):
         state, more = _carry_partition(*pair, park)
@@ -175,9 +175,31 @@ def _take(
 
 
 def _filled(memory: Any, taken: Leaves) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: taken.get(jax.tree_util.keystr(path), leaf), memory, is_leaf=_masked
+    parts = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: taken.get(jax.tree_util.keystr(path), leaf),
+        _parts(memory),
+        is_leaf=_masked,
     )
+    remaining = iter(parts)
+
+    def put(node: Any) -> Any:
+        if type(node) is tuple:
+            return tuple(map(put, node))
+        return next(remaining) if _parts(node) else node
+
+    return put(memory)
+
+
+def _parts(memory: Any) -> list[Any]:
+    """The states of a chain that hold arrays, in order, however the chain is nested.
+
+    Those that hold none come and go with hyperparameters: optax's Adam has one for its decay, and
+    another one with a schedule than with a constant rate.
+    """
+    if type(memory) is tuple:
+        return [part for node in memory for part in _parts(node)]
+    ours = isinstance(memory, SGDState | RMSpropState)
+    return [memory] if ours or jax.tree.leaves(memory, is_leaf=_masked) else []
 
 
 def _with_unused(fresh: Any, old: Any) -> Any:
@@ -222,9 +244,12 @@ def _is_opaque(node: Any) -> bool:
 
 def _kind(memory: Any) -> Any:
     """Equal for states of one optimizer, whatever its parameters and hyperparameters."""
-    if isinstance(memory, SGDState | RMSpropState):
-        return type(memory)
-    return jax.tree.structure(memory, is_leaf=_masked)
+    return [
+        type(part)
+        if isinstance(part, SGDState | RMSpropState)
+        else jax.tree.structure(part, is_leaf=_masked)
+        for part in _parts(memory)
+    ]
 
 
 def _partitions(state: Any, which: str) -> list[optax.PartitionState]:
@@ -256,13 +281,31 @@ def _lost_outside(state: Any) -> list[str]:
     ]
 
 
+def _half_accumulated(state: Any) -> list[str]:
+    """A remark on gradients that a `MultiSteps` holds for a step which it has not taken."""
+
+    def is_accumulator(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    nodes = filter(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator))
+    counts = [n.mini_step for n in nodes if not isinstance(n.mini_step, jax.core.Tracer)]
+    most = max(map(int, counts), default=0)
+    if not most:
+        return []
+    return [
+        f"MultiSteps holds the gradients of {most} mini-step{'s' * (most > 1)} towards its next "
+        "step: they are dropped, and it starts afresh. A stage whose steps are a multiple of "
+        "every_k_schedule loses none."
+    ]
+
+
 def _field(path: Iterable[Any]) -> str:
     """The last attribute on a path: `ema`, `trace`, `mu`."""
     return [getattr(key, "name", str(key)) for key in path if hasattr(key, "name")][-1]
 
 
 def _leaves(memory: Any) -> Leaves:
-    keyed, _ = jax.tree_util.tree_flatten_with_path(memory, is_leaf=_masked)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(_parts(memory), is_leaf=_masked)
     return {jax.tree_util.keystr(path): leaf for path, leaf in keyed}
 
 

@@ -108,11 +108,14 @@ def _arguments(
         wrong.append(f"takes no optimizer: {_REPLACEMENTS[cls]['optimizer']}")
         args = args[1:]
     if len(args) > len(ordered):
-        wrong.append(f"takes {len(ordered)} arguments without a name, not {len(args)}")
+        hint = _REPLACEMENTS[cls].get("lr", "") if isinstance(args[0], Real) else ""
+        counted = f"takes {len(ordered) or 'no'} arguments without a name, not {len(args)}"
+        wrong.append(f"{counted}: {hint}" if hint else counted)
     given = dict(zip(ordered, args, strict=False))
     wrong += [f"is given {name!r} twice" for name in kwargs if name in given]
     wrong += [f"has {unknown(cls, name)}" for name in kwargs if name not in names]
     given |= {name: value for name, value in kwargs.items() if name in names}
+    given = {name: _plain(value) for name, value in given.items()}
     misfits = []
     for name, value in given.items():
         if name not in skip:
@@ -135,6 +138,13 @@ def _arguments(
         rest[0] = f"{subject}: {rest[0]}"
     message = "; ".join([*said, *rest])
     raise RecipeError(message if message.endswith("?") else f"{message}.")
+
+
+def _plain(value: Any) -> Any:
+    """A scalar array as Python's number, alone or in a dict; anything else as it is."""
+    if type(value) is dict:
+        return {key: _plain(x) for key, x in value.items()}
+    return value.item() if hasattr(value, "item") and np.shape(value) == () else value
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -174,8 +174,8 @@ def leaf_labels(params: Tree, labels: Tree) -> list[str]:
     """
     expected, found = paths(params), paths(labels)
     wanted, given = set(expected), set(found)
-    missing = [path for path in expected if path not in given]
-    extra = [path for path in found if path not in wanted]
+    missing = [path or "a bare array" for path in expected if path not in given]
+    extra = [path or "a bare label" for path in found if path not in wanted]
     if missing or extra or not same_structure(labels, params):
         raise LabelError(
             "the label tree has another structure than the parameters"
@@ -302,7 +302,7 @@ def _hint(pattern: Pattern, names: Sequence[str]) -> str:
             guess = "Running statistics are no parameters; see `norms` of a stage.  "
     roots = Counter(s[0] for s in segments)
     shown = [f"{root}.* ({count})" for root, count in roots.items()]
-    return f"\n  {guess}Parameters: {_some(shown, separator='  ', most=12)}"
+    return f"\n  {guess}Parameters: {_some(shown, separator='  ', most=12) or 'none'}"
 
 
 def _meant(pattern: str, names: Sequence[str]) -> list[str]:

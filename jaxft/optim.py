@@ -67,7 +67,7 @@ _OF_OTHERS = {
 
 
 @checked(**_OF_OTHERS)
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SGD(Checked):
     """`torch.optim.SGD`: decay joins the gradient, the rate stays outside the momentum buffer.
 
@@ -119,7 +119,7 @@ class SGD(Checked):
 
 
 @checked(**_OF_OTHERS)
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adam(Checked):
     """`torch.optim.Adam`: decay is added to the gradient before the moments."""
 
@@ -144,7 +144,7 @@ class Adam(Checked):
 
 
 @checked(**_OF_OTHERS)
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamW(Checked):
     """`torch.optim.AdamW`: decay acts on the parameters alone, times the rate (default 1e-2)."""
 
@@ -169,7 +169,7 @@ class AdamW(Checked):
 
 
 @checked(**_OF_OTHERS)
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RMSprop(Checked):
     """`torch.optim.RMSprop`: alpha averages the squares; eps and the rate as torch places them."""
 

@@ -175,7 +175,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = {
-            1: ("batch_size", "image_size", "resize_size", "sync_steps", "steps_per_execution"),
+            1: (
+                "shots",
+                "batch_size",
+                "image_size",
+                "resize_size",
+                "sync_steps",
+                "steps_per_execution",
+            ),
             0: ("workers", "cache_mib", "disk_cache_mib", "checkpoint_steps", "views"),
         }
         for least, fields in counts.items():
@@ -191,8 +198,10 @@ class Recipe:
             raise RecipeError("head='keep' keeps that of the weights, and weights is None.")
         if not 0 <= self.seed < 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
-        if self.std is not None and not all(s > 0 for s in self.std):
-            raise RecipeError(f"std is {self.std}; each must be positive.")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise RecipeError(f"mean is {self.mean}; each must be finite.")
+        if self.std is not None and not all(0 < s < math.inf for s in self.std):
+            raise RecipeError(f"std is {self.std}; each must be positive and finite.")
         self._check_splits()
         self._check_objective()
         check_stages(self.stages)

@@ -176,9 +176,11 @@ class Stage:
             name = show(pattern)
             lr, rule, decay = update.lr, update.optimizer, update.weight_decay
             if not (_is_number(lr) and lr > 0):
-                wrong.append(f"the rate of {name!r} is {lr}; it must be a positive, finite number")
+                wrong.append(
+                    f"the rate of {name!r} is {lr!r}; it must be a positive, finite number"
+                )
             if decay is not None and not (_is_number(decay) and decay >= 0):
-                wrong.append(f"the weight_decay of {name!r} is {decay}; it must not be negative")
+                wrong.append(f"the weight_decay of {name!r} is {decay!r}; it must not be negative")
             rules[f"the optimizer of {name!r}"] = rule
         for place, rule in rules.items():
             if not isinstance(rule, Optimizer | optax.GradientTransformation | None):
@@ -217,6 +219,9 @@ class Stage:
             all(_is_number(w) and w >= 0 for w in self.class_weights) and any(self.class_weights)
         ):
             wrong.append(f"class_weights are {self.class_weights}; none is negative, not all are 0")
+        if not isinstance(self.norms, str | Mapping):
+            wrong.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
+            return wrong
         for choice in self.norm_choices.values():
             if choice not in get_args(NormChoice):
                 wrong.append(

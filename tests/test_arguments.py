@@ -47,7 +47,10 @@ MISTAKES = [
     (lambda: make(learning_rate=1e-3), "Recipe has no field 'learning_rate': rates belong to the"),
     (lambda: make(batchsize=4), "Recipe has no field 'batchsize': did you mean 'batch_size'?"),
     (lambda: make(train={"fc": 1}), "Recipe has no field 'train': "),
-    (lambda: Recipe("resnet18"), "takes 0 arguments without a name, not 1; model, data, stages mu"),
+    (
+        lambda: Recipe("resnet18"),
+        "takes no arguments without a name, not 1; model, data, stages mu",
+    ),
     (lambda: Update(1.0, decay=0.1), "Update has no field 'decay'; its fields are lr, schedule, "),
     (lambda: EarlyStop(patients=3), "EarlyStop has no field 'patients': did you mean 'patience'?"),
     (lambda: Anchor(strength=1.0), "Anchor has no field 'strength'; its fields are body, head."),
@@ -83,9 +86,15 @@ MISTAKES = [
     (lambda: EarlyStop(patience=2.5), "EarlyStop: patience is 2.5; it must be a whole number."),
     (lambda: MultiStepLR(3), "milestones is 3; it must be a tuple of whole numbers."),
     (lambda: LogisticRegression("1"), "c is '1'; it must be a tuple of numbers."),
+    (lambda: Adam(1e-3), "Adam takes no arguments without a name, not 1: rates belong to the "),
+    (lambda: Stage("a", {"fc": 1.0}, 1, norms=None), "norms is None; it must be a letter or "),
+    (lambda: Stage("a", {"fc": "1e-3"}, 1), "the rate of 'fc' is '1e-3'; it must be a positive"),
     # values, as torch refuses them
     (lambda: SGD(nesterov=True), "SGD: nesterov needs a momentum and no dampening."),
-    (lambda: SGD(0.9, 0.1, nesterov=True), "SGD: nesterov needs a momentum and no dampening."),
+    (
+        lambda: SGD(momentum=0.9, dampening=0.1, nesterov=True),
+        "SGD: nesterov needs a momentum and no dampening.",
+    ),
     (
         lambda: SGD(momentum=-1, weight_decay="x"),
         "momentum is -1; .*; weight_decay is 'x'; it must",
@@ -116,6 +125,10 @@ def test_lists_single_stages_and_numpy_numbers_are_accepted():
     found = make(seed=np.int64(3), dropout=np.float32(0.5))
     assert (type(found.seed), type(found.dropout)) == (int, float)
     recipe.resolve(found)
+    lr = np.float32(0.5)
+    rates = make(stages=Stage("a", {"fc": lr, "layer4": Update(lr)}, 1))
+    assert rates == make(stages=Stage("a", {"fc": 0.5, "layer4": Update(0.5)}, 1))
+    recipe.resolve(rates)
 
 
 def test_recipe_file_suggests_names(tmp_path):

@@ -94,7 +94,7 @@ def check_carried(before, after, fresh):
 @pytest.mark.parametrize("wrapper", AROUND)
 def test_carry_finds_the_labels_within(wrapper):
     first, second = (AROUND[wrapper](labelled(rules)) for rules in (HEAD, ALL))
-    before, fresh = train(first, first.init(PARAMS), 3), second.init(PARAMS)
+    before, fresh = train(first, first.init(PARAMS), 4), second.init(PARAMS)
     after = jaxft.carry(before, fresh)
     check_carried(before, after, fresh)
     train(second, after, 1)
@@ -104,7 +104,7 @@ def test_carry_finds_the_labels_within(wrapper):
 def test_carry_goes_into_what_a_group_wraps(wrapper):
     first = labelled(HEAD, WITHIN[wrapper], lr=0.1)
     second = labelled(ALL, WITHIN[wrapper], lr=0.001)
-    before, fresh = train(first, first.init(PARAMS), 3), second.init(PARAMS)
+    before, fresh = train(first, first.init(PARAMS), 4), second.init(PARAMS)
     after = jaxft.carry(before, fresh)
     check_carried(before, after, fresh)
     train(second, after, 1)
@@ -145,6 +145,38 @@ def test_carry_names_moments_outside_of_the_labels():
         after = jaxft.carry(before, second.init(PARAMS))
     assert int(after[1].count) == 0
     assert int(moments(after, "head").count) == 2
+
+
+@pytest.mark.parametrize("place", ["around", "within"])
+def test_carry_remarks_on_half_accumulated_gradients(place):
+    if place == "around":
+        first, second = (optax.MultiSteps(labelled(rules), 2) for rules in (HEAD, ALL))
+    else:
+        first, second = (labelled(rules, WITHIN["MultiSteps"]) for rules in (HEAD, ALL))
+    before = train(first, first.init(PARAMS), 3)
+    with pytest.warns(UserWarning, match="the gradients of 1 mini-step towards its next step: "):
+        after = jaxft.carry(before, second.init(PARAMS))
+    assert int(moments(after, "head").count) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        optax.adamw,
+        lambda lr: optax.adam(optax.cosine_decay_schedule(lr, 10)),
+        lambda lr: optax.chain(optax.clip(1.0), optax.adam(lr)),
+    ],
+    ids=["decay", "schedule", "clipping"],
+)
+def test_carry_keeps_adams_moments_whatever_is_chained_to_it(other):
+    for make, later in ((optax.adam, other), (other, optax.adam)):
+        first, second = labelled(HEAD, make), labelled(ALL, later)
+        before = train(first, first.init(PARAMS), 2)
+        after = jaxft.carry(before, second.init(PARAMS))
+        assert int(moments(after, "head").count) == 2
+        head = [moments(state, "head").nu["head"]["w"] for state in (before, after)]
+        np.testing.assert_array_equal(*head)
+        train(second, after, 1)
 
 
 def test_carry_pairs_several_multi_transforms_in_order():

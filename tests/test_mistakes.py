@@ -107,7 +107,7 @@ MISTAKES = {
     "rate that is no number": (
         lambda: plan(stage({"fc": "fast"})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is fast",
+        "stage 'late': the rate of 'fc' is 'fast'",
     ),
     "rate that is a flag": (
         lambda: plan(stage({"fc": True})),

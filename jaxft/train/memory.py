@@ -27,7 +27,7 @@ def _where(program: Program, error: Exception) -> str:
         f"stage {program.plan.stage.name!r}: a batch of {size} images of "
         f"{program.recipe.preprocessing.image_size} pixels does not fit into the memory of "
         f"{jax.devices()[0].device_kind}: {line}\n"
-        "What is saved stays; to need less memory:"
+        "What a run has saved stays. To need less memory:"
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxft.errors import RecipeError
 from jaxft.schedules import ExponentialLR
 from jaxft.stages import Stage
+from jaxft.train.memory import fitting_memory
 from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.trial import Trial
 
@@ -137,8 +138,14 @@ def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
 def range_test(trial: Trial, *, low: float, high: float) -> Curve:
     """Takes the steps of a trial of a `ramp` stage between the same rates.
 
-    Relative rates are measured once, before the first step.
+    Relative rates are measured once, before the first step. Raises RecipeError for a batch that
+    does not fit into memory.
     """
+    with fitting_memory(trial.program):
+        return _range_test(trial, low, high)
+
+
+def _range_test(trial: Trial, low: float, high: float) -> Curve:
     program = trial.program
     compiled, state, frozen = trial.compile()
     start = trial.params if program.plan.stage.anchor else None

@@ -14,6 +14,7 @@ from jaxft.data import Batch
 from jaxft.labels import Tree, combine, paths, unflatten
 from jaxft.optim import restart
 from jaxft.parallel import Devices
+from jaxft.train.memory import fitting_memory
 from jaxft.train.prefix import block_labels
 from jaxft.train.program import Compiled, Gauge, Snapshot
 from jaxft.train.step import TrainState
@@ -49,14 +50,18 @@ def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
 
 
 def block_norms(trial: Trial) -> dict[str, float]:
-    """Of each block of a network all of which trains: its whole gradient by all of its weights."""
+    """Of each block of a network all of which trains: its whole gradient by all of its weights.
+
+    Raises RecipeError for a batch that does not fit into memory.
+    """
     program, model = trial.program, trial.program.model
-    gauge = jax.jit(program.gauge(block_labels(model, trial.params)))
-    opt_state = program.transform.init(trial.params)  # no step will be taken with it
-    state, frozen = program.state(Snapshot(trial.params, trial.stats, opt_state))
-    batches = enumerate(trial.batches(BATCHES))
-    gauges = [gauge(state, frozen, batch, np.int32(number)) for number, batch in batches]
-    norms = relative_norms(jax.device_get(gauges))
+    with fitting_memory(program):
+        gauge = jax.jit(program.gauge(block_labels(model, trial.params)))
+        opt_state = program.transform.init(trial.params)  # no step will be taken with it
+        state, frozen = program.state(Snapshot(trial.params, trial.stats, opt_state))
+        batches = enumerate(trial.batches(BATCHES))
+        gauges = [gauge(state, frozen, batch, np.int32(number)) for number, batch in batches]
+        norms = relative_norms(jax.device_get(gauges))
     return {block: norms.get(block, math.nan) for block in model.blocks}
 
 

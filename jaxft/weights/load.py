@@ -17,7 +17,7 @@ from jaxft.weights.families import renamed
 from jaxft.weights.finite import check_finite
 from jaxft.weights.head import Start, with_head
 from jaxft.weights.names import TorchTensor, file_tensors
-from jaxft.weights.prefix import find_head, find_prefix, taken
+from jaxft.weights.prefix import IN_MEMORY, find_head, find_prefix, taken
 from jaxft.weights.read import Weights, named_tensors, read
 from jaxft.weights.report import mismatch
 from jaxft.weights.tensors import LazyTensor, in_memory
@@ -49,7 +49,9 @@ def load(
     variances below 0, or where there is no readable file.
     """
     if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
-        raise ValueError(f"head is {', '.join(('keep', *get_args(Start)))} or a tree, not {head!r}")
+        raise WeightsError(
+            f"head is {head!r}; it must be {', '.join(('keep', *get_args(Start)))} or a tree."
+        )
     key = jax.random.key(0) if key is None else key
     if not isinstance(weights, Weights):
         weights = fitted(read(weights, own_names=not model.torch_named), model, head, classes)
@@ -65,8 +67,9 @@ def load(
         if tensor.name not in found:
             return shape  # the new head's
         array = tensor.from_torch(found[tensor.name].read())
-        # By jax.numpy it would be a compiled program for each shape.
-        return jax.device_put(np.array(array, shape.dtype, order="C"))
+        with np.errstate(over="ignore"):  # `check_finite` names what is too large
+            array = np.array(array, shape.dtype, order="C")
+        return jax.device_put(array)  # jax.numpy would compile a program for each shape
 
     params, stats = jax.tree.map(leaf, tensors, abstract)
     if head != "keep":
@@ -101,10 +104,10 @@ def from_state_dict(
     Example:
       params, stats = weights.from_state_dict(torch_module.state_dict(), model)
     """
-    source = "the state dict"
+    source = IN_MEMORY
     if not isinstance(state, Mapping):
         raise WeightsError(f"{source} must map names to arrays; it is a {type(state).__name__}.")
-    content = {name: in_memory(x) for name, x in state.items()}
+    content = in_memory(state)
     if model.torch_named:
         tensors, remarks = named_tensors(content, source)
     elif wrong := [str(name) for name, x in content.items() if not isinstance(x, LazyTensor)]:

@@ -7,6 +7,8 @@ from jaxft.errors import WeightsError
 from jaxft.weights.families import rename
 from jaxft.weights.tensors import LazyTensor
 
+IN_MEMORY = "the state dict"
+"""What errors call a state dict that is no file."""
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 8
 
@@ -50,9 +52,12 @@ def find_prefix(
     if len(whole) > 1:
         counts = [f"{p!r} ({sum(n.startswith(p) for n in tensors)} tensors)" for p in whole]
         separator = "&" if "#" in source else "#"
+        way_out = f"Say which: {source}{separator}prefix={whole[0]}"
+        if source == IN_MEMORY:
+            way_out = "Give the tensors of one of them alone."
         raise WeightsError(
-            f"{source} holds the network below {len(whole)} prefixes: {', '.join(counts)}. Say "
-            f"which: {source}{separator}prefix={whole[0]}"
+            f"{source} holds the network below {len(whole)} prefixes: {', '.join(counts)}. "
+            f"{way_out}"
         )
     best, count = fitting.most_common(1)[0]
     return best if count > len(body) / 2 else ""

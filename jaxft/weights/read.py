@@ -1,5 +1,6 @@
 """Reads a weights file of any kind into named tensors, not yet those of a network."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +64,11 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     Raises:
       WeightsError: there is no such thing, or it holds no weights.
     """
+    if not isinstance(source, str | PathLike):
+        raise WeightsError(
+            f"weights are {reprlib.repr(source)}; they must be named by a path or another source. "
+            "weights.from_state_dict takes arrays in memory."
+        )
     name = fspath(source)
     located = locate(name)
     network = Description()

@@ -35,7 +35,10 @@ def mismatch(
             "of another shape",
             [f"{n} {list(found[n].shape)}, not {list(wanted[n].shape)}" for n in sorted(reshaped)],
         ),
-        ("not floating point", [f"{n} {found[n].dtype}" for n in sorted(retyped)]),
+        (
+            "of a type that is not F16, BF16, F32 or F64",
+            [f"{n} {found[n].dtype}" for n in sorted(retyped)],
+        ),
     )
     lines = [f"{fit} of the network's {len(wanted)} tensors fit by name and shape{where}."]
     for title, entries in sections:
@@ -48,6 +51,10 @@ def mismatch(
         )
     elif all(name.startswith(f"{head}.") for name in missing | reshaped | retyped):
         lines.append('  Only the head differs. For training, a new one serves: head="fresh".')
+    elif not (missing or extra or reshaped):
+        lines.append(
+            "  Quantised or other special weights must be saved in a floating-point type first."
+        )
     elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
         lines.append("  It may hold another architecture, or this one by other names.")
     return "\n".join(lines)

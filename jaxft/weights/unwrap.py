@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import WeightsError
-from jaxft.weights.prefix import take_prefix
+from jaxft.weights.prefix import IN_MEMORY, take_prefix
 from jaxft.weights.tensors import LazyTensor
 from jaxft.weights.torch_pickle import Inert
 
@@ -14,6 +14,8 @@ _KNOWN = (
     *("state_dict", "model_state_dict", "model", "net", "network", "weights", "params"),
 )
 _WRAPPERS = ("module", "_orig_mod")  # of DataParallel and of torch.compile
+# Of torch.compile, FSDP and activation checkpointing around a part of a network: within its names.
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its `module`
 _DEPTH = 3
 _SHOWN = 8
@@ -56,6 +58,8 @@ def unwrap(
         remarks.append(f"left '{_COUNTER}' of {source}, which counts the averaged steps")
         if not tensors:
             raise WeightsError(f"{source} holds no tensor beside '{_COUNTER}'")
+    tensors, said = _without_inner_wrappers(tensors, source)
+    remarks += said
     shared = _prefix(tensors)
     if prefix is not None:
         inside, said = take_prefix(tensors, prefix, source, shared)
@@ -65,6 +69,27 @@ def unwrap(
     stripped = {name.removeprefix(shared): x for name, x in tensors.items()}
     assert len(stripped) == len(tensors)
     return stripped, remarks
+
+
+def _without_inner_wrappers(
+    tensors: dict[str, LazyTensor], source: str
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """The tensors without the names of wrappers around parts of a network, and a remark on them.
+
+    What all names share is left: see `_prefix`.
+    """
+    shared = _prefix(tensors)
+    names = {}
+    for name in tensors:
+        parts = name.removeprefix(shared).split(".")
+        inner = [part for part in parts if part not in _INNER_WRAPPERS]
+        names[name] = shared + ".".join(inner)
+    changed = [name for name, plain in names.items() if name != plain]
+    if not changed or len(set(names.values())) < len(names):
+        return tensors, []
+    found = [w for w in _INNER_WRAPPERS if any(w in name.split(".") for name in changed)]
+    remark = f"took {', '.join(map(repr, found))} out of {len(changed)} names in {source}"
+    return {names[name]: x for name, x in tensors.items()}, [remark]
 
 
 def _states(content: Mapping[Any, Any]) -> dict[_Path, Mapping[Any, Any]]:
@@ -101,10 +126,11 @@ def _pick(states: Mapping[_Path, Mapping[Any, Any]], source: str, at: _Path = ()
         return at
     if len(nested) == 1:
         return nested[0]
+    way_out = f"Say which: {source}#entry={'.'.join(nested[0])}"
     raise WeightsError(
         f"{source} holds several state dicts, and none by a usual name: "
-        f"{_bounded(_shown(states, below))}. Say which: "
-        f"{source}#entry={'.'.join(nested[0])}"
+        f"{_bounded(_shown(states, below))}. "
+        f"{'Give one of them alone.' if source == IN_MEMORY else way_out}"
     )
 
 

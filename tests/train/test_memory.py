@@ -4,11 +4,19 @@ import dataclasses
 
 import jax
 import pytest
-from test_start import ALL, GIVEN, NET
+from test_start import ALL as WHOLE
+from test_start import GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune
 from jaxft.train.program import Program
+from jaxft.train.range_test import ramp, range_test
+from jaxft.train.relative_gradients import block_norms
 from jaxft.train.run import Run
+from jaxft.train.trial import trial
+
+# A last batch of one image has no batch statistics.
+ALL = dataclasses.replace(WHOLE, drop_last=True)
+IN_MEMORY = {"data": GIVEN["data"]}
 
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 ADVICE = (
@@ -67,3 +75,12 @@ def test_out_of_memory_of_another_kind_stays_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(Program, "compile", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         run(tmp_path / "run")
+
+
+def test_range_test_and_block_norms_name_the_ways_out(monkeypatch):
+    tried = trial(ALL, ramp(ALL.stages[0], low=1e-4, high=1.0, steps=10), model=NET, **IN_MEMORY)
+    monkeypatch.setattr(Program, "compile", refuse)
+    monkeypatch.setattr(Program, "gauge", refuse)
+    for probe in (lambda: range_test(tried, low=1e-4, high=1.0), lambda: block_norms(tried)):
+        with pytest.raises(RecipeError, match=ADVICE):
+            probe()

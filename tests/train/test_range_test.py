@@ -72,11 +72,11 @@ def test_valley(losses, expected):
 
 def test_a_ramp_scales_all_rates_and_leaves_out_what_would_end_or_bend_it():
     cosine = schedules.CosineAnnealingLR()
-    train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(0.5)), "b": 1e-3}
+    train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(momentum=0.5)), "b": 1e-3}
     fields = {"minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "A"}
     stage = Stage("x", train, 4, cosine, until=EarlyStop(), **fields)
     (ramped,) = plan([ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": 0.0, "b": jnp.ones(2)})
-    assert ramped.stage.train["a"].optimizer == SGD(0.5)
+    assert ramped.stage.train["a"].optimizer == SGD(momentum=0.5)
     assert (ramped.stage.norms, ramped.stage.clip_norm) == ("A", 1.0)
     assert (ramped.stage.until, ramped.stage.minutes, ramped.stage.ema) == (None, None, None)
     assert ramped.stage.length(steps_per_epoch=2) == 10

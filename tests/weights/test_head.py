@@ -63,3 +63,14 @@ MISFITS = {
 def test_a_given_head_must_fit(given):
     with pytest.raises(WeightsError, match=r"wants .*bias.*\(100,\).*kernel.*\(64, 100\)"):
         new_head(MODEL, given, KEY)
+
+
+@pytest.mark.parametrize("start", ["fresh", "zeros", "xavier", "tree"])
+def test_new_head_brings_its_running_statistics(start, tmp_path):
+    other = create("cifar_resnet8", num_classes=5, concat_pool=True)
+    save(tmp_path / "w.safetensors", other, *other.init(jax.random.key(1)))
+    fresh, fresh_stats = CONCAT.init(KEY)
+    head = fresh["fc"] if start == "tree" else start
+    _, stats = load(tmp_path / "w.safetensors", CONCAT, head=head, key=KEY)
+    jax.tree.map(np.testing.assert_array_equal, stats["fc"], fresh_stats["fc"])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(stats))

@@ -77,7 +77,10 @@ MISFITS = {
     "extra": ({"neck.bias": np.ones(3, "f4")}, ["not in the network (1)", "neck.bias [3]"]),
     "shape": ({"bn1.bias": np.ones(3, "f4")}, ["another shape (1)", "bn1.bias [3], not [16]"]),
     "hwio": ({"conv1.weight": np.ones((3, 3, 3, 16), "f4")}, ["[3, 3, 3, 16], not [16, 3, 3, 3]"]),
-    "integers": ({"bn1.bias": np.ones(16, "i4")}, ["not floating point (1)", "bn1.bias I32"]),
+    "integers": (
+        {"bn1.bias": np.ones(16, "i4")},
+        ["of a type that is not F16, BF16, F32 or F64 (1)", "bn1.bias I32"],
+    ),
     "all at once": (
         {"conv1.weight": None, "x": np.ones(2, "f4"), "fc.bias": np.ones(9, "f4")},
         ["35 of", "missing (1)", "not in the network (1)", "another shape (1)"],
@@ -150,7 +153,7 @@ def test_from_state_dict_takes_torchs_tensors(dtype, tensors, trees):
         ({"bn1.bias": None}, r"missing \(1\):\n    bn1.bias"),
         ({"neck.bias": np.ones(3, "f4")}, r"not in the network \(1\):\n    neck.bias"),
         ({"bn1.bias": np.ones(3, "f4")}, r"bn1.bias \[3\], not \[16\]"),
-        ({"bn1.bias": np.ones(16, "c8")}, "not floating point .*\n    bn1.bias complex64"),
+        ({"bn1.bias": np.ones(16, "c8")}, "of a type that is not F16, .*\n    bn1.bias complex64"),
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )
@@ -167,8 +170,48 @@ def test_from_state_dict_refuses_what_is_none(state):
 
 
 def test_unknown_head_option(tmp_path):
-    with pytest.raises(ValueError, match="'new'"):
+    with pytest.raises(WeightsError, match="'new'"):
         load(tmp_path / "w", MODEL, head="new")
+
+
+def test_weights_that_are_no_path_are_refused():
+    with pytest.raises(WeightsError, match="weights are None; they must be named by a path"):
+        load(None, MODEL)
+
+
+def test_from_state_dict_takes_any_byte_order_and_nested_dicts(tensors, trees):
+    state = {name: x.astype(">f4") for name, x in tensors.items()}
+    assert_identical(from_state_dict(state, MODEL), trees)
+    with pytest.warns(UserWarning, match="Took 'state_dict' of the state dict, which also holds"):
+        found = from_state_dict({"state_dict": tensors, "epoch": 3}, MODEL)
+    assert_identical(found, trees)
+
+
+def test_from_state_dict_names_a_tensor_that_cannot_be_read(tensors):
+    class Sparse:
+        shape, dtype = (16,), np.dtype("f4")
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("can't convert a sparse tensor. Use to_dense() first.")
+
+    with pytest.raises(WeightsError, match=r"bn1.bias of the state dict cannot be read: can't .*"):
+        from_state_dict(tensors | {"bn1.bias": Sparse()}, MODEL)
+
+
+def test_two_networks_in_one_file_or_state_dict_ask_for_one(tensors, tmp_path):
+    state = {f"{side}.{name}": x for side in "ab" for name, x in tensors.items()}
+    with pytest.raises(WeightsError, match=r"'b\.' .*Give the tensors of one of them alone"):
+        from_state_dict(state, MODEL)
+    save_file(state, tmp_path / "w")
+    with pytest.raises(WeightsError, match=r"'b\.' .*Say which: .*w#prefix=[ab]\."):
+        load(tmp_path / "w", MODEL)
+
+
+def test_quantised_weights_are_not_called_another_architecture(tensors):
+    state = {name: x.astype("i1") for name, x in tensors.items()}
+    with pytest.raises(WeightsError, match="Quantised or other special weights") as raised:
+        from_state_dict(state, MODEL)
+    assert "architecture" not in str(raised.value)
 
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared ImageNet weights")

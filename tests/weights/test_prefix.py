@@ -120,7 +120,7 @@ REFUSED = {
     "two encoders": (
         lambda s: under("module.", under("encoder_q.", s) | under("encoder_k.", without_head(s))),
         "fresh",
-        ["below 2 prefixes: 'encoder_q.' (37 tensors), 'encoder_k.' (35", "#prefix=encoder_q."],
+        ["below 2 prefixes: 'encoder_q.' (37 tensors), 'encoder_k.' (35", "one of them alone"],
         [],
     ),
     "no head": (

@@ -86,6 +86,21 @@ TAKEN = {
         state("x", "_orig_mod.module."),
         ["took '_orig_mod.module.' off each name in F"],
     ),
+    "compiled within": (
+        {"conv1._orig_mod.weight": tensor("x"), "bn1.weight": tensor("x"), "fc.bias": tensor("x")},
+        ["took '_orig_mod' out of 1 names in F"],
+    ),
+    "wrapped around and within": (
+        {
+            "module.conv1._fsdp_wrapped_module._checkpoint_wrapped_module.weight": tensor("x"),
+            "module.bn1._fsdp_wrapped_module.weight": tensor("x"),
+            "module.fc.bias": tensor("x"),
+        },
+        [
+            "took '_fsdp_wrapped_module', '_checkpoint_wrapped_module' out of 2 names in F",
+            "took 'module.' off each name in F",
+        ],
+    ),
     "backbone": (state("x", "backbone."), ["took 'backbone.' off each name in F"]),
     "counter": (
         COUNTED,
