@@ -74,8 +74,9 @@ def load(
     params, stats = jax.tree.map(leaf, tensors, abstract)
     if head != "keep":
         params = with_head(model, params, head, key)
-        fresh = jax.jit(lambda key: model.init(key)[1])(key)  # of norm layers in the new head
-        stats = jax.tree.map(lambda x, new: x if isinstance(x, jax.Array) else new, stats, fresh)
+        if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(stats)):
+            fresh = jax.jit(lambda key: model.init(key)[1])(key)  # of norm layers in the new head
+            stats = jax.tree.map(lambda x, y: x if isinstance(x, jax.Array) else y, stats, fresh)
     elif order:
         params = reordered(model, params, order)
     names = (tensor.name for tensor in jax.tree.leaves(tensors))

@@ -176,9 +176,16 @@ def test_a_real_checkpoint_of_cifar_10():
 
 
 def test_two_tensors_for_one(tensors, tmp_path):
-    save_file(tensors | {"linear.bias": np.zeros(5, "f4")}, tmp_path / "w")
-    with pytest.raises(WeightsError, match=r"fc\.bias and linear\.bias \(both fc\.bias\)"):
+    body = {name: tensor for name, tensor in tensors.items() if name != "fc.bias"}
+    heads = dict.fromkeys(["head.bias", "linear.bias"], tensors["fc.bias"])
+    save_file(body | heads, tmp_path / "w")
+    with pytest.raises(WeightsError, match=r"head\.bias and linear\.bias \(both fc\.bias\)"):
         read(tmp_path / "w")
+
+
+def test_head_by_torchvisions_name_goes_before_others(tensors, tmp_path):
+    save_file(tensors | {"linear.bias": np.zeros(5, "f4")}, tmp_path / "w")
+    assert {"fc.bias", "linear.bias"} <= read(tmp_path / "w").tensors.keys()
 
 
 NO_WEIGHTS = {
