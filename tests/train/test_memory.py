@@ -4,8 +4,7 @@ import dataclasses
 
 import jax
 import pytest
-from test_start import ALL as WHOLE
-from test_start import GIVEN, NET
+from test_start import ALL, GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune
 from jaxft.train.program import Program
@@ -14,8 +13,6 @@ from jaxft.train.relative_gradients import block_norms
 from jaxft.train.run import Run
 from jaxft.train.trial import trial
 
-# A last batch of one image has no batch statistics.
-ALL = dataclasses.replace(WHOLE, drop_last=True)
 IN_MEMORY = {"data": GIVEN["data"]}
 
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")

@@ -45,8 +45,8 @@ def network(classes=3, **fields):
 
 
 NET = network()
-IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
-GIVEN = {"data": data.arrays(IMAGES, np.arange(20) % 3, classes="abc"), "console": QUIET}
+IMAGES = np.random.default_rng(0).integers(0, 256, (21, 4, 4, 3), np.uint8)
+GIVEN = {"data": data.arrays(IMAGES, np.arange(21) % 3, classes="abc"), "console": QUIET}
 ALL = Recipe(
     model="net",
     data="noise",
