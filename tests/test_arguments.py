@@ -152,6 +152,7 @@ def test_recipe_file_suggests_names(tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.slow
 def test_recipe_in_python_is_one_line_on_the_command_line(tmp_path):
     file = tmp_path / "config.py"
     file.write_text("from jaxft import *\nrecipe = Recipe(stages=Stage('a', {'fc': 1}, epoch=5))\n")

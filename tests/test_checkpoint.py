@@ -327,6 +327,7 @@ with closing(Checkpoints(folder)) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_folder(tmp_path):
     """Two processes hold a part on each of their two devices; this one restores it to its own."""
     with socket.socket() as free:

@@ -70,6 +70,7 @@ def test_a_saved_one_is_equal(path, tmp_path):
     assert read(tmp_path / "recipe.yaml") == resolve(recipe) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     recipe = shrunk(read(path))

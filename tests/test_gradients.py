@@ -98,6 +98,7 @@ def step_flops(stage, *, everything):
     return lowered.compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4), ids=[stage.name for stage in STAGES])
 def test_what_reads_gradients_does_not_bring_back_the_frozen_backward(stage):
     plain, full = (step_flops(stage, everything=everything) for everything in (False, True))

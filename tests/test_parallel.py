@@ -61,6 +61,7 @@ def runs(tmp_path_factory):
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
 def test_any_devices_train_the_same(process, sharding, runs):

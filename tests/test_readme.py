@@ -39,6 +39,7 @@ def test_the_library_example_trains_the_head_alone():
     assert (names["params"]["head"]["kernel"] != 1).all()
 
 
+@pytest.mark.slow
 def test_the_weights_example_goes_there_and_back(tmp_path, monkeypatch):
     model = jaxft.models.create("resnet18")
     trees = jax.tree.map(
@@ -67,6 +68,7 @@ def moved(before, after):
     return set(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS, ids=["dict", "linen", "nnx", "haiku", "equinox"])
 def test_five_lines_freeze_in_every_framework(framework):
     assert len(FIVE_LINES.splitlines()) == 5
@@ -94,6 +96,7 @@ def test_the_recipe_example_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
+@pytest.mark.slow
 def test_the_data_example_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -101,6 +104,7 @@ def test_the_data_example_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs/noise/model.safetensors").samefile(names["result"].weights)
 
 
+@pytest.mark.slow
 def test_the_example_with_a_network_of_ones_own_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -108,6 +112,7 @@ def test_the_example_with_a_network_of_ones_own_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
 
 
+@pytest.mark.slow
 def test_the_pytorch_example_finds_the_optimizer_that_is_new():
     torch = pytest.importorskip("torch")
     from torch_network import ResNet

@@ -144,6 +144,7 @@ def test_torchs_rates_and_momenta(golden, name, x64, rtol):
         np.testing.assert_allclose(ours, momentum[:, 0], rtol=rtol)
 
 
+@pytest.mark.slow
 @table(PLATEAUS)
 def test_torchs_plateau(golden, name):
     plateau, values = PLATEAUS[name]
@@ -155,6 +156,7 @@ def test_torchs_plateau(golden, name):
     np.testing.assert_array_equal(rates, golden[name])
 
 
+@pytest.mark.slow
 def test_the_recording_is_torchs(golden):
     pytest.importorskip("torch")
     from record_schedules import record
@@ -206,6 +208,7 @@ def test_one_cycle_waits_for_the_warm_up():
     assert schedule.by == "step"
 
 
+@pytest.mark.slow
 @table(["constant", "step", "milestones", "exponential", "cosine", "polynomial", "linear", *OTHERS])
 def test_traced_and_mapped_times_give_the_same(name):
     schedule, total = ALL[name]
@@ -230,6 +233,7 @@ def test_traced_and_mapped_times_give_the_same(name):
     np.testing.assert_allclose(mapped, [rate for rate, _ in one_by_one], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 @table(ALL)
 def test_a_stage_of_any_length_has_sound_rates(name):
     schedule, _ = ALL[name]
@@ -262,6 +266,7 @@ def test_a_warm_up_from_zero_trains_nothing_at_first():
     assert rates == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [

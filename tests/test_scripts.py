@@ -65,6 +65,7 @@ def text_as_image(root):
     (root / "train" / "ants" / "1.jpg").write_text("no image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -114,6 +115,7 @@ def test_bad_folders(damage, expected, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_unknown_pattern_names_stage_and_near_misses(tmp_path):
     config = tmp_path / "config.py"
     text = (ROOT / "configs/quickstart.py").read_text()
@@ -125,6 +127,7 @@ def test_an_unknown_pattern_names_stage_and_near_misses(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains_end_to_end(tmp_path):
     folder = image_folder(tmp_path / "images")
     config = small_config(tmp_path)
@@ -136,6 +139,7 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_help_tells_of_every_field():
     without = finetune("--help").stdout
     assert "CONFIG --workdir DIR" in without
@@ -184,6 +188,7 @@ def test_output_is_checked_before_anything_else(name, tmp_path):
         main([*map(str, arguments[name])])
 
 
+@pytest.mark.slow
 def test_weights_are_converted_both_ways(tmp_path):
     """To an Orbax checkpoint in our names and back to a file in torch's: the same bytes."""
     asset = ROOT / "jaxft/assets/digits_0to4.safetensors"
@@ -199,6 +204,7 @@ def test_weights_are_converted_both_ways(tmp_path):
     assert (again.returncode, "exists" in again.stderr) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
     model = models.create("cifar_resnet8", num_classes=2, head_layers=(5, "relu"), binary=True)
     trees = model.init(jax.random.key(0))
@@ -209,7 +215,7 @@ def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
     assert "binary=True" in refused.stderr
     done = script(*command, *options, "--binary")
     assert done.returncode == 0, done.stderr
-    assert "cifar_resnet8, 2 classes, 74,970 parameters" in done.stdout
+    assert "cifar_resnet8, 2 classes, 74,971 parameters" in done.stdout
     again = weights.read(tmp_path / "out")
     assert again.network.classes == ("no", "yes")
     jax.tree.map(np.testing.assert_array_equal, weights.load(again, model), trees)
@@ -223,6 +229,7 @@ def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_is_exported(tmp_path):
     config = small_config(tmp_path)
     options = ("--data", f"folder:{image_folder(tmp_path / 'images')}")

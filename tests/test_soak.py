@@ -13,6 +13,7 @@ import corruption
 import soak
 
 
+@pytest.mark.slow
 def test_soak_corruptions_never_give_a_wrong_result(capsys):
     met = corruption.trials(4, seed=1)
     assert sum(n for (name, _), n in met.items() if name in corruption.FILES) == 4

@@ -198,6 +198,7 @@ def test_every_case_moves_what_it_trains_and_nothing_else(golden):
             before = after
 
 
+@pytest.mark.slow
 def test_the_recording_is_torchs(golden):
     pytest.importorskip("torch")
     from record_trajectories import record

@@ -121,6 +121,7 @@ def test_equals_torchvision_recorded(case):
     assert digest(*ours(*arguments)) == recorded("transforms_augment.npz")[case]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torchvision_live(case):
     ours, torchvisions, arguments = CASES[case]

@@ -175,6 +175,7 @@ def test_a_process_decodes_no_more_than_its_part():
     assert len(read) == 6  # rows 2 and 3 of two full batches, and of the last, which has 4
 
 
+@pytest.mark.slow
 def test_two_operating_system_processes(tmp_path):
     program = """
 import sys
@@ -240,6 +241,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_memory_does_not_grow():
     source, _ = open_source("digits", shots=20)
@@ -318,6 +320,7 @@ def test_threads_end_with_the_stage():
     assert_threads_end()
 
 
+@pytest.mark.slow
 def test_program_ends_quietly_with_batches_left():
     program = """
 from jaxft.data import Preprocessing, open_source, train_batches

@@ -189,6 +189,7 @@ def test_photographs_equal_torchvisions_recorded():
     assert digest(*views) == recorded("transforms_decode.npz")["photographs"]
 
 
+@pytest.mark.slow
 def test_photographs_equal_torchvisions_live():
     for file, expected in zip(photographs(), torchvisions_photographs(), strict=True):
         view = eval_view(decode(file), Preprocessing())

@@ -166,6 +166,7 @@ def test_boxes_of_cutmix_are_distributed_by_the_formula():
     np.testing.assert_allclose(pasted[:, :, 3].mean(axis=0), frequency, atol=0.04)
 
 
+@pytest.mark.slow
 def test_either_is_mixup_half_of_the_time():
     images, _ = drawn("either")
     first, second = np.asarray(PAIR[0])

@@ -83,6 +83,7 @@ def test_the_digits_are_those_of_the_other_source(shots):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_keeps_files_classes_and_splits(folder, prepared):
     builder = tfds.builder_from_directory(prepared)
     assert (builder.info.name, set(builder.info.splits)) == ("ants_and_bees", {"train", "test"})
@@ -113,6 +114,7 @@ def test_a_prepared_folder_keeps_images_below_the_class(folder, tmp_path):
     assert len(found) == 22
 
 
+@pytest.mark.slow
 def test_a_folder_of_classes_becomes_one_split(folder, tmp_path):
     classes = shutil.copytree(folder / "train", tmp_path / "classes")
     (classes / "ant/x.png").write_bytes(b"not a picture")

@@ -81,6 +81,7 @@ def test_transform_equals_torchvision_recorded(case):
     assert digest(ours(*CASES[case])) == recorded("transforms.npz")[case]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_transform_equals_torchvision_live(case):
     np.testing.assert_array_equal(ours(*CASES[case]), torchvisions(*CASES[case]))

@@ -69,6 +69,7 @@ def paths_of(tree):
     return set(jaxft.paths(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_computes_what_the_module_does(name):
     model, trains, rests = NETWORKS[name]
@@ -82,6 +83,7 @@ def test_it_computes_what_the_module_does(name):
     assert found[0].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compact", "told", "viewed"])
 def test_gradients_are_the_modules(name):
     model, flags, _ = NETWORKS[name]

@@ -11,6 +11,7 @@ import pytest
 from jaxft.models.convolution import by_taps, by_xla, convolve, dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2), (5, 3)])
 @pytest.mark.parametrize(
     ("b", "w", "c_in", "groups", "c_out"),

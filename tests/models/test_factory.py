@@ -72,6 +72,7 @@ def command(script, *arguments, cwd):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_factory_serves_the_command_line_resume_and_export(folder, tmp_path_factory, monkeypatch):
     here, module = folder
     elsewhere = tmp_path_factory.mktemp("elsewhere")

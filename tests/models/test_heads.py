@@ -52,6 +52,7 @@ def test_names_and_shapes_are_torchs(options, expected):
     assert shapes(create(NAME, num_classes=2, **options)) == expected
 
 
+@pytest.mark.slow
 def test_concat_pool_can_be_binary():
     model = create(NAME, num_classes=2, concat_pool=True, binary=True)
     assert shapes(model)["fc.6.weight"] == (1, 512)
@@ -96,7 +97,7 @@ def test_a_file_keeps_or_replaces_it(tmp_path):
     trees = LIGHTNING.init(KEY)
     save_weights(tmp_path / "w", LIGHTNING, *trees)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "w", LIGHTNING), trees)
-    with pytest.raises(WeightsError, match=r"not in the network(.|\n)*fc\.3\.weight \[1, 32\]"):
+    with pytest.raises(WeightsError, match=r"a network with head_layers=\[48, 'relu', 32\], binary=True"):
         load(tmp_path / "w", create(NAME, num_classes=2))
     other = create(NAME, num_classes=5)
     assert load(tmp_path / "w", other, head="fresh")[0]["fc"]["kernel"].shape == (64, 5)

@@ -152,6 +152,7 @@ def test_each_part_draws_for_itself():
     assert not jnp.array_equal(jax.random.key_data(first), jax.random.key_data(second))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_what_lies_between_stem_and_head(trees, images):
     half = create("cifar_resnet8", num_classes=5, dtype="bfloat16")
     features, _ = half.apply(*trees, images, norms="running", last="layer3")

@@ -121,6 +121,7 @@ def test_gradients_ignore_padding():
     np.testing.assert_array_equal(gradient[3], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
 def test_gradients_are_those_of_the_formula(rows, replicas):

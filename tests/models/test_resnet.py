@@ -75,6 +75,7 @@ def freed():
         trim(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_torchs(case, freed):
     """Random weights, random statistics, a step of training and all statistics after it.
@@ -146,6 +147,7 @@ def test_initialisation_is_torchvisions():
             np.testing.assert_array_equal(array, constant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images_dtype", "logits_dtype"),
     [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float64, jnp.float64)],

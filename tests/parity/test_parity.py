@@ -216,6 +216,7 @@ def module():
     return ResNet()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_what_trains_the_same_agrees(dtype, module):
     before = {name: x.clone() for name, x in module.state_dict().items()}
@@ -233,6 +234,7 @@ def test_what_trains_the_same_agrees(dtype, module):
     assert next(module.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_difference_is_named_where_it_is(planted, module):
     (plant, stages, recipe), (part, stage, step, name, hint) = PLANTED[planted]

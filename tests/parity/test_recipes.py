@@ -32,6 +32,7 @@ def assert_as_recorded(told, recorded):
         assert worst.max(initial=0.0) <= RTOL[part], (name, worst.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_as_in_pytorch(case, golden):
     recorded = of_case(golden, case)
@@ -39,6 +40,7 @@ def test_it_trains_as_in_pytorch(case, golden):
     assert all(len(x) >= 10 for name, x in recorded.items() if name.endswith("/loss"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", VARIANTS)
 def test_in_float32_its_losses_are_close(config, golden):
     case = next(case for case in CASES if CASES[case][0] == config)

@@ -86,6 +86,7 @@ def errors(folder):
     return [json.loads((folder / f"errors{process}.json").read_text()) for process in range(2)]
 
 
+@pytest.mark.slow
 def test_agreement_finds_a_missing_image(errors):
     first, second = (each["file"] for each in errors)
     assert first == second

@@ -39,11 +39,13 @@ def in_fours(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same(in_fours, tmp_path):
     go_on(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
+@pytest.mark.slow
 def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monkeypatch):
     calls = []
 
@@ -57,6 +59,7 @@ def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monke
     assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
     """Wherever calls begin after that: checkpoints within an epoch, also at other steps."""
     for step, every in ((6, 5), (15, 7), (23, 3), (36, 5)):
@@ -69,6 +72,7 @@ def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
     assert_same_end(tmp_path, in_fours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", [2, 5])
 def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
     stages = (Stage("all", {"*": 1e38}, epochs=2),)

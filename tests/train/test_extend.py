@@ -84,6 +84,7 @@ LONGER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LONGER)
 def test_extended_run_ends_as_longer_run(case, tmp_path):
     """Bit for bit, with a schedule whose rates do not depend on the stage's length."""
@@ -141,6 +142,7 @@ def test_other_recipe_is_refused_field_by_field(now, extend, message, ended):
     assert (ended / "recipe.yaml").read_bytes() == saved
 
 
+@pytest.mark.slow
 def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die(patch, Progress, "after_step", lambda progress: progress.step == 4)

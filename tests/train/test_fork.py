@@ -46,6 +46,7 @@ def run(tmp_path_factory):
     return workdir, go_on(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["head", "late"])  # the next one keeps optimizer state, or not
 def test_with_the_same_recipe_it_ends_as_that_run_did(stage, run, tmp_path):
     workdir, result = run
@@ -55,6 +56,7 @@ def test_with_the_same_recipe_it_ends_as_that_run_did(stage, run, tmp_path):
     assert rows(tmp_path / "fork") == after
 
 
+@pytest.mark.slow
 def test_what_comes_later_may_change_and_the_run_stays_as_it_is(run, tmp_path):
     workdir, result = run
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
@@ -64,6 +66,7 @@ def test_what_comes_later_may_change_and_the_run_stays_as_it_is(run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_it_goes_on(run, tmp_path, monkeypatch):
     """Also if it had not come to save what it took over."""
     workdir, result = run
@@ -83,6 +86,7 @@ def test_killed_and_called_again_it_goes_on(run, tmp_path, monkeypatch):
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
 
+@pytest.mark.slow
 def test_on_the_command_line(run, tmp_path):
     workdir, result = run
     save(RECIPE, tmp_path / "recipe.yaml")
@@ -94,6 +98,7 @@ def test_on_the_command_line(run, tmp_path):
     assert (tmp_path / "fork/model.safetensors").read_bytes() == result.weights.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_anchor_holds_to_what_the_first_run_started_from(tmp_path):
     """Where that run has kept its start, which it does if any of its stages has an anchor."""
     recipe = with_last(RECIPE, anchor=Anchor())
@@ -140,6 +145,7 @@ def job(tmp_path_factory):
     return workdir, finetune(JOB, workdir, data=colours(), console=QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("turned", "change"),
     [(True, {}), (False, {"mean": (0.9, 0.1, 0.5)}), (False, {"tta": "flip"})],
@@ -209,6 +215,7 @@ def test_a_stage_alone_names_no_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_fork_of_arrays_that_are_not_finite_is_refused(tmp_path):
     """As of a run of an earlier version, which did not look at running statistics."""
     recipe = dataclasses.replace(RECIPE, stages=(HEAD, LATE))

@@ -50,6 +50,7 @@ def tensors(workdir):
     return load_file(workdir / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_fork_on_reordered_classes_ends_with_reordered_outputs(run, tmp_path, capsys):
     """Parameters and moments, for the next stage keeps them."""
     workdir, recipe = run

@@ -60,6 +60,7 @@ def plain(tmp_path_factory):
     return workdir, finetune(RECIPE, workdir, console=QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"augment": "none", "steps_per_execution": 2}], ids=str)
 def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
     recipe = dataclasses.replace(RECIPE, augment="flip", cutmix=1.0, tta="flip", shots=None)
@@ -96,6 +97,7 @@ def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -124,6 +126,7 @@ def test_each_option_trains_in_its_own_way_and_again_the_same(fields, plain, tmp
     assert losses(tmp_path / "again") == found
 
 
+@pytest.mark.slow
 def test_the_mirror_changes_the_score_and_no_weights(plain, tmp_path):
     _, result = plain
     both = finetune(dataclasses.replace(RECIPE, tta="flip"), tmp_path / "run", console=QUIET)
@@ -131,6 +134,7 @@ def test_the_mirror_changes_the_score_and_no_weights(plain, tmp_path):
     assert both.score != result.score
 
 
+@pytest.mark.slow
 def test_a_cache_changes_nothing(tmp_path):
     recipe = from_folder(image_folder(tmp_path / "images"), augment="crop_flip")
     kept = finetune(recipe, tmp_path / "a", console=QUIET)
@@ -189,6 +193,7 @@ def test_a_bad_image_ends_the_run_before_it_starts(damage, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_with_a_list(tmp_path, capsys):
     recipe = from_folder(image_folder(tmp_path / "images"), on_bad_image="skip")
     expected = [damage(tmp_path / "images") for damage in BAD]
@@ -228,6 +233,7 @@ def in_memory(count=30):
     return data.arrays(images, np.arange(count) % 3, ["a", "b", "c"])
 
 
+@pytest.mark.slow
 def test_images_in_memory(tmp_path, capsys):
     recipe = dataclasses.replace(RECIPE, data="noise", shots=None, from_scratch=ONCE)
     result = finetune(recipe, tmp_path / "run", data=in_memory())
@@ -257,6 +263,7 @@ def test_a_thread_that_dies_ends_the_run(tmp_path, monkeypatch):
         finetune(RECIPE, tmp_path / "run", console=QUIET)
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_trains_as_its_images_do(tmp_path):
     """Its images lie in another order, which one batch of all does not care about."""
     images = image_folder(tmp_path / "images")

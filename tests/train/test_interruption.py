@@ -113,6 +113,7 @@ def handlers():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_signal_ends_run_in_each_phase(phase, interrupted, folder, handlers, monkeypatch):
     number, workdir = interrupted
@@ -171,13 +172,14 @@ def test_signal_before_finetune_ends_script(event, name, number, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number", "event", "name"),
     [
         ("find_rate", "SIGTERM", "import", "optax"),
         ("find_rate", "SIGINT", "open", "config.py"),
         ("probe_layers", "SIGINT", "import", "optax"),
-        ("export", "SIGTERM", "open", "recipe.yaml"),
+        ("export", "SIGTERM", "import", "orbax.checkpoint"),
         ("convert_weights", "SIGTERM", "open", "digits_0to4"),
         ("prepare_tfds", "SIGINT", "import", "optax"),
     ],

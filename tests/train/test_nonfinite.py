@@ -65,12 +65,14 @@ def skipping(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_such_steps_are_left_out_and_counted(skipping):
     assert [row["skipped_steps"] for row in rows(skipping)] == [1, 1, 1]
     for row in rows(skipping):
         assert np.isfinite([row["train_loss"], *row["gradient_norms"].values()]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("synced", [1, 10])
 def test_it_stops_at_the_step_and_can_go_on_without_it(synced, skipping, tmp_path):
     """However late the host looks at the losses, no checkpoint comes in between."""
@@ -87,6 +89,7 @@ def test_it_stops_at_the_step_and_can_go_on_without_it(synced, skipping, tmp_pat
     assert_same_end(tmp_path, skipping)
 
 
+@pytest.mark.slow
 def test_what_was_skipped_is_known_to_who_goes_on(skipping, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die(patch, Progress, "after_step", lambda progress: progress.step == 11)
@@ -96,6 +99,7 @@ def test_what_was_skipped_is_known_to_who_goes_on(skipping, tmp_path, monkeypatc
     assert_same_end(tmp_path, skipping)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on():
     """Of weights, statistics, moments and their count, and the average."""
     params, stats = MODEL.init(jax.random.key(0))
@@ -219,6 +223,7 @@ def test_frozen_block_that_overflows_in_training_ends_the_run(block, cache_mib, 
         overflow(recipe, tmp_path, block, train=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_mib", [0, 512])
 def test_steps_in_which_a_frozen_block_overflows_are_skipped(cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib, on_nonfinite="skip")

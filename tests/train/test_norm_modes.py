@@ -46,6 +46,7 @@ def golden():
         return dict(recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_torchs(case, golden, monkeypatch):
     trained = train(CASES[case], monkeypatch)

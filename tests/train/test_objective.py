@@ -112,6 +112,7 @@ def varied(objective, batch, key=KEY):
     return np.asarray(images), np.asarray(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [Objective(mixup=0.3), Objective(cutmix=1.0), Objective(mixup=0.3, cutmix=1.0), EVERYTHING],
@@ -128,6 +129,7 @@ def test_padding_is_mixed_into_nothing(objective):
         np.testing.assert_array_equal(one[1][5:], jax.nn.one_hot(full.target[5:], 5))
 
 
+@pytest.mark.slow
 def test_each_draws_by_itself():
     """What one of them draws is the same with and without the other."""
     both, erased = Objective(erasing=1.0, mixup=0.5), Objective(erasing=1.0)
@@ -156,6 +158,7 @@ def prepare(objective, model=MODEL, **options):
     return step, state, frozen
 
 
+@pytest.mark.slow
 def test_a_step_counts_rows_and_hits_of_their_own_classes():
     sums = []
     for objective in (Objective(label_smoothing=0.3), Objective()):
@@ -166,6 +169,7 @@ def test_a_step_counts_rows_and_hits_of_their_own_classes():
     assert float(sums[0].loss) != float(sums[1].loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
     """Whole or in parts, of which the last is all padding; and the loss shown stays the mean."""
@@ -191,6 +195,7 @@ def test_a_recipes_objective():
     assert prepared.objective == Objective(**fields)
 
 
+@pytest.mark.slow
 def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
     objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, erasing=0.0)
     after = []

@@ -75,6 +75,7 @@ def full(tmp_path_factory):
     return {network: run(tmp_path_factory.mktemp(network), network) for network in NETWORKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_padding_of_a_batch_changes_nothing(network, full, tmp_path):
     """Ten images in batches of ten or, at most, of sixteen: losses, statistics, average, score."""
@@ -86,6 +87,7 @@ def test_padding_changes_nothing_where_all_images_fit_in_one_accumulated_part(fu
     assert_same_end(workdir, full["nnx"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_padding_of_accumulated_parts_changes_nothing(network, tmp_path):
     """Ten images in parts of 4, 4 and 2; further parts are empty."""
@@ -94,6 +96,7 @@ def test_padding_of_accumulated_parts_changes_nothing(network, tmp_path):
     assert_same_end(five, three)
 
 
+@pytest.mark.slow
 def test_last_batch_of_its_own_size_ends_a_group_of_steps(tmp_path):
     """Three batches, 4 + 4 + 2, one or three a call; the mirrored view has padding too."""
     one = run(tmp_path / "one", "nnx", batch_size=4, tta="flip")

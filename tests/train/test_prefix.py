@@ -56,6 +56,7 @@ def kept(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [PLAIN, VIEWS], ids=["plain", "views"])
 def test_a_run_is_the_same_with_and_without(recipe, kept, tmp_path):
     """Also the last stage, whose prefix ends where the first one's did, with other weights."""
@@ -69,6 +70,7 @@ def test_a_run_is_the_same_with_and_without(recipe, kept, tmp_path):
     assert_close(tmp_path / "run", workdir)
 
 
+@pytest.mark.slow
 def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
@@ -90,6 +92,7 @@ def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeyp
         go_on(tmp_path / "full", recipe)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_the_same(kept, tmp_path, monkeypatch):
     """Within a stage, at its end, and while a prefix is at work."""
     for step in (6, 12, 23):
@@ -106,6 +109,7 @@ def test_killed_anywhere_it_ends_the_same(kept, tmp_path, monkeypatch):
     assert_same_end(tmp_path / "run", kept)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_while_a_prefix_is_at_work(tmp_path, monkeypatch):
     recipe = dataclasses.replace(PLAIN, stages=(HEAD,), sync_steps=1)
     # Of 13 batches to validate, twice: by all blocks, and then by the head; and of 4 to train on.
@@ -119,6 +123,7 @@ def test_asked_to_stop_while_a_prefix_is_at_work(tmp_path, monkeypatch):
     assert_same_end(tmp_path / "run", tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_as_many_views_as_epochs_are_as_without_end(tmp_path):
     stages = (dataclasses.replace(HEAD, views=3), LATE)
     for name, chosen in (("some", stages), ("any", (HEAD, LATE)), ("two", VIEWS.stages)):
@@ -146,12 +151,14 @@ def passes(recipe, workdir, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_one_pass_serves_the_stages_to_come(tmp_path, monkeypatch):
     """Its way leads by the ends of their shorter prefixes. What a stage has changed is not used."""
     recipe = dataclasses.replace(PLAIN, stages=(HEAD, LATE, dataclasses.replace(HEAD, name="x")))
     assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train", "train", "val"]
 
 
+@pytest.mark.slow
 def test_a_probe_and_the_steps_after_it_share_theirs(tmp_path, monkeypatch):
     probe = Stage("probe", {"fc": LogisticRegression((0.1,))})
     recipe = dataclasses.replace(PLAIN, stages=(probe, HEAD, LATE))
@@ -246,6 +253,7 @@ def test_a_step_costs_what_its_stage_needs(index):
     assert apart.flops + apart.prefix_flops == pytest.approx(together.flops, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_falls_with_what_is_frozen():
     """Of one that begins with images; what begins with less needs less still."""
     needs = [

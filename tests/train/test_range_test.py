@@ -109,6 +109,7 @@ def test_a_loss_that_is_lost_at_once():
         Curve(100, [1e-1, 1.0, 10.0], [1.0, 3.0, math.nan]).suggestions()
 
 
+@pytest.mark.slow
 def test_it_ends_once_the_loss_has_diverged_and_its_start_is_as_it_was():
     stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
     tried = trial(RECIPE, ramp(stage, low=1e-2, high=1e6, steps=30))
@@ -129,6 +130,7 @@ def run_script(name, capsys, *arguments):
     return printed
 
 
+@pytest.mark.slow
 def test_find_rate(tmp_path, capsys):
     save(RECIPE, tmp_path / "recipe.yaml")
     out = tmp_path / "out"
@@ -149,6 +151,7 @@ def test_find_rate(tmp_path, capsys):
         assert len(picture.getcolors(10**6)) > 10
 
 
+@pytest.mark.slow
 def test_probe_layers(tmp_path, capsys):
     """The ratios against the gradient of a plain loss, of the one batch that there is."""
     recipe = dataclasses.replace(RECIPE, batch_size=30)

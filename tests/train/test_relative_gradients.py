@@ -11,20 +11,23 @@ import pytest
 from drawn import weight
 from float64_stages import assert_as_recorded, samples
 from mortal import QUIET, KilledError, assert_same_end, die
-from test_ddp import MODEL, Wide, batch
+from test_ddp import Wide, batch
 
-from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, plan, schedules
+from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan, schedules
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.methods import auto_rgn
 from jaxft.optim import restart
 from jaxft.parallel import Devices
-from jaxft.train import loop, stage
+from jaxft.train import stage
 from jaxft.train.program import Gauge, Snapshot, program
 from jaxft.train.progress import Progress
 from jaxft.train.relative_gradients import factors, relative_norms, set_out
 from jaxft.weights import orbax
 from jaxft.weights.names import torch_tensors
 
+with jax.enable_x64(True):
+    MODEL = models.create("cifar_resnet8", num_classes=10, dtype="float64")
+    TENSORS = torch_tensors(*jax.eval_shape(MODEL.init, jax.random.key(0)))
 GOLDEN = Path(__file__).parents[1] / "golden" / "auto_rgn.npz"
 RATES, GAMMA, EPOCHS, BATCH = {"**.kernel": 1e-2, "fc": 5e-3}, 0.5, 3, 3
 # Seven batches an epoch, the last of one image; the first five are measured.
@@ -40,14 +43,11 @@ RECIPE = Recipe(
     model=MODEL.name, data="noise", stages=(dataclasses.replace(STAGE, train=RATES),),
     batch_size=BATCH, image_size=16, resize_size=16, augment="none", workers=0, checkpoint_steps=3,
 )  # fmt: skip
-TENSORS = torch_tensors(*jax.eval_shape(MODEL.init, jax.random.key(0)))
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     monkeypatch.setattr(Preprocessing, "normalize", lambda _, images: Wide.normalize(images))
-    # What a resume expects: the network's own are float32.
-    monkeypatch.setattr(loop, "shapes", lambda _: jax.eval_shape(start))
     with jax.enable_x64(True):
         yield
 
@@ -61,6 +61,7 @@ def run(workdir):
     finetune(RECIPE, workdir, data=splits, model=MODEL, start=start(), console=QUIET)
 
 
+@pytest.mark.slow
 def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypatch):
     """Within its second epoch, and in the third before its first step is done."""
     measured = []

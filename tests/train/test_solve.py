@@ -68,6 +68,7 @@ def pictures(source, preprocessing):
     return batch
 
 
+@pytest.mark.slow
 def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
     """Of the features with running statistics, of each image once and as validation sees it."""
     workdir, result = alone
@@ -125,6 +126,7 @@ def test_the_sweep_is_a_table(tmp_path, capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
     workdir, _, saved = unbroken
     assert [(row["stage"], row["step"]) for row in rows(workdir)] == [
@@ -135,6 +137,7 @@ def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
     assert counts == {"fc": 2, "layer3": 4}  # Adam's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["features", "validation", "end"])
 def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
     workdir = tmp_path / "killed"
@@ -152,6 +155,7 @@ def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
     assert_same_end(workdir, unbroken[0])
 
 
+@pytest.mark.slow
 def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, monkeypatch):
     workdir, real, calls = tmp_path / "stopped", Run.evaluate, iter(range(3))
 

@@ -111,6 +111,7 @@ def test_a_stage_can_take_back_what_the_recipe_says():
     assert balanced.objective.class_weights == pytest.approx(24 / (10 * counts))
 
 
+@pytest.mark.slow
 def test_a_run_draws_each_stages_batches_as_it_says(tmp_path, monkeypatch):
     drawn, real = [], data.train_batches
 
@@ -129,6 +130,7 @@ def test_a_run_draws_each_stages_batches_as_it_says(tmp_path, monkeypatch):
     assert [row["step"] for row in rows] == [3, 7, 10]
 
 
+@pytest.mark.slow
 def test_a_row_tells_what_happened(tmp_path):
     """One step of the head, worked out in numpy."""
     rows, result = run(
@@ -168,6 +170,7 @@ def test_a_row_tells_what_happened(tmp_path):
     assert row["input_wait_seconds"] >= 0
 
 
+@pytest.mark.slow
 def test_an_average_is_validated_exported_and_handed_on(tmp_path):
     """Runs of one step, of two, and of two with their average, which then stands still."""
 
@@ -196,6 +199,7 @@ def test_an_average_is_validated_exported_and_handed_on(tmp_path):
         assert row["val_accuracy"] == found.accuracy
 
 
+@pytest.mark.slow
 def test_an_anchor_is_where_the_run_began_and_holds_in_its_stage_only(tmp_path):
     free = Stage("free", {"layer3": 0.5}, steps=1, hand_on="last")
     held = dataclasses.replace(free, name="held", anchor=Anchor(body=1e6), clip_norm=1e-30)
@@ -250,6 +254,7 @@ def test_the_plateaus_are_torchs():
     assert optimizer.param_groups[0]["lr"] == 0.00125
 
 
+@pytest.mark.slow
 def test_how_stages_end(tmp_path, monkeypatch, capsys):
     """Whichever of steps, epochs, minutes and plateaus comes first, within an epoch or after it."""
     losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
@@ -275,7 +280,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
         ),
     )
     monkeypatch.setattr(sys.modules[__name__], "CONSOLE", Console())
-    rows, _ = run(tmp_path / "run", *stages)
+    rows, _ = run(tmp_path / "run", *stages, on_nonfinite="skip")  # one of LOSSES is NaN
     ends = [(row["stage"], row["epoch"], row["step"]) for row in rows]
     assert ends[:5] == [
         ("steps", 1, 4), ("steps", 2, 6), ("epochs", 1, 10), ("minutes", 1, 14), ("minutes", 2, 16),
@@ -329,5 +334,5 @@ def test_wrong_settings_are_errors_before_there_is_a_folder(settings, fields, me
             Stage("wrong", {"fc": 0.1}, 1, **settings),
             **fields,
         )
-    assert "stages.1" in str(caught.value) or "stage 'wrong'" in str(caught.value)
+    assert "stage 'wrong'" in str(caught.value).replace("Stage", "stage")
     assert not (tmp_path / "run").exists()

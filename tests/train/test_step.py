@@ -90,6 +90,7 @@ def test_a_head_step_costs_little_more_than_a_forward_pass(start):
     assert forward < head < 1.03 * forward
 
 
+@pytest.mark.slow
 def test_each_stage_costs_more_than_the_one_before(start):
     costs = []
     for stage in range(3):
@@ -118,6 +119,7 @@ def test_the_key_draws_dropout(start):
     assert np.array_equal(trained(MODEL, 0), trained(MODEL, 1))
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(start):
     """A padded batch trains like the smaller one it stands for: parameters and statistics."""
     step, state, frozen, _ = prepare(start, 2, SGD())

@@ -47,6 +47,7 @@ def golden():
         return dict(recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_torchs(case, golden, monkeypatch):
     trained = train(CASES[case], monkeypatch)
@@ -91,6 +92,7 @@ def test_an_average_does_not_move_what_stands_still():
     assert 0 < np.linalg.norm(moved) < 0.1 * np.linalg.norm(whole)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_all_but_the_schedule():
     """Its loss is finite and its gradients are not, for the weights that it is held to are NaN."""
     stage = late(

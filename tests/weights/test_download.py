@@ -280,6 +280,7 @@ module.download(url, sha256=sha256)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_two_at_once(server, cache):
     url = put(server, Answer(CONTENT))
     with python(KILL_HALF_WAY, url, SHA256) as killed:

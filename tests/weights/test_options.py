@@ -97,6 +97,7 @@ def test_another_architecture_with_the_same_tensors_is_remarked(file, tmp_path):
         load(tmp_path / "w.safetensors", PLAIN)
 
 
+@pytest.mark.slow
 def test_torch_refuses_stride_in_1x1_until_it_strides_so(tmp_path):
     torch = pytest.importorskip("torch")
     from narrow import Narrow

@@ -35,6 +35,7 @@ def assert_identical(a, b):
     assert [x.dtype for x in jax.tree.leaves(a)] == [x.dtype for x in jax.tree.leaves(b)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_is_bit_exact(name, tmp_path):
     model = MODELS[name]

@@ -144,6 +144,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("head", ["", "another"])
 def test_peak_memory_is_below_twice_the_file(form, head, tmp_path):

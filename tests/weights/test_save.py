@@ -74,6 +74,7 @@ def test_trees_of_another_network_are_refused(trees, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not record_golden.originals_are_here(), reason="needs the torch extra")
 @pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2", "resnet26t"])
 def test_torchvision_and_timm_load_it_strictly(name, tmp_path):
@@ -95,6 +96,7 @@ def test_torchvision_and_timm_load_it_strictly(name, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_there_and_back_is_bit_exact(name):
     """Every network's tensors in torch's layout and back; files are bytes, here and above."""

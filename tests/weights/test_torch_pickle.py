@@ -174,6 +174,7 @@ def test_reduce_is_not_run(protocol, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["bare", "zip"]
 
 
+@pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path):
     doubled = b"]q\x00" + b"".join(b"](h\0h\0eq\x00" for _ in range(200))  # 2 ** 200 lists
     keys = b"(K\x01K\x02tq\x00" + b"(h\0h\0tq\x00" * 60  # to hash it takes for ever
