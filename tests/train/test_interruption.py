@@ -41,8 +41,9 @@ PHASES = {
     "checkpoint_read": ("open", "run/checkpoints"),
     "next_stage_compiled": ("compile", "", 4),
     "epoch_validated": ("os.rename", "metrics.jsonl", 2),
-    "checkpoint_named": ("os.rename", "run/checkpoints/"),
     "stage_ended": ("os.rename", "metrics.jsonl", 2),
+    # By a thread, at whatever step the run is by then: no phase of the stages may follow it.
+    "checkpoint_named": ("os.rename", "run/checkpoints/"),
     "weights_exported": ("os.rename", "model.safetensors"),
     "score_exported": ("os.rename", "model.json"),
 }
