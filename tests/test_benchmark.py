@@ -41,6 +41,7 @@ def files(tmp_path_factory):
     return str(folder), str(folder / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_steps_are_compared_and_timed(files, tmp_path, capsys, monkeypatch):
     """But those of everything, which compile the longest."""
     real, out = benchmark.the_recipe, tmp_path / "found.json"
@@ -62,6 +63,7 @@ def test_steps_are_compared_and_timed(files, tmp_path, capsys, monkeypatch):
     assert table.count("| late | ours") == 3
 
 
+@pytest.mark.slow
 def test_unequal_work_is_not_timed(files, monkeypatch):
     real = benchmark.our_step
 
@@ -75,6 +77,7 @@ def test_unequal_work_is_not_timed(files, monkeypatch):
         benchmark.main([*files, *SMALL, "--runs", "0"])
 
 
+@pytest.mark.slow
 def test_a_whole_run_tells_its_stages(files):
     args = benchmark.plain_pytorch.parser("").parse_args([*files, *SMALL[:6], "--epochs", *"211"])
     found = benchmark.our_run(args)

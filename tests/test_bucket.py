@@ -59,6 +59,7 @@ assert (found.step, len(found.remarks)) == (2, 1)
 """
 
 
+@pytest.mark.slow
 def test_a_folder_in_a_bucket():
     with bucket.serve() as found:
         done = subprocess.run(

@@ -105,6 +105,7 @@ def test_what_reads_gradients_does_not_bring_back_the_frozen_backward(stage):
     assert full < 1.02 * plain
 
 
+@pytest.mark.slow
 def test_freezing_saves_the_backward():
     head, late, later, whole = (step_flops(stage, everything=False) for stage in range(4))
     assert head < 0.8 * late < 0.8 * later < 0.8 * whole

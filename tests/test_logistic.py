@@ -49,6 +49,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "solver", "atol"), CASES.values(), ids=CASES)
 def test_it_is_scikit_learns(shape, solver, atol):
     features, targets = examples(*shape)

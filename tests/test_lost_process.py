@@ -26,6 +26,7 @@ except lost_process.LostProcessError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "number"),
     [(0, signal.SIGKILL), (1, signal.SIGSTOP)],

@@ -70,6 +70,7 @@ def test_any_devices_train_the_same(process, sharding, runs):
     np.testing.assert_allclose(runs[process][1][sharding], one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
 def test_a_donated_state_stays_where_it_is_in_one_program(process, sharding, runs):

@@ -99,6 +99,7 @@ def test_bad_options(options, expected, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [(empty_class, "val/bees"), (text_as_image, "train/ants/1.jpg")],
@@ -221,6 +222,7 @@ def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, weights.load(again, model), trees)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
     done = script("convert_weights", "asset:digits_0to4", tmp_path / "w", "--model", "resnet18")
     assert done.returncode == 1
@@ -250,6 +252,7 @@ def test_a_run_is_exported(tmp_path):
     assert program.call(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_what_is_no_run_is_not_exported(tmp_path):
     done = script("export", tmp_path / "nowhere")
     assert done.returncode == 1

@@ -196,6 +196,7 @@ def test_what_is_out_of_range(make, message):
 # The whole view, as torchvision composes it.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["crop_flip", "jitter", "randaugment", "trivialaugment"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_views_equal_torchvisions_compositions_live(augment, interpolation):

@@ -132,6 +132,7 @@ def test_a_folder_of_classes_becomes_one_split(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "val", "counts"),
     [
@@ -150,6 +151,7 @@ def test_slices(prepared, train, val, counts):
     assert isinstance(found.train, Joined) == ("+" in train)
 
 
+@pytest.mark.slow
 def test_from_other_threads_and_processes(prepared):
     source = open_source(f"tfds_dir:{prepared}", val="test").train
     with ThreadPoolExecutor(8) as pool:

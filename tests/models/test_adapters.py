@@ -98,6 +98,7 @@ def test_gradients_are_the_modules(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMED)
 def test_each_norm_has_its_own_mode(name):
     model = NORMED[name]
@@ -131,6 +132,7 @@ def test_each_norm_has_its_own_mode(name):
         np.testing.assert_array_equal(mine, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_changes_nothing(name):
     model = MODELS[name]

@@ -60,6 +60,7 @@ def test_concat_pool_can_be_binary():
     np.testing.assert_array_equal(logits[:, 0], 0)
 
 
+@pytest.mark.slow
 def test_layer_follows_layer():
     """By hand, from the features that a head which is the identity lets through."""
     params, stats = LIGHTNING.init(KEY)
@@ -97,7 +98,7 @@ def test_a_file_keeps_or_replaces_it(tmp_path):
     trees = LIGHTNING.init(KEY)
     save_weights(tmp_path / "w", LIGHTNING, *trees)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "w", LIGHTNING), trees)
-    with pytest.raises(WeightsError, match=r"a network with head_layers=\[48, 'relu', 32\], binary=True"):
+    with pytest.raises(WeightsError, match=r"with head_layers=\[48, 'relu', 32\], binary=True"):
         load(tmp_path / "w", create(NAME, num_classes=2))
     other = create(NAME, num_classes=5)
     assert load(tmp_path / "w", other, head="fresh")[0]["fc"]["kernel"].shape == (64, 5)

@@ -74,6 +74,7 @@ def images():
     return jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
 
 
+@pytest.mark.slow
 def test_nothing_is_dropped_without_a_key(trees, images):
     plain = create("cifar_resnet8", num_classes=5)
     logits, _ = MODEL.apply(*trees, images, norms="running")
@@ -118,6 +119,7 @@ def dropouts(module, path=()):
             yield from dropouts(part, (*path, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_rates_of_stochastic_depth_and_of_both_heads(bottleneck):
     config = ResNetConfig("imagenet", (2, 3), bottleneck, num_classes=5, dropout=0.5, drop_path=0.4)

@@ -51,6 +51,7 @@ def changed(before, after) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_paths_are_torchs_with_string_keys(trees):
     params, stats = trees
     assert paths(params) >= {"conv1.kernel", "layer3.0.bn2.scale", "fc.kernel", "fc.bias"}
@@ -75,6 +76,7 @@ def test_equal_models_are_one_static_argument():
     assert create("resnet18") != create("resnet18", num_classes=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["running", "batch"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("cut", range(1, 5), ids=lambda i: f"before {MODEL.blocks[i]}")
@@ -108,6 +110,7 @@ def test_each_norm_has_its_own_mode(trees, images):
     assert not np.array_equal(logits, batch[0])
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(trees, images):
     logits, stats = run(trees, images[:3], norms="batch")
     padded = images.at[3].set(1e3)
@@ -117,6 +120,7 @@ def test_padding_changes_nothing(trees, images):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), stats_, stats)
 
 
+@pytest.mark.slow
 def test_gradients_and_statistics_cross_jit(trees, images):
     params, stats = trees
 

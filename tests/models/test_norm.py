@@ -108,6 +108,7 @@ def test_too_few_values_teach_nothing(rows):
     np.testing.assert_array_equal(layer.var[...], VAR.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_gradients_ignore_padding():
     def loss(x, mask):
         y = norm()(x, Context("batch", mask))
@@ -154,6 +155,7 @@ def test_gradients_are_those_of_the_formula(rows, replicas):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_gradient_is_the_input_alone(monkeypatch):
     """Of the whole step's memory; the rest is what convolutions and ReLU keep."""
     model = create("cifar_resnet8", num_classes=2)

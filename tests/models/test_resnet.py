@@ -98,6 +98,7 @@ def test_outputs_are_torchs(case, freed):
         assert_agree(statistics, live_statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["resnet18", "resnet26t", "cifar_resnet20"])
 def test_compiled_float32_training_is_torchs(case):
     network, options = CASES[case]

@@ -251,6 +251,7 @@ def test_a_difference_is_named_where_it_is(planted, module):
     assert all(report.largest[stage][part] < 1e-12 for part in earlier)
 
 
+@pytest.mark.slow
 def test_the_two_values_are_told(module):
     report = compare(replace(RECIPE, reduction="sum"), module, STAGES)
     (found,) = report.differences

@@ -98,6 +98,7 @@ def test_agreement_finds_a_missing_image(errors):
     assert "\n  train images of class bees: only process 0 has bees/1.png of 3" in first
 
 
+@pytest.mark.slow
 def test_agreement_finds_an_image_of_another_size(errors):
     first, second = (each["size"] for each in errors)
     assert first == second

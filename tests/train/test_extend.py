@@ -95,6 +95,7 @@ def test_extended_run_ends_as_longer_run(case, tmp_path):
     assert_same_end(tmp_path / "extended", tmp_path / "longer")
 
 
+@pytest.mark.slow
 def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsys):
     """A stage of one epoch leaves nothing but what it handed on."""
     run(recipe(HEAD), tmp_path / "run")
@@ -104,6 +105,7 @@ def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsy
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_early_stop_is_not_undone_by_more_epochs(tmp_path):
     stopped = EarlyStop(min_delta=1.0, patience=1)
     run(last(epochs=5, until=stopped), tmp_path / "run")
@@ -122,6 +124,7 @@ def ended(tmp_path_factory):
 COSINE = {"schedule": schedules.CosineAnnealingLR()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("now", "extend", "message"),
     [
@@ -158,6 +161,7 @@ def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
     assert_close(tmp_path / "run", tmp_path / "longer")
 
 
+@pytest.mark.slow
 def test_extended_run_without_checkpoint_keeps_its_recipe_file(tmp_path, monkeypatch):
     """Killed before its first checkpoint: the old command neither shortens nor overwrites it."""
     run(recipe(HEAD), tmp_path)

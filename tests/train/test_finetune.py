@@ -92,6 +92,7 @@ def test_what_a_run_leaves_behind(unbroken):
     assert any((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_what_it_exports_scores_what_it_says(unbroken):
     workdir, result = unbroken
     described = json.loads((workdir / "model.json").read_text())

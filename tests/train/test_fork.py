@@ -168,6 +168,7 @@ def test_fork_score_is_measured_on_its_own_images_and_settings(turned, change, j
 OTHER_NETWORK = dataclasses.replace(RECIPE, model="cifar_resnet20", weights=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "stage", "error", "message"),
     [
@@ -192,6 +193,7 @@ def test_what_cannot_be_forked_is_told_before_a_folder_is_made(
     assert not (tmp_path / "fork").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_an_ended_stage_has_nothing_to_fork(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint to fork from"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "nowhere")

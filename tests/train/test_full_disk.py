@@ -61,6 +61,7 @@ def full(disk, monkeypatch):
 
 
 # Orbax leaves a coroutine behind.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_before_training_names_the_file(full, disk):
     workdir = disk.folder / "run"

@@ -68,6 +68,7 @@ def test_a_fork_on_reordered_classes_ends_with_reordered_outputs(run, tmp_path, 
         np.testing.assert_allclose(after[name], array, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fork_on_other_classes_is_refused_before_a_folder_is_made(run, tmp_path):
     workdir, recipe = run
     other = images((*NAMES[recipe.binary][:-1], "cicada"))

@@ -16,6 +16,7 @@ class Net(nn.Module):
         return nn.Dense(2, name="head")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_home_is_expanded_in_each_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -183,6 +183,7 @@ def bomb(images):
 BAD = [truncated, text, empty, bomb]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
 def test_a_bad_image_ends_the_run_before_it_starts(damage, tmp_path):
     recipe = from_folder(image_folder(tmp_path / "images"))

@@ -135,6 +135,7 @@ def test_signal_ends_run_in_each_phase(phase, interrupted, folder, handlers, mon
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is handlers
 
 
+@pytest.mark.slow
 def test_run_interrupted_in_each_phase_ends_as_unbroken(interrupted, folder, unbroken):
     run(folder, interrupted[1])
     assert_same_end(interrupted[1], unbroken)
@@ -159,6 +160,7 @@ def struck(number, event, name, script, *arguments):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
     ("event", "name"), [("import", "optax"), ("open", "config.py")], ids=["imports", "recipe_file"]

@@ -74,6 +74,7 @@ def stages():
     return programs, trees, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 def test_a_step_needs_the_products_of_its_definition(stages, index):
     """Forward all, backward what trains; norms, ReLU and the optimizer are within 2 %."""

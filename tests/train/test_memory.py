@@ -50,6 +50,7 @@ def test_out_of_memory_is_one_error_with_ways_out(owner, name, instead, tmp_path
             run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
     stages = (*ALL.stages, Stage("more", {"*": 1e-4}, 1, hand_on="last"))
     recipe = dataclasses.replace(ALL, stages=stages)

@@ -21,6 +21,7 @@ from jaxft.report.console import Console
 from jaxft.train.progress import Progress
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_nothing_that_was_saved(whole, disk, monkeypatch):
     workdir, real = disk.folder / "run", Checkpoints.save
 
@@ -41,6 +42,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(whole, disk, monkeypa
     assert odd_names(workdir) == []
 
 
+@pytest.mark.slow
 def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -60,6 +62,7 @@ def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypa
     assert odd_names(workdir) == ["corrupt-12"]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch):
     """Those of `metrics.jsonl` up to its step stay."""
     save = Checkpoints.save
@@ -77,6 +80,7 @@ def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
     workdir = tmp_path / "run"
     with begin_until("step:5", workdir, signals="SIGSTOP") as first:

@@ -138,6 +138,7 @@ class Overflows(nn.Module):
 ONE = dataclasses.replace(STOPPING, stages=(Stage("all", {"*": 1e-2}, 1),))
 
 
+@pytest.mark.slow
 def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
     network = Linen(Overflows(), shape=(8, 8, 3), head="head")
     told = r"step 1: the loss is 0\.\d+, but running statistics of aside are not finite"
@@ -146,6 +147,7 @@ def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
     assert "rates" not in str(stop.value)  # none has been used yet
 
 
+@pytest.mark.slow
 def test_validation_loss_that_is_not_finite_ends_the_run_before_its_first_step(tmp_path):
     train, val = images()
     swapped = data.Splits(val, train)  # the white image is one to validate
@@ -196,6 +198,7 @@ def overflow(recipe, workdir, block, *, train=False, val=False):
     return finetune(recipe, workdir, data=splits, start=(params, stats), console=QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_mib", [0, 512])
 @pytest.mark.parametrize("block", PLACES)
 def test_frozen_block_that_overflows_in_validation_ends_the_run_at_once(block, cache_mib, tmp_path):

@@ -54,6 +54,7 @@ def test_steps_are_torchs(case, golden, monkeypatch):
     assert_as_recorded({f"{case}/{name}": x for name, x in trained.items()}, of_case)
 
 
+@pytest.mark.slow
 def test_the_recording_is_torchs(golden):
     pytest.importorskip("torch")
     from record_stage_steps import recorded

@@ -208,6 +208,7 @@ def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_an_objective_the_step_is_the_plain_one():
     """The same program: nothing of what is off is compiled."""
     texts = []

@@ -43,6 +43,7 @@ def flat(trees):
     return {p: np.asarray(x).tobytes() for p, x in zip(jaxft.paths(trees), leaves, strict=True)}
 
 
+@pytest.mark.slow
 def test_stages_train_what_they_name_and_nothing_else(unbroken, tmp_path):
     workdir, result = unbroken
     assert [row["stage"] for row in rows(workdir)] == ["head", "late", "late", "all"]
@@ -60,6 +61,7 @@ def test_stages_train_what_they_name_and_nothing_else(unbroken, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_killed_run_ends_like_the_unbroken(step, unbroken, tmp_path, monkeypatch):
     whole, result = unbroken
@@ -70,6 +72,7 @@ def test_a_killed_run_ends_like_the_unbroken(step, unbroken, tmp_path, monkeypat
     assert without_seconds(tmp_path / "run") == without_seconds(whole)
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_start_another(unbroken, tmp_path):
     recipe = dataclasses.replace(OWN, weights=str(unbroken[0]), head="keep", stages=STAGES[:1])
     result = finetune(recipe, tmp_path / "run", model=LINEN, console=QUIET)
@@ -79,6 +82,7 @@ def test_weights_of_a_run_start_another(unbroken, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_nnx_module_trains(tmp_path):
     model = NNX(Told, shape=(8, 8, 3), head="fc")
     recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, hand_on="last"),))

@@ -82,6 +82,7 @@ def test_padding_of_a_batch_changes_nothing(network, full, tmp_path):
     assert_same_end(run(tmp_path / "run", network, batch_size=16), full[network])
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_where_all_images_fit_in_one_accumulated_part(full, tmp_path):
     workdir = run(tmp_path / "run", "nnx", batch_size=20, stage={"accumulate": 2})
     assert_same_end(workdir, full["nnx"])
@@ -104,6 +105,7 @@ def test_last_batch_of_its_own_size_ends_a_group_of_steps(tmp_path):
     assert_close(three, one)
 
 
+@pytest.mark.slow
 def test_range_test_and_relative_rates_see_no_padding():
     recipe = dataclasses.replace(RECIPE, batch_size=4)
     stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)

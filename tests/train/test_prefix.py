@@ -244,6 +244,7 @@ def compiled(recipe, index):
     return found[index].compile(Snapshot(params, stats, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_step_costs_what_its_stage_needs(index):
     """Forward of the prefix and forward and backward of the rest, together and apart."""

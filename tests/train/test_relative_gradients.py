@@ -127,6 +127,7 @@ def test_factors(gauges, expected):
     assert not any(map(math.isnan, found.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_batch_that_is_not_finite_does_not_count(on_nonfinite):
     recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)

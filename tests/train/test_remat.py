@@ -46,6 +46,7 @@ def stepped(program):
     return step(state, frozen, BATCH, np.int32(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [ALL, LATE], ids=["all", "late"])
 def test_a_step_is_the_same(stage):
     plain, again = (stepped(program(stages=(stage,), remat=remat)) for remat in (False, True))
@@ -74,6 +75,7 @@ def test_less_is_remembered():
     assert remembered(MODEL.apply) > 4 * into_blocks
 
 
+@pytest.mark.slow
 def test_a_forward_pass_more_is_computed():
     """As it is asked for; XLA on CPU finds some of it the same, and computes that once."""
 

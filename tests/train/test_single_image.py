@@ -56,6 +56,7 @@ def test_single_image_on_a_map_of_one_pixel_is_refused(changes, stage, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pools", "changes", "stage"),
     [

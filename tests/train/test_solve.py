@@ -105,12 +105,14 @@ def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_of_equal_penalties_the_stronger_is_taken():
     fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
     at = [solve._merit(fit._replace(c=c), solve.Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)]
     assert max(at) == at[2]
 
 
+@pytest.mark.slow
 def test_the_sweep_is_a_table(tmp_path, capsys):
     recipe = dataclasses.replace(ALONE, batch_size=32)
     finetune(recipe, tmp_path / "run", console=Console())
@@ -172,6 +174,7 @@ def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, mo
     assert_same_end(workdir, unbroken[0])
 
 
+@pytest.mark.slow
 def test_stopped_before_anything_it_has_nothing_to_save(alone, tmp_path, monkeypatch):
     asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
     with monkeypatch.context() as patch:
@@ -182,6 +185,7 @@ def test_stopped_before_anything_it_has_nothing_to_save(alone, tmp_path, monkeyp
     assert_same_end(tmp_path / "run", alone[0])
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_from_it(unbroken, tmp_path):
     workdir, result, _ = unbroken
     forked = finetune(SOLVED, tmp_path / "run", fork_from=workdir, stage="probe", console=QUIET)

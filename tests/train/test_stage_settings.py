@@ -211,6 +211,7 @@ def test_an_anchor_is_where_the_run_began_and_holds_in_its_stage_only(tmp_path):
     assert rows[2]["gradient_norms"]["layer3"] < 100
 
 
+@pytest.mark.slow
 def test_the_host_looks_at_the_device_every_few_steps(tmp_path, monkeypatch):
     step, read = [0], set()
     kind, after = type(jnp.zeros(())), Progress.after_step

@@ -64,6 +64,7 @@ def arrays(dtype=jnp.float32, *, classes=3):
     return jax.tree.map(lambda x: np.asarray(x, dtype), network(classes).init(jax.random.key(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_start_of_another_dtype_trains_in_float32_and_resumes(dtype, tmp_path, monkeypatch, capsys):
     start, given = arrays(dtype), {**GIVEN, "model": NET}
@@ -80,6 +81,7 @@ def test_start_of_another_dtype_trains_in_float32_and_resumes(dtype, tmp_path, m
     assert again.weights.read_bytes() == result.weights.read_bytes()
 
 
+@pytest.mark.slow
 def test_network_with_its_own_dtype_keeps_it(tmp_path, monkeypatch):
     model = network(param_dtype=jnp.bfloat16)
     result = finetune(ALL, tmp_path / "whole", model=model, start=arrays(), **GIVEN)
@@ -157,6 +159,7 @@ def test_float64_needs_x64(tmp_path):
         finetune(recipe, tmp_path / "run", **GIVEN)
 
 
+@pytest.mark.slow
 def test_float64_run_resumes_bit_identically(tmp_path, monkeypatch):
     fields = {
         "model": "cifar_resnet8",

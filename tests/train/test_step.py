@@ -47,6 +47,7 @@ def prepare(start, stage, optimizer):
     return train_step(MODEL, transform, PREPROCESSING, norms), state, frozen, stage_plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD(momentum=0.9, weight_decay=0.1), Adam()], ids=repr)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_frozen_parameters_and_statistics_stay_bit_identical(stage, optimizer, start):
@@ -99,6 +100,7 @@ def test_each_stage_costs_more_than_the_one_before(start):
     assert costs[0] < 0.75 * costs[1] < 0.75 * costs[2]
 
 
+@pytest.mark.slow
 def test_the_key_draws_dropout(start):
     """The same key trains alike, another one otherwise; without dropout no key matters."""
 

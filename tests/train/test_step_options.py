@@ -77,6 +77,7 @@ def start_of(stage, **settings):
     return compiled, compiled.copy(state), frozen, params
 
 
+@pytest.mark.slow
 def test_an_average_does_not_move_what_stands_still():
     """Rounding must not, or frozen layers would validate and be handed on as others."""
     compiled, state, frozen, _ = start_of(Stage("x", {"fc": 0.05}, steps=99, ema=0.999))

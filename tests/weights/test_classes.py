@@ -83,6 +83,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", HEADS.values(), ids=HEADS)
 def test_outputs_follow_the_names_of_reordered_classes(model, tmp_path):
     before = trees(model)

@@ -34,6 +34,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
 def test_it_computes_the_same_where_jaxft_is_not_imported(model, tmp_path):
     params, stats = jax.jit(model.init)(jax.random.key(0))
@@ -54,6 +55,7 @@ def test_it_computes_the_same_where_jaxft_is_not_imported(model, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-6 * scale)
 
 
+@pytest.mark.slow
 def test_it_is_for_every_platform_and_any_batch():
     model = create("cifar_resnet8", num_classes=5, dtype="bfloat16")
     content = serialize(model, *model.init(jax.random.key(0)), PREPROCESSING)

@@ -26,6 +26,7 @@ def transformers(name):
         return dict(zip(golden["names"].tolist(), shapes, strict=True)), golden["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_transformers(name, tmp_path):
     shapes, logits = transformers(name)

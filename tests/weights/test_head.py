@@ -22,6 +22,7 @@ def test_fresh_is_the_networks_own(model):
     )
 
 
+@pytest.mark.slow
 def test_zeros_give_every_class_the_same_chance():
     params, stats = MODEL.init(KEY)
     params["fc"] = new_head(MODEL, "zeros", KEY)

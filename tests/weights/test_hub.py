@@ -246,6 +246,7 @@ def test_names_that_cannot_be(reference, server):
         fetch(reference)
 
 
+@pytest.mark.slow
 def test_the_environment_rules(server, tmp_path):
     code = f"from jaxft.weights.hub import fetch; print(fetch('{REPO}'))"
     variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}

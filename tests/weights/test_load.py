@@ -214,6 +214,7 @@ def test_quantised_weights_are_not_called_another_architecture(tensors):
     assert "architecture" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared ImageNet weights")
 def test_imagenet_weights(tmp_path):
     tool = SHARED / "tools" / "expand_resnet50.py"

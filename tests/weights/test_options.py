@@ -36,6 +36,7 @@ def file(strided, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_stride_in_1x1_is_a_tensor_that_others_refuse(file, tmp_path):
     assert load_file(file)["stride_in_1x1"].tolist() == [1]
     save(tmp_path / "w", PLAIN, *PLAIN.init(jax.random.key(0)))

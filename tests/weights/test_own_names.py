@@ -52,6 +52,7 @@ def test_there_and_back_is_bit_exact(name, tmp_path):
             np.testing.assert_array_equal(file.get_tensor(path), leaf)
 
 
+@pytest.mark.slow
 def test_what_flax_code_wrote_is_read(tmp_path):
     params, stats = MODELS["attention"].init(KEY)
     save_file(flatten_dict(params, sep="."), tmp_path / "own.safetensors")
