@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from flax import linen as nn
 from mortal import QUIET
 from PIL import Image
