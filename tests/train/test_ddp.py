@@ -13,6 +13,8 @@ from jaxft.data import Batch
 from jaxft.train.step import TrainState, train_step
 from jaxft.weights.names import torch_tensors
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "ddp.npz"
 MODEL = models.create("cifar_resnet8", num_classes=10)
 STEPS, RATE = 5, 0.05
@@ -67,7 +69,6 @@ def golden():
         return dict(recorded)
 
 
-@pytest.mark.slow
 def test_losses_parameters_and_statistics_are_ddps(golden):
     with jax.enable_x64(True):
         trained = train(replicas=2)
@@ -76,7 +77,6 @@ def test_losses_parameters_and_statistics_are_ddps(golden):
         np.testing.assert_allclose(trained[name], array, rtol=1e-9, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.slow
 def test_it_is_not_what_global_statistics_give(golden):
     with jax.enable_x64(True):
         trained = train(replicas=1)
@@ -84,7 +84,6 @@ def test_it_is_not_what_global_statistics_give(golden):
     assert np.abs(trained["bn1.running_mean"] - golden["bn1.running_mean"]).max() > 1e-2
 
 
-@pytest.mark.slow
 def test_the_recording_is_torchs(golden, tmp_path):
     pytest.importorskip("torch")
     from record_ddp import record

@@ -22,6 +22,8 @@ from jaxft.labels import paths
 from jaxft.recipe import save
 from jaxft.report.console import Console
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).with_name("devices_child.py")
 QUIET = Console(quiet=True)
 # 22 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
@@ -184,7 +186,6 @@ def two(folder, eight):
     return [end(process) for process in start_pair(own)]
 
 
-@pytest.mark.slow
 def test_the_processes_end_as_they_were_asked(eight, two):
     assert eight[0] == 75, eight[2]
     # On a busy machine Orbax has something to say before it.
@@ -214,7 +215,6 @@ def test_losses_and_weights_are_those_of_one_device(devices, sharding, one, two)
     assert_same(one.with_name(f"{devices}-{sharding}"), one)
 
 
-@pytest.mark.slow
 def test_a_run_moves_from_one_to_eight_to_two_processes_and_back(one, two):
     moved = one.with_name("moved")
     with closing(Checkpoints(moved / "checkpoints")) as checkpoints:
@@ -248,7 +248,6 @@ def test_fsdp_divides_parameters_optimizer_and_average_among_the_devices(eight):
         assert held[stage, "replicated"] - held[stage, "fsdp"] == divided * 7 // 8
 
 
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_both(tmp_path):
     (tmp_path / "file").touch()
     save(BRIEF, tmp_path / "brief.yaml")

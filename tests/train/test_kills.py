@@ -16,8 +16,9 @@ from jaxft.train.evaluate import Score
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_sigkill_changes_nothing(whole, tmp_path):
     """While it writes within an epoch, as a stage ends, in the first step after, and while it
     writes a stage's end: one run, killed four times."""
@@ -30,7 +31,6 @@ def test_sigkill_changes_nothing(whole, tmp_path):
     assert odd_names(workdir) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "points"),
     [
@@ -56,7 +56,6 @@ def test_whatever_is_lost_is_done_again(owner, name, points, whole, tmp_path, mo
     assert_same_end(workdir, whole)
 
 
-@pytest.mark.slow
 def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, monkeypatch):
     """A run that has kept its start, whole or in part, and then died at once starts again."""
     first = dataclasses.replace(RECIPE.stages[0], anchor=Anchor())
@@ -72,7 +71,6 @@ def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, m
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
-@pytest.mark.slow
 def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_path, monkeypatch):
     """Asked to stop in validation, it saves the epoch's last step; then it dies as it saves the
     epoch's end, by the same number."""
@@ -91,7 +89,6 @@ def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_pat
     assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(whole)]
 
 
-@pytest.mark.slow
 def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatch):
     """Of the run's start, of an epoch, and of the same once more."""
     workdir = tmp_path / "killed"

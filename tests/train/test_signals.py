@@ -3,8 +3,9 @@
 import pytest
 from mortal import assert_same_end, go_on, run_until, steps
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_asked_to_stop_it_saves_the_step_and_goes_on_from_there(whole, tmp_path):
     """One run, stopped four times: between two checkpoints, in validation, at a boundary while
     the next stage compiles, and by Ctrl-C."""
@@ -24,7 +25,6 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_from_there(whole, tmp_path)
     assert_same_end(workdir, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ["compile:1", "score:1"])
 def test_before_anything_is_trained_it_just_ends(point, tmp_path):
     """Also if a compiler is at work that would never be done."""
@@ -34,7 +34,6 @@ def test_before_anything_is_trained_it_just_ends(point, tmp_path):
     assert steps(tmp_path / "run") == []
 
 
-@pytest.mark.slow
 def test_ctrl_c_twice_saves_nothing_more(tmp_path):
     """But what it had begun to save is whole."""
     code, said = run_until("step:5", tmp_path / "run", signals="SIGINT,SIGINT")
