@@ -148,6 +148,8 @@ def _call_roll(listener: socket.socket, processes: int, patience: float) -> None
                 if not problem and (problem := _contradiction([*came.values()], processes)):
                     late = time.monotonic() + _LATE
             if problem:
+                for connection in came:  # whose number the next connection may have
+                    selector.unregister(connection)
                 _answer(came, problem)
                 came.clear()
         # First of all, the port is free for jax, who answers those that ask from now on.
