@@ -41,9 +41,9 @@ PHASES = {
     "checkpoint_read": ("open", "run/checkpoints"),
     "next_stage_compiled": ("compile", "", 4),
     "epoch_validated": ("os.rename", "metrics.jsonl", 2),
-    "stage_ended": ("os.rename", "metrics.jsonl", 2),
-    # By a thread, at whatever step the run is by then: no phase of the stages may follow it.
+    # By a thread: up to two epochs may have passed, so that the last stage has some to spare.
     "checkpoint_named": ("os.rename", "run/checkpoints/"),
+    "epoch_recorded": ("os.rename", "metrics.jsonl", 2),
     "weights_exported": ("os.rename", "model.safetensors"),
     "score_exported": ("os.rename", "model.json"),
 }
@@ -75,7 +75,7 @@ def recipe(root, weights="pretrained.safetensors"):
         augment="flip",
         stages=(
             Stage("head", {"head": 1e-2}, epochs=2),
-            Stage("all", {"*": 1e-3}, epochs=1, carry="keep"),
+            Stage("all", {"*": 1e-3}, epochs=5, carry="keep"),
         ),
     )
 
