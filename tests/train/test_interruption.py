@@ -114,8 +114,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-# A handler's KeyboardInterrupt can meet a weak reference's callback, which Python reports and drops;
-# the run finds the signal later.
+# Python drops what a handler raises in a weak reference's callback; the run finds the signal later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
