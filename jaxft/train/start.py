@@ -13,9 +13,10 @@ from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
 from jaxft.recipe import Recipe
-from jaxft.weights import Weights, load
+from jaxft.weights import Weights
 from jaxft.weights.finite import check_finite
 from jaxft.weights.head import with_head
+from jaxft.weights.load import load_fitted
 
 Start = tuple[Tree, Tree]
 """Parameters and statistics; shapes alone where a run need not start from them."""
@@ -33,11 +34,12 @@ def drawn(
 ) -> Start:
     """Pretrained weights with the head that the recipe asks for, or all of it random.
 
-    `classes` are those of the images, in the order of the logits; None: whatever they are.
+    `source` is fitted to the network (see `jaxft.weights.load.fitted`). `classes` are those of the
+    images, in the order of the logits; None: whatever they are.
     """
     key = jax.random.key(recipe.seed)
     if source:
-        return load(source, model, head=recipe.head, key=key, classes=classes)
+        return load_fitted(source, model, recipe.head, key, classes)
     params, stats = model.init(key)
     if recipe.head in ("zeros", "xavier"):
         params = with_head(model, params, recipe.head, key)

@@ -48,17 +48,27 @@ def load(
     Raises WeightsError with every mismatch at once, for values that are not finite, running
     variances below 0, or where there is no readable file.
     """
-    if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
-        raise WeightsError(
-            f"head is {head!r}; it must be {', '.join(('keep', *get_args(Start)))} or a tree."
-        )
+    _check_head(head)
+    if isinstance(weights, Weights):
+        return load_fitted(fitted(weights, model, head, classes), model, head, key, classes)
+    weights = fitted(read(weights, own_names=not model.torch_named), model, head, classes)
+    if weights.remarks:
+        warnings.warn(" ".join(weights.remarks), stacklevel=2)
+    return load_fitted(weights, model, head, key, classes)
+
+
+def load_fitted(
+    weights: Weights,
+    model: Model,
+    head: Literal["keep"] | Start | Mapping[str, Tree],
+    key: jax.Array | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[Tree, Tree]:
+    """Returns the `(params, stats)` of what `fitted` returned for the same model, head and classes.
+
+    Raises WeightsError for values that are not finite, and running variances below 0.
+    """
     key = jax.random.key(0) if key is None else key
-    if not isinstance(weights, Weights):
-        weights = fitted(read(weights, own_names=not model.torch_named), model, head, classes)
-        if weights.remarks:
-            warnings.warn(" ".join(weights.remarks), stacklevel=2)
-    else:
-        weights = fitted(weights, model, head, classes)
     order = _order(weights, classes) if head == "keep" else None
     abstract = jax.eval_shape(model.init, key)
     tensors, found = file_tensors(model, *abstract), weights.tensors
@@ -105,6 +115,7 @@ def from_state_dict(
     Example:
       params, stats = weights.from_state_dict(torch_module.state_dict(), model)
     """
+    _check_head(head)
     source = IN_MEMORY
     if not isinstance(state, Mapping):
         raise WeightsError(f"{source} must map names to arrays; it is a {type(state).__name__}.")
@@ -118,7 +129,7 @@ def from_state_dict(
     weights = fitted(Weights(source, tensors, None, remarks), model, head, classes)
     if weights.remarks:
         warnings.warn(" ".join(weights.remarks), stacklevel=2)
-    return load(weights, model, head=head, key=key, classes=classes)
+    return load_fitted(weights, model, head, key, classes)
 
 
 def fitted(
@@ -192,3 +203,11 @@ def _order(weights: Weights, classes: Sequence[str] | None) -> Order | None:
         return None
     way_out = "head='fresh' starts a new head."
     return class_order(weights.network.classes, classes, source=weights.source, way_out=way_out)
+
+
+def _check_head(head: Any) -> None:
+    """Raises WeightsError unless it is one of the words for a head, or a tree."""
+    if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
+        raise WeightsError(
+            f"head is {head!r}; it must be {', '.join(('keep', *get_args(Start)))} or a tree."
+        )
