@@ -56,9 +56,13 @@ def check_folder(folder: Path) -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """Ends the program with a message on stderr, without waiting for any thread."""
+    """Ends the program with a message on stderr, if any, without waiting for any thread.
+
+    `sys.exit` would wait for what is being compiled ahead.
+    """
     with suppress(OSError, AttributeError):  # one of them may be closed, or its disk full
-        print(message, file=sys.stderr, flush=True)
+        if message:
+            print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(code)
 

@@ -11,7 +11,9 @@ The network's options are those of a recipe: --stride-in-1x1, --head-layers 256 
 """
 
 if __name__ == "__main__":
-    import stop_at_once  # noqa: F401, before what takes seconds to import
+    from stop_at_once import stop_at_once
+
+    stop_at_once()  # before what takes seconds to import
 
 import argparse
 import dataclasses

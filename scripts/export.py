@@ -12,7 +12,9 @@ DIR (default: WORKDIR) then holds
 """
 
 if __name__ == "__main__":
-    import stop_at_once  # noqa: F401, before what takes seconds to import
+    from stop_at_once import stop_at_once
+
+    stop_at_once()  # before what takes seconds to import
 
 import argparse
 import json

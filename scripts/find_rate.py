@@ -10,7 +10,9 @@ DIR/rates.png.
 """
 
 if __name__ == "__main__":
-    import stop_at_once  # noqa: F401, before what takes seconds to import
+    from stop_at_once import stop_at_once
+
+    stop_at_once()  # before what takes seconds to import
 
 import argparse
 

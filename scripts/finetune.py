@@ -9,30 +9,18 @@ SIGTERM, or Ctrl-C, has the run save where it is and end, with exit code 75 (or 
 command goes on. Before training either ends it at once, and so does Ctrl-C twice.
 """
 
+if __name__ == "__main__":
+    from stop_at_once import stop_at_once
+
+    # Before what takes seconds to import.
+    stop_at_once("came before training; the same command starts it, or goes on.")
+
 import argparse
-import os
 import signal
 import sys
 
-# 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-
-
-def stop(number: int, _: object) -> None:
-    message = f"{signal.Signals(number).name} came before training; the same command starts it"
-    os.write(2, f"\n{message}, or goes on.\n".encode())
-    os._exit(EXIT_CODES[number])
-
-
-if __name__ == "__main__":
-    for number in EXIT_CODES:  # before the imports below, which take seconds
-        signal.signal(number, stop)
-
-from contextlib import suppress
-from typing import NoReturn
-
 from jaxft import InterruptedRunError, JaxftError, finetune, lost_process, parallel, processes
-from jaxft.command_line import print_fields, read_with
+from jaxft.command_line import EXIT_CODES, leave, print_fields, read_with
 from jaxft.train import agreement
 from jaxft.train.compilation import keep_programs
 from jaxft.train.loop import Result
@@ -77,7 +65,7 @@ def main(arguments: list[str]) -> None:
             extend=known.extend,
         )
     except InterruptedRunError as stopped:
-        leave(f"\n{stopped}", EXIT_CODES[stopped.signal])
+        leave(f"\n{stopped}", EXIT_CODES[signal.Signals(stopped.signal)])
     except (JaxftError, OSError) as error:
         lost = isinstance(error, lost_process.LostProcessError)
         leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE if lost else 1)
@@ -85,8 +73,8 @@ def main(arguments: list[str]) -> None:
         leave("", int(ended.code or 0))
     except KeyboardInterrupt:
         leave("\nInterrupted. The same command goes on from the last checkpoint.", 130)
-    for number in EXIT_CODES:
-        if signal.getsignal(number) is stop:
+    if __name__ == "__main__":
+        for number in EXIT_CODES:
             signal.signal(number, signal.SIG_IGN)  # all is done
     try:
         with lost_process.translated():
@@ -107,14 +95,6 @@ def show(result: Result) -> None:
         print(f"From scratch:       {result.from_scratch.accuracy:.4f}")
     print(f"Weights     {result.weights} (torch's names; model.json beside it)")
     print(f"Checkpoint  {result.checkpoint}", flush=True)
-
-
-def leave(message: str, code: int) -> NoReturn:
-    with suppress(OSError, AttributeError):  # one of them may be closed, or its disk full
-        if message:
-            print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    os._exit(code)  # sys.exit would wait for what is being compiled ahead
 
 
 if __name__ == "__main__":

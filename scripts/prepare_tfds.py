@@ -7,7 +7,9 @@ becomes one split named train. The images' own bytes are kept. Needs no TensorFl
 """
 
 if __name__ == "__main__":
-    import stop_at_once  # noqa: F401, before what takes seconds to import
+    from stop_at_once import stop_at_once
+
+    stop_at_once()  # before what takes seconds to import
 
 import argparse
 

@@ -1,18 +1,17 @@
-"""Importing this ends the program with one line at SIGTERM or SIGINT.
-
-For the seconds in which a script imports jax; later `jaxft.command_line.run` handles them.
-"""
+"""An end with one line for the seconds in which a script imports jax."""
 
 import os
 import signal
 
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+_EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # as jaxft.command_line, not imported yet
 
 
-def stop(number: int, _: object) -> None:
-    os.write(2, f"\n{signal.Signals(number).name} came; nothing has been done.\n".encode())
-    os._exit(EXIT_CODES[signal.Signals(number)])
+def stop_at_once(message: str = "came; nothing has been done.") -> None:
+    """Has SIGTERM and SIGINT print their name with a message, and end the program."""
 
+    def stop(number: int, _: object) -> None:
+        os.write(2, f"\n{signal.Signals(number).name} {message}\n".encode())
+        os._exit(_EXIT_CODES[signal.Signals(number)])
 
-for number in EXIT_CODES:
-    signal.signal(number, stop)
+    for number in _EXIT_CODES:
+        signal.signal(number, stop)

@@ -71,4 +71,5 @@ if __name__ == "__main__":
         never_compile(int(at) - 1)
         strike_before(Ahead, "result", lambda call, *_: call == int(at))
     sys.argv = [str(SCRIPT), *sys.argv[3:]]
+    sys.path[0] = str(SCRIPT.parent)
     runpy.run_path(str(SCRIPT), run_name="__main__")
