@@ -102,7 +102,7 @@ class Kept:
 
 
 @jax.jit
-def _finite_rows(x: jax.Array) -> jax.Array:
+def finite_rows(x: jax.Array) -> jax.Array:
     """Returns whether each row of `[b ...]` is finite, `[b]`."""
     return jnp.isfinite(x).reshape(len(x), -1).all(1)
 
@@ -174,7 +174,7 @@ class Inputs:
                 x = compute(params, stats, x)
                 if block in self._program.prefix.ends:
                     found.append(x)
-            return found, _finite_rows(x)
+            return found, finite_rows(x)
 
         def store() -> None:
             nonlocal done

@@ -105,97 +105,84 @@ def finetune(
       NonFiniteError: the loss has become NaN or infinite.
     """
     with interruptible() as interruption, lost_process.translated(), agreement.announced():
-        return _open_and_run(
-            recipe, workdir, data, model, start, fork_from, stage, extend, console, interruption
+        recipe, folder = resolve(recipe), atomic.anywhere(workdir)
+        check_devices()
+        console = console or Console(quiet=not is_first())
+        if stage is not None and fork_from is None:
+            raise RecipeError(
+                f"stage {stage!r} is to be forked, but fork_from names no run to fork."
+            )
+        check_network(recipe, model)
+        begun, source, forked = saved(folder), None, None
+        interruption.resumes = begun is not None
+        if begun:
+            recipe = recipe.expecting(begun.preprocessing)
+        elif fork_from is not None:
+            forked = fork.find(fork_from, stage)
+            ended = fork.check(forked, recipe)
+            recipe = recipe.expecting(forked.recipe.preprocessing)
+        check(folder, recipe, extend=extend)
+        if data is None:
+            check_apart(folder, recipe.data)
+        splits = open_splits(recipe, data)
+        classes = splits.train.classes
+        model = open_network(recipe, model, classes)
+        # A run that has begun needs its pretrained weights no more: they may be out of reach.
+        if not begun and not forked:
+            source, recipe = read_weights(recipe, model, classes)
+        check_image_size(recipe, model)
+        scratch = dataclasses.replace(
+            recipe,
+            weights=None,
+            head="fresh",
+            stages=recipe.from_scratch or recipe.stages,
+            from_scratch=(),
         )
-
-
-def _open_and_run(
-    recipe: Recipe,
-    workdir: str | os.PathLike[str],
-    data: Source | Splits | None,
-    model: models.Model | None,
-    start: Start | None,
-    fork_from: str | os.PathLike[str] | None,
-    stage: str | None,
-    extend: bool,
-    console: Console | None,
-    interruption: Interruption,
-) -> Result:
-    recipe, folder = resolve(recipe), atomic.anywhere(workdir)
-    check_devices()
-    console = console or Console(quiet=not is_first())
-    if stage is not None and fork_from is None:
-        raise RecipeError(f"stage {stage!r} is to be forked, but fork_from names no run to fork.")
-    check_network(recipe, model)
-    begun, source, forked = saved(folder), None, None
-    interruption.resumes = begun is not None
-    if begun:
-        recipe = recipe.expecting(begun.preprocessing)
-    elif fork_from is not None:
-        forked = fork.find(fork_from, stage)
-        ended = fork.check(forked, recipe)
-        recipe = recipe.expecting(forked.recipe.preprocessing)
-    check(folder, recipe, extend=extend)
-    if data is None:
-        check_apart(folder, recipe.data)
-    splits = open_splits(recipe, data)
-    classes = splits.train.classes
-    model = open_network(recipe, model, classes)
-    # A run that has begun needs its pretrained weights no more: they may be gone, or out of reach.
-    if not begun and not forked:
-        source, recipe = read_weights(recipe, model, classes)
-    check_image_size(recipe, model)
-    scratch = dataclasses.replace(
-        recipe,
-        weights=None,
-        head="fresh",
-        stages=recipe.from_scratch or recipe.stages,
-        from_scratch=(),
-    )
-    check(folder / "from_scratch", scratch)
-    devices = Devices(recipe.sharding)
-    origin, remarks = recipe.weights or "random weights", list[str]()
-    if forked:
-        origin = f"stage {forked.stage!r} of {forked.workdir}"
-        forked = fork.in_order(forked, recipe, model, classes)
-    elif start is not None:
-        origin = "the arrays given"
-    is_random = not (begun or forked or source) and start is None
-    if begun or forked:
-        start = shapes(model)
-    elif start is None:
-        start = drawn(recipe, model, source, wanted_classes(recipe, classes))
-    else:
-        start, remarks = given(recipe, model, start)
-    programs = open_programs(recipe, model, splits, devices, start)
-    remarks += oversized([program.sizes for program in programs], len(splits.train))
-    if is_random:
-        remarks += frozen_at_random([program.plan for program in programs], start[0])
-    if begun and begun.stages != recipe.stages:
-        shorter = dataclasses.replace(recipe, stages=begun.stages)
-        old = open_programs(shorter, model, splits, devices, start)
-        check_extension(folder, begun, old, programs, start)
-    if forked:
-        fork.check_arrays(forked, ended, programs, *start)
-    if recipe.from_scratch:  # its patterns must not fail after hours of the others
-        compared = open_programs(scratch, model, splits, devices, start)
-    agreement.reach(folder, recipe, splits)
-    console.row(_prologue(recipe, splits, start[0], origin))
-    remarks += environment.idle_accelerator()
-    of_start = [each.remarks for each in (source, forked) if each]
-    for remark in (*splits.remarks, *chain(*of_start), *remarks):
-        console.say(remark)
-    interruption.wait()
-    result = _run(programs, splits, start, forked, recipe, folder, console, interruption, extend)
-    if recipe.from_scratch:
-        console.row("\nFor comparison, the same network from random weights:")
-        beside = folder / "from_scratch"
-        start = shapes(model) if saved(beside) else drawn(scratch, model, None)
-        console.row(_prologue(scratch, splits, start[0], "random weights"))
-        other = _run(compared, splits, start, None, scratch, beside, console, interruption)
-        result = dataclasses.replace(result, from_scratch=other.score)
-    return result
+        check(folder / "from_scratch", scratch)
+        devices = Devices(recipe.sharding)
+        origin, remarks = recipe.weights or "random weights", list[str]()
+        if forked:
+            origin = f"stage {forked.stage!r} of {forked.workdir}"
+            forked = fork.in_order(forked, recipe, model, classes)
+        elif start is not None:
+            origin = "the arrays given"
+        is_random = not (begun or forked or source) and start is None
+        if begun or forked:
+            start = shapes(model)
+        elif start is None:
+            start = drawn(recipe, model, source, wanted_classes(recipe, classes))
+        else:
+            start, remarks = given(recipe, model, start)
+        programs = open_programs(recipe, model, splits, devices, start)
+        remarks += oversized([program.sizes for program in programs], len(splits.train))
+        if is_random:
+            remarks += frozen_at_random([program.plan for program in programs], start[0])
+        if begun and begun.stages != recipe.stages:
+            shorter = dataclasses.replace(recipe, stages=begun.stages)
+            old = open_programs(shorter, model, splits, devices, start)
+            check_extension(folder, begun, old, programs, start)
+        if forked:
+            fork.check_arrays(forked, ended, programs, *start)
+        if recipe.from_scratch:  # its patterns must not fail after hours of the others
+            compared = open_programs(scratch, model, splits, devices, start)
+        agreement.reach(folder, recipe, splits)
+        console.row(_prologue(recipe, splits, start[0], origin))
+        remarks += environment.idle_accelerator()
+        of_start = [each.remarks for each in (source, forked) if each]
+        for remark in (*splits.remarks, *chain(*of_start), *remarks):
+            console.say(remark)
+        interruption.wait()
+        result = _run(
+            programs, splits, start, forked, recipe, folder, console, interruption, extend
+        )
+        if recipe.from_scratch:
+            console.row("\nFor comparison, the same network from random weights:")
+            beside = folder / "from_scratch"
+            start = shapes(model) if saved(beside) else drawn(scratch, model, None)
+            console.row(_prologue(scratch, splits, start[0], "random weights"))
+            other = _run(compared, splits, start, None, scratch, beside, console, interruption)
+            result = dataclasses.replace(result, from_scratch=other.score)
+        return result
 
 
 def _run(

@@ -11,6 +11,7 @@ from jaxft.data import Batch
 from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree
 from jaxft.train.evaluate import Score
+from jaxft.train.kept import finite_rows
 from jaxft.train.run import Run
 
 
@@ -48,8 +49,7 @@ def _first_block(run: Run, params: Tree, stats: Tree) -> str | None:
         x, found = preprocessing.normalize(batch.image), []
         for block in model.blocks:
             x, _ = model.apply(params, stats, x, norms="running", first=block, last=block)
-            rows = jnp.isfinite(x).reshape(len(x), -1).all(1)
-            found.append(~rows.all(where=jnp.asarray(batch.mask)))
+            found.append(~finite_rows(x).all(where=jnp.asarray(batch.mask)))
         return jnp.stack(found)
 
     flags = run.of_each_batch(run.splits.val, lambda batch: wrong(params, stats, batch))

@@ -1,6 +1,7 @@
 """A stage over this run's network, images and devices: what its compiled step depends on."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxft.models import Model, NormMode
 from jaxft.optim import multi_transform
 from jaxft.parallel import Devices
 from jaxft.recipe import Recipe
+from jaxft.stages import Stage
 from jaxft.train.batch_sizes import BatchSizes, batch_sizes
 from jaxft.train.compilation import flops
 from jaxft.train.evaluate import eval_step
@@ -370,16 +372,12 @@ def program(
     """
     stage = plan.stage
     recipe = recipe.during(stage)
-    try:
+    with _naming(stage):
         check_view(source, recipe.augment)
-    except DataError as error:
-        raise DataError(f"stage {stage.name!r}: {error}") from error
     if stage.solver:
         check_solvable(plan, model, *shapes, image_size=recipe.preprocessing.image_size)
-    try:
+    with _naming(stage):
         norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
-    except (PatternError, RecipeError) as error:
-        raise type(error)(f"stage {stage.name!r}: {error}") from error
     weights = stage.class_weights
     if weights is None and recipe.balance == "loss":
         weights = class_weights(source)
@@ -399,7 +397,7 @@ def program(
     steps = steps_per_epoch(source, recipe.batch_size, drop_last=recipe.drop_last)
     sizes = batch_sizes(model, devices, len(source), recipe.batch_size, drop_last=recipe.drop_last)
     if not stage.solver:
-        try:
+        with _naming(stage):
             check_single_image(
                 model,
                 shapes,
@@ -410,9 +408,16 @@ def program(
                 replicas=len(devices) if recipe.statistics == "replica" else 1,
                 reaches_last=stage.length(steps) >= steps,
             )
-        except RecipeError as error:
-            raise RecipeError(f"stage {stage.name!r}: {error}") from error
     pixels = pixel_type(source).name
     return Program(
         index, plan, recipe, model, devices, norms, objective, steps, sizes, pixels=pixels
     )
+
+
+@contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """Puts the name of the stage before the message of an error."""
+    try:
+        yield
+    except (DataError, PatternError, RecipeError) as error:
+        raise type(error)(f"stage {stage.name!r}: {error}") from error
