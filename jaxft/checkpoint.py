@@ -25,7 +25,7 @@ from etils import epath
 
 from jaxft import checksums
 from jaxft.atomic import in_bucket
-from jaxft.errors import CheckpointError
+from jaxft.errors import CheckpointError, first_of
 from jaxft.labels import Tree
 from jaxft.processes import first_answers, is_first
 
@@ -255,9 +255,8 @@ class Checkpoints:
                 for path in [*wanted, *(saved.keys() - wanted.keys())]
                 if saved.get(path) != wanted.get(path)
             ]
-            shown = other if len(other) <= 8 else [*other[:8], f"and {len(other) - 8} more"]
             raise CheckpointError(
-                "\n  ".join([f"{self.path(step)} does not fit this run:", *shown])
+                "\n  ".join([f"{self.path(step)} does not fit this run:", *first_of(other, 8)])
                 + "\nGo on with the network and jaxft that wrote it, or choose another workdir."
             )
 

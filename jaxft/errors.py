@@ -1,5 +1,7 @@
 """What a user can get wrong. Each error names the thing, the place and the way out."""
 
+from collections.abc import Iterable
+
 
 class JaxftError(ValueError):
     """Base of all errors that a user can cause; scripts print it without a traceback."""
@@ -51,3 +53,14 @@ class InterruptedRunError(JaxftError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.signal = number
+
+
+def first_of(entries: Iterable[str], most: int, rest: str = "and {} more") -> list[str]:
+    """Returns the first entries of a message's list, and one that counts the rest, if any.
+
+    >>> ", ".join(first_of("abcde", 3))
+    'a, b, c, and 2 more'
+    """
+    entries = list(entries)
+    more = [rest.format(len(entries) - most)] if len(entries) > most else []
+    return entries[:most] + more

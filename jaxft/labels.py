@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxft.errors import LabelError, PatternError
+from jaxft.errors import LabelError, PatternError, first_of
 
 Tree = Any
 """A pytree of arrays, of whatever framework."""
@@ -358,8 +358,7 @@ def shallow(params: Tree, patterns: Sequence[Pattern]) -> list[str]:
 
 
 def _some(items: Sequence[str], *, separator: str = ", ", most: int = 5) -> str:
-    more = f"{separator}... and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
+    return separator.join(first_of(items, most, "... and {} more"))
 
 
 def _size(leaf: Any) -> int:

@@ -20,7 +20,7 @@ from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
-from jaxft.errors import DataError, JaxftError, RecipeError
+from jaxft.errors import DataError, JaxftError, RecipeError, first_of
 from jaxft.models import Model, create, factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim import SGD, Optimizer
@@ -398,8 +398,7 @@ def differences(before: Recipe, now: Recipe) -> list[Difference]:
 
 def listed(found: Sequence[Difference]) -> str:
     """Returns a line for each of the differences, at most twelve."""
-    more = [f"and {len(found) - 12} more"] if len(found) > 12 else []
-    return "\n  ".join([*map(str, found[:12]), *more])
+    return "\n  ".join(first_of(map(str, found), 12))
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[Difference]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.protocol import Source, Splits, pixel_type
+from jaxft.errors import first_of
 
 _SHOWN = 8  # classes named in one line
 
@@ -99,9 +100,7 @@ def _by_class(classes: list[str], before: list[int], now: list[int]) -> str:
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:
-    more = len(names) - _SHOWN
-    shown = separator.join(names[:_SHOWN])
-    return f"{shown}{separator}and {more} more" if more > 0 else shown
+    return separator.join(first_of(names, _SHOWN))
 
 
 def _encoded(text: str | bytes) -> bytes:

@@ -16,7 +16,7 @@ from jaxft.data.decode import decode
 from jaxft.data.joined import take
 from jaxft.data.protocol import Checkable, Source
 from jaxft.data.splits import shown
-from jaxft.errors import DataError
+from jaxft.errors import DataError, first_of
 
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
@@ -94,9 +94,7 @@ def checked(
 
 
 def _listing(lines: list[str]) -> str:
-    more = len(lines) - _SHOWN
-    shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
-    return f"{shown}\n  and {more} more" if more > 0 else shown
+    return "".join(f"\n  {line}" for line in first_of(lines, _SHOWN))
 
 
 @contextmanager

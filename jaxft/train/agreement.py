@@ -24,7 +24,7 @@ from jax._src import distributed
 from jaxft import recipe as recipes
 from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import identity, record
-from jaxft.errors import DataError, ParallelError
+from jaxft.errors import DataError, ParallelError, first_of
 from jaxft.recipe import Recipe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxft")
@@ -106,11 +106,9 @@ def _compare(facts: list[dict[str, Any]], first_other_image: Callable[[], list[s
                            (values[0], values[process]))  # fmt: skip
             lines.append(f"{name}: {here} in process 0, {there} in process {process}")
     if lines:
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        more += first_other_image()
         raise ParallelError(
             "the processes of this run differ:\n  "
-            + "\n  ".join(lines[:_SHOWN] + more)
+            + "\n  ".join([*first_of(lines, _SHOWN), *first_other_image()])
             + "\nGive all of them the same command, images and versions."
         )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.errors import WeightsError
+from jaxft.errors import WeightsError, first_of
 from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
@@ -72,12 +72,10 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     )
     if wrong and (recipe.head == "keep" or not only_head):
         lines = [f"{path}: {mismatch}" for path, mismatch in wrong.items()]
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         raise WeightsError(
             "\n  ".join(
                 [f"start does not fit {model.name} (0 is params, 1 is stats):"]
-                + lines[:_SHOWN]
-                + more
+                + first_of(lines, _SHOWN)
                 + ['Only the head differs: head="fresh" draws a new one.'] * only_head
             )
         )

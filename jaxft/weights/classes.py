@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.errors import WeightsError
+from jaxft.errors import WeightsError, first_of
 from jaxft.models.model import Model, Tree
 from jaxft.weights.head import at, last_layer
 
@@ -96,5 +96,4 @@ def _on_its_devices(change: Any, leaf: Any) -> Any:
 
 def _listed(names: Sequence[str], without: Sequence[str] = ()) -> str:
     shown = [name for name in names if name not in set(without)]
-    more = [f"... and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-    return ", ".join([*shown[:_SHOWN], *more]) or "none"
+    return ", ".join(first_of(shown, _SHOWN, "... and {} more")) or "none"

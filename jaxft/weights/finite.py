@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from jaxft.errors import WeightsError
+from jaxft.errors import WeightsError, first_of
 from jaxft.labels import Tree, paths
 
 _SHOWN = 5
@@ -44,5 +44,4 @@ def check_finite(source: str, names: Iterable[str], start: tuple[Tree, Tree]) ->
 
 
 def _shown(tensors: Sequence[str]) -> str:
-    more = f", and {len(tensors) - _SHOWN} more tensors" if len(tensors) > _SHOWN else ""
-    return ", ".join(tensors[:_SHOWN]) + more
+    return ", ".join(first_of(tensors, _SHOWN, "and {} more tensors"))

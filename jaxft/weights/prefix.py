@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from jaxft.errors import WeightsError
+from jaxft.errors import WeightsError, first_of
 from jaxft.weights.families import rename
 from jaxft.weights.tensors import LazyTensor
 
@@ -93,6 +93,5 @@ def taken(source: str, prefix: str, count: int, others: Iterable[str]) -> str:
 def grouped(names: Iterable[str]) -> str:
     """Lists the first parts of names, with the number of names that begin with each."""
     firsts = Counter(name.partition(".")[0] + ".*" * ("." in name) for name in names)
-    shown = [f"{first} ({n})" for first, n in firsts.most_common(_SHOWN)]
-    more = [f"... and {len(firsts) - _SHOWN} more"] if len(firsts) > _SHOWN else []
-    return ", ".join([*shown, *more]) or "none"
+    entries = (f"{first} ({n})" for first, n in firsts.most_common())
+    return ", ".join(first_of(entries, _SHOWN, "... and {} more")) or "none"

@@ -1,7 +1,8 @@
 """What does not fit between a file and a network, all at once and in a few lines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from jaxft.errors import first_of
 from jaxft.weights.names import TorchTensor
 from jaxft.weights.tensors import LazyTensor
 
@@ -43,7 +44,8 @@ def mismatch(
     lines = [f"{fit} of the network's {len(wanted)} tensors fit by name and shape{where}."]
     for title, entries in sections:
         if entries:
-            lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in _bounded(entries))]
+            shown = first_of(entries, _SHOWN, "... and {} more")
+            lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in shown)]
     if not (missing or reshaped or retyped):
         lines.append(
             "  All of the network is there. If the rest does nothing between body and head,\n"
@@ -58,9 +60,3 @@ def mismatch(
     elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
         lines.append("  It may hold another architecture, or this one by other names.")
     return "\n".join(lines)
-
-
-def _bounded(entries: list[str]) -> Iterable[str]:
-    yield from entries[:_SHOWN]
-    if len(entries) > _SHOWN:
-        yield f"... and {len(entries) - _SHOWN} more"

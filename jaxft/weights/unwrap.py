@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxft.errors import WeightsError
+from jaxft.errors import WeightsError, first_of
 from jaxft.weights.prefix import IN_MEMORY, take_prefix
 from jaxft.weights.tensors import LazyTensor
 from jaxft.weights.torch_pickle import Inert
@@ -205,5 +205,4 @@ def _quoted(key: Any) -> str:
 
 
 def _bounded(entries: list[str]) -> str:
-    more = [f"... and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return ", ".join([*entries[:_SHOWN], *more])
+    return ", ".join(first_of(entries, _SHOWN, "... and {} more"))
