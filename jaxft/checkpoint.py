@@ -48,10 +48,18 @@ def newest_progress(folder: str | PathLike[str]) -> dict[str, Any] | None:
     if not place.exists():
         return None
     paths = {step: place / str(step) for step in whole_steps(place)}
-    for _, path in sorted((_replaced(place) | paths).items(), reverse=True):
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            if not checksums.damage(path, prefix="header/"):
-                return dict(json.loads((path / "header" / "metadata").read_text())["progress"])
+    headers = (
+        read_progress(path) for _, path in sorted((_replaced(place) | paths).items(), reverse=True)
+    )
+    return next((progress for progress in headers if progress is not None), None)
+
+
+def read_progress(checkpoint: epath.Path) -> dict[str, Any] | None:
+    """Returns the `progress` in a checkpoint's header; None if it is damaged or not there."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        if not checksums.damage(checkpoint, prefix="header/"):
+            header = json.loads((checkpoint / "header" / "metadata").read_text())
+            return dict(header["progress"])
     return None
 
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxft import checksums
 from jaxft.atomic import in_bucket
-from jaxft.checkpoint import absolute, cause_of, hush, whole_steps
+from jaxft.checkpoint import absolute, cause_of, hush, read_progress, whole_steps
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
 from jaxft.processes import is_first
@@ -79,14 +79,13 @@ def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
     `folder` is as in `read_weights`.
     """
     place = _newest(folder)
-    hush()
     if (place / "params").is_dir():
         try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                progress = reader.restore(absolute(place / "header"))["progress"]
+            progress = read_progress(place) or {}
             return {**progress["recipe"], "classes": progress["data"]["classes"]}
-        except (KeyError, TypeError, ValueError, FileNotFoundError):
+        except (KeyError, TypeError):
             return {}  # an older run's; a damaged one is found when its arrays are read
+    hush()
     with ocp.StandardCheckpointer() as reader:
         return reader.metadata(absolute(place)).custom_metadata or {}
 
