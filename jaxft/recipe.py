@@ -5,14 +5,13 @@ import math
 import os
 import runpy
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import yaml
-from etils import epath
 
 from jaxft import atomic
 from jaxft.checked import CLASSES, checked, unknown
@@ -20,14 +19,14 @@ from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.splits import parse
 from jaxft.data.transforms import Interpolation
-from jaxft.errors import DataError, JaxftError, RecipeError, first_of
+from jaxft.errors import DataError, JaxftError, RecipeError
 from jaxft.models import Model, create, factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
 
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.
-_CHANGES_NOTHING = (
+CHANGES_NOTHING = (
     "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
     "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
@@ -303,7 +302,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     Raises:
       RecipeError: no such file, no recipe in it, or fields that do not fit; all at once.
     """
-    file = epath.Path(os.path.expanduser(path))
+    file = atomic.anywhere(path)
     if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
     if not atomic.in_bucket(file):
@@ -319,7 +318,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(f"{path} is no YAML: {error}") from error
     if not isinstance(fields, dict):
         raise RecipeError(f"{path} holds no fields of a recipe, such as 'model: resnet50'.")
-    return _validated(fields, source=str(path))
+    return from_fields(fields, source=str(path))
 
 
 def _run_file(path: str) -> dict[str, Any]:
@@ -341,7 +340,10 @@ def from_fields(fields: Any, *, source: str) -> Recipe:
 
     Raises RecipeError with all fields that do not fit.
     """
-    return _validated(fields, source=source)
+    try:
+        return _adapter().validate_python(fields)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{source}: " + "\n  ".join(map(_complaint, error.errors()))) from None
 
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
@@ -364,94 +366,17 @@ def resolve(recipe: Recipe) -> Recipe:
                 f"stage {stage.name!r}: {wrong[0]!r} cannot be saved with the run; a recipe's "
                 "patterns are strings, its optimizers jaxft's. (jaxft.plan takes any.)"
             )
-    return _validated(fields(recipe), source="recipe")
-
-
-class Difference(NamedTuple):
-    """A field that two recipes do not share; as text, `stages[all].epochs: 6 -> 9`.
-
-    `before` or `now` is `ABSENT` where only the other recipe has the stage or the entry.
-    """
-
-    path: str
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.path}: {_shown(self.before)} -> {_shown(self.now)}"
-
-
-ABSENT = object()
-
-
-def differences(before: Recipe, now: Recipe) -> list[Difference]:
-    """Returns the fields by which two recipes train differently, those of stages each by itself."""
-    return [
-        difference
-        for field in dataclasses.fields(Recipe)
-        if field.name not in _CHANGES_NOTHING
-        for difference in _differences(
-            field.name, getattr(before, field.name), getattr(now, field.name)
-        )
-    ]
-
-
-def listed(found: Sequence[Difference]) -> str:
-    """Returns a line for each of the differences, at most twelve."""
-    return "\n  ".join(first_of(map(str, found), 12))
-
-
-def _differences(path: str, before: Any, now: Any) -> Iterator[Difference]:
-    if before == now:
-        return
-    if all(isinstance(x, tuple) and x and isinstance(x[0], Stage) for x in (before, now)):
-        before, now = ({stage.name: stage for stage in stages} for stages in (before, now))
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        shared = [key for key in before if key in now]
-        for key in {**before, **now}:
-            yield from _differences(f"{path}[{key}]", before.get(key, ABSENT), now.get(key, ABSENT))
-        if shared != [key for key in now if key in before]:
-            yield Difference(f"{path} (order)", ", ".join(before), ", ".join(now))
-    elif dataclasses.is_dataclass(before) and type(before) is type(now):
-        for field in dataclasses.fields(before):
-            name = field.name
-            yield from _differences(f"{path}.{name}", getattr(before, name), getattr(now, name))
-    else:
-        yield Difference(path, before, now)
-
-
-def _shown(value: Any) -> str:
-    """A value in at most 60 characters; of a dataclass the fields that are not by default."""
-    if value is ABSENT:
-        return "absent"
-    if isinstance(value, Stage):
-        return "a stage"
-    text = repr(value)
-    if dataclasses.is_dataclass(value):
-        said = [
-            f"{field.name}={getattr(value, field.name)!r}"
-            for field in dataclasses.fields(value)
-            if getattr(value, field.name) != field.default
-        ]
-        text = f"{type(value).__name__}({', '.join(said)})"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return from_fields(fields(recipe), source="recipe")
 
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """Returns the fields on which the result depends, as JSON has them."""
-    return {name: x for name, x in fields(recipe).items() if name not in _CHANGES_NOTHING}
+    return {name: x for name, x in fields(recipe).items() if name not in CHANGES_NOTHING}
 
 
 def fields(recipe: Recipe) -> dict[str, Any]:
     """The recipe as YAML, or JSON, has it."""
     return dict(_adapter().dump_python(recipe, mode="json", warnings=False))
-
-
-def _validated(fields: Any, *, source: str) -> Recipe:
-    try:
-        return _adapter().validate_python(fields)
-    except pydantic.ValidationError as error:
-        raise RecipeError(f"{source}: " + "\n  ".join(map(_complaint, error.errors()))) from None
 
 
 def _complaint(error: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from jaxft import (
 )
 from jaxft.command_line import read_with
 from jaxft.data import Preprocessing
-from jaxft.recipe import differences, read, resolve, save
+from jaxft.recipe import read, resolve, save
+from jaxft.recipe_differences import differences
 from jaxft.schedules import (
     Constant,
     CosineAnnealingLR,

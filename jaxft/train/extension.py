@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxft import recipe as recipes
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import RecipeError
 from jaxft.plateau import ReduceLROnPlateau
-from jaxft.recipe import Difference, Recipe
+from jaxft.recipe import Recipe
+from jaxft.recipe_differences import ABSENT, Difference, differences
 from jaxft.train.program import Program
 from jaxft.train.resume import state_shapes
 from jaxft.train.start import Start
@@ -33,9 +33,9 @@ def refused(before: Recipe, now: Recipe) -> list[Difference]:
     appended = [f"stages[{name}]" for name in names[len(before.stages) :]]
     return [
         each
-        for each in recipes.differences(before, now)
+        for each in differences(before, now)
         if not (each.path in longer and _is_more(each))
-        and not (each.path in appended and each.before is recipes.ABSENT)
+        and not (each.path in appended and each.before is ABSENT)
     ]
 
 

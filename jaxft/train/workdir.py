@@ -15,6 +15,7 @@ from jaxft.data.folder import class_folders_of
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
+from jaxft.recipe_differences import differences, listed
 from jaxft.train.extension import refused
 
 
@@ -40,18 +41,18 @@ def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file; --workdir must name a folder.")
     before = saved(folder)
-    if before and (changed := recipes.differences(before, recipe)):
+    if before and (changed := differences(before, recipe)):
         wrong = refused(before, recipe)
         if extend and wrong:
             raise RecipeError(
-                f"{folder} holds a run of another recipe:\n  {recipes.listed(wrong)}\n"
+                f"{folder} holds a run of another recipe:\n  {listed(wrong)}\n"
                 "--extend takes a longer last stage, and further stages after it, alone. Choose "
                 "another --workdir; --fork-from takes over the stages that stay."
             )
         if not extend:
             way = "choose another --workdir, or delete this one to start over."
             raise RecipeError(
-                f"{folder} holds a run of another recipe:\n  {recipes.listed(changed)}\n"
+                f"{folder} holds a run of another recipe:\n  {listed(changed)}\n"
                 + (way.capitalize() if wrong else f"Go on with it for longer by --extend, or {way}")
             )
     elif before and _is_longer(folder / "recipe.yaml", before):
@@ -79,7 +80,7 @@ def _is_longer(file: epath.Path, before: Recipe) -> bool:
         recipe = recipe.expecting(recipe.preprocessing)
     except (OSError, JaxftError):  # damaged
         return False
-    return bool(recipes.differences(before, recipe)) and not refused(before, recipe)
+    return bool(differences(before, recipe)) and not refused(before, recipe)
 
 
 def check_apart(workdir: str | PathLike[str], data: str) -> None:
