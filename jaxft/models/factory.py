@@ -12,11 +12,9 @@ from typing import Any
 from flax import linen, nnx
 
 from jaxft.errors import ModelError
-from jaxft.models.model import Model
+from jaxft.models.model import Model, Outline
 
-_MEMBERS = (
-    "name", "blocks", "block_patterns", "head", "num_classes", "torch_named", "init", "apply",
-)  # fmt: skip
+_MEMBERS = [name for cls in (Outline, Model) for name in vars(cls) if not name.startswith("_")]
 
 
 def names_factory(model: str) -> bool:
@@ -95,10 +93,14 @@ def checked(model: Any, origin: str) -> Model:
     kind = model.__name__ if isinstance(model, type) else type(model).__name__
     wraps = {linen.Module: "Linen", nnx.Module: "NNX"}
     of_flax = model if isinstance(model, type) else type(model)
-    wrapper = next((w for base, w in wraps.items() if issubclass(of_flax, base)), "Linen")
+    wrapper = next((w for base, w in wraps.items() if issubclass(of_flax, base)), "")
+    if not (wrapper or isinstance(model, type)) and hasattr(model, "apply"):
+        raise ModelError(
+            f"{origin} a {kind}, which has no {', '.join(lacking)}: see jaxft.models.Model."
+        )
     raise ModelError(
         f"{origin} {'the class ' * isinstance(model, type)}{kind}, which is no network yet: wrap a "
-        f"Flax module, models.{wrapper}(..., shape=(h, w, 3), head=...)."
+        f"Flax module, models.{wrapper or 'Linen'}(..., shape=(h, w, 3), head=...)."
     )
 
 

@@ -142,6 +142,17 @@ def test_module_for_a_network_is_one_error(tmp_path):
         finetune(recipe, tmp_path / "run", model=models.Linen, console=QUIET)
 
 
+def test_network_by_hand_that_lacks_a_member_is_refused_before_training(tmp_path):
+    recipe = Recipe(model="net", data="digits", stages=(Stage("all", {"*": 1e-3}, 1),))
+    whole = models.create("cifar_resnet8", num_classes=10)
+    members = ("blocks", "block_patterns", "head", "num_classes", "name", "torch_named")
+    fields = {name: getattr(whole, name) for name in (*members, "init", "apply")}
+    with pytest.raises(
+        ModelError, match=r"model is a ByHand, which has no options: see"
+    ):
+        finetune(recipe, tmp_path / "run", model=type("ByHand", (), fields)(), console=QUIET)
+
+
 def test_name_of_a_network_that_was_given_says_how_to_give_it_again():
     with pytest.raises(
         RecipeError, match=r"(?s)no model is called 'cnn'.*names its factory, model='my_"
