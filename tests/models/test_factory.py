@@ -147,9 +147,7 @@ def test_network_by_hand_that_lacks_a_member_is_refused_before_training(tmp_path
     whole = models.create("cifar_resnet8", num_classes=10)
     members = ("blocks", "block_patterns", "head", "num_classes", "name", "torch_named")
     fields = {name: getattr(whole, name) for name in (*members, "init", "apply")}
-    with pytest.raises(
-        ModelError, match=r"model is a ByHand, which has no options: see"
-    ):
+    with pytest.raises(ModelError, match=r"model is a ByHand, which has no options: see"):
         finetune(recipe, tmp_path / "run", model=type("ByHand", (), fields)(), console=QUIET)
 
 
