@@ -12,7 +12,7 @@ Meant for data near ImageNet, where the paper finds it ahead of plain decay. Mea
 """
 
 from jaxft import SGD, Anchor, Recipe, Stage
-from jaxft.schedules import MultiStepLR
+from jaxft.optim.schedules import MultiStepLR
 
 recipe = Recipe(
     model="resnet101",

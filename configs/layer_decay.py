@@ -13,7 +13,7 @@ data set, not tuned. Measured here: nothing.
 
 from jaxft import AdamW, Recipe
 from jaxft.methods import layer_decay
-from jaxft.schedules import CosineAnnealingLR, Warmup
+from jaxft.optim.schedules import CosineAnnealingLR, Warmup
 
 BLOCKS = [("conv1", "bn1"), *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
 

@@ -11,7 +11,7 @@ seeds); see the README for PyTorch's.
 """
 
 from jaxft import SGD, Recipe, Stage
-from jaxft.schedules import StepLR
+from jaxft.optim.schedules import StepLR
 
 recipe = Recipe(
     model="resnet18",

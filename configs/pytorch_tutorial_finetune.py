@@ -12,7 +12,7 @@ seeds); see the README for PyTorch's. The batches are few for a ResNet-50's norm
 
 from jaxft import SGD, Recipe
 from jaxft.methods import full
-from jaxft.schedules import StepLR
+from jaxft.optim.schedules import StepLR
 
 recipe = Recipe(
     model="resnet18",

@@ -13,7 +13,7 @@ data are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
 
 from jaxft import SGD, Recipe
 from jaxft.methods import full
-from jaxft.schedules import StepLR
+from jaxft.optim.schedules import StepLR
 
 recipe = Recipe(
     model="resnet50",

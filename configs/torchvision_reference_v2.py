@@ -18,7 +18,7 @@ data are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
 """
 
 from jaxft import SGD, Recipe, Stage, Update
-from jaxft.schedules import CosineAnnealingLR, Warmup
+from jaxft.optim.schedules import CosineAnnealingLR, Warmup
 
 NORMS = ("**.bn*", "**.downsample.1")
 

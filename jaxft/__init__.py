@@ -3,10 +3,8 @@
 from importlib import import_module
 from typing import Any
 
-from jaxft import gradients, methods, schedules
-from jaxft.anchor import Anchor
-from jaxft.carryover import carry
-from jaxft.endings import EarlyStop, Plateau
+from jaxft import methods
+from jaxft.early_stopping import EarlyStop, Plateau
 from jaxft.errors import (
     CheckpointError,
     DataError,
@@ -20,11 +18,14 @@ from jaxft.errors import (
     RecipeError,
     WeightsError,
 )
-from jaxft.groups import StagePlan, plan
+from jaxft.l2_sp import Anchor
 from jaxft.labels import FROZEN, combine, label, partition, paths, summary
-from jaxft.logistic import LogisticRegression, logistic_regression
-from jaxft.optim import SGD, Adam, AdamW, RMSprop, multi_transform
-from jaxft.plateau import ReduceLROnPlateau
+from jaxft.linear_probe import LogisticRegression, logistic_regression
+from jaxft.optim import gradients, schedules
+from jaxft.optim.carry import carry
+from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
+from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.stage_plan import StagePlan, plan
 from jaxft.stages import Stage, Update
 
 # What labels a tree must not import what trains a ResNet: the rest comes when asked for.

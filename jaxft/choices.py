@@ -20,8 +20,8 @@ Augment = Literal[
 - `jitter`, `randaugment`, `trivialaugment`: `crop_flip`, then colours by up to 40 %, or the policy
   of that name as torchvision's reference training has it.
 
-Erasing, mixup and label smoothing act on normalised batches on the device: `jaxft.data.erasing`,
-`jaxft.data.mix`.
+Erasing, mixup and label smoothing act on normalised batches on the device:
+`jaxft.data.random_erasing`, `jaxft.data.mixup`.
 """
 
 Balance = Literal["none", "loss", "sampling"]

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import tyro
 
-from jaxft.atomic import in_bucket
-from jaxft.data.readable import without_warnings
+from jaxft.checkpoint.atomic import in_bucket
+from jaxft.data.validate import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
 from jaxft.recipe import Recipe, read
 from jaxft.stages import Stage

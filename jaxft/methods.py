@@ -15,15 +15,15 @@ from dataclasses import replace
 from math import inf
 from typing import Literal, TypedDict, Unpack
 
-from jaxft.anchor import Anchor
 from jaxft.choices import Augment, Balance, NormChoice
-from jaxft.endings import EarlyStop, Monitor, Plateau
+from jaxft.early_stopping import EarlyStop, Monitor, Plateau
 from jaxft.errors import RecipeError
+from jaxft.l2_sp import Anchor
 from jaxft.labels import Pattern, show
-from jaxft.logistic import LogisticRegression
-from jaxft.optim import SGD, Adam, AdamW, Rule
-from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import (
+from jaxft.linear_probe import LogisticRegression
+from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
+from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.schedules import (
     ClosedForm,
     CosineAnnealingLR,
     FastaiOneCycle,

@@ -13,16 +13,16 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import yaml
 
-from jaxft import atomic
-from jaxft.checked import CLASSES, checked, unknown
+from jaxft.checkpoint import atomic
 from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
-from jaxft.data.splits import parse
-from jaxft.data.transforms import Interpolation
+from jaxft.data.geometry import Interpolation
+from jaxft.data.split_expressions import parse
+from jaxft.dataclass_checks import CLASSES, checked, unknown
 from jaxft.errors import DataError, JaxftError, RecipeError
-from jaxft.models import Model, create, factory
+from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
-from jaxft.optim import SGD, Optimizer
+from jaxft.optim.optimizers import SGD, Optimizer
 from jaxft.stages import Stage, check_stages
 
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.
@@ -290,8 +290,8 @@ class Recipe:
         Raises RecipeError for a name or options that do not fit, ModelError for a factory that
         fails.
         """
-        if factory.names_factory(self.model):
-            return factory.build(self.model, num_classes)
+        if user_factory.names_factory(self.model):
+            return user_factory.build(self.model, num_classes)
         options = {name: getattr(self, name) for name in OPTIONS}
         return create(self.model, num_classes=num_classes, **options)
 
@@ -306,7 +306,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
     if not atomic.in_bucket(file):
-        factory.search_in(file.parent)
+        user_factory.search_in(file.parent)
     if file.suffix == ".py":
         recipe = _run_file(str(file)).get("recipe")
         if not isinstance(recipe, Recipe):

@@ -10,16 +10,16 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import optax
 
-from jaxft.anchor import Anchor
-from jaxft.checked import checked
 from jaxft.choices import Augment, Balance, NormChoice
-from jaxft.endings import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.dataclass_checks import checked
+from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
+from jaxft.l2_sp import Anchor
 from jaxft.labels import Pattern, show
-from jaxft.logistic import LogisticRegression
-from jaxft.optim import Optimizer, Rule
-from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import ClosedForm, Constant, Schedule
+from jaxft.linear_probe import LogisticRegression
+from jaxft.optim.optimizers import Optimizer, Rule
+from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.schedules import ClosedForm, Constant, Schedule
 
 _RATE = "each group in train has a rate of its own, train={'fc': 1e-3}"
 

@@ -36,7 +36,7 @@ from jaxft.train.execution import sent
 from jaxft.train.keeping import keeping
 from jaxft.train.program import Program
 from jaxft.train.trial import Trial, trial
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 Steps = Callable[[], list[float]]
 """Takes a step of training, or a few in one call, and returns their losses, once they are there."""

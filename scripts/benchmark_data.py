@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxft.data import Preprocessing, Source, open_source, train_batches
-from jaxft.data.cache import Cached
+from jaxft.data.image_cache import Cached
 
 Epochs = Callable[[], Iterable[int]]
 """Starts a pipeline; it gives the number of images in each batch of its epochs."""

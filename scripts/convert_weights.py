@@ -23,12 +23,12 @@ import jax
 import tyro
 
 from jaxft import Recipe, WeightsError, models, weights
-from jaxft.atomic import anywhere
+from jaxft.checkpoint.atomic import anywhere
+from jaxft.checkpoint.weights_only import save_weights
 from jaxft.command_line import check_folder, run
 from jaxft.models.model import OPTIONS
 from jaxft.weights.description import MARK, STRIDES, fields
 from jaxft.weights.load import fitted
-from jaxft.weights.orbax import save_weights
 
 # A recipe's fields that shape a network, and how they are given here.
 _HINTS = get_type_hints(Recipe)

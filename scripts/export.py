@@ -19,11 +19,11 @@ if __name__ == "__main__":
 import argparse
 import json
 
-from jaxft.atomic import anywhere
+from jaxft.checkpoint.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.train.export import export
 from jaxft.weights.description import MARK, STRIDES
-from jaxft.weights.export import PLATFORMS
+from jaxft.weights.jax_export import PLATFORMS
 
 
 def main(given: list[str]) -> None:

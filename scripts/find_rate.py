@@ -17,9 +17,9 @@ if __name__ == "__main__":
 import argparse
 
 from jaxft import Recipe
-from jaxft.atomic import anywhere
+from jaxft.checkpoint.atomic import anywhere
 from jaxft.command_line import check_folder, read_with, run
-from jaxft.report.range_test import draw, rate_table, write_curve
+from jaxft.report.lr_plot import draw, rate_table, write_curve
 from jaxft.train.compilation import keep_programs
 from jaxft.train.range_test import highest, ramp, range_test
 from jaxft.train.trial import named, trial

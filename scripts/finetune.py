@@ -19,7 +19,7 @@ import argparse
 import signal
 import sys
 
-from jaxft import InterruptedRunError, JaxftError, finetune, lost_process, parallel, processes
+from jaxft import InterruptedRunError, JaxftError, distributed, finetune, lost_process, processes
 from jaxft.command_line import EXIT_CODES, leave, print_fields, read_with
 from jaxft.train import agreement
 from jaxft.train.compilation import keep_programs
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         parser.error("--workdir DIR is required")
     keep_programs()
     try:
-        parallel.start(known.coordinator, known.processes, known.process)
+        distributed.start(known.coordinator, known.processes, known.process)
         with agreement.announced():
             recipe = read_with(known.config, options)
         result = finetune(

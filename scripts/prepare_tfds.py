@@ -13,10 +13,10 @@ if __name__ == "__main__":
 
 import argparse
 
-from jaxft.atomic import anywhere
+from jaxft.checkpoint.atomic import anywhere
 from jaxft.command_line import check_folder, run
 from jaxft.data import folder, folder_builder
-from jaxft.data.readable import checked
+from jaxft.data.validate import checked
 
 
 def main(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ import argparse
 
 from jaxft import Stage
 from jaxft.command_line import read_with, run
-from jaxft.report.blocks import block_table
+from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.train.compilation import keep_programs
 from jaxft.train.prefix import block_labels

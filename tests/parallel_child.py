@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from PIL import Image
 
-from jaxft import SGD, Stage, models, parallel, partition, plan, processes
+from jaxft import SGD, Stage, distributed, models, partition, plan, processes
 from jaxft.data import Preprocessing, train_batches
+from jaxft.distributed import Devices
 from jaxft.labels import combine
-from jaxft.parallel import Devices
 from jaxft.train.step import TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
@@ -116,8 +116,8 @@ def layout(devices):
 def main(out, *joining):
     signals = []
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
-    parallel.start(*(kind(x) for kind, x in zip((str, int, int), joining, strict=False)))
-    parallel.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
+    distributed.start(*(kind(x) for kind, x in zip((str, int, int), joining, strict=False)))
+    distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     cases = {sharding: Devices(sharding) for sharding in ("replicated", "fsdp")}
     if jax.process_count() == 1:
         one = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
@@ -129,7 +129,7 @@ def main(out, *joining):
     seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
     seen["shard"] = cases["fsdp"].shard
     if joining:
-        parallel.start()  # does nothing
+        distributed.start()  # does nothing
     os.kill(os.getpid(), signal.SIGTERM)
     seen["signals"] = signals
     processes.barrier("end")

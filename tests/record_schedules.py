@@ -12,8 +12,8 @@ import test_schedules as tests
 import torch
 from torch.optim import lr_scheduler
 
-from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import Warmup
+from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.schedules import Warmup
 
 
 def optimizer(rule):

@@ -12,8 +12,8 @@ import record_schedules
 import test_trajectories as tests
 import torch
 
-from jaxft.plateau import ReduceLROnPlateau
-from jaxft.schedules import FastaiOneCycle, SlantedTriangular
+from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.schedules import FastaiOneCycle, SlantedTriangular
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,

@@ -23,7 +23,7 @@ from jaxft import (
     Update,
     recipe,
 )
-from jaxft.schedules import CosineAnnealingLR, MultiStepLR, OneCycleLR, StepLR
+from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, OneCycleLR, StepLR
 
 STAGE = Stage("head", {"fc": 1e-3}, epochs=1)
 

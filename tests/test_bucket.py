@@ -18,7 +18,7 @@ from jaxft import Recipe, Stage, weights
 from jaxft.checkpoint import Checkpoints
 from jaxft.recipe import fields
 from jaxft.report import environment
-from jaxft.report.metrics import MetricsLog
+from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.workdir import claim, saved
 
 folder = epath.Path("gs://bucket/runs/ants")

@@ -11,11 +11,11 @@ import pytest
 from narrow import narrowed
 
 from jaxft import data, finetune, paths, plan
+from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.recipe import read, resolve, save
 from jaxft.report.console import Console
 from jaxft.train.start import drawn
-from jaxft.weights.orbax import read_weights
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIDE, BATCH = 32, 4  # pixels, images

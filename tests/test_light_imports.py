@@ -8,8 +8,8 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "labels", "stages", "schedules", "optim", "groups", "carryover", "plateau", "gradients",
-    "methods",
+    "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
+    "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
@@ -44,7 +44,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_records_for_tensorboard_need_no_torch(tmp_path):
     """Which tensorboardX imports where it can."""
     code = (
-        "import sys; from etils import epath; from jaxft.report.events import EventFile; "
+        "import sys; from etils import epath; from jaxft.report.tensorboard import EventFile; "
         f"EventFile(epath.Path({str(tmp_path)!r}), purge_step=1); print(*sys.modules)"
     )
     assert {"tensorboardX"} == imported(code) & {"tensorboardX", "torch"}

@@ -21,7 +21,7 @@ from jaxft.methods import (
     ulmfit,
 )
 from jaxft.models import create, names
-from jaxft.schedules import (
+from jaxft.optim.schedules import (
     Constant,
     CosineAnnealingLR,
     FastaiOneCycle,

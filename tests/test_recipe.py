@@ -25,9 +25,7 @@ from jaxft import (
 )
 from jaxft.command_line import read_with
 from jaxft.data import Preprocessing
-from jaxft.recipe import read, resolve, save
-from jaxft.recipe_differences import differences
-from jaxft.schedules import (
+from jaxft.optim.schedules import (
     Constant,
     CosineAnnealingLR,
     ExponentialLR,
@@ -40,6 +38,8 @@ from jaxft.schedules import (
     StepLR,
     Warmup,
 )
+from jaxft.recipe import read, resolve, save
+from jaxft.recipe_differences import differences
 
 RECIPE = Recipe(
     model="resnet18",

@@ -17,7 +17,7 @@ from jaxft import (
     Stage,
 )
 from jaxft.labels import leaf_labels
-from jaxft.schedules import CosineAnnealingLR
+from jaxft.optim.schedules import CosineAnnealingLR
 
 SOLVER = LogisticRegression()
 PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}

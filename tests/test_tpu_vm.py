@@ -37,7 +37,7 @@ mkdir -p ~/jaxft-venv/bin && cp "$CLOUD/bin/python" ~/jaxft-venv/bin/python
 """
 
 PYTHON = """#!/usr/bin/env bash
-printf '<%s>' "$@" && ls jaxft/parallel.py && exit 75
+printf '<%s>' "$@" && ls jaxft/distributed.py && exit 75
 """
 
 
@@ -83,7 +83,7 @@ def test_set_up_run_and_collect(cloud):
     done = tpu_vm(cloud, "run", "vm", "zone", "configs/quickstart.py", *options)
     assert done.returncode == 75, done.stderr  # the program's own: preempted, to be run again
     program = "<-u><scripts/finetune.py><configs/quickstart.py><--workdir><gs://bucket/run>"
-    assert done.stdout == f"{program}<--data><tfds:it's a set>jaxft/parallel.py\n"
+    assert done.stdout == f"{program}<--data><tfds:it's a set>jaxft/distributed.py\n"
     assert "--zone=zone --worker=all" in calls(cloud)
 
     done = tpu_vm(cloud, "collect", "vm", "zone", "jaxft.log", cloud / "home")

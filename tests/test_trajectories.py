@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, ReduceLROnPlateau, RMSprop, Stage, gradients
-from jaxft.optim import Optimizer
-from jaxft.schedules import (
+from jaxft import SGD, Adam, AdamW, ReduceLROnPlateau, RMSprop, Stage
+from jaxft.optim import gradients
+from jaxft.optim.optimizers import Optimizer
+from jaxft.optim.schedules import (
     ClosedForm,
     Constant,
     CosineAnnealingLR,

@@ -4,12 +4,12 @@ from jaxft.choices import Augment, Balance
 from jaxft.data.arrays import arrays
 from jaxft.data.augment import View
 from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
-from jaxft.data.cache import Cached
 from jaxft.data.fingerprint import fingerprint
+from jaxft.data.image_cache import Cached
+from jaxft.data.open_source import open_source
 from jaxft.data.preprocessing import Preprocessing
-from jaxft.data.protocol import Source, Splits
-from jaxft.data.readable import OnBadImage
-from jaxft.data.sources import open_source
+from jaxft.data.source import Source, Splits
+from jaxft.data.validate import OnBadImage
 
 __all__ = [
     "Augment",

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from jaxft.data.planes import Planes
-from jaxft.data.splits import shown
+from jaxft.data.float_images import Planes
+from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError
 
 Values = Literal["uint8", "unit", "normalized"]

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from jaxft.choices import Augment
-from jaxft.data import color, policies, transforms
-from jaxft.data.protocol import Source, pixel_type
+from jaxft.data import autoaugment, color, geometry
+from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
 
 
@@ -26,7 +26,7 @@ class View:
     mirror: float = 0.0
     upend: float = 0.0
     jitter: color.Jitter | None = None
-    policy: policies.RandAugment | policies.TrivialAugmentWide | None = None
+    policy: autoaugment.RandAugment | autoaugment.TrivialAugmentWide | None = None
 
 
 VIEWS: dict[str, View] = {
@@ -40,8 +40,8 @@ VIEWS: dict[str, View] = {
         mirror=0.5,
         jitter=color.Jitter(brightness=0.4, contrast=0.4, saturation=0.4),
     ),
-    "randaugment": View(frame="box", mirror=0.5, policy=policies.RandAugment()),
-    "trivialaugment": View(frame="box", mirror=0.5, policy=policies.TrivialAugmentWide()),
+    "randaugment": View(frame="box", mirror=0.5, policy=autoaugment.RandAugment()),
+    "trivialaugment": View(frame="box", mirror=0.5, policy=autoaugment.TrivialAugmentWide()),
 }
 """What each name of `Augment` stands for."""
 
@@ -74,13 +74,13 @@ def vary(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Imag
     """All of a view but its frame: mirrored, recoloured, and whatever its policy draws."""
     # What a view leaves out draws no numbers: adding a field changes no view that lacks it.
     if view.mirror and rng.random() < view.mirror:
-        image = transforms.mirror(image)
+        image = geometry.mirror(image)
     if view.upend and rng.random() < view.upend:
-        image = transforms.upend(image)
+        image = geometry.upend(image)
     if view.jitter is not None:
         for channel, factor in view.jitter.draw(rng):
             image = color.adjust(image, channel, factor)
     if view.policy is not None:
         for step in view.policy.draw(image.height, image.width, rng):
-            image = policies.apply(image, step, view.policy.interpolation)
+            image = autoaugment.apply(image, step, view.policy.interpolation)
     return image

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxft.choices import Augment
 from jaxft.data.augment import View, check_view
-from jaxft.data.balance import balanced_draws
+from jaxft.data.class_balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
-from jaxft.data.protocol import Source, pixel_type
+from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
 
 # The last word of the seed of an augmentation. It must not be 0: to NumPy's SeedSequence,
@@ -82,7 +82,7 @@ def train_batches(
     generator (`contextlib.closing`): threads end with the batch in hand.
 
     If `balanced`, an epoch is as long but draws with replacement, each class as often as another
-    (`jaxft.data.balance`); what is drawn twice is augmented anew.
+    (`jaxft.data.class_balance`); what is drawn twice is augmented anew.
 
     With `views`, there are but so many of each example: an epoch's are those of the epoch so many
     before. `kept(view)` is what is kept of each example's view of that number, [n ...]: batches are

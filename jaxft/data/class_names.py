@@ -4,7 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from jaxft.data.splits import shown
+from jaxft.data.split_expressions import shown
 
 _SHOWN = 10
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from jaxft.data.arrays import Arrays
-from jaxft.data.protocol import Collection
+from jaxft.data.source import Collection
 from jaxft.errors import DataError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.protocol import Source, Splits, pixel_type
+from jaxft.data.source import Source, Splits, pixel_type
 from jaxft.errors import first_of
 
 _SHOWN = 8  # classes named in one line

@@ -1,6 +1,6 @@
 """Folders of image files, one folder a class: PATH/train/<class>/, PATH/val/<class>/, or no splits.
 
-See `jaxft.data.listing` for the files that count, `jaxft.data.layout` for the folders.
+See `jaxft.data.image_files` for the files that count, `jaxft.data.folder_layout` for the folders.
 """
 
 from collections import Counter
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxft.data import readable
+from jaxft.data import validate
 from jaxft.data.decode import decode
-from jaxft.data.layout import (
+from jaxft.data.folder_layout import (
     EXPECTED,
     check_depth,
     check_names,
@@ -24,9 +24,9 @@ from jaxft.data.layout import (
     splits_of,
     subfolders,
 )
-from jaxft.data.listing import Listing, images_below, printable
-from jaxft.data.protocol import Collection
-from jaxft.data.splits import shown
+from jaxft.data.image_files import Listing, images_below, printable
+from jaxft.data.source import Collection
+from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError
 
 
@@ -57,7 +57,7 @@ class Files:
     def problem(self, index: int, /) -> str | None:
         """The file and why it cannot be decoded, or None if it can."""
         path = self.files[index]
-        problem = readable.problem(path, printable(path))
+        problem = validate.problem(path, printable(path))
         if problem and path.is_symlink():
             problem += f" (a link to {printable(path.readlink())})"
         return problem

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jaxft.data.folder import Files
-from jaxft.data.listing import printable
+from jaxft.data.image_files import printable
 from jaxft.errors import DataError
 
 

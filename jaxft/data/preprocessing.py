@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.choices import Augment
-from jaxft.data import transforms
+from jaxft.data import geometry
 from jaxft.data.augment import View, vary, view_of
 from jaxft.errors import DataError
 
@@ -30,7 +30,7 @@ class Preprocessing:
     image_size: int = 224
     resize_size: int | None = 256
     resize_mode: Literal["short_side", "squash"] = "short_side"
-    interpolation: transforms.Interpolation = "bilinear"
+    interpolation: geometry.Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -69,12 +69,12 @@ def train_view(
     view = view_of(augment)
     size = preprocessing.image_size
     if view.frame == "box":
-        box = transforms.crop_box(image.height, image.width, rng)
-        framed = transforms.resized_crop(image, box, size, preprocessing.interpolation)
+        box = geometry.crop_box(image.height, image.width, rng)
+        framed = geometry.resized_crop(image, box, size, preprocessing.interpolation)
     else:
         framed = _framed(image, preprocessing)
         if view.frame == "shift":
-            framed = transforms.shift(framed, transforms.shift_offset(max(1, size // 8), rng))
+            framed = geometry.shift(framed, geometry.shift_offset(max(1, size // 8), rng))
     return np.asarray(vary(framed, view, rng))
 
 
@@ -89,6 +89,6 @@ def _framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
             )
         return image
     if preprocessing.resize_mode == "squash":
-        scaled = transforms.squash(image, (side, side), preprocessing.interpolation)
-        return transforms.center_crop(scaled, size)
-    return transforms.resized_center(image, side, size, preprocessing.interpolation)
+        scaled = geometry.squash(image, (side, side), preprocessing.interpolation)
+        return geometry.center_crop(scaled, size)
+    return geometry.resized_center(image, side, size, preprocessing.interpolation)

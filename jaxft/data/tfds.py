@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxft.data import readable
+from jaxft.data import validate
 from jaxft.data.decode import decode
-from jaxft.data.protocol import Collection
-from jaxft.data.splits import shown
+from jaxft.data.source import Collection
+from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError
 
 
@@ -72,7 +72,7 @@ class Records:
 
     def problem(self, index: int, /) -> str | None:
         """The record and why its image cannot be decoded, or None if it can."""
-        return readable.problem(self._parsed(index)[self.image], self._place(index))
+        return validate.problem(self._parsed(index)[self.image], self._place(index))
 
     def identity(self, index: int, /) -> str:
         """Returns the version of the split, and the record's position in it."""

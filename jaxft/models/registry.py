@@ -8,7 +8,7 @@ import jax
 
 from jaxft.errors import RecipeError
 from jaxft.models.model import Model
-from jaxft.models.nnx_model import NNXModel
+from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
 
 

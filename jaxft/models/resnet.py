@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.models.batch_norm import BatchNorm
 from jaxft.models.context import Context
 from jaxft.models.layers import (
     AveragePool,
@@ -25,7 +26,6 @@ from jaxft.models.layers import (
     Sequential,
     relu,
 )
-from jaxft.models.norm import BatchNorm
 from jaxft.models.rngs import Rngs
 
 

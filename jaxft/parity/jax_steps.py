@@ -12,17 +12,17 @@ import optax
 
 from jaxft import data
 from jaxft.data import Batch, Splits
+from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
 from jaxft.models import Model
-from jaxft.models.modes import dotted
-from jaxft.models.nnx_model import NNXModel
-from jaxft.parallel import Devices
+from jaxft.models.nnx_adapter import NNXModel
+from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.resume import next_state
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 # What optax calls what it remembers of each parameter.
 _MOMENTS = {

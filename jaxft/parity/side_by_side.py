@@ -13,13 +13,13 @@ from torch import nn
 from jaxft.errors import RecipeError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
+from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.report import Report, follow
 from jaxft.parity.step import Rows
 from jaxft.parity.torch_steps import TorchStage, torch_steps
-from jaxft.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 _RTOL = {"float64": 1e-9, "float32": 1e-4}
 _RANDOM = ("dropout", "drop_path", "erasing", "mixup", "cutmix")

@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.stage_plan import StagePlan
 
 EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxft import atomic
+from jaxft.checkpoint import atomic
 
 _DEV = Path("/dev")
 _PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxft.distributed import Devices
 from jaxft.models import Model
-from jaxft.models.nnx_model import NNXModel
-from jaxft.parallel import Devices
+from jaxft.models.nnx_adapter import NNXModel
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data import Batch
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 
 T = TypeVar("T")
 

@@ -7,8 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jaxft import atomic, weights
-from jaxft.checkpoint import Checkpoints
+from jaxft import weights
+from jaxft.checkpoint import atomic
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
@@ -17,7 +18,7 @@ from jaxft.train.evaluate import Score
 from jaxft.train.resume import read
 from jaxft.train.workdir import saved
 from jaxft.weights.description import fields
-from jaxft.weights.export import PLATFORMS, lifetime, serialize
+from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
 
 
 def write(

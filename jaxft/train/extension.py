@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.errors import RecipeError
-from jaxft.plateau import ReduceLROnPlateau
+from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import ABSENT, Difference, differences
 from jaxft.train.program import Program

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from jaxft import atomic
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint import atomic, weights_only
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree, paths
 from jaxft.models import Model
@@ -23,10 +23,9 @@ from jaxft.train.progress import Progress
 from jaxft.train.resume import state_shapes
 from jaxft.train.run import Run
 from jaxft.train.workdir import saved
-from jaxft.weights import orbax
-from jaxft.weights.classes import Order, class_order, reordered, reordering
 from jaxft.weights.description import check_options
-from jaxft.weights.finite import check_finite
+from jaxft.weights.finite_check import check_finite
+from jaxft.weights.head_classes import Order, class_order, reordered, reordering
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def take(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
         if "opt_state" in like:
             at = Snapshot(**checkpoints.restore(fork.step, run.devices.abstract(like)))
         else:
-            trees = orbax.read_weights(checkpoints.path(fork.step))
+            trees = weights_only.read_weights(checkpoints.path(fork.step))
             fresh = jax.jit(run.programs[index].transform.init)(trees[0])
             at = Snapshot(*run.devices.put((*trees, fresh)))
     if fork.order:
@@ -180,7 +179,7 @@ def begin(run: Run, fork: Fork, score: Score, at: Snapshot) -> Progress:
 def start(fork: Fork, model: Model) -> tuple[Tree, Tree]:
     """What that run started from, as far as it knows, or else what its stage has handed on."""
     kept = fork.workdir / "start"
-    trees = orbax.read_weights(
+    trees = weights_only.read_weights(
         kept if kept.exists() else fork.workdir / "checkpoints" / str(fork.step)
     )
     return reordered(model, trees, fork.order) if fork.order else trees

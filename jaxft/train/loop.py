@@ -9,18 +9,19 @@ from pathlib import Path
 
 import jax
 
-from jaxft import atomic, lost_process, models
-from jaxft.checkpoint import Checkpoints
+from jaxft import lost_process, models
+from jaxft.checkpoint import atomic, weights_only
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Source, Splits
-from jaxft.data.readable import without_warnings
+from jaxft.data.validate import without_warnings
+from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
-from jaxft.parallel import Devices, check_devices
 from jaxft.processes import is_first
 from jaxft.recipe import Recipe, resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
-from jaxft.report.metrics import MetricsLog
+from jaxft.report.metrics_log import MetricsLog
 from jaxft.train import agreement, export, fork
 from jaxft.train.batch_sizes import batch_sizes, oversized
 from jaxft.train.evaluate import Score, eval_step
@@ -42,7 +43,6 @@ from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
 from jaxft.train.workdir import check, check_apart, claim, saved
-from jaxft.weights import orbax
 from jaxft.weights.description import MARK, STRIDES
 
 
@@ -209,8 +209,8 @@ def _run(
             if checkpoints.latest_step() is None:
                 pretrained = fork.start(forked, model) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
-                orbax.save_weights(workdir / "start", *pretrained, replace=True)
-            anchor = devices.put(orbax.read_weights(workdir / "start")[0])
+                weights_only.save_weights(workdir / "start", *pretrained, replace=True)
+            anchor = devices.put(weights_only.read_weights(workdir / "start")[0])
         places = recipe.steps_per_execution
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
         evaluator = eval_step(

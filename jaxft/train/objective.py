@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxft.data.erasing import erase, erasing_boxes
-from jaxft.data.mix import cutmix, mixup, mixup_or_cutmix, soft_targets
+from jaxft.data.mixup import cutmix, mixup, mixup_or_cutmix, soft_targets
+from jaxft.data.random_erasing import erase, erasing_boxes
 
 
 @dataclass(frozen=True, kw_only=True)

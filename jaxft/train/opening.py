@@ -8,11 +8,11 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import Arrays
+from jaxft.distributed import Devices
 from jaxft.errors import DataError, ModelError, RecipeError
-from jaxft.groups import plan
-from jaxft.models import Model, factory
-from jaxft.parallel import Devices
+from jaxft.models import Model, user_factory
 from jaxft.recipe import Recipe
+from jaxft.stage_plan import plan
 from jaxft.train.keeping import keeping
 from jaxft.train.program import Program, program
 from jaxft.train.start import Start
@@ -23,10 +23,10 @@ from jaxft.weights.load import fitted
 def check_network(recipe: Recipe, given: Model | None) -> None:
     """Raises JaxftError for what can be known of a network before anything takes time."""
     if given is not None:
-        factory.checked(given, "model is")
+        user_factory.checked(given, "model is")
         _check_own(recipe, given)
-    elif factory.names_factory(recipe.model):
-        factory.find(recipe.model)
+    elif user_factory.names_factory(recipe.model):
+        user_factory.find(recipe.model)
         recipe.check_own_network()
     else:
         recipe.network(num_classes=2)  # its name and options
@@ -125,7 +125,7 @@ def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | No
 def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:
     """The network given, or that of the recipe; RecipeError if it has not these classes."""
     model = given or recipe.network(len(classes))
-    if given is None and factory.names_factory(recipe.model):
+    if given is None and user_factory.names_factory(recipe.model):
         _check_own(recipe, model)
     if model.num_classes != len(classes):
         raise RecipeError(

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxft.data import Preprocessing
+from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
 from jaxft.models import Model, Norms
-from jaxft.parallel import Devices
 from jaxft.train.norms import layer
 
 Args = tuple[Tree, Tree, Any]

@@ -13,16 +13,16 @@ import optax
 from jaxft import data
 from jaxft.data import Batch, Source, steps_per_epoch
 from jaxft.data.augment import check_view
-from jaxft.data.balance import class_weights
-from jaxft.data.protocol import pixel_type
+from jaxft.data.class_balance import class_weights
+from jaxft.data.source import pixel_type
+from jaxft.distributed import Devices
 from jaxft.errors import DataError, PatternError, RecipeError
-from jaxft.gradients import group_norms
-from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.models import Model, NormMode
-from jaxft.optim import multi_transform
-from jaxft.parallel import Devices
+from jaxft.optim.gradients import group_norms
+from jaxft.optim.optimizers import multi_transform
 from jaxft.recipe import Recipe
+from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
 from jaxft.train.batch_sizes import BatchSizes, batch_sizes
 from jaxft.train.compilation import flops

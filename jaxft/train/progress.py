@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.endings import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 

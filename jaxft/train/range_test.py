@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import RecipeError
-from jaxft.schedules import ExponentialLR
+from jaxft.optim.schedules import ExponentialLR
 from jaxft.stages import Stage
 from jaxft.train.memory import fitting_memory
 from jaxft.train.relative_gradients import BATCHES, set_out

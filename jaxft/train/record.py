@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxft.groups import StagePlan
+from jaxft.stage_plan import StagePlan
 from jaxft.train.program import Compiled, Program
 from jaxft.train.progress import Progress
 from jaxft.train.sums import Sums

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxft.endings import EarlyStop
+from jaxft.early_stopping import EarlyStop
 from jaxft.stages import Stage
 from jaxft.train.progress import Progress
 

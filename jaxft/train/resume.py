@@ -8,10 +8,10 @@ import jax
 import optax
 
 from jaxft import recipe as recipes
-from jaxft.carryover import carry_with_remarks
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
+from jaxft.optim.carry import carry_with_remarks
 from jaxft.stages import Stage
 from jaxft.train.opening import open_programs
 from jaxft.train.position import Position, at_start, changing, restored

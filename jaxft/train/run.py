@@ -10,16 +10,16 @@ import jax
 
 from jaxft import data
 from jaxft import recipe as recipes
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
+from jaxft.distributed import Devices
 from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
-from jaxft.parallel import Devices
 from jaxft.processes import agree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
-from jaxft.report.metrics import MetricsLog
+from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.evaluate import Score, score
 from jaxft.train.execution import groups, sent

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.errors import ModelError, RecipeError
-from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
+from jaxft.stage_plan import StagePlan
 
 
 def check_solvable(

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft import processes
 from jaxft.labels import Tree, paths
-from jaxft.logistic import ITERATIONS, TOLERANCE, Fit, logistic_regression
+from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
 from jaxft.train.evaluate import Score, score
 from jaxft.train.kept import Inputs
 from jaxft.train.position import Position

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import WeightsError, first_of
-from jaxft.groups import StagePlan
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model
 from jaxft.recipe import Recipe
+from jaxft.stage_plan import StagePlan
 from jaxft.weights import Weights
-from jaxft.weights.finite import check_finite
+from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import with_head
 from jaxft.weights.load import load_fitted
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxft import gradients
-from jaxft.anchor import Anchor
 from jaxft.data import Batch, Preprocessing
+from jaxft.distributed import Devices
+from jaxft.l2_sp import Anchor
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
-from jaxft.optim import pass_step
-from jaxft.parallel import Devices
+from jaxft.optim import gradients
+from jaxft.optim.optimizers import pass_step
 from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 from jaxft.train.remat import block_by_block

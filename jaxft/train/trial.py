@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxft.data import Batch, Source, Splits
+from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.parallel import Devices, check_devices
 from jaxft.recipe import Recipe, resolve
 from jaxft.stages import Stage
 from jaxft.train import opening

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from jaxft.errors import WeightsError
-from jaxft.weights.request import BrokenError, chunks, goes_on, is_safe, open_from, validator_of
+from jaxft.weights.http import BrokenError, chunks, goes_on, is_safe, open_from, validator_of
 
 RETRY_DELAY = 1.0  # seconds, times the number of failures in a row
 TRIES = 4  # in a row that bring nothing new

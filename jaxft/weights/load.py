@@ -11,15 +11,15 @@ import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
-from jaxft.weights.classes import Order, class_order, reordered, reordering
 from jaxft.weights.description import MARK, check_options
 from jaxft.weights.families import renamed
-from jaxft.weights.finite import check_finite
+from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import Start, with_head
-from jaxft.weights.names import TorchTensor, file_tensors
-from jaxft.weights.prefix import IN_MEMORY, find_head, find_prefix, taken
+from jaxft.weights.head_classes import Order, class_order, reordered, reordering
+from jaxft.weights.key_maps import TorchTensor, file_tensors
+from jaxft.weights.mismatch import mismatch
+from jaxft.weights.network_prefix import IN_MEMORY, find_head, find_prefix, taken
 from jaxft.weights.read import Weights, named_tensors, read
-from jaxft.weights.report import mismatch
 from jaxft.weights.tensors import LazyTensor, in_memory
 
 

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console as Terminal
 
-from jaxft.atomic import BUCKETS, anywhere
+from jaxft.checkpoint.atomic import BUCKETS, anywhere
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.errors import WeightsError
 from jaxft.weights import hub
 from jaxft.weights.download import download, sha256_of
-from jaxft.weights.expectations import expected
+from jaxft.weights.preprocessing_config import expected
 from jaxft.weights.torchvision import published
 
 _FORMS = """

@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.weights.description import Description, from_metadata, parse
-from jaxft.weights.expectations import described
 from jaxft.weights.families import renamed
+from jaxft.weights.key_maps import own_tensors, torch_tensors
 from jaxft.weights.locate import locate
-from jaxft.weights.names import own_tensors, torch_tensors
-from jaxft.weights.prefix import take_prefix
+from jaxft.weights.network_prefix import take_prefix
+from jaxft.weights.preprocessing_config import described
+from jaxft.weights.state_dict import unwrap
 from jaxft.weights.tensors import DTYPES, LazyTensor
-from jaxft.weights.torch_file import open_torch
-from jaxft.weights.unwrap import unwrap
+from jaxft.weights.torch_format.torch_file import open_torch
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -128,14 +128,14 @@ def _safetensors(path: Path) -> tuple[dict[str, LazyTensor], Description]:
 
 def _run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Description]:
     """A run's newest checkpoint, or the one that the folder is, or what was exported to it."""
-    from jaxft.weights import orbax  # slow to import, and few need it
+    from jaxft.checkpoint import weights_only
 
     checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
     if exported.is_file() and not checkpoints.is_dir():
         return _safetensors(exported)
     place = checkpoints if checkpoints.is_dir() else folder
     try:
-        trees = orbax.read_weights(place)
+        trees = weights_only.read_weights(place)
     except CheckpointError as error:
         raise WeightsError(_no_weights(folder, str(error))) from error
     tensors = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))
@@ -143,7 +143,7 @@ def _run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Descript
         tensor.name: LazyTensor(tensor.shape, _NAMES[array.dtype], partial(tensor.to_torch, array))
         for tensor, array in zip(tensors, jax.tree.leaves(trees), strict=True)
     }
-    return named, parse(orbax.read_description(place))
+    return named, parse(weights_only.read_description(place))
 
 
 def _no_weights(folder: Path, cause: str) -> str:

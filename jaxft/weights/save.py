@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jaxft import atomic
+from jaxft.checkpoint import atomic
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
 from jaxft.weights import description
-from jaxft.weights.names import file_tensors
+from jaxft.weights.key_maps import file_tensors
 
 
 def save(

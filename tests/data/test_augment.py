@@ -8,12 +8,12 @@ import pytest
 from reference import digest, recorded, sample, torchvision_transforms
 from scipy import stats
 
-from jaxft.data import Preprocessing, policies
+from jaxft.data import Preprocessing, autoaugment
 from jaxft.data.augment import VIEWS
+from jaxft.data.autoaugment import OPERATIONS, RandAugment, TrivialAugmentWide
 from jaxft.data.color import Jitter, adjust
-from jaxft.data.policies import OPERATIONS, RandAugment, TrivialAugmentWide
+from jaxft.data.geometry import crop_box
 from jaxft.data.preprocessing import train_view
-from jaxft.data.transforms import crop_box
 from jaxft.errors import DataError
 
 # Colours: what was drawn, in order.
@@ -49,7 +49,7 @@ def numbers_of(policy, operation):
     if policy is TrivialAugmentWide:
         return [[operation, m, s] for m in (0, 7, 15, 22, 30) for s in (0, 1)]
     chosen = (operation, (operation + 5) % len(OPERATIONS))
-    signed = [OPERATIONS[k] in policies._SIGNED for k in chosen]
+    signed = [OPERATIONS[k] in autoaugment._SIGNED for k in chosen]
     return [
         [number for k, has in zip(chosen, signed, strict=True) for number in (k, s)[: 1 + has]]
         for s in (0, 1)
@@ -91,7 +91,7 @@ def our_policy(policy, operation, interpolation):
         for numbers in numbers_of(policy, operation):
             image = sample(*size)
             for step in made.draw(*size, Scripted(numbers)):
-                image = policies.apply(image, step, interpolation)
+                image = autoaugment.apply(image, step, interpolation)
             images.append(image)
     return images
 
@@ -135,7 +135,7 @@ def test_magnitudes_equal_torchs_live(count):
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("torch rounds otherwise on a CPU without AVX2")
     for start, stop in [(0, 0.3), (0, 32), (255, 0), *((0, 150 / 331 * n) for n in range(24, 600))]:
-        ours, theirs = policies._linspace(start, stop, count), torch.linspace(start, stop, count)
+        ours, theirs = autoaugment._linspace(start, stop, count), torch.linspace(start, stop, count)
         np.testing.assert_array_equal(ours, theirs.numpy())
 
 

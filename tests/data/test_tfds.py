@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft.data import folder_builder, open_source, splits
+from jaxft.data import folder_builder, open_source, split_expressions
 from jaxft.data import tfds as ours
-from jaxft.data.joined import Joined
-from jaxft.data.sources import open_collection
+from jaxft.data.concat import Joined
+from jaxft.data.open_source import open_collection
 from jaxft.errors import DataError
 
 SCRIPT = Path(__file__).parents[2] / "scripts/prepare_tfds.py"
@@ -188,7 +188,7 @@ def test_slices_are_those_of_tfds(count, unit, start, stop):
         to = count if absolute.to is None else absolute.to
         expected = range(absolute.from_ or 0, to)
     try:
-        (part,) = splits.parse(expression)
+        (part,) = split_expressions.parse(expression)
         found = range(*part.range(count))
     except (DataError, IndexError):
         found = None

@@ -17,7 +17,7 @@ from jaxft.models.nnx_trees import inside
 from jaxft.train.norms import norm_modes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from own_modules import Attention, Compact, Nested, Odd, Told, Viewed
+from user_modules import Attention, Compact, Nested, Odd, Told, Viewed
 
 SHAPE = (6, 6, 3)
 KEY = jax.random.key(7)

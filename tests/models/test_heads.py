@@ -13,7 +13,7 @@ from jaxft.train.objective import Objective
 from jaxft.weights import load
 from jaxft.weights import save as save_weights
 from jaxft.weights.head import new_head
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 NAME = "cifar_resnet8"  # 64 features
 LAYERS = (48, "relu", 32)

@@ -13,7 +13,7 @@ import record_golden
 from record_golden import CASES, GOLDEN, NUM_CLASSES
 
 from jaxft.models import create, names
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 # Relative to the largest value of each array. The training step is in float64 on both sides.
 TOLERANCE = {"eval": 1e-5, "train": 1e-9}

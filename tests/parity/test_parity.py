@@ -17,7 +17,7 @@ from jaxft import (
     WeightsError,
     parity,
 )
-from jaxft.schedules import StepLR
+from jaxft.optim.schedules import StepLR
 
 torch = pytest.importorskip("torch")
 

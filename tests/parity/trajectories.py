@@ -14,10 +14,10 @@ from drawn import weight
 from narrow import narrowed
 
 from jaxft import recipe as recipes
+from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
 from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.step import Rows
-from jaxft.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes.npz"

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jaxft import parallel, processes
+from jaxft import distributed, processes
 from jaxft.report.console import Bar
 from jaxft.train.program import Program
 
@@ -33,8 +33,8 @@ def main(lines, *joining):
         leave(message, code)
 
     finetune.__globals__["leave"] = leave_if_stopped
-    parallel.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
-    parallel._PARTING = 2  # of 20 seconds
+    distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
+    distributed._PARTING = 2  # of 20 seconds
     advance, steps = Bar.advance, 0
 
     def counted(bar, loss, taken):

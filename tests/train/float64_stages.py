@@ -11,10 +11,10 @@ from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, data, plan
 from jaxft.data import Batch, Preprocessing
+from jaxft.distributed import Devices
 from jaxft.labels import combine
-from jaxft.parallel import Devices
 from jaxft.train.program import Snapshot, program
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 STEPS, ROWS, LAST = 4, 8, 5  # of a stage, of a batch, of a stage's last batch
 OPTIMIZER = SGD(momentum=0.9)

@@ -18,7 +18,7 @@ import sys
 import threading
 from pathlib import Path
 
-from jaxft import checksums
+from jaxft.checkpoint import checksums
 from jaxft.report.console import Console
 from jaxft.train.compilation import Ahead
 from jaxft.train.program import Program

@@ -11,7 +11,7 @@ from drawn import weight
 from jaxft import SGD, Stage, models, plan
 from jaxft.data import Batch
 from jaxft.train.step import TrainState, train_step
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 pytestmark = pytest.mark.slow
 

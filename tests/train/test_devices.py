@@ -17,7 +17,7 @@ from flax import linen
 from safetensors.numpy import load_file
 
 from jaxft import LogisticRegression, Recipe, RecipeError, Stage, finetune, models
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.labels import paths
 from jaxft.recipe import save
 from jaxft.report.console import Console

@@ -10,7 +10,7 @@ from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_o
 import jaxft.train.stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.train.execution import apart, one_by_one, sent
 from jaxft.train.progress import Progress
 

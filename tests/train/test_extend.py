@@ -8,17 +8,8 @@ import pytest
 from flax import linen as nn
 from mortal import QUIET, KilledError, assert_close, assert_same_end, die, rows
 
-from jaxft import (
-    Adam,
-    EarlyStop,
-    Recipe,
-    RecipeError,
-    Stage,
-    data,
-    finetune,
-    models,
-    schedules,
-)
+from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models
+from jaxft.optim import schedules
 from jaxft.report.console import Console
 from jaxft.train.progress import Progress
 

@@ -26,11 +26,11 @@ from jaxft import (
     models,
     weights,
 )
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Preprocessing
+from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.recipe import read
 from jaxft.report.console import Console
-from jaxft.schedules import CosineAnnealingLR
 from jaxft.train.evaluate import eval_step, score
 from jaxft.train.start import drawn
 from jaxft.train.workdir import claim

@@ -11,21 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 from mortal import QUIET, RECIPE, go_on, rows
 
-from jaxft import (
-    CheckpointError,
-    Recipe,
-    RecipeError,
-    Stage,
-    WeightsError,
-    checksums,
-    data,
-    finetune,
-    models,
-)
-from jaxft.anchor import Anchor
-from jaxft.checkpoint import Checkpoints
+from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
+from jaxft.checkpoint import checksums, weights_only
+from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.l2_sp import Anchor
 from jaxft.recipe import save
-from jaxft.weights import load, orbax
+from jaxft.weights import load
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 HEAD, LATE, ALL = RECIPE.stages
@@ -223,7 +214,7 @@ def test_fork_of_arrays_that_are_not_finite_is_refused(tmp_path):
     recipe = dataclasses.replace(RECIPE, stages=(HEAD, LATE))
     go_on(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
     place = tmp_path / "run/checkpoints/8"
-    _, stats = orbax.read_weights(place)
+    _, stats = weights_only.read_weights(place)
     stats["bn1"]["mean"][0] = np.nan
     with ocp.StandardCheckpointer() as writer:
         writer.save(place / "stats", stats, force=True)

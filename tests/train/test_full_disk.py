@@ -5,9 +5,9 @@ import pytest
 from flax import linen as nn
 from mortal import QUIET, rows
 
-from jaxft import Adam, Anchor, JaxftError, Recipe, Stage, atomic, data, finetune, models
+from jaxft import Adam, Anchor, JaxftError, Recipe, Stage, data, finetune, models
+from jaxft.checkpoint import atomic, weights_only
 from jaxft.report import environment
-from jaxft.weights import orbax
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 IMAGES = data.arrays(PIXELS, np.arange(12) % 2, classes=["a", "b"])
@@ -66,7 +66,7 @@ def full(disk, monkeypatch):
 def test_full_disk_before_training_names_the_file(full, disk):
     workdir = disk.folder / "run"
     assert str(workdir / "environment.json") in full(environment, "append")
-    assert f"{workdir / 'start'} could not be written" in full(orbax, "save_weights")
+    assert f"{workdir / 'start'} could not be written" in full(weights_only, "save_weights")
     run(workdir)
     assert [row["epoch"] for row in rows(workdir)] == [1]
 

@@ -11,7 +11,7 @@ import pytest
 from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, rows, run_until
 
 from jaxft import Anchor, InterruptedRunError
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.train.evaluate import Score
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxft import SGD, Recipe, Stage, data
 from jaxft.data import Splits
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.train import opening
 from jaxft.train.program import Snapshot
 

@@ -16,7 +16,7 @@ from mortal import (
 )  # fmt: skip
 
 from jaxft import CheckpointError, RecipeError, finetune
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train.progress import Progress
 

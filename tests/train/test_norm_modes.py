@@ -8,7 +8,7 @@ import pytest
 from float64_stages import assert_as_recorded, train
 
 from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.report.console import Console
 from jaxft.train.norms import mode_names, norm_modes
 from jaxft.train.program import program

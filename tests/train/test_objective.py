@@ -10,7 +10,7 @@ import pytest
 
 from jaxft import SGD, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.train.evaluate import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective

@@ -15,7 +15,7 @@ from jaxft import RecipeError, Stage, WeightsError, finetune, weights
 from jaxft.models import NNX, Linen
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from own_modules import Compact, Told
+from user_modules import Compact, Told
 
 LINEN = Linen(Compact(dropout=0.1), shape=(8, 8, 3), head="head")
 STAGES = (

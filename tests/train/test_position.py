@@ -6,8 +6,8 @@ import pytest
 
 from jaxft import Recipe, Stage, data, models
 from jaxft.data import Splits
+from jaxft.distributed import Devices
 from jaxft.labels import paths
-from jaxft.parallel import Devices
 from jaxft.train import opening
 from jaxft.train.evaluate import Score
 from jaxft.train.position import at_start, restored

@@ -11,7 +11,7 @@ from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_o
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
 from jaxft.data import Splits
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.train import opening
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.kept import Kept

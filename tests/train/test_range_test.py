@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan, schedules
+from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
+from jaxft.optim import schedules
 from jaxft.recipe import save
 from jaxft.train.range_test import Curve, ramp, range_test, valley
 from jaxft.train.relative_gradients import block_norms

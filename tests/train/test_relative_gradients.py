@@ -13,17 +13,18 @@ from float64_stages import assert_as_recorded, samples
 from mortal import QUIET, KilledError, assert_same_end, die
 from test_ddp import Wide, batch
 
-from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan, schedules
+from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan
+from jaxft.checkpoint import weights_only
 from jaxft.data import Batch, Preprocessing, Splits
+from jaxft.distributed import Devices
 from jaxft.methods import auto_rgn
-from jaxft.optim import restart
-from jaxft.parallel import Devices
+from jaxft.optim import schedules
+from jaxft.optim.optimizers import restart
 from jaxft.train import stage
 from jaxft.train.program import Gauge, Snapshot, program
 from jaxft.train.progress import Progress
 from jaxft.train.relative_gradients import factors, relative_norms, set_out
-from jaxft.weights import orbax
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 with jax.enable_x64(True):
     MODEL = models.create("cifar_resnet8", num_classes=10, dtype="float64")
@@ -82,7 +83,7 @@ def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypa
     run(tmp_path / "killed")
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
-    ended = orbax.read_weights(tmp_path / "killed" / "checkpoints")
+    ended = weights_only.read_weights(tmp_path / "killed" / "checkpoints")
     named = zip(
         jax.tree.leaves(TENSORS),
         jax.tree.leaves(jax.tree.map(lambda t, x: t.to_torch(x), TENSORS, ended)),

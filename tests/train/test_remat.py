@@ -9,7 +9,7 @@ import pytest
 
 from jaxft import Recipe, Stage, data, models
 from jaxft.data import Batch, Splits
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
 from jaxft.train import opening
 from jaxft.train.program import Snapshot
 from jaxft.train.remat import block_by_block

@@ -19,7 +19,7 @@ from jaxft import (
     models,
     weights,
 )
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train import solve
 from jaxft.train.evaluate import eval_step, score

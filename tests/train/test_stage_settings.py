@@ -25,12 +25,12 @@ from jaxft import (
     finetune,
     models,
     plan,
-    schedules,
     weights,
 )
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.data.digits import read
-from jaxft.parallel import Devices
+from jaxft.distributed import Devices
+from jaxft.optim import schedules
 from jaxft.report.console import Console
 from jaxft.train.evaluate import Score, eval_step, score
 from jaxft.train.objective import Objective

@@ -11,8 +11,8 @@ from test_ddp import MODEL, batch
 
 from jaxft import Anchor, Recipe, Stage, data, plan
 from jaxft.data import Preprocessing
-from jaxft.parallel import Devices
-from jaxft.schedules import CosineAnnealingLR
+from jaxft.distributed import Devices
+from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.train.compilation import flops
 from jaxft.train.evaluate import eval_step
 from jaxft.train.program import Snapshot, program

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft import Recipe, RecipeError, Stage, finetune
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.recipe import fields
 from jaxft.train import workdir
 from jaxft.train.workdir import check, check_apart, claim, saved

@@ -17,7 +17,7 @@ from server import Answer, Server, serve
 
 from jaxft.errors import WeightsError
 from jaxft.weights import download as module
-from jaxft.weights import request
+from jaxft.weights import http
 from jaxft.weights.download import cached_path, download
 
 CONTENT = bytes(range(256)) * 4096  # four chunks
@@ -216,7 +216,7 @@ def test_unreachable(how, said, cache, monkeypatch):
 
 
 def test_a_silent_server_is_left(server, cache, monkeypatch):
-    monkeypatch.setattr(request, "TIMEOUT", 0.02)
+    monkeypatch.setattr(http, "TIMEOUT", 0.02)
     url = put(server, Answer(CONTENT))
     server.hold()
     with pytest.raises(WeightsError, match=r"does not answer within 0\.02 seconds, 4 times"):

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft import WeightsError
+from jaxft.checkpoint.weights_only import save_weights
 from jaxft.models import create
-from jaxft.models.nnx_model import NNXModel
+from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.resnet import ResNet, ResNetConfig
 from jaxft.weights import from_state_dict, load, read, save
-from jaxft.weights.orbax import save_weights
 
 
 def small(**options):

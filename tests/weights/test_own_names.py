@@ -11,13 +11,13 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from jaxft.checkpoint.weights_only import save_weights
 from jaxft.errors import WeightsError
 from jaxft.models import NNX, Linen
 from jaxft.weights import load, save
-from jaxft.weights.orbax import save_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from own_modules import Attention, Compact, Nested, Odd, Viewed
+from user_modules import Attention, Compact, Nested, Odd, Viewed
 
 SHAPE = (6, 6, 3)
 MODELS = {

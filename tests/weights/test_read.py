@@ -13,11 +13,11 @@ import pytest
 from make_torch_file import whole, write
 from safetensors.numpy import load_file, save_file
 
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.weights_only import read_weights, save_weights
 from jaxft.errors import WeightsError
 from jaxft.models import create
 from jaxft.weights import load, read, save
-from jaxft.weights.orbax import read_weights, save_weights
 
 MODEL = create("cifar_resnet8", num_classes=5)
 SHARED = Path(__file__).parents[2].parent / "shared"

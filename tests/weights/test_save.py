@@ -12,7 +12,7 @@ from safetensors import safe_open
 from jaxft.errors import WeightsError
 from jaxft.models import create, names
 from jaxft.weights import load, save
-from jaxft.weights.names import torch_tensors
+from jaxft.weights.key_maps import torch_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import record_golden

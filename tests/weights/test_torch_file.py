@@ -25,7 +25,7 @@ from make_torch_file import (
 
 from jaxft.errors import WeightsError
 from jaxft.weights.tensors import LazyTensor
-from jaxft.weights.torch_file import open_torch
+from jaxft.weights.torch_format.torch_file import open_torch
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 FORMS = ("zip", "legacy")

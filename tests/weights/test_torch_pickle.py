@@ -11,8 +11,8 @@ import pytest
 from make_torch_file import Call, Code, Global, Pickler, Storage, rebuild, whole, write, write_zip
 
 from jaxft.errors import WeightsError
-from jaxft.weights.torch_file import open_torch
-from jaxft.weights.torch_pickle import Inert
+from jaxft.weights.torch_format.torch_file import open_torch
+from jaxft.weights.torch_format.torch_pickle import Inert
 
 FORMS = ("zip", "legacy")
 VALUES = np.arange(24, dtype="f4")

@@ -1,0 +1,1 @@
+"""Checkpoints: numbered folders of arrays, atomic files, and checksums of both."""

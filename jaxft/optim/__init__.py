@@ -1,0 +1,1 @@
+"""Optimizers, schedules and gradient transformations of a stage; imports neither Flax nor Orbax."""

@@ -1,0 +1,1 @@
+"""Reader for the files that `torch.save` writes, without torch."""

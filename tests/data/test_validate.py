@@ -1,0 +1,88 @@
+"""The pass over all images before a run: its remarks name the files that Pillow warns of."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxft.data import Preprocessing, open_source, train_batches
+from jaxft.data.validate import without_warnings
+from jaxft.errors import DataError
+
+BROKEN_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05no entry"
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(3):
+                picture(k).save(tmp_path / split / name / f"{k}.jpg")
+    return tmp_path
+
+
+def picture(level):
+    return Image.fromarray(np.full((12, 10, 3), 20 * level, np.uint8))
+
+
+def opened(root, **options):
+    return open_source(f"folder:{root}", **options)
+
+
+@pytest.mark.parametrize("outer", ["error", "ignore", "default"])
+def test_warnings_while_reading_are_one_remark_that_names_files(root, outer):
+    for name in ("train/ant/0.jpg", "val/bee/2.jpg"):
+        picture(1).save(root / name, exif=BROKEN_EXIF)
+    with warnings.catch_warnings(record=True) as printed:
+        warnings.simplefilter(outer)
+        splits = opened(root)
+    assert [str(warning.message) for warning in printed] == []
+    (remark,) = splits.remarks
+    first, *named = remark.split("\n")
+    assert first == "Read, but with a warning: 2 of 12 images:"
+    assert [line.split(": ")[0] for line in named] == [
+        f"  {root}/train/ant/0.jpg",
+        f"  {root}/val/bee/2.jpg",
+    ]
+    assert all("EXIF" in line for line in named)
+    with warnings.catch_warnings(record=True) as printed:
+        warnings.simplefilter("always")
+        with without_warnings():
+            for batch in train_batches(
+                splits.train, Preprocessing(image_size=8, resize_size=8),
+                augment="none", batch_size=6, seed=0, stage=0, epochs=2, workers=1,
+            ):  # fmt: skip
+                assert batch.image.shape == (6, 8, 8, 3)
+    assert printed == []
+
+
+def test_files_of_several_images_are_one_remark(root):
+    frames = [picture(k) for k in (1, 2)]
+    frames[0].save(root / "train/ant/x.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(root / "train/bee/x.tif", save_all=True, append_images=frames[1:])
+    splits = opened(root)
+    assert splits.remarks == (
+        "Read, but with a warning: 2 of 14 images:\n"
+        f"  {root}/train/ant/x.gif: holds several images, of which the first is used\n"
+        f"  {root}/train/bee/x.tif: holds several images, of which the first is used",
+    )
+    pixels = [np.asarray(splits.train[k][0]) for k in (3, 7)]
+    for image in pixels:
+        np.testing.assert_array_equal(image, np.asarray(frames[0]))
+
+
+def test_grey_of_an_unknown_range_is_named_or_left_out(root):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(root / "train/ant/x.tif")
+    with pytest.raises(DataError, match=r"1 of 13 images(.|\n)*ant/x\.tif: grey levels are floats"):
+        opened(root)
+    splits = opened(root, on_bad_image="skip")
+    assert len(splits.train) == 6
+    assert "ant/x.tif: grey levels are floats" in splits.remarks[0]
+
+
+def test_images_too_large_for_pillow_are_named(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # the images have 120
+    with pytest.raises(DataError, match=r"train/ant/0\.jpg: the image exceeds what is safe"):
+        opened(root)

@@ -1,0 +1,213 @@
+"""BatchNorm against torch's formulas, written out in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxft.models.batch_norm
+from jaxft.models import create
+from jaxft.models.batch_norm import BatchNorm
+from jaxft.models.context import Context
+
+SHAPE = (4, 3, 2, 5)
+X = np.random.default_rng(0).normal(2.0, 3.0, SHAPE)
+SCALE, BIAS, MEAN, VAR = np.random.default_rng(1).uniform(0.5, 2.0, (4, SHAPE[-1]))
+
+
+def norm(dtype=jnp.float32) -> BatchNorm:
+    layer = BatchNorm(SHAPE[-1])
+    for name, value in (("scale", SCALE), ("bias", BIAS), ("mean", MEAN), ("var", VAR)):
+        setattr(layer, name, type(getattr(layer, name))(jnp.asarray(value, dtype)))
+    return layer
+
+
+def expected(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, running mean and running variance, by torch's documentation."""
+    kept = x[rows].reshape(-1, x.shape[-1])
+    mean, biased, n = kept.mean(0), kept.var(0), len(kept)
+    y = SCALE * (x - mean) / np.sqrt(biased + 1e-5) + BIAS
+    return y, 0.9 * MEAN + 0.1 * mean, 0.9 * VAR + 0.1 * biased * n / (n - 1)
+
+
+MASKS = {
+    "no mask": None,
+    "whole batch": [True, True, True, True],
+    "padded at the end": [True, True, True, False],
+    "holes": [False, True, False, True],
+    "one row": [False, False, True, False],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_batch_mode_is_torchs(mask, jit):
+    def run(x, mask):
+        layer = norm()
+        return layer(x, Context("batch", mask)), layer.mean[...], layer.var[...]
+
+    rows = np.ones(4, bool) if mask is None else np.array(mask)
+    x = np.where(rows[:, None, None, None], X, 1e6)  # what padding holds must not matter
+    run = jax.jit(run) if jit else run
+    y, mean, var = run(jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(rows))
+    y_, mean_, var_ = expected(x, rows)
+    np.testing.assert_allclose(y[rows], y_[rows], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mean, mean_, rtol=1e-6)
+    np.testing.assert_allclose(var, var_, rtol=1e-6)
+
+
+def test_running_mode_is_torchs_and_touches_nothing():
+    layer = norm()
+    before = layer.mean[...], layer.var[...]
+    y = layer(jnp.asarray(X, jnp.float32), Context("running"))
+    np.testing.assert_allclose(
+        y, SCALE * (X - MEAN) / np.sqrt(VAR + 1e-5) + BIAS, rtol=1e-5, atol=1e-5
+    )
+    assert layer.mean[...] is before[0]
+    assert layer.var[...] is before[1]
+
+
+def test_batch_fixed_mode_is_batch_mode_that_touches_nothing():
+    learning, fixed, x = norm(), norm(), jnp.asarray(X, jnp.float32)
+    before = fixed.mean[...], fixed.var[...]
+    y = fixed(x, Context("batch_fixed"))
+    np.testing.assert_array_equal(y, learning(x, Context("batch")))
+    assert fixed.mean[...] is before[0]
+    assert fixed.var[...] is before[1]
+
+
+def test_vectors_are_normalised_as_in_batch_norm_1d():
+    layer, x = norm(), X[:, 0, 0]
+    y = layer(jnp.asarray(x, jnp.float32), Context("batch"))
+    y_, mean_, var_ = expected(x, np.ones(4, bool))
+    np.testing.assert_allclose(y, y_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[True] * 4, [True, True, True, False]], ids=["whole", "padded"])
+def test_replicas_have_their_own_statistics_and_the_first_one_keeps_them(rows):
+    rows, layer = np.array(rows), norm()
+    mask = None if rows.all() else jnp.asarray(rows)
+    y = layer(jnp.asarray(X, jnp.float32), Context("batch", mask, replicas=2))
+    for part in (slice(0, 2), slice(2, 4)):
+        y_, _, _ = expected(X[part], rows[part])
+        np.testing.assert_allclose(y[part][rows[part]], y_[rows[part]], rtol=1e-5, atol=1e-5)
+    _, mean_, var_ = expected(X[:2], rows[:2])
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[False] * 4, [True, False, False, False]], ids=["none", "one"])
+def test_too_few_values_teach_nothing(rows):
+    layer = norm()
+    x = jnp.asarray(X, jnp.float32)[:, :1, :1]  # one value a row
+    y = layer(x, Context("batch", jnp.array(rows)))
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(layer.mean[...], MEAN.astype(np.float32))
+    np.testing.assert_array_equal(layer.var[...], VAR.astype(np.float32))
+
+
+@pytest.mark.slow
+def test_gradients_ignore_padding():
+    def loss(x, mask):
+        y = norm()(x, Context("batch", mask))
+        return jnp.where(mask[:, None, None, None], jnp.sin(y), 0).sum()
+
+    mask = jnp.array([True, True, True, False])
+    x = jnp.asarray(X, jnp.float32)
+    gradient = jax.grad(loss)(x, mask)
+    alone = jax.grad(loss)(x[:3], mask[:3])
+    np.testing.assert_allclose(gradient[:3], alone, atol=1e-6)
+    np.testing.assert_array_equal(gradient[3], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
+def test_gradients_are_those_of_the_formula(rows, replicas):
+    """By way of mean and variance too, of what padding is weighed with, of running statistics."""
+    kept, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
+
+    def ours(x, scale, bias):
+        layer = norm(jnp.float64)
+        layer.scale[...], layer.bias[...] = scale, bias
+        y = layer(x, Context("batch", jnp.asarray(kept), replicas=replicas))
+        return (jnp.sin(y) * weights).sum() + moved(layer.mean[...], layer.var[...])
+
+    def moved(mean, var):
+        return 10 * (jnp.sin(mean) - jnp.cos(var)).sum()
+
+    def formula(x, scale, bias):
+        seen = x[: 4 // replicas][kept[: 4 // replicas]].reshape(-1, SHAPE[-1])
+        unbiased = seen.var(0, ddof=1)
+        total = moved(0.9 * MEAN + 0.1 * seen.mean(0), 0.9 * VAR + 0.1 * unbiased)
+        for part in np.split(np.arange(4), replicas):
+            seen = x[part[kept[part]]].reshape(-1, SHAPE[-1])
+            y = (x[part] - seen.mean(0)) / jnp.sqrt(seen.var(0) + 1e-5) * scale + bias
+            total += (jnp.sin(y) * weights[part]).sum()
+        return total
+
+    with jax.enable_x64(True):
+        arguments = tuple(map(jnp.asarray, (X, SCALE, BIAS)))
+        found, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (ours, formula))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_what_is_kept_for_the_gradient_is_the_input_alone(monkeypatch):
+    """Of the whole step's memory; the rest is what convolutions and ReLU keep."""
+    model = create("cifar_resnet8", num_classes=2)
+    trees = jax.eval_shape(model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+
+    def temporary():
+        def loss(params, stats, images):
+            return model.apply(params, stats, images, norms="batch")[0].sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(*trees, images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def plain(*args):
+        return jaxft.models.batch_norm._forward(*args)[0]
+
+    written_out = temporary()
+    monkeypatch.setattr(jaxft.models.batch_norm, "_normalize", plain)
+    assert written_out < 0.75 * temporary()
+
+
+def test_half_precision_inputs_keep_float32_statistics():
+    layer = norm()
+    x = jnp.asarray(X, jnp.bfloat16)
+    y = layer(x, Context("batch"))
+    y_, mean_, var_ = expected(np.asarray(x, np.float64), np.ones(4, bool))
+    assert (y.dtype, layer.mean[...].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float64), y_, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(layer.mean[...], mean_, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
+
+
+def test_float64_is_not_narrowed():
+    with jax.enable_x64(True):
+        layer = norm(jnp.float64)
+        y = layer(jnp.asarray(X), Context("batch"))
+        assert y.dtype == layer.var[...].dtype == jnp.float64
+        for ours, theirs in zip(
+            (y, layer.mean[...], layer.var[...]), expected(X, np.ones(4, bool)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+BAD = {
+    "unknown mode": (X, Context("eval"), "'running', 'batch' or 'batch_fixed', not 'eval'"),
+    "one value per channel": (X[:1, :1, :1], Context("batch"), "more than one value"),
+    "one in each replica": (X[:, :1, :1], Context("batch", replicas=4), "more than one value"),
+    "uneven replicas": (X, Context("batch", replicas=3), "a batch of 4 .* among 3 replicas"),
+}
+
+
+@pytest.mark.parametrize(("x", "context", "message"), BAD.values(), ids=BAD)
+def test_errors(x, context, message):
+    with pytest.raises(ValueError, match=message):
+        norm()(jnp.asarray(x, jnp.float32), context)
