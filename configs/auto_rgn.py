@@ -1,18 +1,24 @@
-"""Auto-RGN: every tensor of an ImageNet ResNet-50 at a rate by its relative gradient norm.
+"""Trains an ImageNet ResNet-50 with Auto-RGN: the relative gradient norm sets each tensor's rate.
 
     python scripts/finetune.py configs/auto_rgn.py --workdir runs/auto_rgn \\
         --data folder:PATH/ImageNet-C/brightness/5
 
-Source: Lee et al. 2022, arXiv:2210.11466, and its code. Before each epoch the rate of each tensor
-becomes 1e-3 times the ratio of its gradient's norm to its own, by the largest such ratio, and Adam
-(decay 1e-4) begins anew; batches of 64, 10 epochs, the weights' own head. Norm mode E, as there.
-As there, all trains but what has "bn" in its torch name: of the norms only those of the shortcuts.
-The ratios are of the epoch's first five batches, where the authors draw five of another order.
+Source: Lee et al. 2022, arXiv:2210.11466, and the authors' code. Before each epoch the relative
+gradient norm of each tensor is computed: the norm of its gradient divided by its own norm. The
+tensor's learning rate is then 1e-3 times this ratio, divided by the largest ratio, and Adam (weight
+decay 1e-4) starts with empty moments. Batches of 64 images, 10 epochs, the head of the weights. All
+norm layers use running statistics (norm mode E). As in the authors' code, every tensor trains whose
+torch name does not contain "bn"; so the only norm layers that train are in the shortcuts.
 
-Each corruption is a folder of 50 images for each of 1000 classes: one of them trains, the others
-validate (there ten, and ten more are for the test). They are 224 pixels wide and stay as they are.
-What to expect: the paper's figures are the best of five rates, 1e-1 to 1e-5, by validation; here
-`scripts/find_rate.py` may save some of them. Measured here: nothing, without ImageNet-C at hand.
+Difference from the source: the ratios are computed over the first five batches of the epoch; the
+authors draw five batches in another order.
+
+Data: one corruption of ImageNet-C, a folder with 50 images for each of 1000 classes. One image of
+each class trains, the others validate (the authors validate on ten and test on ten more). The
+images are 224 pixels wide and are not resized. The paper's figures are the best of five rates, 1e-1
+to 1e-5, by validation; `scripts/find_rate.py` can replace some of these runs.
+
+Not measured here, as ImageNet-C was not available.
 """
 
 from jaxft import Recipe, methods

@@ -1,16 +1,18 @@
-"""BiT's hyper-rule: everything from a zero head, for as long as the number of images says.
+"""Trains all layers from a zero head by BiT's hyper-rule: the number of images sets the length.
 
     python scripts/finetune.py configs/bit.py --workdir runs/bit --data folder:PATH
 
-Source: Kolesnikov et al. 2019, arXiv:1912.11370; see `jaxft.methods.bit` for what is the paper's
-and what its code's. Set `images` to the size of your training set: it decides steps and mixup.
-Everything trains, so all norm layers are in mode C.
+Source: Kolesnikov et al. 2019, arXiv:1912.11370; `jaxft.methods.bit` lists which rules come from
+the paper and which from its code. Set `images` to the size of your training set: it determines the
+number of steps and mixup. Every layer trains, so all norm layers are in mode C.
 
-Not as there: the weights are a ResNet-50 of ImageNet-1k with BatchNorm, not BiT's with GroupNorm
-and standardised weights; images are squashed to 480x480 as in its evaluation, and to train on only
-mirrored, where BiT takes a random 480x480 of 512x512. Images below 96x96 are for BiT 128x128:
-`--image-size 128 --resize-size 128`. Validation follows each pass over the images; with fewer than
-512 of them, that is each step. Published figures are of BiT's weights. Measured here: nothing.
+Differences from the source: the weights are a ResNet-50 with BatchNorm, trained on ImageNet-1k, not
+BiT's network with GroupNorm and standardised weights. Images are squashed to 480x480, as in BiT's
+evaluation. Training images are only mirrored, where BiT takes a random crop of 480x480 from
+512x512. For images smaller than 96x96 BiT uses 128x128: `--image-size 128 --resize-size 128`.
+Validation follows each pass over the images; with fewer than 512 images this is each step.
+
+Not measured here. The published figures are for BiT's weights.
 """
 
 from jaxft import Recipe

@@ -1,14 +1,15 @@
-"""d2l's fine-tuning chapter: hot dogs or other food, all of a ResNet-18, the head faster.
+"""Trains all of a ResNet-18 on hot dogs, its head at ten times the rate: d2l's chapter.
 
     python scripts/finetune.py configs/d2l_hotdog.py --workdir runs/hotdog --data folder:PATH/hotdog
 
 Source: Zhang et al., "Dive into Deep Learning", section "Fine-Tuning" (d2l.ai), the PyTorch code.
-SGD without momentum on the *summed* loss of a batch, so that its rates look small: at batch 128,
-5e-5 is 6.4e-3 on the mean. New head by Xavier's rule; test images squashed to 256x256. Everything
-trains, so all norm layers are in mode C.
+SGD without momentum on the *summed* loss of a batch, so that the rates look small: with batches of
+128 images, 5e-5 on the sum is 6.4e-3 on the mean. The new head is initialised by Xavier's rule;
+test images are squashed to 256x256. Every layer trains, so all norm layers are in mode C.
 
-The data are d2l's hotdog.zip: train/ with 2,000 images, test/ with 800, two classes. Expect the
-test accuracy that d2l's page shows. Measured here: nothing.
+Data: d2l's hotdog.zip, two classes, train/ with 2,000 images and test/ with 800.
+
+Not measured here. Expect the test accuracy on d2l's page.
 """
 
 from jaxft import SGD, Recipe, Stage

@@ -1,16 +1,18 @@
-"""fastai's `vision_learner(dls, resnet34).fine_tune(4)`: the head for an epoch, then everything.
+"""Trains the head, then everything: fastai's `vision_learner(dls, resnet34).fine_tune(4)`.
 
     python scripts/finetune.py configs/fastai_fine_tune.py --workdir runs/pets
 
 Source: fastai v2, `Learner.fine_tune` with its defaults (base_lr 2e-3, freeze_epochs 1) and
 `create_head`: maximum and mean of each channel, two linear layers, dropout 0.25 and 0.5. One cycle
-a stage, decoupled Adam, no decay of norms and biases. The norm layers of the frozen body train at
-a tenth of the head's rate, as there: mode C in both stages.
+per stage, Adam with decoupled weight decay, no decay of norms and biases. As in fastai, the norm
+layers of the frozen body train at a tenth of the head's rate: norm mode C in both stages.
 
-For images in data/pets/<class>/, of which a fifth validates (fastai's `valid_pct=0.2`). fastai's
-own views (rotation, zoom, warp, light) are not in the package; a random resized crop and a flip
-take their place. Expect what fastai reports of the same images, within that. Measured here:
-nothing.
+Difference from the source: fastai's augmentation (rotation, zoom, warp, lighting) is replaced by a
+random resized crop and a flip.
+
+Data: images in data/pets/<class>/. A fifth of them validates (fastai's `valid_pct=0.2`).
+
+Not measured here. Expect fastai's results on the same images, apart from the augmentation.
 """
 
 from jaxft import Recipe

@@ -1,18 +1,21 @@
-"""Keras' transfer-learning guide: cats and dogs, the head, then all at a very low rate.
+"""Trains the head on cats and dogs, then everything at a very low rate, as in Keras' guide.
 
     python scripts/finetune.py configs/keras_guide.py --workdir runs/cats_dogs
 
-Source: "Transfer learning & fine-tuning", keras.io/guides, its end-to-end example. One logit after
-dropout, Adam at 1e-3 for two epochs, then everything at 1e-5 for one. The body is called with
-`training=False`, so its norm layers use running statistics throughout: mode B while they are
-frozen, E when they train.
+Source: "Transfer learning & fine-tuning", keras.io/guides, the end-to-end example. One logit after
+dropout, Adam at 1e-3 for two epochs, then everything at 1e-5 for one. The guide calls the body with
+`training=False`, so its norm layers always use running statistics: mode B while they are frozen,
+mode E when they train.
 
-Not as there: the network is a ResNet-50, not Xception; images are mirrored, not rotated; Keras
-adds Adam's eps to the root of the uncorrected moment, and starts the head's bias at zero.
+Differences from the source: the network is a ResNet-50, not Xception. Images are mirrored, not
+rotated. Keras adds Adam's eps to the root of the uncorrected moment and starts the head's bias at
+zero.
 
-The data are Microsoft's PetImages (Cat/ and Dog/, some files damaged): 40 % to train on, the next
-10 % to validate. Expect the head stage to do nearly all, as both animals are among ImageNet's
-classes. Measured here: nothing.
+Data: Microsoft's PetImages (Cat/ and Dog/, some files are damaged). 40 % of the images train, the
+next 10 % validate.
+
+Not measured here. Expect the head stage to reach nearly the final accuracy, as ImageNet has classes
+of both animals.
 """
 
 from jaxft import Adam, Recipe, Stage

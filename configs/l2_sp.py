@@ -1,14 +1,16 @@
-"""L2-SP: a ResNet-101 held near the weights that it started from.
+"""Trains a ResNet-101 with L2-SP: a penalty on the distance from the pretrained weights.
 
     python scripts/finetune.py configs/l2_sp.py --workdir runs/l2_sp --data folder:PATH
 
-Source: Li et al. 2018, arXiv:1802.01483: the penalty 0.1/2·|w - w0|² on the body and 0.01/2·|w|²
-on the new head, in place of weight decay; SGD with momentum, batch 64, 9,000 steps, a tenth of the
-rate after 6,000. The paper chooses the rate (0.005, 0.01 or 0.02) and the body's strength by
-validation. Everything trains, so all norm layers are in mode C; the penalty holds them as well.
+Source: Li et al. 2018, arXiv:1802.01483. The penalties 0.1/2·|w - w0|² on the body and 0.01/2·|w|²
+on the new head replace weight decay. SGD with momentum, batches of 64, 9,000 steps, a tenth of the
+rate after 6,000. The paper chooses the rate (0.005, 0.01 or 0.02) and the strength on the body by
+validation. Every layer trains, so all norm layers are in mode C; the penalty covers them too.
 
-Not as there: a random resized crop takes the place of a random crop, and validation sees one crop.
-Meant for data near ImageNet, where the paper finds it ahead of plain decay. Measured here: nothing.
+Differences from the source: a random resized crop replaces the random crop, and validation uses one
+crop per image. The paper finds L2-SP ahead of plain weight decay on data near ImageNet.
+
+Not measured here.
 """
 
 from jaxft import SGD, Anchor, Recipe, Stage

@@ -1,14 +1,16 @@
-"""Layer-wise rate decay, as in BEiT and timm: each residual block at 0.75 of the next one's rate.
+"""Trains a ResNet-18 with layer-wise rate decay: each block at 0.75 of the next block's rate.
 
     python scripts/finetune.py configs/layer_decay.py --workdir runs/layer_decay --data folder:PATH
 
-Source: Bao et al. 2021, arXiv:2106.08254, and timm's `--layer-decay`, whose layers of a ResNet are
-the stem, each residual block, and the head: here rates fall from 1e-3 at the head to 7.5e-5 at the
-stem. AdamW without decay of norms and biases; a linear warm-up, then a cosine. Everything trains,
-so all norm layers are in mode C.
+Source: Bao et al. 2021, arXiv:2106.08254 (BEiT), and timm's `--layer-decay`. timm's layers of a
+ResNet are the stem, each residual block, and the head; the rates fall from 1e-3 at the head to
+7.5e-5 at the stem. AdamW without decay of norms and biases; a linear warm-up, then a cosine. Every
+layer trains, so all norm layers are in mode C.
 
-Published values are of transformers; rate and length here are a start for a ResNet-18 and a small
-data set, not tuned. Measured here: nothing.
+Difference from the source: published values are for transformers. The rate and length here are a
+starting point for a ResNet-18 and a small data set; they are not tuned.
+
+Not measured here.
 """
 
 from jaxft import AdamW, Recipe

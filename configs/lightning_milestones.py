@@ -1,16 +1,17 @@
-"""Lightning's fine-tuning example: cats and dogs, a ResNet-50 thawed at two milestones.
+"""Trains a ResNet-50 on cats and dogs, unfreezing layers at two epochs: Lightning's example.
 
     python scripts/finetune.py configs/lightning_milestones.py --workdir runs/cats_dogs
 
 Source: PyTorch Lightning, `examples/pytorch/domain_templates/computer_vision_fine_tuning.py`, with
-milestones at epochs 5 and 10 of 15. One Adam throughout; its MultiStepLR divides all rates by ten
-at each milestone, where what joins has a tenth of the head's rate. The head is 2048-256-ReLU-32-1
-under BCEWithLogitsLoss. Norm layers never train (`train_bn=False`): mode D until their blocks are
-thawed, then A.
+milestones at epochs 5 and 10 of 15. One Adam for the whole run. Its MultiStepLR divides all rates
+by ten at each milestone, and newly unfrozen layers start at a tenth of the head's rate. The head is
+2048-256-ReLU-32-1 under BCEWithLogitsLoss. Norm layers never train (`train_bn=False`): norm mode D
+until their blocks are unfrozen, then A.
 
-The data are cats_and_dogs_filtered.zip: train/ with 2,000 images, validation/ with 1,000. Expect
-the head stage to do nearly all, as both animals are among ImageNet's classes. Measured here:
-nothing.
+Data: cats_and_dogs_filtered.zip, train/ with 2,000 images and validation/ with 1,000.
+
+Not measured here. Expect the head stage to reach nearly the final accuracy, as ImageNet has classes
+of both animals.
 """
 
 from jaxft import Adam, Recipe, Stage

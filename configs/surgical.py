@@ -1,16 +1,19 @@
-"""Surgical fine-tuning: of an ImageNet ResNet-50, conv1 and layer1 alone adapt to corrupted images.
+"""Trains only conv1 and layer1 of an ImageNet ResNet-50 on corrupted images.
 
     python scripts/finetune.py configs/surgical.py --workdir runs/surgical \\
         --data folder:PATH/ImageNet-C/brightness/5
 
-Source: Lee et al. 2022, arXiv:2210.11466, and its code: Adam with a decay of 1e-4, batches of 64,
-10 epochs, the weights' own head. Norm mode E, as there; bn1 does not train. The first layers suit
-inputs that have shifted, the last one (`"fc"` below) targets that have.
+Source: Lee et al. 2022, arXiv:2210.11466, and the authors' code. Adam with a weight decay of 1e-4,
+batches of 64, 10 epochs, the head of the weights. Norm mode E: all norm layers use running
+statistics; bn1 does not train. The first layers suit a shift of the inputs, the last layer (`"fc"`
+below) a shift of the targets.
 
-Each corruption is a folder of 50 images for each of 1000 classes: one of them trains, the others
-validate (there ten, and ten more are for the test). They are 224 pixels wide and stay as they are.
-What to expect: the paper's figures are the best of five rates, 1e-1 to 1e-5, by validation; here
-`scripts/find_rate.py` may save some of them. Measured here: nothing, without ImageNet-C at hand.
+Data: one corruption of ImageNet-C, a folder with 50 images for each of 1000 classes. One image of
+each class trains, the others validate (the authors validate on ten and test on ten more). The
+images are 224 pixels wide and are not resized. The paper's figures are the best of five rates, 1e-1
+to 1e-5, by validation; `scripts/find_rate.py` can replace some of these runs.
+
+Not measured here, as ImageNet-C was not available.
 """
 
 from jaxft import Recipe, methods

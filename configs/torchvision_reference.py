@@ -1,14 +1,15 @@
-"""torchvision's reference training: a ResNet-50 on ImageNet from scratch, its V1 weights.
+"""Trains a ResNet-50 on ImageNet from scratch: torchvision's reference recipe for its V1 weights.
 
     python scripts/finetune.py configs/torchvision_reference.py --workdir runs/imagenet
 
-Source: pytorch/vision, `references/classification/train.py` with its defaults: eight GPUs with 32
-images each, SGD at 0.1 with momentum and decay 1e-4 of everything, a tenth of the rate every 30 of
-90 epochs. Everything trains, so all norm layers are in mode C; with eight devices each normalises
-its 32 images by themselves, as DistributedDataParallel does, with one all 256 together.
+Source: pytorch/vision, `references/classification/train.py` with its defaults. Eight GPUs with 32
+images each, SGD at 0.1 with momentum, weight decay 1e-4 on all parameters, a tenth of the rate
+every 30 of 90 epochs. Every layer trains, so all norm layers are in mode C. With eight devices each
+one normalises its own 32 images, as DistributedDataParallel does; one device normalises all 256.
 
-Published: top-1 accuracy 76.130 % (`ResNet50_Weights.IMAGENET1K_V1`). Measured here: nothing. The
-data are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
+Data: ImageNet as folders, train/<class>/ and val/<class>/, 1000 classes each.
+
+Not measured here. Published: top-1 accuracy 76.130 % (`ResNet50_Weights.IMAGENET1K_V1`).
 """
 
 from jaxft import SGD, Recipe

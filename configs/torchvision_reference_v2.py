@@ -1,20 +1,22 @@
-"""torchvision's newer recipe: a ResNet-50 on ImageNet from scratch, its V2 weights.
+"""Trains a ResNet-50 on ImageNet from scratch: torchvision's newer recipe for its V2 weights.
 
     python scripts/finetune.py configs/torchvision_reference_v2.py --workdir runs/imagenet_v2
 
 Source: pytorch/vision, `references/classification`, and "How to Train State-Of-The-Art Models Using
-TorchVision's Latest Primitives", pytorch.org: eight GPUs with 128 images each, 600 epochs, warm-up
-and cosine, TrivialAugment, erasing, mixup or cutmix, label smoothing, no decay of norm layers, an
-average of the weights. Everything trains, so all norm layers are in mode C; as for statistics and
-devices, see torchvision_reference.py.
+TorchVision's Latest Primitives", pytorch.org. Eight GPUs with 128 images each, 600 epochs, warm-up
+and cosine, TrivialAugment, random erasing, mixup or cutmix, label smoothing, no decay of norm
+layers, an average of the weights. Every layer trains, so all norm layers are in mode C; see
+torchvision_reference.py for their statistics on several devices.
 
-Not as there: torchvision trains on crops of 176 pixels, here on the 224 of its evaluation, at about
-1.6 times the cost; an epoch there shows a quarter of the images, each in four views
-(`--ra-sampler`), here all in one; the average there moves by 1.09e-3 every 32 steps once the
-warm-up is over, here by 3.4e-5 every step from the first.
+Differences from the source: torchvision trains on crops of 176 pixels; this recipe trains on the
+224 pixels of evaluation, at about 1.6 times the cost. torchvision shows a quarter of the images in
+an epoch, each in four views (`--ra-sampler`); this recipe shows all images in one view.
+torchvision's average moves by 1.09e-3 every 32 steps after the warm-up; this one moves by 3.4e-5 in
+every step from the first.
 
-Published: top-1 accuracy 80.858 % (`ResNet50_Weights.IMAGENET1K_V2`). Measured here: nothing. The
-data are ImageNet as folders: train/<class>/ and val/<class>/, a thousand each.
+Data: ImageNet as folders, train/<class>/ and val/<class>/, 1000 classes each.
+
+Not measured here. Published: top-1 accuracy 80.858 % (`ResNet50_Weights.IMAGENET1K_V2`).
 """
 
 from jaxft import SGD, Recipe, Stage, Update

@@ -1,15 +1,18 @@
-"""ULMFiT's gradual unfreezing on a ResNet-18: a block more each epoch, from the last.
+"""Unfreezes a ResNet-18 gradually, one block more each epoch from the last, as ULMFiT does.
 
     python scripts/finetune.py configs/ulmfit.py --workdir runs/ulmfit
 
-Source: Howard and Ruder 2018, arXiv:1801.06146: discriminative rates (each block at that of the
-next divided by 2.6), a slanted triangle in every stage, Adam with betas 0.7 and 0.99. The paper's
-network is a language model and has no norm layers; here frozen ones are in mode B, thawed ones
-train on batch statistics.
+Source: Howard and Ruder 2018, arXiv:1801.06146. Discriminative rates (each block at the next
+block's rate divided by 2.6), a slanted triangular schedule in every stage, Adam with betas 0.7 and
+0.99.
 
-For any folder of images, such as those of PyTorch's tutorial. The paper has no figures for images
-to expect; with few of them, the last stage's `epochs` is what to change first. Measured here:
-nothing.
+Difference from the source: the paper's network is a language model without norm layers. Here frozen
+norm layers use running statistics, and unfrozen ones normalise with the batch (norm mode B).
+
+Data: any folder of images, such as the ants and bees of PyTorch's tutorial. With few images, change
+`epochs` of the last stage first.
+
+Not measured here. The paper has no figures for images.
 """
 
 from jaxft import Recipe
