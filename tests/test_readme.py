@@ -1,6 +1,8 @@
-"""What the README says, done: its commands are those of the house, its examples run."""
+"""The Markdown files: their code blocks run, their links resolve, their quotes are current."""
 
+import pathlib
 import re
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -15,114 +17,324 @@ from flax import nnx
 from narrow import narrowed
 
 import jaxft
-from jaxft.recipe import Recipe
+from jaxft.recipe import Recipe, read
+from jaxft.report.console import Console
+from jaxft.train.export import export
+from jaxft.train.norms import mode_names, norm_modes
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-EXAMPLES = {
-    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+FILES = (
+    "README.md",
+    "configs/README.md",
+    "scripts/README.md",
+    "jaxft/README.md",
+    "jaxft/weights/README.md",
+    "jaxft/data/README.md",
+    "jaxft/parity/README.md",
+    "tests/README.md",
+    ".github/CONTRIBUTING.md",
+    ".github/CHANGELOG.md",
+)
+TEXTS = {file: (ROOT / file).read_text() for file in FILES}
+
+
+def sections(file):
+    """Returns the text below each second-level heading; above the first one: below ""."""
+    parts = re.split(r"^## (.*)\n", TEXTS[file], flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def blocks(file, title, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", sections(file)[title], re.DOTALL)
+
+
+def quotes(file, title):
+    """Returns the blocks without a language: quoted output."""
+    return re.findall(r"\n\n```\n(.*?)```", sections(file)[title], re.DOTALL)
+
+
+# Sections whose Python blocks the tests below run.
+RUN = {
+    ("README.md", "A recipe"),
+    ("README.md", "In your own training loop"),
+    ("configs/README.md", "A stage"),
+    ("configs/README.md", "A linear probe"),
+    ("configs/README.md", "Ready-made stages"),
+    ("jaxft/README.md", "Freezing in five lines"),
+    ("jaxft/README.md", "A training step"),
+    ("jaxft/README.md", "Stages in your own loop"),
+    ("jaxft/README.md", "Your own network"),
+    ("jaxft/README.md", "Add a data source"),
+    ("jaxft/README.md", "Add an optimizer"),
+    ("jaxft/weights/README.md", ""),
+    ("jaxft/weights/README.md", "Options of the network"),
+    ("jaxft/weights/README.md", "Export"),
+    ("jaxft/data/README.md", "Images in memory"),
+    ("jaxft/parity/README.md", ""),
 }
-FIVE_LINES, *FRAMEWORKS = EXAMPLES["Freezing in five lines"]
 
 
-def test_ci_runs_the_readmes_test_command():
-    lines = [line for line in README.splitlines() if "pytest" in line]
-    assert len(lines) == 1  # which .ci/run looks for
+def test_every_code_block_runs():
+    assert {(f, title) for f in FILES for title in sections(f) if blocks(f, title)} == RUN
+
+
+def run(file, title, names):
+    """Runs the Python blocks of a section, one after the other, in the namespace `names`."""
+    for block in blocks(file, title):
+        exec(block, names)
+    return names
+
+
+def libraries():
+    """Returns the names that the blocks without imports use."""
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "jaxft": jaxft, "pathlib": pathlib}
+    return names | {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx}
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    lines = [line for line in TEXTS["README.md"].splitlines() if "pytest" in line]
+    assert len(lines) == 1  # the line that .ci/run looks for
     assert "grep -m 1 'pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_library_example_trains_the_head_alone():
-    names = {}
-    exec(EXAMPLES["In your own JAX code"][0], names)
-    assert (names["params"]["body"]["kernel"] == 1).all()
-    assert (names["params"]["head"]["kernel"] != 1).all()
+def test_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 150
 
 
-@pytest.mark.slow
-def test_the_weights_example_goes_there_and_back(tmp_path, monkeypatch):
-    model = jaxft.models.create("resnet18")
-    trees = jax.tree.map(
-        lambda x: np.full(x.shape, 0.01, np.float32), jax.eval_shape(model.init, jax.random.key(0))
-    )
-    jaxft.weights.save(tmp_path / "resnet18.safetensors", model, *trees)
-    monkeypatch.chdir(tmp_path)
-    names = {"images": jnp.ones((1, 64, 64, 3))}
-    exec(EXAMPLES["Pretrained weights"][0], names)
-    assert names["logits"].shape == (1, 1000)
-    assert names["features"].shape == (1, 4, 4, 256)
-    files = (tmp_path / name for name in ("resnet18.safetensors", "again.safetensors"))
-    assert len({file.read_bytes() for file in files}) == 1
+def anchors(file):
+    """Returns the anchors of the headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)", TEXTS[file], re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings}
 
 
-def moved(before, after):
-    """The roots of the parameters that are not bit-identical."""
+@pytest.mark.parametrize("file", FILES)
+def test_links_resolve(file):
+    broken = []
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[file]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / file).parent / path if path else ROOT / file
+        known = str(target.resolve().relative_to(ROOT.resolve()))
+        known = f"{known}/README.md" if target.is_dir() and anchor else known
+        if not target.exists() or (anchor and anchor not in anchors(known)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_map_names_existing_files():
+    rows = re.findall(r"^\| [^|]+ \| (.*) \|$", sections("jaxft/README.md")["Map"], re.MULTILINE)
+    links = [re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", cell) for cell in rows[1:]]
+    assert len(links) >= 40
+    assert all(links)
+    shown = [(name.rstrip("/"), path) for row in links for name, path in row]
+    assert [pair for pair in shown if pair[0] != pair[1]] == []
+    assert [path for _, path in shown if not (ROOT / "jaxft" / path).exists()] == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_commands_name_existing_files(file):
+    commands = "\n".join(block for title in sections(file) for block in blocks(file, title, "sh"))
+    paths = re.findall(r"\b(?:scripts|configs|tests)/[\w/.]+\w", commands)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def test_configs_readme_lists_every_recipe():
+    listed = re.findall(r"^\| \[`(\w+)`\]", TEXTS["configs/README.md"], re.MULTILINE)
+    assert sorted(listed) == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_readme_repeats_the_measured_result(name):
+    (row,) = re.findall(rf"^\| \[`{name}`\].*", TEXTS["configs/README.md"], re.MULTILINE)
+    docstring = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    result = row.rstrip("| ").rpartition("| ")[2]
+    assert [x for x in re.findall(r"\d+\.\d+", result) if x not in docstring] == []
+    assert ("Not measured here" in docstring) == ("not measured" in result)
+
+
+def test_stage_table_of_the_readme_is_printed(capsys):
+    recipe = read(ROOT / "configs" / "quickstart.py")
+    params, stats = jax.eval_shape(recipe.network(5).init, jax.random.key(0))
+    plan = jaxft.plan(recipe.stages, params)[1]
+    modes = norm_modes(params, stats, plan.labels, plan.stage.norm_choices)
+    modes = mode_names(params, plan.labels, modes)
+    (quoted,) = quotes("README.md", "")
+    Console().stage(plan, quoted.splitlines()[0], "", params, modes)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(printed) == 6  # the title, four rows of the table, the head of the epochs
+    assert [line for line in printed if line not in quoted.splitlines()] == []
+    assert max(map(len, quoted.splitlines())) <= 80
+
+
+def test_recipe_is_a_recipe():
+    (example,) = blocks("README.md", "A recipe")
+    assert len(example.splitlines()) <= 12
+    names = run("README.md", "A recipe", {})
+    assert isinstance(names["recipe"], Recipe)
+
+
+@pytest.mark.parametrize("title", ["A stage", "A linear probe", "Ready-made stages"])
+def test_stages_are_stages(title):
+    run("configs/README.md", title, {})
+
+
+def changed(before, after):
+    """Returns the roots of the parameters that are not bit-identical."""
     named = zip(
         *map(jaxft.paths, (before, after)), *map(jax.tree.leaves, (before, after)), strict=True
     )
-    changed = []
+    roots = set()
     for path, same_path, old, new in named:
         assert path == same_path
-        same = np.asarray(old).tobytes() == np.asarray(new).tobytes()  # 0.0 is not -0.0
-        changed += [] if same else [path.split(".")[0]]
-    return set(changed)
+        if np.asarray(old).tobytes() != np.asarray(new).tobytes():  # 0.0 is not -0.0
+            roots.add(path.split(".")[0])
+    return roots
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("framework", FRAMEWORKS, ids=["dict", "linen", "nnx", "haiku", "equinox"])
-def test_five_lines_freeze_in_every_framework(framework):
-    assert len(FIVE_LINES.splitlines()) == 5
-    x = jax.random.normal(jax.random.key(7), (5, 4))
-    names = {"jax": jax, "jnp": jnp, "optax": optax, "jaxft": jaxft, "x": x}
-    names |= {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx}
-    exec(framework, names)
+def freeze(setup, five_lines):
+    """Runs the setup of a framework and the five lines; the head alone must change."""
+    names = {**libraries(), "x": jax.random.normal(jax.random.key(7), (5, 4))}
+    exec(setup, names)
     before = names["params"]
-    exec(FIVE_LINES, names)
+    assert len(five_lines.splitlines()) == 5
+    exec(five_lines, names)
     half = optax.apply_updates(names["trainable"], names["updates"])
     after = jaxft.combine(half, names["frozen"])
     assert jax.tree.structure(after) == jax.tree.structure(before)
-    assert moved(before, after) == {"head"}
+    assert changed(before, after) == {"head"}
+    return names
 
-    exec(EXAMPLES["Stages in your own loop"][0], names)
-    assert moved(before, names["params"]) == {"body", "head"}
+
+def test_five_lines_of_the_readme_freeze():
+    freeze(*blocks("README.md", "In your own training loop"))
+
+
+FIVE_LINES, *FRAMEWORKS = blocks("jaxft/README.md", "Freezing in five lines")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", FRAMEWORKS, ids=["dict", "linen", "nnx", "haiku", "equinox"])
+def test_freezing_and_stages_in_every_framework(setup):
+    names = freeze(setup, FIVE_LINES)
+    before = names["params"]
+    run("jaxft/README.md", "Stages in your own loop", names)
+    assert changed(before, names["params"]) == {"body", "head"}
     states = names["opt_state"].inner_states
     counts = {name: int(states[name].inner_state.rule.count) for name in ("head", "*")}
     assert counts == {"head": 50, "*": 30}
 
 
-def test_the_recipe_example_is_a_recipe():
-    names = {}
-    exec(EXAMPLES["From the command line"][0], names)
-    assert isinstance(names["recipe"], Recipe)
+def test_training_step_trains_only_the_head():
+    names = run("jaxft/README.md", "A training step", {})
+    assert (names["params"]["body"]["kernel"] == 1).all()
+    assert (names["params"]["head"]["kernel"] != 1).all()
+
+
+def test_optimizer_updates_by_its_learning_rate():
+    params = {"w": jnp.ones(3)}
+    tx = run("jaxft/README.md", "Add an optimizer", libraries() | {"params": params})["tx"]
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-4, rtol=1e-6)  # lion: the sign
 
 
 @pytest.mark.slow
-def test_the_data_example_trains(tmp_path, monkeypatch):
+def test_own_network_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(EXAMPLES["Data"][0], names)
+    names = run("jaxft/README.md", "Your own network", {})
+    assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
+    assert names["build"](5).num_classes == 5
+    assert names["recipe"].model == "my_module:build"
+
+
+@pytest.mark.slow
+def test_own_data_source_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"Stage": jaxft.Stage, "Recipe": Recipe, "finetune": jaxft.finetune}
+    names = run("jaxft/README.md", "Add a data source", names)
+    assert (tmp_path / "runs/squares/model.safetensors").samefile(names["result"].weights)
+
+
+@pytest.mark.slow
+def test_images_in_memory_train_and_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("jaxft/data/README.md", "Images in memory", libraries())
     assert (tmp_path / "runs/noise/model.safetensors").samefile(names["result"].weights)
 
+    export(tmp_path / "runs/noise", tmp_path / "runs/ants", platforms=("cpu",))
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    names = run("jaxft/weights/README.md", "Export", libraries() | {"images": images})
+    assert names["logits"].shape == (2, 3)
+
 
 @pytest.mark.slow
-def test_the_example_with_a_network_of_ones_own_trains(tmp_path, monkeypatch):
+def test_weights_are_loaded_and_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(EXAMPLES["A network of your own"][0], names)
-    assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
+    with narrowed(()):
+        model = jaxft.models.create("resnet18")
+        trees = jax.tree.map(
+            lambda x: np.full(x.shape, 0.01, np.float32),
+            jax.eval_shape(model.init, jax.random.key(0)),
+        )
+        jaxft.weights.save("resnet18.safetensors", model, *trees)
+
+        class Module:
+            def state_dict(self):
+                from safetensors.numpy import load_file
+
+                return load_file("again.safetensors")
+
+        names = {"images": jnp.ones((1, 64, 64, 3)), "module": Module()}
+        run("jaxft/weights/README.md", "", names)
+    assert names["logits"].shape == (1, 1000)
+    assert names["features"].shape == (1, 4, 4, 16)
+    files = (tmp_path / name for name in ("resnet18.safetensors", "again.safetensors"))
+    assert len({file.read_bytes() for file in files}) == 1
+    assert changed(trees[0], names["params"]) == set()
 
 
 @pytest.mark.slow
-def test_the_pytorch_example_finds_the_optimizer_that_is_new():
+def test_weights_with_stride_in_1x1_load_into_torchvisions_network(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    import safetensors.torch
+    from torch_network import ResNet
+
+    monkeypatch.chdir(tmp_path)
+    with narrowed(()):
+        model = jaxft.models.create("resnet50", num_classes=3, stride_in_1x1=True)
+        params, stats = jax.jit(model.init)(jax.random.key(0))
+        jaxft.weights.save("model.safetensors", model, params, stats)
+        images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+        logits, _ = jax.jit(partial(model.apply, norms="running"))(params, stats, images)
+    net = ResNet(bottleneck=True).eval()
+    names = {"safetensors": safetensors, "net": net}
+    run("jaxft/weights/README.md", "Options of the network", names)
+    with torch.no_grad():
+        expected = net(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def without_numbers(text):
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", text).split()
+
+
+@pytest.mark.slow
+def test_parity_finds_the_new_optimizer():
     torch = pytest.importorskip("torch")
     from torch_network import ResNet
 
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    batches = [(rng.standard_normal((n, 32, 32, 3)), rng.integers(0, 3, n)) for n in (8, 5)]
-    names, said = {"module": ResNet(), "batches": batches}, []
-    example, *_ = EXAMPLES["A PyTorch recipe, step for step"]
-    names["print"] = lambda report: said.append(str(report))
-    with narrowed(()):
-        exec(example, names)
-    assert "differ in stage 'late' (2 of 2), step 1, first in moments:" in said[0]
+    (example,) = blocks("jaxft/parity/README.md", "")
+    different, equal = quotes("jaxft/parity/README.md", "")
+    for carry, quoted in {"keep": different, "reset": equal}.items():
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        batches = [(rng.standard_normal((n, 32, 32, 3)), rng.integers(0, 3, n)) for n in (8, 5)]
+        reports = []
+        names = {"module": ResNet(), "batches": batches, "print": reports.append}
+        with narrowed(()):
+            exec(example.replace('carry="keep"', f'carry="{carry}"'), names)
+        words = without_numbers(quoted)
+        assert without_numbers(str(reports[0]))[: len(words)] == words
