@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from narrow import narrowed
 
 import jaxft
 from jaxft.recipe import Recipe, read
+from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
+from jaxft.report.lr_plot import rate_table
 from jaxft.train.export import export
 from jaxft.train.norms import mode_names, norm_modes
+from jaxft.train.prefix import block_labels
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -51,6 +55,10 @@ def blocks(file, title, language="python"):
 def quotes(file, title):
     """Returns the blocks without a language: quoted output."""
     return re.findall(r"\n\n```\n(.*?)```", sections(file)[title], re.DOTALL)
+
+
+def without_numbers(text):
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", text).split()
 
 
 # Sections whose Python blocks the tests below run.
@@ -156,6 +164,12 @@ def test_configs_readme_repeats_the_measured_result(name):
     assert ("Not measured here" in docstring) == ("not measured" in result)
 
 
+def test_configs_readme_describes_every_field_of_a_stage():
+    rows = re.findall(r"^\| (`.*?`) \|", sections("configs/README.md")["A stage"], re.MULTILINE)
+    described = {"name", "train", *re.findall(r"`(\w+)`", " ".join(rows))}
+    assert described == {field.name for field in fields(jaxft.Stage)}
+
+
 def test_stage_table_of_the_readme_is_printed(capsys):
     recipe = read(ROOT / "configs" / "quickstart.py")
     params, stats = jax.eval_shape(recipe.network(5).init, jax.random.key(0))
@@ -165,9 +179,34 @@ def test_stage_table_of_the_readme_is_printed(capsys):
     (quoted,) = quotes("README.md", "")
     Console().stage(plan, quoted.splitlines()[0], "", params, modes)
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert len(printed) == 6  # the title, four rows of the table, the head of the epochs
+    assert len(printed) == 6  # title, head and three rows of the table, head of the epochs
     assert [line for line in printed if line not in quoted.splitlines()] == []
     assert max(map(len, quoted.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_sentences_about_a_stage_are_printed(tmp_path, monkeypatch, capsys):
+    recipe = read(ROOT / "configs" / "quickstart.py")
+    head, late, _ = recipe.stages
+    recipe = replace(recipe, stages=(replace(head, epochs=1), late), from_scratch=())
+    monkeypatch.setenv("COLUMNS", "80")
+    jaxft.finetune(recipe, tmp_path / "run")
+    printed = " ".join(without_numbers(capsys.readouterr().out))
+    (quoted,) = quotes("README.md", "")
+    before, after = quoted.split("  epoch  train loss")[0], quoted[quoted.index("Stage 'late'") :]
+    assert [x for x in map(without_numbers, (before, after)) if " ".join(x) not in printed] == []
+
+
+def test_tables_of_rates_and_layers_are_printed():
+    rates, layers = quotes("scripts/README.md", "Finding rates and layers")
+    suggestions = {"valley": 1.2e-3, "steepest": 5.2e-3, "minimum / 10": 1.4e-2}
+    assert [*rate_table({"*": 1e-3}, suggestions)] == rates.splitlines()[3:]
+
+    model = read(ROOT / "configs" / "quickstart.py").network(5)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    ratios = {block: float(x) for block, x in re.findall(r"^  (\w+) +\S+ +(0\.\d+) ", layers, re.M)}
+    printed = [line.rstrip() for line in block_table(block_labels(model, params), params, ratios)]
+    assert printed == layers.splitlines()[: len(printed)]
 
 
 def test_recipe_is_a_recipe():
@@ -315,10 +354,6 @@ def test_weights_with_stride_in_1x1_load_into_torchvisions_network(tmp_path, mon
     with torch.no_grad():
         expected = net(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-
-
-def without_numbers(text):
-    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", text).split()
 
 
 @pytest.mark.slow
