@@ -1,4 +1,4 @@
-"""Pretrained weights: from PyTorch's files, the hub and our own runs, and back."""
+"""Pretrained weights: loads PyTorch files, hub repositories and jaxft runs; saves safetensors."""
 
 from jaxft.weights.load import from_state_dict, load
 from jaxft.weights.read import Weights, read

@@ -1,4 +1,4 @@
-"""The description of a network that travels with its weights: name, options, classes."""
+"""Description of the network that weights belong to: its name, options and class names."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,100 +9,111 @@ from jaxft.errors import WeightsError
 from jaxft.models.model import OPTIONS, Model
 
 MARK = "stride_in_1x1"
-"""A tensor in the files of networks with that option: what knows nothing of it refuses them."""
+"""Name of the marker tensor in weights files of networks with this option.
+
+Software that does not know the option refuses the unexpected tensor.
+"""
 STRIDES = (
     "With stride_in_1x1 the file has a tensor of that name, so that torchvision and timm, whose\n"
-    "networks stride elsewhere, do not load it strictly: README says how they do."
+    "networks stride in the 3x3 convolution, refuse it. The README shows how to load it there."
 )
 
-_KEY = "jaxft"  # in a safetensors file's metadata
-# Options that change what the same tensors compute. Dropout acts in training alone, and a dtype
-# rounds: weights may well be used with others.
-_OF_BODY = ("stride_in_1x1",)
-_OF_HEAD = ("concat_pool", "head_layers", "binary")
+_METADATA_KEY = "jaxft"  # in a safetensors file
+# Options that change the outputs while the tensors stay the same. Dropout, which acts in training
+# only, and dtype, which only rounds, may differ between the weights and the network.
+_BODY_OPTIONS = ("stride_in_1x1",)
+_HEAD_OPTIONS = ("concat_pool", "head_layers", "binary")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of the network whose weights these are; each may be unknown.
+    """Description of a network. Each field may be unknown.
 
     Attributes:
-      model: its name in jaxft's registry, or the class of a user's module.
-      options: keyword arguments of `jaxft.models.create`.
-      classes: names of its logits, in their order.
+      model: Name in jaxft's registry, or class name of a user's module.
+      options: Keyword arguments of `jaxft.models.create`.
+      classes: Class names in the order of the logits.
     """
 
     model: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
 
-    def completed(self, other: "Description") -> "Description":
-        """Returns this description, with what it leaves open as the other has it."""
+    def with_defaults(self, other: "Description") -> "Description":
+        """Returns this description, with unknown fields taken from `other`."""
         options = {**other.options, **self.options}
         return Description(self.model or other.model, options, self.classes or other.classes)
 
 
 def fields(model: Model, classes: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the JSON that `model.json`, safetensors files and Orbax checkpoints hold."""
-    named = {} if classes is None else {"classes": list(classes)}
-    return {"model": model.name, **json.loads(json.dumps(dict(model.options))), **named}
+    """Returns the description as JSON, for `model.json`, safetensors and Orbax metadata."""
+    class_entry = {} if classes is None else {"classes": list(classes)}
+    return {"model": model.name, **json.loads(json.dumps(dict(model.options))), **class_entry}
 
 
 def metadata(model: Model, classes: Sequence[str] | None) -> dict[str, str]:
     """Returns the metadata of a safetensors file."""
-    described = json.dumps(fields(model, classes), ensure_ascii=False)
-    return {"format": "pt" if model.torch_named else "flax", _KEY: described}
+    description = json.dumps(fields(model, classes), ensure_ascii=False)
+    return {"format": "pt" if model.torch_named else "flax", _METADATA_KEY: description}
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> Description:
-    """Reads what `metadata` wrote; a file of anyone else's describes nothing."""
+    """Returns the description in a safetensors file's metadata; empty for files of other tools."""
     try:
-        return parse(json.loads((metadata or {})[_KEY]))
+        return parse(json.loads((metadata or {})[_METADATA_KEY]))
     except (KeyError, ValueError):
         return Description()
 
 
-def parse(said: Any) -> Description:
-    """Reads the JSON of a file: ours, timm's `config.json` or transformers'."""
-    if not isinstance(said, Mapping):
+def parse(content: Any) -> Description:
+    """Parses the JSON of jaxft's `model.json`, or timm's or transformers' `config.json`."""
+    if not isinstance(content, Mapping):
         return Description()
-    options = {name: said[name] for name in OPTIONS if name in said}
-    if said.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in said:
-        options[MARK] = bool(said["downsample_in_bottleneck"])  # transformers'
-    name = said.get("model", said.get("architecture"))  # ours, timm's
-    return Description(name if isinstance(name, str) else None, options, _classes(said))
+    options = {name: content[name] for name in OPTIONS if name in content}
+    if content.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in content:
+        options[MARK] = bool(content["downsample_in_bottleneck"])  # in transformers
+    model = content.get("model", content.get("architecture"))  # in jaxft, in timm
+    return Description(model if isinstance(model, str) else None, options, _class_names(content))
 
 
 def check_options(options: Mapping[str, Any], model: Model, source: str, *, keep: bool) -> None:
-    """Raises WeightsError where weights are of a network with other options than `model`.
+    """Checks that `model` has the options of the weights' network.
 
-    Of its body's; with `keep` of its head's too.
+    Args:
+      options: Options of the weights' network, as far as they are known.
+      model: Network to load the weights into.
+      source: Name of the weights, for the message.
+      keep: Also check the options of the head, because the head is kept.
+
+    Raises:
+      WeightsError: An option differs, so that the same tensors would give other outputs.
     """
-    ours = json.loads(json.dumps(dict(model.options)))
-    names = (*_OF_BODY, *(_OF_HEAD if keep else ()))
-    theirs = json.loads(json.dumps({n: options[n] for n in names if n in options and n in ours}))
-    if other := [name for name, value in theirs.items() if value != ours[name]]:
-        was = ", ".join(f"{name}={theirs[name]!r}" for name in other)
-        here = ", ".join(f"{name}={ours[name]!r}" for name in other)
+    model_options = json.loads(json.dumps(dict(model.options)))
+    names = (*_BODY_OPTIONS, *(_HEAD_OPTIONS if keep else ()))
+    known = {n: options[n] for n in names if n in options and n in model_options}
+    known = json.loads(json.dumps(known))
+    if differing := [name for name, value in known.items() if value != model_options[name]]:
+        expected = ", ".join(f"{name}={known[name]!r}" for name in differing)
+        actual = ", ".join(f"{name}={model_options[name]!r}" for name in differing)
         raise WeightsError(
-            f"{source} has the weights of a network with {was}, and this {model.name} is one with "
-            f"{here}: with the same tensors it would compute something else. Build it with {was}."
+            f"{source} has the weights of a network with {expected}, but this {model.name} has "
+            f"{actual} and would compute other outputs from them. Build it with {expected}."
         )
 
 
-def _classes(said: Mapping[str, Any]) -> tuple[str, ...] | None:
-    of_timm = said.get("pretrained_cfg")
-    names = said.get("classes") or said.get("label_names") or said.get("id2label")
-    if not names and isinstance(of_timm, Mapping):
-        names = of_timm.get("label_names")
+def _class_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    timm_config = content.get("pretrained_cfg")
+    names = content.get("classes") or content.get("label_names") or content.get("id2label")
+    if not names and isinstance(timm_config, Mapping):
+        names = timm_config.get("label_names")
     try:
         if isinstance(names, Mapping):  # by index
             by_index = {int(index): name for index, name in names.items()}
             names = [by_index[index] for index in range(len(by_index))]
-    except (KeyError, ValueError):  # not of all outputs
+    except (KeyError, ValueError):  # some outputs have no name
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
-    if names == [f"LABEL_{index}" for index in range(len(names))]:  # transformers' for unknown
+    if names == [f"LABEL_{index}" for index in range(len(names))]:  # transformers' placeholders
         return None
     return tuple(names) or None

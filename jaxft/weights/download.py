@@ -1,4 +1,4 @@
-"""Downloads a file once: taken up again where it broke, and checked before it counts."""
+"""Downloads a file into the cache: resumes broken transfers and verifies the hash."""
 
 import hashlib
 import os
@@ -23,67 +23,81 @@ from rich.progress import (
 )
 
 from jaxft.errors import WeightsError
-from jaxft.weights.http import BrokenError, chunks, goes_on, is_safe, open_from, validator_of
+from jaxft.weights.http import (
+    TransferError,
+    is_secure,
+    open_url,
+    read_chunks,
+    starts_at,
+    strong_etag,
+)
 
-RETRY_DELAY = 1.0  # seconds, times the number of failures in a row
-TRIES = 4  # in a row that bring nothing new
+RETRY_DELAY = 1.0  # seconds, times the number of consecutive failures
+MAX_FAILURES = 4  # consecutive requests without new data
 
-_Show = Callable[[int, int | None], None]  # bytes there, bytes in all if known
+_ReportProgress = Callable[[int, int | None], None]
+"""Receives the bytes downloaded and the size of the file, if known."""
 
 
 def download(url: str, *, sha256: str | None = None) -> Path:
-    """The file behind an https URL (or http on this machine), from the cache if it is there.
+    """Downloads a file, unless it is in the cache.
 
-    sha256: what the file's hash begins with, in hex; checked at every use. Without it a file is
-      taken as it comes.
+    A broken transfer is resumed. So is the download of a killed process if a hash is given, which
+    verifies that the parts belong together. If several processes want the same file, one downloads
+    it and the others wait.
 
-    A connection that breaks is taken up again where it broke. So is the download of a process
-    that was killed, given a hash to check the sum of the parts by. Of several processes one
-    downloads and the others wait.
+    Args:
+      url: https URL, or http URL on this machine.
+      sha256: First digits of the file's hash, in hex. It is checked at every use of the cached
+        file. Without it the file is not verified.
+
+    Returns:
+      Path in the cache.
 
     Raises:
-      WeightsError: the file is not to be had; then the cache holds nothing of it.
+      WeightsError: The download failed. Nothing of the file is left in the cache.
     """
-    if not is_safe(url):
-        raise WeightsError(f"{url} would come unencrypted: give an https:// URL.")
+    if not is_secure(url):
+        raise WeightsError(f"{url} would be transferred unencrypted: give an https:// URL.")
     path = cached_path(url)
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while not _is_good(path, sha256):
+        while not _is_valid(path, sha256):
             with part.open("a+b") as file:
                 _lock(file, url)
-                if _is_at(part, file):  # else the lock's former holder has renamed or removed it
-                    _complete(path, part, file, url, sha256)
+                # Otherwise the process that held the lock has renamed or removed the file.
+                if _is_same_file(part, file):
+                    _download_locked(path, part, file, url, sha256)
                     return path
-    except OSError as error:  # of the file system; those of the network are caught where they rise
-        raise _failure(url, f"{error}. JAXFT_CACHE can name another folder") from error
+    except OSError as error:  # of the file system; `http` catches network errors
+        raise _download_error(url, f"{error}. JAXFT_CACHE can name another folder") from error
     return path
 
 
 def cached_path(url: str) -> Path:
-    """Where a URL's file lies once it is there; a copy brought by hand serves as well."""
+    """Returns the path of a URL's file in the cache; a user may also copy the file there."""
     name = re.sub(r"[^\w.-]", "_", urlsplit(url).path.rpartition("/")[2])[-100:]
     return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
 
 
 def cache_folder() -> Path:
-    """`$JAXFT_CACHE`, else `jaxft` in the user's folder for caches."""
-    own, general = os.environ.get("JAXFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(general or "~/.cache") / "jaxft").expanduser()
+    """Returns `$JAXFT_CACHE`, or else `jaxft` in the user's cache folder."""
+    jaxft_cache, user_cache = os.environ.get("JAXFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(jaxft_cache or Path(user_cache or "~/.cache") / "jaxft").expanduser()
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, in hex."""
+    """Computes the hash of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_good(path: Path, sha256: str | None) -> bool:
+def _is_valid(path: Path, sha256: str | None) -> bool:
     return path.is_file() and (sha256 is None or sha256_of(path).startswith(sha256))
 
 
-def _is_at(path: Path, file: IO[bytes]) -> bool:
+def _is_same_file(path: Path, file: IO[bytes]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -92,99 +106,105 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
 
 def _lock(file: IO[bytes], url: str) -> None:
     try:
-        flock(file, LOCK_EX | LOCK_NB)  # the kernel frees it on any death
+        flock(file, LOCK_EX | LOCK_NB)  # the kernel releases it even if the process is killed
     except BlockingIOError:
         Terminal(stderr=True).print(f"waiting for another process that downloads {url}")
         flock(file, LOCK_EX)
 
 
-def _complete(path: Path, part: Path, file: IO[bytes], url: str, sha256: str | None) -> None:
-    """The partial file, whose lock we hold, becomes the whole one or goes."""
+def _download_locked(path: Path, part: Path, file: IO[bytes], url: str, sha256: str | None) -> None:
+    """Completes the partial file, which this process has locked, and renames it to `path`."""
     try:
-        if _is_good(path, sha256):  # since we looked
+        if _is_valid(path, sha256):  # another process has completed it meanwhile
             part.unlink()
             return
         path.unlink(missing_ok=True)
-        if sha256 is None:  # nothing could tell whether another process's bytes fit
-            _emptied(file)
-        if not (sha256 is not None and _is_good(part, sha256)):
-            with _progress(urlsplit(url).path.rpartition("/")[2]) as show:
-                _fetch(url, file, part, sha256, show)
+        if sha256 is None:  # whether another process's bytes belong to this version is unknown
+            _truncate(file)
+        if not (sha256 is not None and _is_valid(part, sha256)):
+            with _progress_bar(urlsplit(url).path.rpartition("/")[2]) as report:
+                _transfer_verified(url, file, part, sha256, report)
         part.replace(path)
-    except Exception:  # not KeyboardInterrupt: the next call goes on from there
+    except Exception:  # not KeyboardInterrupt: the next call resumes from the partial file
         part.unlink(missing_ok=True)
         raise
 
 
-def _fetch(url: str, file: IO[bytes], part: Path, sha256: str | None, show: _Show) -> None:
-    """Fills the file, and checks it."""
-    pieced = _transfer(url, file, sha256 is not None, show)
-    if sha256 is None or _is_good(part, sha256):
+def _transfer_verified(
+    url: str, file: IO[bytes], part: Path, sha256: str | None, report: _ReportProgress
+) -> None:
+    """Transfers the rest of the file and checks its hash."""
+    has_several_parts = _transfer(url, file, sha256 is not None, report)
+    if sha256 is None or _is_valid(part, sha256):
         return
-    if pieced:  # the pieces may be of two versions
-        _emptied(file)
-        _transfer(url, file, True, show)
-        if _is_good(part, sha256):
+    if has_several_parts:  # perhaps of two versions
+        _truncate(file)
+        _transfer(url, file, True, report)
+        if _is_valid(part, sha256):
             return
-    raise _failure(
+    raise _download_error(
         url,
-        f"its sha256 is {sha256_of(part)} and should begin with {sha256}. Run again; if it stays "
-        "so, the file there is another one, or the hash was given wrongly",
+        f"its sha256 is {sha256_of(part)} and should begin with {sha256}. Run again; if the error "
+        "persists, the file on the server is another one, or the given hash is wrong",
     )
 
 
-def _transfer(url: str, file: IO[bytes], has_hash: bool, show: _Show) -> bool:
-    """Appends what is missing; whether the whole came in more than one piece."""
-    validator: str | None = None
-    begun = furthest = file.seek(0, os.SEEK_END)
-    failures, pieced = 0, False
+def _transfer(url: str, file: IO[bytes], has_hash: bool, report: _ReportProgress) -> bool:
+    """Appends the missing bytes to the file, with retries.
+
+    Returns:
+      Whether the file consists of several parts.
+    """
+    etag: str | None = None
+    initial_size = largest_size = file.seek(0, os.SEEK_END)
+    failures, has_several_parts = 0, False
     while True:
         start = file.seek(0, os.SEEK_END)
-        if start and not (has_hash or validator):
-            start = _emptied(file)
+        if start and not (has_hash or etag):
+            start = _truncate(file)
         try:
-            with open_from(url, start, validator) as response:
-                if start and not goes_on(response, start):
-                    start = _emptied(file)
-                pieced = pieced or start > 0
-                validator = validator_of(response)
+            with open_url(url, start, etag) as response:
+                if start and not starts_at(response, start):
+                    start = _truncate(file)
+                has_several_parts = has_several_parts or start > 0
+                etag = strong_etag(response)
                 length = response.headers.get("Content-Length", "")
                 total = start + int(length) if length.isdigit() else None
-                _check_space(url, file, start, total)
-                for chunk in chunks(response):
+                _check_disk_space(url, start, total)
+                for chunk in read_chunks(response):
                     file.write(chunk)
-                    show(file.tell(), total)
+                    report(file.tell(), total)
             size = file.tell()
             if total is not None and size < total:
-                raise BrokenError(f"the connection ended after {size:,} of {total:,} bytes")
+                raise TransferError(f"the connection ended after {size:,} of {total:,} bytes")
             file.flush()
             os.fsync(file.fileno())
-            return pieced
-        except BrokenError as broken:
+            return has_several_parts
+        except TransferError as error:
             size = file.seek(0, os.SEEK_END)
-            if broken.starts_over:
-                _emptied(file)
-            failures = 1 if size > furthest else failures + 1
-            furthest = max(size, furthest)
-            # A network that fails in the middle of a file may come back; one at its start is wrong.
-            if broken.lasts or (broken.without_reply and furthest == begun):
-                raise _failure(url, str(broken)) from broken
-            if failures == TRIES:
-                raise _failure(
-                    url, f"{broken}, {TRIES} times in a row; run again later"
-                ) from broken
+            if error.must_restart:
+                _truncate(file)
+            failures = 1 if size > largest_size else failures + 1
+            largest_size = max(size, largest_size)
+            # A network that fails within a file may come back. One that fails before the first byte
+            # is misconfigured.
+            if error.is_permanent or (error.is_unreachable and largest_size == initial_size):
+                raise _download_error(url, str(error)) from error
+            if failures == MAX_FAILURES:
+                cause = f"{error}, {MAX_FAILURES} times in a row; run again later"
+                raise _download_error(url, cause) from error
             time.sleep(RETRY_DELAY * failures)
 
 
-def _emptied(file: IO[bytes]) -> int:
-    file.seek(0)  # truncation alone leaves the position, and `tell`, where they were
+def _truncate(file: IO[bytes]) -> int:
+    file.seek(0)  # `truncate` alone would leave the position
     return file.truncate()
 
 
-def _check_space(url: str, file: IO[bytes], start: int, total: int | None) -> None:
+def _check_disk_space(url: str, start: int, total: int | None) -> None:
     free = shutil.disk_usage(cache_folder()).free
     if total is not None and total - start > free:
-        raise _failure(
+        raise _download_error(
             url,
             f"it needs {(total - start) / 1e6:,.0f} MB and {cache_folder()} has {free / 1e6:,.0f} "
             "MB left. JAXFT_CACHE can name another folder",
@@ -192,9 +212,9 @@ def _check_space(url: str, file: IO[bytes], start: int, total: int | None) -> No
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[_Show]:
-    """A bar, on a terminal only; it leaves nothing behind."""
-    out = Terminal(stderr=True)
+def _progress_bar(name: str) -> Iterator[_ReportProgress]:
+    """Shows a progress bar on a terminal, and removes it at the end."""
+    terminal = Terminal(stderr=True)
     columns = (
         TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=None),
@@ -202,13 +222,14 @@ def _progress(name: str) -> Iterator[_Show]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+    disable = not terminal.is_terminal
+    with Progress(*columns, console=terminal, transient=True, disable=disable) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _failure(url: str, cause: str) -> WeightsError:
+def _download_error(url: str, cause: str) -> WeightsError:
     return WeightsError(
         f"cannot download {url}: {cause}. "
-        f"A copy from elsewhere serves as well: as {cached_path(url)}, or by its own path."
+        f"Or download it elsewhere, and copy it to {cached_path(url)} or pass its path."
     )

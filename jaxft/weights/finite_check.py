@@ -1,4 +1,4 @@
-"""Refusal of weights that are not finite, and of running variances below 0."""
+"""Checks weights for NaN, infinity and negative running variances."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,37 +11,43 @@ from jaxft.labels import Tree, paths
 _SHOWN = 5
 
 
-def check_finite(source: str, names: Iterable[str], start: tuple[Tree, Tree]) -> None:
-    """Checks the `(params, stats)` that a run is to start from; `names` are those of the leaves.
+def check_finite(source: str, names: Iterable[str], trees: tuple[Tree, Tree]) -> None:
+    """Checks the `(params, stats)` that a run starts from.
 
-    XLA may drop NaN on CPU (in a relu followed by a mean), so such weights can train unnoticed.
+    Without this check NaN could train unnoticed: XLA may drop it on CPU (in a relu followed by a
+    mean).
+
+    Args:
+      source: Name of the weights, for the message.
+      names: Names of the leaves, in their order.
+      trees: `(params, stats)`.
 
     Raises:
-      WeightsError: a value is NaN or infinite, or a running variance, of which networks take the
-        root, is below 0; the message names the tensors.
+      WeightsError: A value is NaN or infinite, or a running variance is below 0, so that its square
+        root is NaN. The message names the tensors.
     """
-    params, stats = start
-    variances = [False] * len(jax.tree.leaves(params))
-    variances += [path.rpartition(".")[2] == "var" for path in paths(stats)]
-    wrong, negative = [], []
-    for name, tensor, is_variance in zip(names, jax.tree.leaves(start), variances, strict=True):
-        array = np.asarray(tensor)
-        if bad := int(array.size - np.isfinite(array).sum()):
-            wrong.append(f"{name} ({bad:,} of {array.size:,} values)")
-        elif is_variance and (bad := int((array < 0).sum())):
-            negative.append(f"{name} ({bad:,} of {array.size:,} values)")
-    if wrong:
+    params, stats = trees
+    is_variance = [False] * len(jax.tree.leaves(params))
+    is_variance += [path.rpartition(".")[2] == "var" for path in paths(stats)]
+    non_finite, negative = [], []
+    for name, leaf, variance in zip(names, jax.tree.leaves(trees), is_variance, strict=True):
+        array = np.asarray(leaf)
+        if count := int(array.size - np.isfinite(array).sum()):
+            non_finite.append(f"{name} ({count:,} of {array.size:,} values)")
+        elif variance and (count := int((array < 0).sum())):
+            negative.append(f"{name} ({count:,} of {array.size:,} values)")
+    if non_finite:
         raise WeightsError(
-            f"{source} holds NaN or infinity, in the network's float type, in {_shown(wrong)}. "
-            "Start from other weights, such as an earlier checkpoint."
+            f"{source} holds NaN or infinity, in the network's float type, in "
+            f"{_list_tensors(non_finite)}. Start from other weights, such as an earlier checkpoint."
         )
     if negative:
         raise WeightsError(
-            f"{source} holds running variances below 0, whose root is NaN, in {_shown(negative)}. "
-            "Start from other weights; where these are a sum or difference of networks, take the "
-            "statistics of one of them."
+            f"{source} holds running variances below 0, whose square root is NaN, in "
+            f"{_list_tensors(negative)}. Start from other weights. If these are a sum or "
+            "difference of networks, use the running statistics of one of them."
         )
 
 
-def _shown(tensors: Sequence[str]) -> str:
+def _list_tensors(tensors: Sequence[str]) -> str:
     return ", ".join(first_of(tensors, _SHOWN, "and {} more tensors"))

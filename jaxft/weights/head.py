@@ -1,4 +1,4 @@
-"""A head to start from, where the weights bring none that fits."""
+"""Initialises a new head where the pretrained one is not used."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,51 +12,62 @@ from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
 
 Start = Literal["fresh", "zeros", "xavier"]
-"""`fresh`: as the network's own initialisation, which is torch's. `zeros`: the last layer's kernel
-and bias are zero (BiT). `xavier`: its kernel is uniform in +-sqrt(6 / (inputs + outputs))."""
+"""Initialisation of a new head.
+
+`fresh`: the network's initialisation, which is torch's.
+`zeros`: the last layer's kernel and bias are zero (BiT).
+`xavier`: the last layer's kernel is uniform in +-sqrt(6 / (inputs + outputs)).
+"""
 
 
 def with_head(
     model: Model, params: Tree, start: Start | Mapping[str, Tree], key: jax.Array
 ) -> Tree:
-    """`params` with `new_head`'s in the place of their own; what is below `params` is shared."""
+    """Returns `params` with the head replaced by `new_head`. The other arrays are shared."""
 
-    def put(tree: Tree, path: list[str]) -> Tree:
+    def replace(tree: Tree, path: list[str]) -> Tree:
         if not path:
             return new_head(model, start, key)
-        return {**tree, path[0]: put(tree[path[0]], path[1:])}
+        return {**tree, path[0]: replace(tree[path[0]], path[1:])}
 
-    return put(params, model.head.split("."))
+    return replace(params, model.head.split("."))
 
 
 def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) -> Tree:
-    """The `params` at `model.head`: drawn as `start` says, or `start` itself if it is such a tree.
+    """Returns new parameters for the head.
 
-    Raises WeightsError for a tree of another structure or other shapes, and where a head of several
-    layers does not number them.
+    Args:
+      model: Network whose `params` at `model.head` are wanted.
+      start: Initialisation, or the parameters themselves.
+      key: Random key.
+
+    Raises:
+      WeightsError: The given parameters have another structure or other shapes, or the layers of a
+        head with several layers are not numbered.
     """
-    # Compiled, so that no memory or time goes to the body, of which nothing is asked for.
+    # Compiled, so that XLA drops the initialisation of the body: no memory or time goes to it.
     head = jax.jit(lambda key: at(model.init(key)[0], model.head.split(".")))(key)
     if isinstance(start, Mapping):
-        if (given := _shapes(start)) != (wanted := _shapes(head)):
-            raise WeightsError(f"the head given has {given}; {model.name} wants {wanted}")
-        return jax.tree.map(lambda leaf, own: jnp.asarray(leaf, own.dtype), dict(start), head)
+        if (given := _shapes(start)) != (expected := _shapes(head)):
+            raise WeightsError(f"the head given has {given}; {model.name} wants {expected}")
+        return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), dict(start), head)
     if start == "fresh":
         return head
-    last = at(head, last_layer(model, head))
+    layer = at(head, last_layer(model, head))
     if start == "zeros":
-        last.update(jax.tree.map(jnp.zeros_like, last))
+        layer.update(jax.tree.map(jnp.zeros_like, layer))
     else:
-        bound = math.sqrt(6 / sum(last["kernel"].shape))
-        drawn = jax.random.uniform(key, last["kernel"].shape, jnp.float32, -bound, bound)
-        last["kernel"] = drawn.astype(last["kernel"].dtype)
+        bound = math.sqrt(6 / sum(layer["kernel"].shape))
+        kernel = jax.random.uniform(key, layer["kernel"].shape, jnp.float32, -bound, bound)
+        layer["kernel"] = kernel.astype(layer["kernel"].dtype)
     return head
 
 
 def last_layer(model: Model, head: Tree) -> tuple[str, ...]:
-    """Returns the keys, below the head, of the layer that makes the logits.
+    """Returns the keys, below the head, of the layer that outputs the logits.
 
-    Raises WeightsError where a head of several layers does not number them.
+    Raises:
+      WeightsError: The layers of a head with several layers are not numbered.
     """
     if "kernel" in head:
         return ()
@@ -69,12 +80,12 @@ def last_layer(model: Model, head: Tree) -> tuple[str, ...]:
 
 
 def at(tree: Tree, keys: Iterable[str]) -> Tree:
-    """Returns the part of nested dicts below some keys."""
+    """Returns the subtree at a sequence of keys."""
     for key in keys:
         tree = tree[key]
     return tree
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in flat}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}

@@ -1,7 +1,7 @@
-"""Matches a head's classes to those of the images, by name."""
+"""Matches the classes of a pretrained head to the classes of the images, by name."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,87 +13,101 @@ from jaxft.models.model import Model, Tree
 from jaxft.weights.head import at, last_layer
 
 Order = tuple[int, ...]
-"""For each of the images' classes, which of the head's outputs is its own."""
+"""Index of the head's output for each class of the images."""
 
-_SHOWN = 8  # names of a list
+_SHOWN = 8  # names per list
 
 
 def class_order(
     head: Sequence[str], images: Sequence[str], *, source: str, way_out: str
 ) -> Order | None:
-    """Returns the order that a head's outputs are to be put in; None if it is theirs already.
+    """Returns the permutation from the head's classes to the images' classes.
 
-    Names are compared in Unicode's NFC.
+    Names are compared in Unicode normalisation form NFC.
+
+    Args:
+      head: Class names of the head, in the order of its outputs.
+      images: Class names of the images.
+      source: Name of the weights, for the message.
+      way_out: Remedy to print in the message.
+
+    Returns:
+      The order, or None if both orders are equal.
 
     Raises:
-      WeightsError: the names differ; shows both lists, or the differences of long ones. Its last
-        lines are `way_out` and, where the numbers agree, `head_classes`.
+      WeightsError: The names differ. The message lists both, or the differences of long lists, and
+        suggests `head_classes="ignore"` if the numbers of classes agree.
     """
-    theirs, ours = ([unicodedata.normalize("NFC", name) for name in x] for x in (head, images))
-    if theirs == ours:
+    head, images = ([unicodedata.normalize("NFC", name) for name in x] for x in (head, images))
+    if head == images:
         return None
-    if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
-        return tuple(map(theirs.index, ours))
+    if sorted(head) == sorted(images) and len(set(images)) == len(images):
+        return tuple(map(head.index, images))
     lines = [f"{source} has a head for other classes than the images."]
-    if max(len(theirs), len(ours)) <= _SHOWN:
-        lines += [f"  the head's ({len(theirs)}): {', '.join(theirs)}"]
-        lines += [f"  the images' ({len(ours)}): {', '.join(ours)}"]
+    if max(len(head), len(images)) <= _SHOWN:
+        lines += [f"  the head's ({len(head)}): {', '.join(head)}"]
+        lines += [f"  the images' ({len(images)}): {', '.join(images)}"]
     else:
-        lines += [f"  only the head's: {_listed(theirs, ours)}"]
-        lines += [f"  only the images': {_listed(ours, theirs)}"]
-        lines += [f"  both have {len({*theirs} & {*ours})} of {len(theirs)} and {len(ours)}"]
-    if len(theirs) == len(ours):
-        way_out += "\nhead_classes='ignore' takes its outputs for these classes, in this order."
+        lines += [f"  only the head's: {_list_names(head, without=images)}"]
+        lines += [f"  only the images': {_list_names(images, without=head)}"]
+        lines += [f"  both have {len({*head} & {*images})} of {len(head)} and {len(images)}"]
+    if len(head) == len(images):
+        way_out += "\nhead_classes='ignore' uses its outputs for these classes, in this order."
     raise WeightsError("\n".join([*lines, way_out]))
 
 
 def reordering(head: Sequence[str], images: Sequence[str], source: str) -> str:
-    """Says that a head's outputs were put in the images' order."""
+    """Returns the remark that the outputs of a head were reordered."""
     return (
-        f"{source} has the images' classes in another order ({_listed(head)}): the outputs of its "
-        f"head are put in theirs ({_listed(images)})."
+        f"{source} has the images' classes in another order ({_list_names(head)}): the outputs of "
+        f"its head were reordered to match the images ({_list_names(images)})."
     )
 
 
 def reordered(model: Model, tree: Tree, order: Order) -> Tree:
     """Returns `tree` with the outputs of the head's last layer in another order.
 
-    `tree` is `params`, or any tree that holds arrays in the structure of `params`, such as an
-    optimizer's state: leaves are found by path and shape. Arrays stay on their devices.
+    The single output of a binary head is the logit of the second class against the first. Swapping
+    the classes negates it, except in a running mean of squared gradients (`nu`), which has no sign.
 
-    A binary head has one output, the logit of the second class against the first: to swap them is
-    to negate it. A running mean of squared gradients (`nu`) has no sign.
+    Args:
+      model: Network.
+      tree: `params`, or a tree that contains arrays in the structure of `params`, such as an
+        optimizer's state. Leaves are found by path and shape, and stay on their devices.
+      order: Index of the present output for each new one.
     """
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     head = tuple(model.head.split("."))
-    keys = (*head, *last_layer(model, at(params, head)))
-    shapes = {(*keys, leaf): jnp.shape(x) for leaf, x in at(params, keys).items()}
+    layer = (*head, *last_layer(model, at(params, head)))
+    shapes = {(*layer, name): jnp.shape(leaf) for name, leaf in at(params, layer).items()}
     if any(shape[-1:] not in ((len(order),), (1,)) for shape in shapes.values()):
         raise WeightsError(
-            f"which axis of {model.name}'s last layer has its outputs is not known, and the "
-            "classes are in another order: start the head fresh, or bring them into that order"
+            f"which axis of {model.name}'s last layer holds its outputs is not known, and the "
+            "classes are in another order: start the head fresh, or reorder the classes"
         )
 
-    def put(path: Any, leaf: Any) -> Any:
-        names = tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
-        shape = shapes.get(names[-len(keys) - 1 :])
+    def reorder(path: Any, leaf: Any) -> Any:
+        keys = tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+        shape = shapes.get(keys[-len(layer) - 1 :])
         if shape is None or jnp.shape(leaf) != shape:
             return leaf
         if shape[-1] == len(order):
-            return _on_its_devices(partial(jnp.take, indices=jnp.asarray(order), axis=-1), leaf)
-        fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-        squared = any(name.startswith("nu") for name in fields)
-        return leaf if squared else _on_its_devices(jnp.negative, leaf)
+            permute = partial(jnp.take, indices=jnp.asarray(order), axis=-1)
+            return _apply_on_devices(permute, leaf)
+        attributes = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        is_squared = any(name.startswith("nu") for name in attributes)
+        return leaf if is_squared else _apply_on_devices(jnp.negative, leaf)
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+    return jax.tree_util.tree_map_with_path(reorder, tree)
 
 
-def _on_its_devices(change: Any, leaf: Any) -> Any:
+def _apply_on_devices(function: Callable[[Any], Any], leaf: Any) -> Any:
+    """Applies a function to an array, with the result on the array's devices."""
     if not isinstance(leaf, jax.Array):
-        return jax.device_get(change(leaf))
-    return jax.jit(change, out_shardings=leaf.sharding)(leaf)
+        return jax.device_get(function(leaf))
+    return jax.jit(function, out_shardings=leaf.sharding)(leaf)
 
 
-def _listed(names: Sequence[str], without: Sequence[str] = ()) -> str:
+def _list_names(names: Sequence[str], without: Sequence[str] = ()) -> str:
     shown = [name for name in names if name not in set(without)]
     return ", ".join(first_of(shown, _SHOWN, "... and {} more")) or "none"

@@ -1,4 +1,4 @@
-"""One request to a server, and what its failure means for the next."""
+"""Sends one HTTP request for a range of a file, and classifies its failure for the retry."""
 
 import socket
 import ssl
@@ -9,111 +9,133 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-TIMEOUT = 30.0  # seconds in which nothing comes
-_CHUNK = 1 << 18
-_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states
-_LOCAL = ("127.0.0.1", "::1", "localhost")
+TIMEOUT = 30.0  # seconds without any data
+_CHUNK_BYTES = 1 << 18
+_TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+_LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
-class BrokenError(Exception):
-    """A try that brought no whole file, and what it means for the next."""
+class TransferError(Exception):
+    """A request that did not deliver the whole file.
+
+    Attributes:
+      is_permanent: A further request would fail too.
+      is_unreachable: The server did not reply at all.
+      must_restart: The next request must begin at byte 0.
+    """
 
     def __init__(
         self,
         cause: str,
         *,
-        lasts: bool = False,
-        without_reply: bool = False,
-        starts_over: bool = False,
+        is_permanent: bool = False,
+        is_unreachable: bool = False,
+        must_restart: bool = False,
     ) -> None:
         super().__init__(cause)
-        self.lasts, self.without_reply, self.starts_over = lasts, without_reply, starts_over
+        self.is_permanent = is_permanent
+        self.is_unreachable = is_unreachable
+        self.must_restart = must_restart
 
 
-def open_from(url: str, start: int, validator: str | None) -> HTTPResponse:
-    """The reply that sends a URL's bytes from `start` on; raises BrokenError if there is none."""
+def open_url(url: str, start: int, etag: str | None) -> HTTPResponse:
+    """Requests the bytes of a URL from `start` to the end.
+
+    Args:
+      url: URL of the file.
+      start: First byte.
+      etag: ETag of the version that the bytes before `start` belong to. If the file has changed,
+        the server sends it from byte 0.
+
+    Raises:
+      TransferError: There is no successful reply.
+    """
     headers = {"User-Agent": "jaxft"}
     if start:
         headers["Range"] = f"bytes={start}-"
-        if validator:
-            headers["If-Range"] = validator
+        if etag:
+            headers["If-Range"] = etag
     try:
-        opener = build_opener(_Redirects)  # not once and for all: it reads the proxies' variables
+        opener = build_opener(_Redirects)  # per request, because it reads the proxy variables
         return opener.open(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         status = f"(HTTP {error.code} {error.reason})"
         if error.code == 416:
-            cause = f"the server does not go on at byte {start:,} {status}"
-            raise BrokenError(cause, starts_over=True) from error
-        if error.code in _PASSING:
-            raise BrokenError(f"the server has trouble {status}") from error
+            cause = f"the server cannot resume at byte {start:,} {status}"
+            raise TransferError(cause, must_restart=True) from error
+        if error.code in _TRANSIENT_STATUSES:
+            raise TransferError(f"the server is unavailable {status}") from error
         if error.code in (404, 410):
-            said = f"there is no such file {status}: check the URL"
+            cause = f"there is no such file {status}: check the URL"
         elif error.code in (401, 403):
-            said = f"the server refuses it {status}: it may want a login"
+            cause = f"the server refuses access {status}: it may require a login"
         else:
-            said = f"the server does not send it {status}"
-        raise BrokenError(said, lasts=True) from error
+            cause = f"the server does not send the file {status}"
+        raise TransferError(cause, is_permanent=True) from error
     except (OSError, HTTPException) as error:
-        raise _without_reply(url, error) from error
+        raise _connection_error(url, error) from error
 
 
-def _without_reply(url: str, error: Exception) -> BrokenError:
+def _connection_error(url: str, error: Exception) -> TransferError:
     reason = error.reason if isinstance(error, URLError) else error
     host = urlsplit(url).netloc
     if isinstance(reason, socket.gaierror):
-        cause = f"the host {host} is not known ({reason}): no network here, or a slip in the URL"
+        cause = f"the host {host} is not known ({reason}): check the network and the URL"
     elif isinstance(reason, ssl.SSLCertVerificationError):
         cause = (
-            f"{host} does not prove who it is ({reason.verify_message}): behind a proxy that signs "
-            "for others, SSL_CERT_FILE names its certificates"
+            f"the certificate of {host} cannot be verified ({reason.verify_message}): behind a "
+            "proxy with a private certificate authority, set SSL_CERT_FILE to its certificates"
         )
     elif isinstance(reason, TimeoutError):
-        return BrokenError(f"{host} does not answer within {TIMEOUT:g} seconds")
+        return TransferError(f"{host} did not answer within {TIMEOUT:g} seconds")
     else:
         cause = f"no connection to {host} ({reason})"
-    passing = isinstance(reason, ConnectionResetError | HTTPException)
-    return BrokenError(cause, without_reply=not passing)
+    is_transient = isinstance(reason, ConnectionResetError | HTTPException)
+    return TransferError(cause, is_unreachable=not is_transient)
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows a server, but not out of encryption."""
+    """Follows redirects, except from an encrypted to an unencrypted URL."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
     ) -> Any:
-        """As the base class."""
-        if not is_safe(newurl):
+        """Raises TransferError for an unencrypted URL."""
+        if not is_secure(newurl):
             fp.close()
-            raise BrokenError(
-                f"the server sends on to {newurl}, which is not encrypted", lasts=True
+            raise TransferError(
+                f"the server redirects to {newurl}, which is not encrypted", is_permanent=True
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def is_safe(url: str) -> bool:
-    """Whether nobody on the way can change what a URL sends."""
+def is_secure(url: str) -> bool:
+    """Returns whether a URL is encrypted or on this machine."""
     parts = urlsplit(url)
-    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL)
+    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL_HOSTS)
 
 
-def goes_on(response: HTTPResponse, start: int) -> bool:
-    """Whether a reply begins at byte `start` of the file, as was asked for."""
-    said = response.headers.get("Content-Range", "")
-    return response.status == 206 and said.startswith(f"bytes {start}-")
+def starts_at(response: HTTPResponse, start: int) -> bool:
+    """Returns whether a response begins at byte `start` of the file, as requested."""
+    content_range = response.headers.get("Content-Range", "")
+    return response.status == 206 and content_range.startswith(f"bytes {start}-")
 
 
-def validator_of(response: HTTPResponse) -> str | None:
-    """What tells one version of the file from the next."""
+def strong_etag(response: HTTPResponse) -> str | None:
+    """Returns the strong ETag, which identifies a version of the file byte for byte."""
     etag = response.headers.get("ETag")
     return None if etag is None or etag.startswith("W/") else etag
 
 
-def chunks(response: HTTPResponse) -> Iterator[bytes]:
-    """A reply's bytes, piece by piece; raises BrokenError where they end too soon."""
+def read_chunks(response: HTTPResponse) -> Iterator[bytes]:
+    """Yields the body of a response in chunks.
+
+    Raises:
+      TransferError: The connection broke.
+    """
     try:
-        while chunk := response.read(_CHUNK):
+        while chunk := response.read(_CHUNK_BYTES):
             yield chunk
     except (OSError, HTTPException) as error:
-        raise BrokenError(f"the connection broke ({error})") from error
+        raise TransferError(f"the connection broke ({error})") from error

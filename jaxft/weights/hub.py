@@ -1,4 +1,4 @@
-"""Weights from a repository on the Hugging Face hub, through the hub's own client."""
+"""Downloads weights from the Hugging Face hub with its client, `huggingface_hub`."""
 
 import difflib
 import re
@@ -11,19 +11,19 @@ from jaxft.errors import WeightsError
 from jaxft.weights.download import sha256_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What a repository's weights are called, the first that it has."""
+"""Default names of a weights file; the first that a repository has is used."""
 
 _EXAMPLES = "hf:timm/resnet50.a1_in1k, hf:microsoft/resnet-50@main or hf:OWNER/REPO/FILENAME"
 _REFERENCE = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(/(?P<file>.+))?", re.ASCII
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHOWN = 12  # of a repository's files
+_SHOWN = 12  # files of a repository
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`OWNER/REPO[@REVISION][/FILENAME]`."""
+    """Parsed `OWNER/REPO[@REVISION][/FILENAME]`."""
 
     repo: str
     revision: str = "main"
@@ -34,150 +34,163 @@ class Reference:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The files that may be meant."""
+        """Names of the weights file, in order of preference."""
         return WEIGHTS if self.file is None else (self.file,)
 
 
 def fetch(reference: str) -> Path:
-    """The weights file of `OWNER/REPO[@REVISION][/FILENAME]` in the client's cache.
+    """Downloads a weights file, and the JSON files that describe it, into the client's cache.
 
-    The JSON files that say what the weights expect lie beside it. A slash in a revision is written
-    %2F, but for `refs/pr/1`. What the hub says of a revision goes; where it cannot be asked, what
-    is cached of that revision serves, and a whole commit hash that is cached is not asked about.
+    A branch or tag is looked up on the hub; if the hub cannot be reached, the cached file is used.
+    A cached commit is used without a request. The client reads HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE
+    and HF_TOKEN when it is first imported.
 
-    The client reads HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN when it is first imported.
+    Args:
+      reference: `OWNER/REPO[@REVISION][/FILENAME]`. A slash in a revision is written %2F, except in
+        `refs/pr/1`.
+
+    Returns:
+      Path in the cache.
 
     Raises:
-      WeightsError: no such repository, revision or file, or it cannot be had; or it is damaged.
+      WeightsError: The repository, revision or file does not exist, the download failed, or the
+        file is damaged.
     """
-    wanted = _parse(reference)
-    path = _cached(wanted)
-    if path is None or not _COMMIT.fullmatch(wanted.revision):
-        path = _download(wanted, path)
-    _verify(path, wanted)
+    parsed = _parse(reference)
+    path = _find_cached(parsed)
+    if path is None or not _COMMIT.fullmatch(parsed.revision):
+        path = _download(parsed, cached=path)
+    _verify(path, parsed)
     return path
 
 
-def descriptions(weights: PurePath) -> tuple[PurePath, ...]:
-    """Where it may be written what the weights in a file expect: ours, timm's, transformers'."""
-    beside = (weights.with_name(name) for name in ("config.json", "preprocessor_config.json"))
-    return (weights.with_suffix(".json"), *beside)
+def description_paths(weights: PurePath) -> tuple[PurePath, ...]:
+    """Returns the paths at which jaxft, timm or transformers describe a weights file."""
+    names = ("config.json", "preprocessor_config.json")
+    return (weights.with_suffix(".json"), *(weights.with_name(name) for name in names))
 
 
 def _parse(reference: str) -> Reference:
-    found = _REFERENCE.fullmatch(reference.removeprefix("//"))  # `hf://` is the client's own form
-    if found is None:
+    match = _REFERENCE.fullmatch(reference.removeprefix("//"))  # the client also accepts `hf://`
+    if match is None:
         raise WeightsError(
             f"hf:{reference} is not of the form hf:OWNER/REPO[@REVISION][/FILENAME], "
             f"such as {_EXAMPLES}."
         )
-    return Reference(found["repo"], unquote(found["revision"] or "main"), found["file"])
+    return Reference(match["repo"], unquote(match["revision"] or "main"), match["file"])
 
 
-def _cached(wanted: Reference) -> Path | None:
+def _find_cached(reference: Reference) -> Path | None:
     import huggingface_hub as hub
 
-    for name in wanted.candidates:
+    for name in reference.candidates:
         try:
-            path = hub.try_to_load_from_cache(wanted.repo, name, revision=wanted.revision)
-        except ValueError as error:  # a name that no repository or file can have
-            raise WeightsError(f"{wanted}: {error}") from error
+            path = hub.try_to_load_from_cache(reference.repo, name, revision=reference.revision)
+        except ValueError as error:  # an invalid name of a repository or file
+            raise WeightsError(f"{reference}: {error}") from error
         if isinstance(path, str):
             return Path(path)
     return None
 
 
-def _download(wanted: Reference, cached: Path | None) -> Path:
+def _download(reference: Reference, *, cached: Path | None) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
-    # Any Exception: beside the client's own there are those of its HTTP library, which is another
-    # one in every other version.
+    # Any exception, because the client also raises errors of its HTTP library, which differs by
+    # version.
     try:
         info = hub.HfApi().model_info(
-            wanted.repo, revision=wanted.revision, timeout=HF_HUB_ETAG_TIMEOUT
+            reference.repo, revision=reference.revision, timeout=HF_HUB_ETAG_TIMEOUT
         )
     except Exception as error:
         if cached is not None:
             return cached
-        raise WeightsError(_explain(wanted, error)) from error
+        raise WeightsError(_explain(reference, error)) from error
     files = [file.rfilename for file in info.siblings or ()]
-    name = _choose(wanted, files)
+    name = _choose_file(reference, files)
     try:
-        # These first: who has the weights in the cache has them all.
-        for description in descriptions(PurePosixPath(name)):
+        # Descriptions first, so that cached weights always have them.
+        for description in description_paths(PurePosixPath(name)):
             if str(description) in files:
-                hub.hf_hub_download(wanted.repo, str(description), revision=info.sha)
-        # By the revision, not its commit: the client notes it for days without a network.
-        return Path(hub.hf_hub_download(wanted.repo, name, revision=wanted.revision))
+                hub.hf_hub_download(reference.repo, str(description), revision=info.sha)
+        # By revision, not commit, so that the client can resolve the revision offline later.
+        path = hub.hf_hub_download(reference.repo, name, revision=reference.revision)
+        return Path(path)
     except Exception as error:
-        raise WeightsError(_explain(wanted, error)) from error
+        raise WeightsError(_explain(reference, error)) from error
 
 
-def _choose(wanted: Reference, files: Sequence[str]) -> str:
-    for name in wanted.candidates:
+def _choose_file(reference: Reference, files: Sequence[str]) -> str:
+    for name in reference.candidates:
         if name in files:
             return name
-    near = difflib.get_close_matches(wanted.file or WEIGHTS[0], files, n=1)
-    like = [f for f in files if PurePosixPath(f).suffix in (".safetensors", ".bin", ".pth", ".pt")]
-    example = (near or like or ["FILENAME"])[0]
-    listed = like + [f for f in files if f not in like]
+    suffixes = (".safetensors", ".bin", ".pth", ".pt")
+    weights = [file for file in files if PurePosixPath(file).suffix in suffixes]
+    near = difflib.get_close_matches(reference.file or WEIGHTS[0], files, n=1)
+    example = (near or weights or ["FILENAME"])[0]
+    shown = (weights + [file for file in files if file not in weights])[:_SHOWN]
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
     raise WeightsError(
-        f"{wanted} has no {' or '.join(wanted.candidates)}. Name a file of it, as in "
-        f"{wanted}/{example}. It has {', '.join(listed[:_SHOWN]) or 'no files'}{more}."
+        f"{reference} has no {' or '.join(reference.candidates)}. Name one of its files, as in "
+        f"{reference}/{example}. It has {', '.join(shown) or 'no files'}{more}."
     )
 
 
-def _verify(path: Path, wanted: Reference) -> None:
-    """Large files are kept under their sha256, which the client itself never computes."""
-    if not path.is_symlink():  # a file system without links: the name is lost
+def _verify(path: Path, reference: Reference) -> None:
+    """Checks the hash of a large file, which the client stores by its sha256 but never verifies."""
+    if not path.is_symlink():  # a file system without links: the hash is not known
         return
-    # One link only: the next, if any, leads to a store that names files by another kind of hash.
-    kept = path.parent / path.readlink()
-    if not re.fullmatch(r"[0-9a-f]{64}", kept.name):
+    # Follow one link only: a second one leads to a store that names files by another kind of hash.
+    blob = path.parent / path.readlink()
+    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return
-    found = sha256_of(path)
-    if found != kept.name:
-        for file in (path.resolve(), kept, path):
+    sha256 = sha256_of(path)
+    if sha256 != blob.name:
+        for file in (path.resolve(), blob, path):
             file.unlink(missing_ok=True)
         raise WeightsError(
-            f"{wanted}: {path.name} came damaged, its sha256 is {found} and should be {kept.name}. "
-            "It is removed from the cache: run again to download it anew."
+            f"{reference}: {path.name} is damaged: its sha256 is {sha256} and should be "
+            f"{blob.name}. It was removed from the cache: run again to download it."
         )
 
 
-def _explain(wanted: Reference, error: Exception) -> str:
+def _explain(reference: Reference, error: Exception) -> str:
+    """Returns the message for an error of the client."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{wanted.repo}"
+    page = f"{constants.ENDPOINT}/{reference.repo}"
     login = "log in with `hf auth login`, or set HF_TOKEN"
-    names = " or ".join(wanted.candidates)
-    copy = f"A copy from elsewhere serves as well, by its path: {names} of {page}."
-    # The client may wrap what happened in "cannot find the requested files in the local cache".
-    wrapped = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
-    happened = wrapped or error
-    if isinstance(happened, errors.GatedRepoError):
-        return f"{wanted} asks for consent: give it at {page}, then {login}."
-    if isinstance(happened, errors.RepositoryNotFoundError):
+    names = " or ".join(reference.candidates)
+    alternative = f"Or download {names} from {page} elsewhere, and pass its path."
+    # The client may wrap the cause in "cannot find the requested files in the local cache".
+    is_wrapped = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None
+    cause = error.__cause__ if is_wrapped else error
+    if isinstance(cause, errors.GatedRepoError):
+        return f"{reference} requires consent: give it at {page}, then {login}."
+    if isinstance(cause, errors.RepositoryNotFoundError):
         return (
-            f"{wanted}: there is no repository {page}, or it is private. "
-            f"Look for a slip in its name, or {login}."
+            f"{reference}: there is no repository {page}, or it is private. "
+            f"Check its name, or {login}."
         )
-    if isinstance(happened, errors.RevisionNotFoundError):
+    if isinstance(cause, errors.RevisionNotFoundError):
         return (
-            f"{wanted}: {page} has no revision '{wanted.revision}'. Name a branch, a tag or a "
-            f"commit after the @; {page}/commits/main lists the latter."
+            f"{reference}: {page} has no revision '{reference.revision}'. Name a branch, a tag or "
+            f"a commit after the @; {page}/commits/main lists the commits."
         )
-    if isinstance(happened, errors.OfflineModeIsEnabled):
+    if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
-            f"{wanted}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} holds no {names} of "
-            f"that revision. Unset it. {copy}"
+            f"{reference}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} holds no {names} of "
+            f"that revision. Unset it. {alternative}"
         )
-    if isinstance(happened, errors.HfHubHTTPError):
-        reply = happened.response
-        status = f"HTTP {reply.status_code} {reply.reason_phrase}"
-        out = login[0].upper() + login[1:] if reply.status_code in (401, 403) else "Run again later"
-        return f"{wanted}: {constants.ENDPOINT} refuses it ({status}). {out}. {copy}"
-    cause = f"{type(happened).__name__}: {' '.join(str(happened).split())}"
-    return f"{wanted} cannot be had from {constants.ENDPOINT} ({cause}). Run again later. {copy}"
+    if isinstance(cause, errors.HfHubHTTPError):
+        response = cause.response
+        status = f"HTTP {response.status_code} {response.reason_phrase}"
+        is_denied = response.status_code in (401, 403)
+        remedy = login[0].upper() + login[1:] if is_denied else "Run again later"
+        return f"{reference}: {constants.ENDPOINT} refuses it ({status}). {remedy}. {alternative}"
+    summary = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    return (
+        f"{reference} cannot be downloaded from {constants.ENDPOINT} ({summary}). Run again later. "
+        f"{alternative}"
+    )

@@ -1,4 +1,4 @@
-"""A network with its weights as one file that runs wherever jax does, jaxft or not."""
+"""Exports a network with its weights as one `jax.export` program that runs without jaxft."""
 
 import calendar
 from datetime import UTC, date, datetime
@@ -12,14 +12,14 @@ from jaxft.errors import ModelError
 from jaxft.models.model import Model, Tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_MONTHS = 6  # of jax's promise
+_MONTHS = 6  # of compatibility, as jax guarantees
 
 
 def lifetime(today: date | None = None) -> dict[str, str]:
-    """Returns which jax writes a program today, and until when later ones are sure to run it.
+    """Returns the jax version and date of an export, and until when newer versions can run it.
 
-    jax promises of an exported program that a jax up to 6 months newer than the one that exported
-    it runs it: https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees.
+    jax guarantees that an exported program runs in versions up to 6 months newer:
+    https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees.
     """
     today = today or datetime.now(UTC).date()
     year, month = divmod(today.year * 12 + today.month - 1 + _MONTHS, 12)
@@ -37,18 +37,27 @@ def serialize(
     pixels: str = "uint8",
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> bytes:
-    """The evaluation, from images as they are decoded to logits, compiled for any of `platforms`.
+    """Exports the network in evaluation mode, with its weights, for several platforms.
 
-    The program takes uint8 images `[b h w 3]`, RGB, resized and cropped to
-    `preprocessing.image_size`, normalises them and gives float32 logits `[b k]` with running
-    statistics, for any `b`. With `pixels="float32"` it takes images that are normalised already.
-    The weights are inside. To run it:
+    The program maps images `[b h w 3]` to float32 logits `[b k]`, for any batch size `b`. Norm
+    layers use running statistics.
 
-        program = jax.export.deserialize(path.read_bytes())
-        logits = program.call(images)
+    Args:
+      model: Network.
+      params: Its parameters.
+      stats: Its running statistics.
+      preprocessing: Image size, mean and std.
+      pixels: `"uint8"`: the program takes decoded RGB images, resized and cropped to
+        `preprocessing.image_size`, and normalises them. `"float32"`: it takes normalised images.
+      platforms: Platforms to compile for.
 
-    Raises ValueError for a platform that jax does not know, ModelError for a module that needs the
-    batch's size as a number.
+    Raises:
+      ValueError: jax does not know a platform.
+      ModelError: A user's module needs a static batch size.
+
+    Example:
+      program = jax.export.deserialize(path.read_bytes())
+      logits = program.call(images)
     """
 
     def evaluate(images: jax.Array) -> jax.Array:

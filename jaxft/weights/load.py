@@ -1,4 +1,4 @@
-"""Fits a weights file to a network, exactly, or says why it does not fit."""
+"""Loads pretrained weights into a network, or reports every mismatch."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,41 +12,52 @@ import numpy as np
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
 from jaxft.weights.description import MARK, check_options
-from jaxft.weights.families import renamed
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import Start, with_head
 from jaxft.weights.head_classes import Order, class_order, reordered, reordering
-from jaxft.weights.key_maps import TorchTensor, file_tensors
+from jaxft.weights.key_maps import TorchTensor, file_tensors, torchvision_names
 from jaxft.weights.mismatch import mismatch
-from jaxft.weights.network_prefix import IN_MEMORY, find_head, find_prefix, taken
-from jaxft.weights.read import Weights, named_tensors, read
-from jaxft.weights.tensors import LazyTensor, in_memory
+from jaxft.weights.network_prefix import IN_MEMORY, find_head, find_prefix, selection_remark
+from jaxft.weights.read import Weights, read, torchvision_tensors
+from jaxft.weights.tensors import LazyTensor, as_lazy
+
+Head = Literal["keep"] | Start | Mapping[str, Tree]
 
 
 def load(
     weights: str | PathLike[str] | Weights,
     model: Model,
     *,
-    head: Literal["keep"] | Start | Mapping[str, Tree] = "keep",
+    head: Head = "keep",
     key: jax.Array | None = None,
     classes: Sequence[str] | None = None,
 ) -> tuple[Tree, Tree]:
-    """The `(params, stats)` of a file, in the structure and dtypes of `model.init`'s.
+    """Loads weights from a file, the hub or another source.
 
-    weights: what `read` takes, or gives. What `read` remarks of a source is a UserWarning here.
-    head: `keep` the file's, or start from another: `fresh`, `zeros`, `xavier` (see `Start`), drawn
-      with `key` (`jax.random.key(0)` by default), or the given tree itself.
-    classes: names of the logits that are wanted. If the source names those of a head that is kept,
-      they must be the same; in another order, the head's outputs are put in the wanted one.
+    Loading is strict in both directions: each tensor of the network is loaded exactly once, in its
+    shape, and each tensor of the file is used. Tensors outside the network are ignored with a
+    warning (see `fitted`); torch's `num_batches_tracked` counters are ignored silently, and so is
+    the file's head if another one is wanted.
 
-    Strict in both directions: each of the network's tensors is filled once, in its shape, and each
-    of the file's used once. What lies beside the network is left, with a remark that counts it: see
-    `fitted`. torch's `num_batches_tracked` counters are passed over, and with another head the
-    file's own. Tensors are read one by one: at no time is there more in memory than the result and
-    one of them.
+    Tensors are read one by one. Peak memory is the result and one tensor.
 
-    Raises WeightsError with every mismatch at once, for values that are not finite, running
-    variances below 0, or where there is no readable file.
+    Args:
+      weights: A source that `read` accepts, or its result. For a source, the remarks of `read` are
+        issued as a UserWarning.
+      model: Network.
+      head: `"keep"` loads the file's head. `"fresh"`, `"zeros"` and `"xavier"` initialise a new one
+        (see `Start`). A tree is used as the head's parameters.
+      key: Random key of a new head, `jax.random.key(0)` by default.
+      classes: Class names in the order of the logits. If the source names the classes of a head
+        that is kept, they must be the same; if their order differs, the head's outputs are
+        reordered.
+
+    Returns:
+      `(params, stats)` with the structure and dtypes of `model.init`.
+
+    Raises:
+      WeightsError: There is no readable file, tensors do not match (all are listed), or values are
+        not finite or running variances below 0.
     """
     _check_head(head)
     if isinstance(weights, Weights):
@@ -60,36 +71,48 @@ def load(
 def load_fitted(
     weights: Weights,
     model: Model,
-    head: Literal["keep"] | Start | Mapping[str, Tree],
+    head: Head,
     key: jax.Array | None = None,
     classes: Sequence[str] | None = None,
 ) -> tuple[Tree, Tree]:
-    """Returns the `(params, stats)` of what `fitted` returned for the same model, head and classes.
+    """Reads the tensors of weights that `fitted` returned for the same model, head and classes.
 
-    Raises WeightsError for values that are not finite, and running variances below 0.
+    Args:
+      weights: Result of `fitted`.
+      model: Network.
+      head: See `load`.
+      key: See `load`.
+      classes: See `load`.
+
+    Returns:
+      `(params, stats)`.
+
+    Raises:
+      WeightsError: Values are not finite, or running variances are below 0.
     """
     key = jax.random.key(0) if key is None else key
-    order = _order(weights, classes) if head == "keep" else None
+    order = _class_order(weights, classes) if head == "keep" else None
     abstract = jax.eval_shape(model.init, key)
-    tensors, found = file_tensors(model, *abstract), weights.tensors
+    targets, tensors = file_tensors(model, *abstract), weights.tensors
 
-    def leaf(tensor: TorchTensor, shape: jax.ShapeDtypeStruct) -> Any:
-        if tensor.name not in found:
-            return shape  # the new head's
-        array = tensor.from_torch(found[tensor.name].read())
-        with np.errstate(over="ignore"):  # `check_finite` names what is too large
-            array = np.array(array, shape.dtype, order="C")
-        return jax.device_put(array)  # jax.numpy would compile a program for each shape
+    def read_leaf(target: TorchTensor, leaf: jax.ShapeDtypeStruct) -> Any:
+        if target.name not in tensors:
+            return leaf  # belongs to the new head
+        array = target.from_torch(tensors[target.name].read())
+        with np.errstate(over="ignore"):  # `check_finite` reports overflow
+            array = np.array(array, leaf.dtype, order="C")
+        return jax.device_put(array)  # jax.numpy would compile a program per shape
 
-    params, stats = jax.tree.map(leaf, tensors, abstract)
+    params, stats = jax.tree.map(read_leaf, targets, abstract)
     if head != "keep":
         params = with_head(model, params, head, key)
         if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(stats)):
-            fresh = jax.jit(lambda key: model.init(key)[1])(key)  # of norm layers in the new head
-            stats = jax.tree.map(lambda x, y: x if isinstance(x, jax.Array) else y, stats, fresh)
+            # The new head has norm layers.
+            initial = jax.jit(lambda key: model.init(key)[1])(key)
+            stats = jax.tree.map(lambda x, y: x if isinstance(x, jax.Array) else y, stats, initial)
     elif order:
         params = reordered(model, params, order)
-    names = (tensor.name for tensor in jax.tree.leaves(tensors))
+    names = (target.name for target in jax.tree.leaves(targets))
     check_finite(weights.source, names, (params, stats))
     return params, stats
 
@@ -98,19 +121,27 @@ def from_state_dict(
     state: Mapping[str, Any],
     model: Model,
     *,
-    head: Literal["keep"] | Start | Mapping[str, Tree] = "keep",
+    head: Head = "keep",
     key: jax.Array | None = None,
     classes: Sequence[str] | None = None,
 ) -> tuple[Tree, Tree]:
-    """Returns the `(params, stats)` of a state dict in memory, as `load` does of a file.
+    """Loads weights from a state dict in memory.
+
+    Loading is strict, see `load`. torch is not imported.
 
     Args:
-      state: torch's names (a user's module has its own) to arrays of NumPy or jax, or to torch's
-        tensors, on whatever device. torch itself is not imported.
-      model, head, key, classes: as in `load`.
+      state: Maps torch's names (for a user's module, its paths) to arrays of NumPy or jax, or to
+        torch tensors on any device.
+      model: Network.
+      head: See `load`.
+      key: See `load`.
+      classes: See `load`.
+
+    Returns:
+      `(params, stats)` with the structure and dtypes of `model.init`.
 
     Raises:
-      WeightsError: as `load`, strict in both directions.
+      WeightsError: See `load`.
 
     Example:
       params, stats = weights.from_state_dict(torch_module.state_dict(), model)
@@ -119,11 +150,11 @@ def from_state_dict(
     source = IN_MEMORY
     if not isinstance(state, Mapping):
         raise WeightsError(f"{source} must map names to arrays; it is a {type(state).__name__}.")
-    content = in_memory(state)
+    content = as_lazy(state)
     if model.torch_named:
-        tensors, remarks = named_tensors(content, source)
-    elif wrong := [str(name) for name, x in content.items() if not isinstance(x, LazyTensor)]:
-        raise WeightsError(f"{source} has values that are no arrays: {', '.join(wrong[:8])}")
+        tensors, remarks = torchvision_tensors(content, source)
+    elif others := [str(name) for name, x in content.items() if not isinstance(x, LazyTensor)]:
+        raise WeightsError(f"{source} has values that are not arrays: {', '.join(others[:8])}")
     else:
         tensors, remarks = content, ()
     weights = fitted(Weights(source, tensors, None, remarks), model, head, classes)
@@ -132,62 +163,68 @@ def from_state_dict(
     return load_fitted(weights, model, head, key, classes)
 
 
-def fitted(
-    weights: Weights,
-    model: Model,
-    head: Literal["keep"] | Start | Mapping[str, Tree],
-    classes: Sequence[str] | None,
-) -> Weights:
-    """Returns the tensors of `model` alone, by its names, and remarks on the rest.
+def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | None) -> Weights:
+    """Selects the tensors of `model`, renames them to its names, and remarks on the others.
 
-    The network's body is looked for below any prefix. With `head="keep"`, its head is taken from
-    beside it if it is not there; what else is below the prefix must be the network's. With another
-    head, modules that are not the body's count as the old head. What is beside them is left.
+    The body may be below any prefix. With `head="keep"`, the head may be outside that prefix. All
+    other tensors outside the prefix are ignored, and buffers directly below it. With another head,
+    modules that are not part of the body are ignored too.
 
-    Raises WeightsError as `load`.
+    Args:
+      weights: Result of `read`.
+      model: Network.
+      head: See `load`.
+      classes: See `load`.
+
+    Raises:
+      WeightsError: See `load`.
     """
-    own, keep = not model.torch_named, head == "keep"
+    own_names, keep = not model.torch_named, head == "keep"
     source, remarks = weights.source, list(weights.remarks)
-    if keep and classes is not None and weights.network.classes and _order(weights, classes):
+    if keep and classes is not None and weights.network.classes and _class_order(weights, classes):
         remarks.append(reordering(weights.network.classes, classes, source))
+
+    head_prefix = f"{model.head}."
     leaves = jax.tree.leaves(file_tensors(model, *jax.eval_shape(model.init, jax.random.key(0))))
-    body = {t.name: t for t in leaves if not t.name.startswith(f"{model.head}.")}
-    last = {t.name: t for t in leaves if t.name not in body}
-    named = {n: x for n, x in weights.tensors.items() if not n.endswith("num_batches_tracked")}
-    shapes = {name: tensor.shape for name, tensor in body.items()}
-    prefix = find_prefix(named, shapes, source, own_names=own)
-    inside = {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}
-    if prefix and not own:
-        targets = renamed(inside, source)
+    body = {t.name: t for t in leaves if not t.name.startswith(head_prefix)}
+    head_layers = {t.name: t for t in leaves if t.name.startswith(head_prefix)}
+    expected = {**body, **head_layers} if keep else body
+
+    tensors = {n: x for n, x in weights.tensors.items() if not n.endswith("num_batches_tracked")}
+    prefix = find_prefix(tensors, _shapes(body), source, own_names=own_names)
+    inside = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    outside = {n: x for n, x in tensors.items() if not n.startswith(prefix)}
+    if prefix and not own_names:
+        targets = torchvision_names(inside, source)
         inside = {targets[name]: x for name, x in inside.items()}
+
     options = dict(weights.network.options)
-    if not own and MARK in inside:
+    if not own_names and MARK in inside:
         del inside[MARK]
         options[MARK] = True
     check_options(options, model, source, keep=keep)
-    beside = {n: x for n, x in named.items() if prefix and not n.startswith(prefix)}
-    if keep and not any(name.startswith(f"{model.head}.") for name in inside):
-        shapes = {name: tensor.shape for name, tensor in last.items()}
-        if there := find_head(beside, shapes, own_names=own):
-            inside |= {target: beside.pop(name) for target, name in there.items()}
-            remarks.append(f"Took the head from {', '.join(sorted(there.values()))} in {source}.")
+
+    has_head = any(name.startswith(head_prefix) for name in inside)
+    if keep and not has_head:
+        names = find_head(outside, _shapes(head_layers), own_names=own_names)
+        if names:
+            inside |= {target: outside.pop(name) for target, name in names.items()}
+            remarks.append(f"Loaded the head from {', '.join(sorted(names.values()))} in {source}.")
+
     modules = {name.partition(".")[0] for name in body}
-    wanted = {**body, **last} if keep else body
+    candidates = {n: x for n, x in inside.items() if keep or not n.startswith(head_prefix)}
 
-    def is_left(name: str) -> bool:
-        in_a_module = "." in name if keep else name.partition(".")[0] in modules
-        return name not in wanted and not in_a_module
+    def is_ignored(name: str) -> bool:
+        is_in_network = "." in name if keep else name.partition(".")[0] in modules
+        return name not in expected and not is_in_network
 
-    of_head = {n for n in inside if not keep and n.startswith(f"{model.head}.")}
-    others = [n for n in inside if n not in of_head and is_left(n)]
-    found = {n: x for n, x in inside.items() if n not in of_head and n not in others}
-    if mismatch(wanted, found, model.head):
-        found = {n: x for n, x in inside.items() if n not in of_head}
-        report = mismatch(wanted, found, model.head, prefix)
+    selected = {name: x for name, x in candidates.items() if not is_ignored(name)}
+    if mismatch(expected, selected, model.head):
+        report = mismatch(expected, candidates, model.head, prefix)
         raise WeightsError(f"{source} does not fit {model.name}: {report}")
-    if prefix or others:
-        left = [*beside, *(prefix + name for name in others)]
-        remarks.append(taken(source, prefix, len(found), left))
+    ignored = [*outside, *(prefix + name for name in candidates if name not in selected)]
+    if prefix or ignored:
+        remarks.append(selection_remark(source, prefix, len(selected), ignored))
     name = weights.network.model
     if model.torch_named and name not in (None, model.name):
         remarks.append(
@@ -195,10 +232,14 @@ def fitted(
             "both compute the same is not known."
         )
     network = replace(weights.network, options=options)
-    return replace(weights, tensors=found, remarks=tuple(remarks), network=network)
+    return replace(weights, tensors=selected, remarks=tuple(remarks), network=network)
 
 
-def _order(weights: Weights, classes: Sequence[str] | None) -> Order | None:
+def _shapes(tensors: Mapping[str, TorchTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _class_order(weights: Weights, classes: Sequence[str] | None) -> Order | None:
     if classes is None or weights.network.classes is None:
         return None
     way_out = "head='fresh' starts a new head."
@@ -206,7 +247,6 @@ def _order(weights: Weights, classes: Sequence[str] | None) -> Order | None:
 
 
 def _check_head(head: Any) -> None:
-    """Raises WeightsError unless it is one of the words for a head, or a tree."""
     if not isinstance(head, Mapping) and head not in ("keep", *get_args(Start)):
         raise WeightsError(
             f"head is {head!r}; it must be {', '.join(('keep', *get_args(Start)))} or a tree."

@@ -1,4 +1,4 @@
-"""Where weights lie, and what they expect: a file, a run, a package's asset, the hub, the web."""
+"""Resolves the source of weights: a file, a run, a package asset, the hub, torchvision or a URL."""
 
 import difflib
 import os
@@ -16,24 +16,24 @@ from jaxft.data.preprocessing import Preprocessing
 from jaxft.errors import WeightsError
 from jaxft.weights import hub
 from jaxft.weights.download import download, sha256_of
-from jaxft.weights.preprocessing_config import expected
-from jaxft.weights.torchvision import published
+from jaxft.weights.preprocessing_config import find_preprocessing
+from jaxft.weights.torchvision import published_weights
 
 _FORMS = """
   PATH                                        a file, a run's folder or one of its checkpoints
-  asset:NAME                                  what comes with the package
+  asset:NAME                                  a file that comes with the package
   hf:OWNER/REPO[@REVISION][/FILENAME]         a repository on the Hugging Face hub
-  torchvision:ResNet50_Weights.IMAGENET1K_V2  what torchvision publishes
+  torchvision:ResNet50_Weights.IMAGENET1K_V2  weights that torchvision publishes
   https://HOST/PATH#sha256=HEX                any other file
-with #entry=NAME behind it for one entry of a file that holds several, #prefix=NAME for the tensors
-whose names begin with it."""
-# What others call them.
+Append #entry=NAME to use one entry of a file with several, #prefix=NAME to use the tensors whose
+names begin with it."""
+# Schemes of other tools, and the corresponding scheme here.
 _SCHEMES = {
     "hf": "hf:", "huggingface": "hf:", "hf_hub": "hf:", "hf-hub": "hf:", "timm": "hf:timm/",
     "torchvision": "torchvision:", "tv": "torchvision:", "torch": "torchvision:",
     "asset": "asset:", "assets": "asset:", "file": "", "http": "https:", "https": "https:",
 }  # fmt: skip
-# A repository's page or file, as one copies it from a browser.
+# URL of a repository or file on the hub, as copied from a browser.
 _HUB_PAGE = re.compile(
     r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve|raw)/([^/?]+)(?:/([^?]+))?)?/?(?:\?.*)?$"
@@ -45,11 +45,12 @@ _OPTION = r"\w+=[^&#]*"
 class Located:
     """Weights on this machine.
 
-    path: a file, or a folder (a run's workdir or one of its checkpoints).
-    preprocessing: what the weights expect of images, where their source says; the nearest that
-      there is to other interpolations, crops and sides that differ.
-    entry: which entry of the file holds them, where the source names one.
-    prefix: what their names begin with, likewise.
+    Attributes:
+      path: A file, or a folder (a run's workdir or one of its checkpoints).
+      preprocessing: Preprocessing of the images that the weights expect, if the source states it.
+        Unsupported interpolations, crops and aspect ratios are replaced by the nearest supported.
+      entry: Entry of the file that holds the weights, if the source names one.
+      prefix: Prefix of the tensors' names, if the source names one.
     """
 
     path: Path
@@ -59,7 +60,7 @@ class Located:
 
 
 def locate(weights: str) -> Located:
-    """Finds weights by their source, and downloads them where they are not here yet.
+    """Finds weights by their source, and downloads them if necessary.
 
     The source is one of
 
@@ -69,31 +70,30 @@ def locate(weights: str) -> Located:
         torchvision:ResNet50_Weights.IMAGENET1K_V2
         https://HOST/PATH#sha256=HEX
 
-    where a file name such as `resnet50-11ad3fa6.pth` states a hash as well. `#entry=NAME` behind
-    any of them selects an entry, `#prefix=NAME` the tensors whose names begin with it; `&` joins
-    these and a hash. A path that exists is taken as it is,
-    whatever it looks like.
+    A URL whose file name contains a hash, such as `resnet50-11ad3fa6.pth`, needs no `#sha256`.
+    `#entry=NAME` after any source selects an entry of the file, `#prefix=NAME` the tensors whose
+    names begin with it; `&` joins several options. An existing path is always used as a path.
 
     Raises:
-      WeightsError: there are no such weights, or they cannot be had.
+      WeightsError: The weights do not exist, or cannot be downloaded.
     """
-    if os.path.exists(weights):  # never raises, unlike Path's
-        return Located(Path(weights), expected(Path(weights)))
-    source, options = _split(weights)
+    if os.path.exists(weights):  # never raises, unlike Path.exists
+        return Located(Path(weights), find_preprocessing(Path(weights)))
+    source, options = _split_options(weights)
     entry, prefix, sha256 = (options.get(name) for name in ("entry", "prefix", "sha256"))
     scheme, _, name = source.partition(":")
     if scheme in ("https", "http"):
-        return Located(_from_url(source, sha256), entry=entry, prefix=prefix)
+        return Located(_download_url(source, sha256), entry=entry, prefix=prefix)
     if sha256 is not None:
         raise WeightsError(f"{weights}: #sha256 is for https:// URLs; {source} needs none.")
     if scheme == "torchvision":
-        found = published(name)
-        path = download(found.url, sha256=found.sha256)
-        return Located(path, found.preprocessing, entry, prefix)
+        published = published_weights(name)
+        path = download(published.url, sha256=published.sha256)
+        return Located(path, published.preprocessing, entry, prefix)
     if scheme == "hf":
         path = hub.fetch(name)
     elif scheme == "asset":
-        path = _asset(name)
+        path = _asset_path(name)
     elif scheme in BUCKETS:
         path = anywhere(source)
         if not path.is_dir():
@@ -101,12 +101,12 @@ def locate(weights: str) -> Located:
     else:
         path = Path(source).expanduser()
         if not source or not os.path.exists(path):
-            raise WeightsError(f"there are no weights '{source}'.{_hint(source)}")
-    return Located(path, expected(path), entry, prefix)
+            raise WeightsError(f"there are no weights '{source}'.{_suggest(source)}")
+    return Located(path, find_preprocessing(path), entry, prefix)
 
 
-def _split(weights: str) -> tuple[str, Mapping[str, str]]:
-    """A source and the options behind its last `#`."""
+def _split_options(weights: str) -> tuple[str, Mapping[str, str]]:
+    """Splits a source from the options after its last `#`."""
     source, mark, fragment = weights.rpartition("#")
     if not mark or not re.fullmatch(rf"{_OPTION}(&{_OPTION})*", fragment):
         return weights, {}
@@ -114,34 +114,34 @@ def _split(weights: str) -> tuple[str, Mapping[str, str]]:
     for name, value in options.items():
         if name not in ("entry", "prefix", "sha256") or not value:
             raise WeightsError(
-                f"{weights}: '{name}={value}' means nothing. After # there may be entry=NAME, "
+                f"{weights}: '{name}={value}' is not an option. After # give entry=NAME, "
                 "prefix=NAME, or sha256=HEX for a URL."
             )
     return source, options
 
 
-def _from_url(url: str, sha256: str | None) -> Path:
-    """Checked by the hash given, or else by the one in the file's name."""
+def _download_url(url: str, sha256: str | None) -> Path:
+    """Downloads a URL, and verifies it by the given hash or the one in the file's name."""
     if sha256 is not None:
         if not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
             raise WeightsError(f"{url}: sha256={sha256} is not a hash, 8 to 64 digits in hex.")
         return download(url, sha256=sha256.lower())
-    if on_hub := _HUB_PAGE.match(url):
-        repo, revision, file = on_hub.groups()
-        meant = f"hf:{repo}" + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
-        raise WeightsError(f"{url} is on the hub, which knows its hash. Did you mean '{meant}'?")
-    if in_name := re.search(r"-([0-9a-f]{8,64})(\.\w+)+$", urlsplit(url).path):
-        return download(url, sha256=in_name[1])
+    if page := _HUB_PAGE.match(url):
+        repo, revision, file = page.groups()
+        source = f"hf:{repo}" + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
+        raise WeightsError(f"{url} is on the hub, which knows its hash. Did you mean '{source}'?")
+    if match := re.search(r"-([0-9a-f]{8,64})(\.\w+)+$", urlsplit(url).path):
+        return download(url, sha256=match[1])
     path = download(url)
     Terminal(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{url} came without a hash, so nothing was checked. To hold on to this very file, "
-        f"put #sha256={sha256_of(path)} behind the URL.",
+        f"{url} has no hash, so the file was not verified. To pin this file, append "
+        f"#sha256={sha256_of(path)} to the URL.",
         markup=False,
     )
     return path
 
 
-def _asset(name: str) -> Path:
+def _asset_path(name: str) -> Path:
     folder = Path(str(files("jaxft") / "assets"))
     path = folder / f"{name}.safetensors"
     if not path.is_file():
@@ -150,16 +150,17 @@ def _asset(name: str) -> Path:
     return path
 
 
-def _hint(source: str) -> str:
-    """What may have been meant, and all that can be said."""
+def _suggest(source: str) -> str:
+    """Returns a similar source that exists, and the list of all forms."""
     scheme, mark, name = source.partition(":")
     if mark and "/" not in scheme:
         near = difflib.get_close_matches(scheme.lower(), _SCHEMES, n=1)
-        meant = [_SCHEMES[near[0]] + name.removeprefix("//")] if near else []
+        suggestions = [_SCHEMES[near[0]] + name.removeprefix("//")] if near else []
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not os.path.isdir(Path(source).parent):
-        meant = [f"hf:{source}"]
+        suggestions = [f"hf:{source}"]
     else:
         path = Path(source).expanduser()
-        beside = os.listdir(path.parent) if path.parent.is_dir() else []
-        meant = [str(path.with_name(n)) for n in difflib.get_close_matches(path.name, beside, n=1)]
-    return "".join(f" Did you mean '{m}'?" for m in meant) + f" Weights are one of{_FORMS}"
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        suggestions = [str(path.with_name(name)) for name in near]
+    return "".join(f" Did you mean '{s}'?" for s in suggestions) + f" Weights are one of{_FORMS}"

@@ -1,4 +1,4 @@
-"""What does not fit between a file and a network, all at once and in a few lines."""
+"""Reports all differences between the tensors of a file and the tensors of a network."""
 
 from collections.abc import Mapping
 
@@ -6,57 +6,71 @@ from jaxft.errors import first_of
 from jaxft.weights.key_maps import TorchTensor
 from jaxft.weights.tensors import LazyTensor
 
-_SHOWN = 8  # of each kind of mismatch
+_SHOWN = 8  # tensors per kind of mismatch
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-"""The dtypes, as safetensors calls them, that can become float32 weights."""
+"""Dtypes, as safetensors names them, that can be cast to float32 weights."""
 
 
 def mismatch(
-    wanted: Mapping[str, TorchTensor], found: Mapping[str, LazyTensor], head: str, prefix: str = ""
+    expected: Mapping[str, TorchTensor],
+    tensors: Mapping[str, LazyTensor],
+    head: str,
+    prefix: str = "",
 ) -> str | None:
-    """None where every tensor fits, both ways; otherwise a report that ends with a way out.
+    """Compares names, shapes and dtypes.
 
-    `prefix` is what the file's names begin with.
+    Args:
+      expected: Tensors of the network, by name.
+      tensors: Tensors of the file, by name.
+      head: Path of the network's head.
+      prefix: Prefix of the names in the file, for the report.
+
+    Returns:
+      A report that ends with a remedy, or None if everything matches.
     """
-    where = f" below {prefix!r}" if prefix else ""
-    missing = wanted.keys() - found.keys()
-    extra = found.keys() - wanted.keys()
-    both = wanted.keys() & found.keys()
-    reshaped = {name for name in both if found[name].shape != wanted[name].shape}
-    retyped = {name for name in both if found[name].dtype not in FLOATS}
-    wrong = missing | extra | reshaped | retyped
-    if not wrong:
+    place = f" below {prefix!r}" if prefix else ""
+    missing = expected.keys() - tensors.keys()
+    extra = tensors.keys() - expected.keys()
+    common = expected.keys() & tensors.keys()
+    reshaped = {name for name in common if tensors[name].shape != expected[name].shape}
+    retyped = {name for name in common if tensors[name].dtype not in FLOATS}
+    if not (missing or extra or reshaped or retyped):
         return None
-    fit = len(both - reshaped - retyped)
+    num_fitting = len(common - reshaped - retyped)
     sections = (
-        ("missing", [f"{n} {list(wanted[n].shape)}" for n in sorted(missing)]),
-        ("not in the network", [f"{n} {list(found[n].shape)}" for n in sorted(extra)]),
+        ("missing", [f"{n} {list(expected[n].shape)}" for n in sorted(missing)]),
+        ("not in the network", [f"{n} {list(tensors[n].shape)}" for n in sorted(extra)]),
         (
             "of another shape",
-            [f"{n} {list(found[n].shape)}, not {list(wanted[n].shape)}" for n in sorted(reshaped)],
+            [
+                f"{n} {list(tensors[n].shape)}, not {list(expected[n].shape)}"
+                for n in sorted(reshaped)
+            ],
         ),
         (
             "of a type that is not F16, BF16, F32 or F64",
-            [f"{n} {found[n].dtype}" for n in sorted(retyped)],
+            [f"{n} {tensors[n].dtype}" for n in sorted(retyped)],
         ),
     )
-    lines = [f"{fit} of the network's {len(wanted)} tensors fit by name and shape{where}."]
+    lines = [
+        f"{num_fitting} of the network's {len(expected)} tensors fit by name and shape{place}."
+    ]
     for title, entries in sections:
         if entries:
             shown = first_of(entries, _SHOWN, "... and {} more")
             lines += [f"  {title} ({len(entries)}):", *(f"    {e}" for e in shown)]
     if not (missing or reshaped or retyped):
         lines.append(
-            "  All of the network is there. If the rest does nothing between body and head,\n"
-            "  weights.from_state_dict takes the tensors without it."
+            "  All of the network is there. If the others do nothing between body and head,\n"
+            "  remove them, and pass the tensors to weights.from_state_dict."
         )
     elif all(name.startswith(f"{head}.") for name in missing | reshaped | retyped):
-        lines.append('  Only the head differs. For training, a new one serves: head="fresh".')
+        lines.append('  Only the head differs. For training, use a new one: head="fresh".')
     elif not (missing or extra or reshaped):
         lines.append(
             "  Quantised or other special weights must be saved in a floating-point type first."
         )
-    elif fit < len(wanted) / 2 or len(extra) > len(wanted) / 2:
+    elif num_fitting < len(expected) / 2 or len(extra) > len(expected) / 2:
         lines.append("  It may hold another architecture, or this one by other names.")
     return "\n".join(lines)

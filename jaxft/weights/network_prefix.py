@@ -1,97 +1,126 @@
-"""Finds a network among the tensors of a file that holds more than it."""
+"""Finds a network below a prefix of tensor names, as in a file that holds more than the network."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from jaxft.errors import WeightsError, first_of
-from jaxft.weights.families import rename
+from jaxft.weights.key_maps import torchvision_name
 from jaxft.weights.tensors import LazyTensor
 
 IN_MEMORY = "the state dict"
-"""What errors call a state dict that is no file."""
+"""Name, in messages, of a state dict in memory."""
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 8
 
 
-def take_prefix(
+def select_prefix(
     tensors: Mapping[str, LazyTensor], prefix: str, source: str, common: str = ""
-) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Returns the tensors whose names begin with `prefix`, without it, and what to say of the rest.
+) -> tuple[dict[str, LazyTensor], str]:
+    """Selects the tensors whose names begin with `prefix`.
 
-    `common` may be left out of the prefix: all names begin with it. Raises WeightsError where no
-    name begins so.
+    Args:
+      tensors: Tensors by name.
+      prefix: Prefix, with or without a dot at the end.
+      source: Name of the weights, for messages.
+      common: Prefix of all names, which `prefix` may leave out.
+
+    Returns:
+      The selected tensors without the prefix, and a remark on the others.
+
+    Raises:
+      WeightsError: No name begins with the prefix.
     """
-    wanted = prefix.removesuffix(".") + "."
-    for start in (wanted, common + wanted):
-        if inside := {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}:
-            outside = [name for name in tensors if not name.startswith(start)]
-            return inside, [taken(source, start, len(inside), outside)]
-    raise WeightsError(f"{source}: no name begins with {wanted!r}. There are {grouped(tensors)}.")
+    dotted = prefix.removesuffix(".") + "."
+    for start in (dotted, common + dotted):
+        if selected := {
+            name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)
+        }:
+            ignored = [name for name in tensors if not name.startswith(start)]
+            return selected, selection_remark(source, start, len(selected), ignored)
+    raise WeightsError(
+        f"{source}: no name begins with {dotted!r}. There are {_count_first_parts(tensors)}."
+    )
 
 
 def find_prefix(
     tensors: Mapping[str, LazyTensor], body: Shapes, source: str, *, own_names: bool
 ) -> str:
-    """Returns the prefix below which the tensors of `body` are, by name and shape; '' at the root.
+    """Finds the prefix below which all tensors of the network's body are, by name and shape.
 
-    Where there is none with all of them, one with most of them, or else the root.
+    Args:
+      tensors: Tensors by name.
+      body: Shapes of the body's tensors by name.
+      source: Name of the weights, for messages.
+      own_names: Compare the names as they are, not translated to torchvision's.
+
+    Returns:
+      The prefix; "" if the body is at the root. If none has all tensors, the prefix that has most
+      of them, or "" if none has more than half.
 
     Raises:
-      WeightsError: there are several below which all are, and they are not at the root.
+      WeightsError: Several prefixes have all tensors, and the root does not.
     """
-    fitting = Counter[str]({"": 0})
+    matches = Counter[str]({"": 0})
     for name, tensor in tensors.items():
         parts = name.split(".")
         for depth in range(len(parts)):
             rest = ".".join(parts[depth:])
-            if body.get(rest if own_names else rename(rest)) == tensor.shape:
-                fitting["".join(f"{part}." for part in parts[:depth])] += 1
-    whole = [prefix for prefix, count in fitting.items() if count >= len(body)]
-    if "" in whole or not body:
+            if body.get(rest if own_names else torchvision_name(rest)) == tensor.shape:
+                matches["".join(f"{part}." for part in parts[:depth])] += 1
+    complete = [prefix for prefix, count in matches.items() if count >= len(body)]
+    if "" in complete or not body:
         return ""
-    if len(whole) > 1:
-        counts = [f"{p!r} ({sum(n.startswith(p) for n in tensors)} tensors)" for p in whole]
+    if len(complete) > 1:
+        counts = [f"{p!r} ({sum(n.startswith(p) for n in tensors)} tensors)" for p in complete]
         separator = "&" if "#" in source else "#"
-        way_out = f"Say which: {source}{separator}prefix={whole[0]}"
+        remedy = f"Choose one: {source}{separator}prefix={complete[0]}"
         if source == IN_MEMORY:
-            way_out = "Give the tensors of one of them alone."
+            remedy = "Pass the tensors of one of them alone."
         raise WeightsError(
-            f"{source} holds the network below {len(whole)} prefixes: {', '.join(counts)}. "
-            f"{way_out}"
+            f"{source} holds the network below {len(complete)} prefixes: {', '.join(counts)}. "
+            f"{remedy}"
         )
-    best, count = fitting.most_common(1)[0]
+    best, count = matches.most_common(1)[0]
     return best if count > len(body) / 2 else ""
 
 
 def find_head(
     tensors: Mapping[str, LazyTensor], head: Shapes, *, own_names: bool
 ) -> dict[str, str] | None:
-    """Returns the name of each of a head's tensors among those beside the body.
+    """Finds the head's tensors, by name and shape, among the tensors outside the body.
 
-    None unless all of them are found, by name and shape, in one place alone.
+    Args:
+      tensors: Tensors by name.
+      head: Shapes of the head's tensors by name.
+      own_names: Compare the names as they are, not translated to torchvision's.
+
+    Returns:
+      Name in `tensors` for each name in `head`, or None unless exactly one prefix has all of them.
     """
-    places: dict[str, dict[str, str]] = {}
+    by_prefix: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         for depth in range(len(parts)):
             rest = ".".join(parts[depth:])
-            target = rest if own_names else rename(rest)
+            target = rest if own_names else torchvision_name(rest)
             if head.get(target) == tensor.shape:
-                places.setdefault(".".join(parts[:depth]), {})[target] = name
-    whole = [place for place in places.values() if len(place) == len(head)]
-    return whole[0] if len(whole) == 1 else None
+                by_prefix.setdefault(".".join(parts[:depth]), {})[target] = name
+    complete = [names for names in by_prefix.values() if len(names) == len(head)]
+    return complete[0] if len(complete) == 1 else None
 
 
-def taken(source: str, prefix: str, count: int, others: Iterable[str]) -> str:
-    """Says which tensors were taken, and counts the rest."""
-    others = list(others)
-    where = f" below {prefix!r}" if prefix else ""
-    left = f", and left {len(others)} beside them: {grouped(others)}" if others else ""
-    return f"Took the {count} tensors{where} in {source}{left}."
+def selection_remark(source: str, prefix: str, count: int, ignored: Iterable[str]) -> str:
+    """Returns the remark that states which tensors were used, and counts the ignored ones."""
+    ignored = list(ignored)
+    place = f" below {prefix!r}" if prefix else ""
+    rest = ""
+    if ignored:
+        rest = f", and ignored the rest ({len(ignored)}): {_count_first_parts(ignored)}"
+    return f"Used the {count} tensors{place} in {source}{rest}."
 
 
-def grouped(names: Iterable[str]) -> str:
+def _count_first_parts(names: Iterable[str]) -> str:
     """Lists the first parts of names, with the number of names that begin with each."""
-    firsts = Counter(name.partition(".")[0] + ".*" * ("." in name) for name in names)
-    entries = (f"{first} ({n})" for first, n in firsts.most_common())
+    counts = Counter(name.partition(".")[0] + ".*" * ("." in name) for name in names)
+    entries = (f"{first} ({count})" for first, count in counts.most_common())
     return ", ".join(first_of(entries, _SHOWN, "... and {} more")) or "none"

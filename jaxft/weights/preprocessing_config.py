@@ -1,4 +1,4 @@
-"""What pretrained weights expect of images, as a file beside them says."""
+"""Reads the preprocessing and the network that weights expect from the files stored with them."""
 
 import dataclasses
 import json
@@ -14,57 +14,66 @@ from etils import epath
 from jaxft.data.geometry import Interpolation
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.weights.description import Description, parse
-from jaxft.weights.hub import descriptions
+from jaxft.weights.hub import description_paths
 
 
-def expected(weights: Path) -> Preprocessing | None:
-    """What a file beside the weights says, if it says it as we, timm or transformers do."""
-    for said in _beside(weights):
-        for reader in (_ours, _recipes, _timms, _transformers):
+def find_preprocessing(weights: Path) -> Preprocessing | None:
+    """Returns the preprocessing in the first description that has one in a known format.
+
+    Args:
+      weights: Weights file, or a run's folder or one of its checkpoints.
+    """
+    for content in _read_descriptions(weights):
+        for reader in (_from_model_json, _from_recipe, _from_timm, _from_transformers):
             try:
-                return reader(said)
+                return reader(content)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-                continue  # not of this kind
+                continue  # another format
     return None
 
 
-def described(weights: Path) -> Description:
-    """Returns what the files beside the weights say of their network, each part by the first."""
-    found = Description()
-    for said in _beside(weights):
-        found = found.completed(parse(said))
-    return found
+def find_description(weights: Path) -> Description:
+    """Returns the description of the network; each field comes from the first file that has it.
+
+    Args:
+      weights: Weights file, or a run's folder or one of its checkpoints.
+    """
+    description = Description()
+    for content in _read_descriptions(weights):
+        description = description.with_defaults(parse(content))
+    return description
 
 
-def _beside(weights: Path) -> Iterator[Any]:
-    """The content of the files that describe the weights."""
-    files = descriptions(weights)
+def _read_descriptions(weights: Path) -> Iterator[Any]:
+    """Yields the content of each readable JSON or YAML file that describes the weights."""
+    paths = description_paths(weights)
     if weights.is_dir():
         run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
-        # The recipe is there from the first, model.json at the end.
-        files = (run / "recipe.yaml", *descriptions(run / "model.safetensors"))
-    for file in files:
-        read = yaml.safe_load if file.suffix == ".yaml" else json.loads
+        # A run writes recipe.yaml when it starts and model.json when it ends.
+        paths = (run / "recipe.yaml", *description_paths(run / "model.safetensors"))
+    for path in paths:
+        load = yaml.safe_load if path.suffix == ".yaml" else json.loads
         with suppress(OSError, ValueError, yaml.YAMLError):
-            yield read(epath.Path(file).read_text())
+            yield load(epath.Path(path).read_text())
 
 
-def _ours(said: Any) -> Preprocessing:
-    """`model.json`, as a run writes it."""
-    fields = said["preprocessing"]
-    return Preprocessing(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
+def _from_model_json(content: Any) -> Preprocessing:
+    """Parses `model.json`, which a run writes."""
+    fields = content["preprocessing"]
+    mean, std = _channels(fields["mean"]), _channels(fields["std"])
+    return Preprocessing(**{**fields, "mean": mean, "std": std})
 
 
-def _recipes(said: Any) -> Preprocessing:
-    """`recipe.yaml`, whose fields are settled when a run begins."""
+def _from_recipe(content: Any) -> Preprocessing:
+    """Parses `recipe.yaml`, in which a run resolves all preprocessing fields."""
     names = [field.name for field in dataclasses.fields(Preprocessing)]
-    settled = said["stages"] and {name: said[name] for name in names if name in said}
-    return _ours({"preprocessing": settled})
+    fields = content["stages"] and {name: content[name] for name in names if name in content}
+    return _from_model_json({"preprocessing": fields})
 
 
-def _timms(said: Any) -> Preprocessing:
-    """`config.json`, as timm's `resolve_data_config` and `transforms_imagenet_eval` read it."""
-    config = said.get("pretrained_cfg", said)
+def _from_timm(content: Any) -> Preprocessing:
+    """Parses timm's `config.json` as its `resolve_data_config` and `transforms_imagenet_eval`."""
+    config = content.get("pretrained_cfg", content)
     channels, *sides = config["input_size"]
     if channels != 3:
         raise ValueError(channels)
@@ -74,34 +83,38 @@ def _timms(said: Any) -> Preprocessing:
         resize_mode="squash" if config.get("crop_mode") == "squash" else "short_side",
         resize_size=math.floor(min(sides) / (config.get("crop_pct") or 0.875)),
         interpolation=_interpolation(config.get("interpolation") or "bicubic"),
-        mean=_three(config.get("mean") or default.mean),
-        std=_three(config.get("std") or default.std),
+        mean=_channels(config.get("mean") or default.mean),
+        std=_channels(config.get("std") or default.std),
     )
 
 
-def _transformers(said: Any) -> Preprocessing:
-    """`preprocessor_config.json`, for its ConvNext processor (also ResNet's) and those alike."""
-    size = resize_size = _edge(said["size"])
+def _from_transformers(content: Any) -> Preprocessing:
+    """Parses `preprocessor_config.json` of transformers' ConvNext and similar image processors.
+
+    Its ResNets use the ConvNext processor.
+    """
+    size = resize_size = _side(content["size"])
     mode: Literal["short_side", "squash"] = "short_side"
-    kind = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
-    if said.get("crop_size") and said.get("do_center_crop", True):
-        size = _edge(said["crop_size"])
+    kind = str(content.get("image_processor_type") or content.get("feature_extractor_type"))
+    if content.get("crop_size") and content.get("do_center_crop", True):
+        size = _side(content["crop_size"])
     elif kind.startswith("ConvNext") and size < 384:
-        resize_size = int(size / (said.get("crop_pct") or 0.875))
-    elif kind.startswith("ConvNext") or "height" in str(said["size"]):  # both sides, and no crop
+        resize_size = int(size / (content.get("crop_pct") or 0.875))
+    elif kind.startswith("ConvNext") or "height" in str(content["size"]):  # resized without a crop
         mode = "squash"
-    normalised = said.get("do_normalize", True)
+    is_normalised = content.get("do_normalize", True)
     return Preprocessing(
         image_size=size,
         resize_size=resize_size,
         resize_mode=mode,
-        interpolation=_interpolation(said.get("resample", 2)),
-        mean=_three(said["image_mean"]) if normalised else (0.0, 0.0, 0.0),
-        std=_three(said["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        interpolation=_interpolation(content.get("resample", 2)),
+        mean=_channels(content["image_mean"]) if is_normalised else (0.0, 0.0, 0.0),
+        std=_channels(content["image_std"]) if is_normalised else (1.0, 1.0, 1.0),
     )
 
 
-def _edge(size: Any) -> int:
+def _side(size: Any) -> int:
+    """Returns the shorter side of a size in transformers' format."""
     if isinstance(size, Mapping):
         size = (
             size["shortest_edge"] if "shortest_edge" in size else min(size["height"], size["width"])
@@ -109,11 +122,11 @@ def _edge(size: Any) -> int:
     return int(size)
 
 
-def _interpolation(said: str | int) -> Interpolation:
-    """By timm's name or Pillow's number, smooth as bilinear is or sharp as bicubic is."""
-    return "bicubic" if said in ("bicubic", "lanczos", "random", 1, 3) else "bilinear"
+def _interpolation(name: str | int) -> Interpolation:
+    """Returns the nearest supported interpolation for timm's name or Pillow's number."""
+    return "bicubic" if name in ("bicubic", "lanczos", "random", 1, 3) else "bilinear"
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _channels(values: Any) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue

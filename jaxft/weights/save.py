@@ -1,4 +1,4 @@
-"""Writes a network's trees as a safetensors file."""
+"""Saves the weights of a network as a safetensors file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,41 +24,50 @@ def save(
     *,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Writes `params` and `stats` with torch's names and layouts, in their own dtypes.
+    """Saves `params` and `stats` with torch's names and layouts, in their dtypes.
 
-    The file appears whole or not at all, over any older one. `torch.load_state_dict` takes it as
-    it is (`num_batches_tracked` aside), and so does `load`, bit for bit. A module of the user's
-    own keeps its own paths and layouts (`Conv_0.kernel`), which safetensors and any JAX code read.
-    The file's metadata describe the network: name, options and `classes`, the names of its logits.
-    With `stride_in_1x1` it also has a tensor of that name, so that a torch network that strides
-    elsewhere does not load it strictly and compute something else: see README.
+    The file is written atomically and replaces an older one. `torch.load_state_dict` accepts it
+    (except for `num_batches_tracked`), and `load` restores it bit for bit. A user's module keeps
+    its paths and layouts (`Conv_0.kernel`).
 
-    Raises WeightsError where the trees are not the model's, OSError where the folder cannot be
-    written.
+    The metadata describe the network. With `stride_in_1x1` the file also has a tensor of that name,
+    so that a torch network with another stride refuses it instead of computing other outputs.
+
+    Args:
+      path: File to write.
+      model: Network.
+      params: Its parameters.
+      stats: Its running statistics.
+      classes: Class names in the order of the logits, for the metadata.
+
+    Raises:
+      WeightsError: The trees do not belong to the model.
+      OSError: The folder cannot be written.
     """
     trees = (params, stats)
     expected = jax.eval_shape(model.init, jax.random.key(0))
     if jax.tree.map(jnp.shape, trees) != jax.tree.map(jnp.shape, expected):
         raise WeightsError(
-            f"cannot write {path}: these params and stats are not those of a {model.name} "
+            f"cannot write {path}: these params and stats do not belong to a {model.name} "
             f"with {model.num_classes} classes"
         )
-    tensors = jax.tree.leaves(file_tensors(model, *expected))
+    targets = jax.tree.leaves(file_tensors(model, *expected))
     arrays = jax.device_get(jax.tree.leaves(trees))
-    named = {t.name: t.to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+    tensors = {t.name: t.to_torch(array) for t, array in zip(targets, arrays, strict=True)}
     if model.options.get(description.MARK):
-        named[description.MARK] = np.ones(1, np.uint8)
-    # Not safetensors' own `save_file`: that leaves the file readable by its owner alone.
-    atomic.write(path, _described(safetensors.save(named), description.metadata(model, classes)))
+        tensors[description.MARK] = np.ones(1, np.uint8)
+    # Not `save_file` of safetensors, which makes the file readable by its owner only.
+    content = safetensors.save(tensors)
+    atomic.write(path, _with_metadata(content, description.metadata(model, classes)))
 
 
-def _described(content: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Returns a safetensors file with metadata, the same bytes each time.
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Inserts metadata into a safetensors file, in a deterministic order.
 
-    safetensors itself writes several entries in random order.
+    safetensors would write several entries in random order.
     """
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(metadata), **json.loads(content[8:end])}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors stay aligned
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(content[8:header_end])}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
+    return b"".join((len(encoded).to_bytes(8, "little"), encoded, memoryview(content)[header_end:]))

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file, whatever the file's form."""
+"""Tensors that are read from their file when needed, independent of the file format."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,40 +21,46 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""numpy's dtype for each name that safetensors has for one."""
+"""NumPy dtype by the name that safetensors uses."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, read when asked for."""
+    """A tensor in a file or in memory, read when needed.
+
+    Attributes:
+      shape: Shape in torch's layout.
+      dtype: Dtype as safetensors names it: `F32`, `BF16`, `I64`.
+      read: Returns a new array in torch's layout; raises WeightsError if the file is damaged.
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: `F32`, `BF16`, `I64`."""
     read: Callable[[], np.ndarray]
-    """A fresh array in torch's layout; raises WeightsError where the file is damaged."""
 
 
-def in_memory(value: Any, name: str = "it") -> Any:
-    """Returns a `LazyTensor` of an array of NumPy, jax or torch; anything else as it is.
+def as_lazy(value: Any, name: str = "it") -> Any:
+    """Converts an array of NumPy, jax or torch to a `LazyTensor`; returns other values unchanged.
 
-    In a mapping, also a nested one, each value becomes one. A dtype that safetensors has no name
-    for stays by its own; byte order does not matter.
+    Args:
+      value: An array, or a mapping (perhaps nested) whose values are converted. A dtype that
+        safetensors has no name for keeps its NumPy or torch name. Byte order does not matter.
+      name: Name of the tensor, for messages.
     """
     if isinstance(value, Mapping):
-        return {key: in_memory(x, str(key)) for key, x in value.items()}
+        return {key: as_lazy(x, str(key)) for key, x in value.items()}
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return value
     dtype = value.dtype
     if isinstance(dtype, np.dtype):
         dtype = dtype.newbyteorder("=")
     dtype = str(dtype).removeprefix("torch.")
-    names = {str(known): name for name, known in DTYPES.items()}
+    names = {str(numpy_dtype): name for name, numpy_dtype in DTYPES.items()}
 
     def read() -> np.ndarray:
         array = value
         try:
-            if hasattr(array, "detach"):  # torch's, which gives NumPy no bfloat16
+            if hasattr(array, "detach"):  # torch, which cannot convert bfloat16 to NumPy
                 array = array.detach().cpu()
                 array = array.float() if dtype == "bfloat16" else array
             return np.asarray(array)

@@ -1,4 +1,4 @@
-"""torchvision's published weights by its own names, without torchvision."""
+"""URLs and preprocessing of the weights that torchvision publishes, without torchvision."""
 
 import difflib
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from jaxft.errors import WeightsError
 
 BASE = "https://download.pytorch.org/models/"
 
-# (file, shorter side before the crop); in each enum the last is torchvision's DEFAULT.
-_TABLE: dict[str, dict[str, tuple[str, int]]] = {
+# (file, shorter side before the crop). The last member of each enum is torchvision's DEFAULT.
+_FILES: dict[str, dict[str, tuple[str, int]]] = {
     "ResNet18_Weights": {
         "IMAGENET1K_V1": ("resnet18-f37072fd.pth", 256),
     },
@@ -51,43 +51,52 @@ _TABLE: dict[str, dict[str, tuple[str, int]]] = {
 
 
 @dataclass(frozen=True)
-class Published:
-    """A file, what its sha256 begins with, and the images it was evaluated on."""
+class PublishedWeights:
+    """Weights file that torchvision publishes.
+
+    Attributes:
+      url: URL of the file.
+      sha256: First digits of its hash, in hex.
+      preprocessing: Preprocessing of the images in torchvision's evaluation.
+    """
 
     url: str
     sha256: str
     preprocessing: Preprocessing
 
 
-def published(name: str) -> Published:
-    """What torchvision publishes as `ResNet50_Weights.IMAGENET1K_V2`, or `.DEFAULT`.
+def published_weights(name: str) -> PublishedWeights:
+    """Returns the weights file for torchvision's name.
 
-    A network's bare name is refused: `IMAGENET1K_V1` and `V2` are the fruit of such different
-    training that fine-tuning differs as well, and a default hides which one it was.
+    A network's name alone is refused: `IMAGENET1K_V1` and `IMAGENET1K_V2` were trained by different
+    recipes and fine-tune differently, and a default would hide which one was used.
+
+    Args:
+      name: `ResNet50_Weights.IMAGENET1K_V2`, or `ResNet50_Weights.DEFAULT`.
 
     Raises:
-      WeightsError: there are no such weights; names those that may be meant.
+      WeightsError: There are no such weights. The message suggests similar names.
     """
     enum, _, member = name.partition(".")
-    members = _TABLE.get(enum, {})
+    members = _FILES.get(enum, {})
     if members and member == "DEFAULT":
         member = list(members)[-1]
     if member not in members:
-        raise WeightsError(f"torchvision:{name}: {_hint(enum)}")
+        raise WeightsError(f"torchvision:{name}: {_suggest(enum)}")
     file, resize_size = members[member]
-    return Published(
+    return PublishedWeights(
         url=BASE + file,
         sha256=file.removesuffix(".pth").rpartition("-")[2],
         preprocessing=Preprocessing(image_size=224, resize_size=resize_size),
     )
 
 
-def _hint(enum: str) -> str:
+def _suggest(enum: str) -> str:
     # `resnet50`, `ResNet50` and `resnet50_weights` all mean the same enum.
-    bare = {known.lower().removesuffix("_weights"): known for known in _TABLE}
+    enums = {known.lower().removesuffix("_weights"): known for known in _FILES}
     wanted = enum.lower().removesuffix("_weights")
-    near = [wanted] if wanted in bare else difflib.get_close_matches(wanted, bare, n=2)
+    near = [wanted] if wanted in enums else difflib.get_close_matches(wanted, enums, n=2)
     if not near:
-        return f"no such weights. Those of torchvision known here: {', '.join(_TABLE)}."
-    choices = [f"torchvision:{bare[n]}.{member}" for n in near for member in _TABLE[bare[n]]]
+        return f"no such weights. The known ones of torchvision are {', '.join(_FILES)}."
+    choices = [f"torchvision:{enums[n]}.{member}" for n in near for member in _FILES[enums[n]]]
     return f"no such weights. Did you mean {' or '.join(choices)}?"

@@ -1,4 +1,4 @@
-"""A small network's trees, and what a file of them holds."""
+"""Weights of a small network, as trees and as the tensors of a file."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ MODEL = create("cifar_resnet8", num_classes=5)
 
 @pytest.fixture(scope="session")
 def trees():
-    """Trees without equal leaves."""
+    """Returns `(params, stats)` in which no two leaves are equal."""
     params, stats = MODEL.init(jax.random.key(0))
     leaves, structure = jax.tree.flatten((params, stats))
     return structure.unflatten([leaf + 0.01 * i for i, leaf in enumerate(leaves)])
@@ -21,7 +21,7 @@ def trees():
 
 @pytest.fixture(scope="session")
 def tensors(trees, tmp_path_factory) -> dict[str, np.ndarray]:
-    """The content of a file that fits `MODEL`."""
+    """Returns the tensors of a file of `MODEL`, by name."""
     path = tmp_path_factory.mktemp("weights") / "fits.safetensors"
     save(path, MODEL, *trees)
     return load_file(path)

@@ -1,4 +1,4 @@
-"""Writes what `torch.save` writes, in both forms, without torch and opcode by opcode."""
+"""Writes files of `torch.save` in the zip and legacy formats, opcode by opcode, without torch."""
 
 import math
 import struct
@@ -18,7 +18,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """What a function makes, or a class by `opcode`, and the state that it is given."""
+    """Call of a function, or of a class by another `opcode`, and the state of the result."""
 
     function: Any
     arguments: tuple = ()
@@ -28,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Code:
-    """Opcodes as they are."""
+    """Literal opcodes."""
 
     code: bytes
 
@@ -52,7 +52,7 @@ class Tensor:
 
 @dataclass
 class Pickler:
-    """Collects the storages that it meets."""
+    """Encodes objects, and collects their storages."""
 
     legacy: bool
     storages: dict[str, Storage] = field(default_factory=dict)
@@ -85,14 +85,16 @@ class Pickler:
             case Global(module, name):
                 return f"c{module}\n{name}\n".encode()
             case Call(function, arguments, state, opcode):
-                made = self.code(function) + self.code(arguments) + opcode
-                return made if state is None else made + self.code(state) + b"b"
+                call = self.code(function) + self.code(arguments) + opcode
+                return call if state is None else call + self.code(state) + b"b"
             case Code(code):
                 return code
             case Storage(kind, data, key, view):
                 self.storages[key] = x
-                head = ("storage", Global("torch", kind), key, "cpu", data.size)
-                return self.code((*head, view) if self.legacy else head) + b"Q"
+                persistent_id = ("storage", Global("torch", kind), key, "cpu", data.size)
+                if self.legacy:
+                    persistent_id += (view,)
+                return self.code(persistent_id) + b"Q"
             case Tensor(storage, size, stride, offset, 1):
                 return self.code(Call(rebuild(1), (storage, offset, size, stride)))
             case Tensor(storage, size, stride, offset, 2):
@@ -107,7 +109,7 @@ def rebuild(version: int) -> Global:
 
 
 def whole(kind: str, data: Any, key: str = "0") -> Tensor:
-    """A tensor that is all of a storage, row by row."""
+    """Returns a contiguous tensor that covers its storage."""
     data = np.ascontiguousarray(data)
     stride = tuple(math.prod(data.shape[i + 1 :]) for i in range(data.ndim))
     return Tensor(Storage(kind, data.reshape(-1), key), data.shape, stride)
@@ -123,7 +125,7 @@ def write_zip(
     compression: int = zipfile.ZIP_STORED,
     more: dict[str, bytes] | None = None,
 ) -> Path:
-    """more: further entries, or others in place of the usual."""
+    """Writes the zip format; `more` adds or replaces entries."""
     pickler = Pickler(legacy=False)
     entries = {"archive/data.pkl": pickler.dumps(content), "archive/byteorder": b"little"}
     entries |= {f"archive/data/{k}": s.data.tobytes() for k, s in pickler.storages.items()}

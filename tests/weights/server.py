@@ -1,4 +1,4 @@
-"""A web server on this machine whose every answer, and every failure, a test writes down."""
+"""Local web server with scripted responses and failures."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,12 +9,13 @@ from threading import Event, Thread
 
 @dataclass
 class Answer:
-    """What a path holds.
+    """Response to requests of a path.
 
-    breaks: after how many bytes each of the next replies ends early.
-    statuses: of the next replies, before all is well.
-    length: what Content-Length claims, where it lies.
-    ranges: whether a part can be had.
+    Attributes:
+      breaks: Bytes after which each of the next responses breaks off.
+      statuses: HTTP status codes of the next responses, before those with the content.
+      length: Wrong Content-Length to claim.
+      ranges: Supports range requests.
     """
 
     content: bytes = b""
@@ -28,10 +29,14 @@ class Answer:
 
 @dataclass
 class Server:
-    """Answers GET and HEAD by path; `requests` are (method, path, headers), in their order.
+    """Running server.
 
-    Once `held` is set, nothing is answered before it is unset again by `release`; `reached`
-    tells that a request waits.
+    Attributes:
+      url: Root URL.
+      answers: Response by path.
+      requests: (method, path, headers) of the requests so far.
+      reached: Set when a request arrives.
+      released: Requests wait while this is not set.
     """
 
     url: str
@@ -41,24 +46,24 @@ class Server:
     released: Event = field(default_factory=Event)
 
     def hold(self) -> None:
-        """Lets requests wait from now on."""
+        """Makes all later requests wait for `released`."""
         self.released.clear()
 
     def ranges(self) -> list[str | None]:
-        """What part each GET asked for."""
+        """Returns the Range header of each GET."""
         return [headers.get("Range") for method, _, headers in self.requests if method == "GET"]
 
 
 @contextmanager
 def serve(answers: dict[str, Answer]) -> Iterator[Server]:
-    """Runs until the end of the block, and is gone then, with its threads."""
+    """Runs the server and its threads until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.requests.append((self.command, self.path, dict(self.headers)))
             server.reached.set()
             server.released.wait(20)
-            with suppress(ConnectionError):  # a client that was killed, or would not wait
+            with suppress(ConnectionError):  # the client was killed or timed out
                 self._answer(server.answers.get(self.path.partition("?")[0]))
 
         do_HEAD = do_GET  # noqa: N815
@@ -66,12 +71,12 @@ def serve(answers: dict[str, Answer]) -> Iterator[Server]:
         def _answer(self, answer: Answer | None):
             answer = answer or Answer(status=404)
             content, status, headers = answer.content, answer.status, dict(answer.headers)
-            asked = self.headers.get("Range")
-            same = self.headers.get("If-Range") in (None, headers.get("ETag"))
+            requested = self.headers.get("Range")
+            is_same_version = self.headers.get("If-Range") in (None, headers.get("ETag"))
             if self.command == "GET" and answer.statuses:
                 content, status = b"", answer.statuses.pop(0)
-            elif asked and answer.ranges and same:
-                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            elif requested and answer.ranges and is_same_version:
+                start = int(requested.removeprefix("bytes=").removesuffix("-"))
                 if start >= len(content):
                     headers["Content-Range"] = f"bytes */{len(content)}"
                     content, status = b"", 416
@@ -90,7 +95,7 @@ def serve(answers: dict[str, Answer]) -> Iterator[Server]:
             pass
 
     class Threads(ThreadingHTTPServer):
-        daemon_threads = False  # so that `server_close` waits for them
+        daemon_threads = False  # so that `server_close` joins them
 
     with Threads(("127.0.0.1", 0), Handler) as http:
         server = Server(f"http://127.0.0.1:{http.server_port}", answers)

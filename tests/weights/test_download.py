@@ -1,4 +1,4 @@
-"""Every way a download goes wrong: the right file in the end, or a sentence and no file at all."""
+"""Downloads under all failures: the right file in the end, or one error and no file."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ import pytest
 from server import Answer, Server, serve
 
 from jaxft.errors import WeightsError
-from jaxft.weights import download as module
+from jaxft.weights import download as download_module
 from jaxft.weights import http
 from jaxft.weights.download import cached_path, download
 
@@ -31,7 +31,7 @@ ETAG = {"ETag": '"one"'}
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(module, "RETRY_DELAY", 0)
+    monkeypatch.setattr(download_module, "RETRY_DELAY", 0)
     return tmp_path / "cache"
 
 
@@ -42,16 +42,16 @@ def server():
 
 
 def put(server: Server, answer: Answer) -> str:
-    fresh = {"breaks": [*answer.breaks], "statuses": [*answer.statuses]}  # it uses them up
-    server.answers["/w.pth"] = replace(answer, **fresh)
+    copies = {"breaks": [*answer.breaks], "statuses": [*answer.statuses]}  # the server pops them
+    server.answers["/w.pth"] = replace(answer, **copies)
     return f"{server.url}/w.pth"
 
 
-def left(cache: Path) -> list[str]:
+def cached_names(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
 
 
-# An answer, whether the caller has a hash, and the parts that the requests must ask for.
+# Response, whether the caller has a hash, and the Range headers that the requests must have.
 FROM_HALF = f"bytes={HALF}-"
 GOOD = {
     "at once": (Answer(CONTENT), True, [None]),
@@ -59,7 +59,7 @@ GOOD = {
     "redirected": (Answer(status=302, headers={"Location": "/elsewhere"}), True, [None, None]),
     "broken once": (Answer(CONTENT, breaks=[HALF]), True, [None, FROM_HALF]),
     "broken, by its etag": (Answer(CONTENT, headers=ETAG, breaks=[HALF]), False, [None, FROM_HALF]),
-    "broken, nothing to tell": (Answer(CONTENT, breaks=[HALF]), False, [None, None]),
+    "broken, no etag": (Answer(CONTENT, breaks=[HALF]), False, [None, None]),
     "weak etag": (Answer(CONTENT, headers={"ETag": 'W/"a"'}, breaks=[9]), False, [None, None]),
     "broken, no ranges": (Answer(CONTENT, breaks=[HALF], ranges=False), True, [None, FROM_HALF]),
     "broken often": (
@@ -71,19 +71,19 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize(("answer", "has_hash", "parts"), GOOD.values(), ids=GOOD)
-def test_ends_with_the_file(answer, has_hash, parts, server, cache, capsys):
+@pytest.mark.parametrize(("answer", "has_hash", "ranges"), GOOD.values(), ids=GOOD)
+def test_download_delivers_the_file(answer, has_hash, ranges, server, cache, capsys):
     server.answers["/elsewhere"] = Answer(CONTENT)
     url = put(server, answer)
     path = download(url, sha256=SHA256[:8] if has_hash else None)
     assert path.read_bytes() == CONTENT
-    assert server.ranges() == parts
-    assert left(cache) == [path.name]
+    assert server.ranges() == ranges
+    assert cached_names(cache) == [path.name]
     assert path.name.endswith("-w.pth")
-    assert capsys.readouterr() == ("", "")  # no bar where nobody looks
+    assert capsys.readouterr() == ("", "")  # no progress bar without a terminal
 
 
-def test_a_cached_file_needs_no_server(cache):
+def test_download_uses_the_cached_file_without_a_server(cache):
     with serve({}) as server:
         url = put(server, Answer(CONTENT))
         path = download(url, sha256=SHA256)
@@ -91,14 +91,14 @@ def test_a_cached_file_needs_no_server(cache):
     assert download(url) == path
 
 
-def test_a_copy_by_hand_serves(cache):
+def test_download_uses_a_copy_at_cached_path(cache):
     url = "https://host.invalid/w.pth"
     cached_path(url).parent.mkdir()
     cached_path(url).write_bytes(CONTENT)
     assert download(url, sha256=SHA256) == cached_path(url)
 
 
-def test_a_damaged_cached_file_comes_anew(server):
+def test_download_replaces_a_damaged_cached_file(server):
     url = put(server, Answer(CONTENT))
     path = download(url, sha256=SHA256)
     path.write_bytes(OTHER)
@@ -106,7 +106,7 @@ def test_a_damaged_cached_file_comes_anew(server):
 
 
 @pytest.mark.parametrize(
-    ("part", "parts"),
+    ("part", "ranges"),
     [
         (CONTENT[:HALF], [FROM_HALF]),
         (CONTENT, []),
@@ -115,16 +115,16 @@ def test_a_damaged_cached_file_comes_anew(server):
     ],
     ids=["begun", "whole", "of another file", "too long"],
 )
-def test_goes_on_from_what_a_killed_process_left(part, parts, server, cache):
+def test_download_resumes_the_part_of_a_killed_process(part, ranges, server, cache):
     url = put(server, Answer(CONTENT))
     cache.mkdir()
     cached_path(url).with_name(f"{cached_path(url).name}.part").write_bytes(part)
     assert download(url, sha256=SHA256).read_bytes() == CONTENT
-    assert server.ranges() == parts
-    assert len(left(cache)) == 1
+    assert server.ranges() == ranges
+    assert len(cached_names(cache)) == 1
 
 
-def test_no_two_urls_share_a_file():
+def test_cached_path_differs_by_url():
     urls = ["https://a.org/w.pth", "https://b.org/w.pth", "https://a.org/w.pth?v=2"]
     assert len({cached_path(url) for url in urls}) == 3
     assert len(cached_path("https://a.org/" + 300 * "w").name) < 128
@@ -138,13 +138,13 @@ def test_no_two_urls_share_a_file():
         ({"JAXFT_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/jaxft"),
     ],
 )
-def test_the_cache_is_where_the_environment_says(variables, folder, monkeypatch):
+def test_cache_folder_follows_the_environment(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert str(module.cache_folder()) == folder
+    assert str(download_module.cache_folder()) == folder
 
 
-# An answer, the number of requests it is worth, and what the error must say.
+# Response, the expected number of requests, and texts in the error.
 BAD = {
     "wrong hash": (Answer(OTHER), 1, ["sha256 is", f"begin with {SHA256}", "Run again"]),
     "broken always": (Answer(CONTENT, breaks=[0] * 9), 4, ["ended after 0 of", "4 times"]),
@@ -152,29 +152,29 @@ BAD = {
     "too short": (Answer(CONTENT, length=9), 1, ["sha256 is"]),
     "too long": (Answer(CONTENT, length=HALF * 3, ranges=False), 4, ["1,048,576 of 1,572,864"]),
     "missing": (Answer(status=404), 1, ["no such file (HTTP 404", "check the URL"]),
-    "forbidden": (Answer(status=403), 1, ["refuses it (HTTP 403", "login"]),
+    "forbidden": (Answer(status=403), 1, ["refuses access (HTTP 403", "login"]),
     "a teapot": (Answer(status=418), 1, ["HTTP 418"]),
-    "down": (Answer(status=503), 4, ["trouble (HTTP 503", "4 times", "later"]),
+    "down": (Answer(status=503), 4, ["unavailable (HTTP 503", "4 times", "later"]),
     "unencrypted": (
         Answer(status=302, headers={"Location": "http://a.org/w"}),
         1,
-        ["sends on to http://a.org/w", "not encrypted"],
+        ["redirects to http://a.org/w", "not encrypted"],
     ),
 }
 
 
-@pytest.mark.parametrize(("answer", "requests", "said"), BAD.values(), ids=BAD)
-def test_ends_with_a_sentence_and_no_file(answer, requests, said, server, cache):
+@pytest.mark.parametrize(("answer", "num_requests", "texts"), BAD.values(), ids=BAD)
+def test_download_failure_leaves_no_file(answer, num_requests, texts, server, cache):
     url = put(server, answer)
     with pytest.raises(WeightsError) as raised:
         download(url, sha256=SHA256)
-    for words in [url, *said, str(cached_path(url)), "by its own path"]:
-        assert words in str(raised.value)
-    assert len(server.requests) == requests
-    assert left(cache) == []
+    for text in [url, *texts, str(cached_path(url)), "or pass its path"]:
+        assert text in str(raised.value)
+    assert len(server.requests) == num_requests
+    assert cached_names(cache) == []
 
 
-def refuse(monkeypatch) -> str:
+def refused_connection(monkeypatch) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}/w.pth"
@@ -199,49 +199,51 @@ def bad_certificate(monkeypatch) -> str:
 
 
 UNREACHABLE = {
-    refuse: ["no connection to 127.0.0.1", "refused"],
-    unknown_host: ["wights.org is not known", "slip in the URL"],
-    bad_certificate: ["prove who it is (self-signed certificate)", "SSL_CERT_FILE"],
+    refused_connection: ["no connection to 127.0.0.1", "refused"],
+    unknown_host: ["wights.org is not known", "check the network and the URL"],
+    bad_certificate: ["wights.org cannot be verified (self-signed certificate)", "SSL_CERT_FILE"],
 }
 
 
-@pytest.mark.parametrize(("how", "said"), UNREACHABLE.items())
-def test_unreachable(how, said, cache, monkeypatch):
-    url = how(monkeypatch)
+@pytest.mark.parametrize(("failure", "texts"), UNREACHABLE.items())
+def test_download_from_an_unreachable_server(failure, texts, cache, monkeypatch):
+    url = failure(monkeypatch)
     with pytest.raises(WeightsError) as raised:
         download(url)
-    for words in [url, *said, str(cached_path(url))]:
-        assert words in str(raised.value)
-    assert left(cache) == []
+    for text in [url, *texts, str(cached_path(url))]:
+        assert text in str(raised.value)
+    assert cached_names(cache) == []
 
 
-def test_a_silent_server_is_left(server, cache, monkeypatch):
+def test_download_times_out_on_a_silent_server(server, cache, monkeypatch):
     monkeypatch.setattr(http, "TIMEOUT", 0.02)
     url = put(server, Answer(CONTENT))
     server.hold()
-    with pytest.raises(WeightsError, match=r"does not answer within 0\.02 seconds, 4 times"):
+    with pytest.raises(WeightsError, match=r"did not answer within 0\.02 seconds, 4 times"):
         download(url)
-    assert left(cache) == []
+    assert cached_names(cache) == []
 
 
-def test_a_full_disk_is_foreseen(server, cache, monkeypatch):
+def test_download_checks_disk_space_first(server, cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match=r"needs 1 MB and .*cache has 0 MB left\. JAXFT_CACHE"):
         download(put(server, Answer(CONTENT)))
-    assert left(cache) == []
+    assert cached_names(cache) == []
 
 
-def test_a_disk_that_fills_up_meanwhile(server, cache, monkeypatch):
+def test_download_on_a_disk_that_fills_up(server, cache, monkeypatch):
     def fsync(fd):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space cached_names on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(WeightsError, match=r"No space left on device. JAXFT_CACHE can name"):
+    with pytest.raises(
+        WeightsError, match=r"No space cached_names on device. JAXFT_CACHE can name"
+    ):
         download(put(server, Answer(CONTENT)))
-    assert left(cache) == []
+    assert cached_names(cache) == []
 
 
-def test_a_cache_that_is_none(tmp_path, monkeypatch):
+def test_download_into_a_cache_that_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "file"))
     with pytest.raises(WeightsError, match=r"File exists.*JAXFT_CACHE can name another"):
@@ -249,12 +251,12 @@ def test_a_cache_that_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://a.org/w.pth", "ftp://a.org/w", "file:///etc/passwd"])
-def test_only_what_is_encrypted_or_local(url):
+def test_download_refuses_unencrypted_urls(url):
     with pytest.raises(WeightsError, match="give an https:// URL"):
         download(url)
 
 
-def test_a_bar_on_a_terminal(server, monkeypatch, capsys):
+def test_download_shows_a_progress_bar_on_a_terminal(server, monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     download(put(server, Answer(CONTENT)))
     out, err = capsys.readouterr()
@@ -263,42 +265,44 @@ def test_a_bar_on_a_terminal(server, monkeypatch, capsys):
     assert "1.0/1.0 MB" in err
 
 
-def python(code: str, *args: str) -> subprocess.Popen:
-    head = "import sys; from jaxft.weights import download as module; url, sha256 = sys.argv[1:]\n"
+def start_python(code: str, *args: str) -> subprocess.Popen:
+    imports = (
+        "import sys; from jaxft.weights import download as module; url, sha256 = sys.argv[1:]\n"
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", head + code, *args], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", imports + code, *args], stderr=subprocess.PIPE, text=True
     )
 
 
 KILL_HALF_WAY = """
 import contextlib, os, signal
-def show(done, total):
+def kill(done, total):
     if done >= total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
-module._progress = lambda name: contextlib.nullcontext(show)
+module._progress_bar = lambda name: contextlib.nullcontext(kill)
 module.download(url, sha256=sha256)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_and_two_at_once(server, cache):
+def test_download_by_two_processes_after_a_killed_one(server, cache):
     url = put(server, Answer(CONTENT))
-    with python(KILL_HALF_WAY, url, SHA256) as killed:
+    with start_python(KILL_HALF_WAY, url, SHA256) as killed:
         killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert left(cache) == [f"{cached_path(url).name}.part"]
+    assert cached_names(cache) == [f"{cached_path(url).name}.part"]
 
     server.requests.clear()
     server.reached.clear()
     server.hold()
-    with python("module.download(url, sha256=sha256)", url, SHA256) as first:
+    with start_python("module.download(url, sha256=sha256)", url, SHA256) as first:
         assert server.reached.wait(30)
-        with python("module.download(url, sha256=sha256)", url, SHA256) as second:
+        with start_python("module.download(url, sha256=sha256)", url, SHA256) as second:
             assert "waiting for another process" in second.stderr.readline()
             server.released.set()
             assert second.communicate()[1] == ""
         assert first.communicate()[1] == ""
     assert (first.returncode, second.returncode) == (0, 0)
     assert server.ranges() == [FROM_HALF]
-    assert left(cache) == [cached_path(url).name]
+    assert cached_names(cache) == [cached_path(url).name]
     assert cached_path(url).read_bytes() == CONTENT

@@ -1,4 +1,4 @@
-"""Heads to start from."""
+"""Initialisation of a new head."""
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +16,35 @@ KEY = jax.random.key(5)
 
 
 @pytest.mark.parametrize("model", [MODEL, CONCAT], ids=["one layer", "two layers"])
-def test_fresh_is_the_networks_own(model):
+def test_new_head_fresh_is_the_network_initialisation(model):
     jax.tree.map(
         np.testing.assert_array_equal, new_head(model, "fresh", KEY), model.init(KEY)[0]["fc"]
     )
 
 
 @pytest.mark.slow
-def test_zeros_give_every_class_the_same_chance():
+def test_new_head_zeros_gives_zero_logits():
     params, stats = MODEL.init(KEY)
     params["fc"] = new_head(MODEL, "zeros", KEY)
     logits, _ = MODEL.apply(params, stats, jnp.ones((2, 8, 8, 3)), norms="running")
     np.testing.assert_array_equal(logits, 0)
 
 
-def test_zeros_leave_the_first_of_two_layers_something_to_learn_from():
+def test_new_head_zeros_leaves_the_first_of_two_layers():
     head, fresh = new_head(CONCAT, "zeros", KEY), new_head(CONCAT, "fresh", KEY)
     np.testing.assert_array_equal(head["6"]["kernel"], 0)
     np.testing.assert_array_equal(head["2"]["kernel"], fresh["2"]["kernel"])
 
 
-def test_xaviers_bound():
+def test_new_head_xavier_has_the_bound_of_torch():
     head, fresh = new_head(MODEL, "xavier", KEY), new_head(MODEL, "fresh", KEY)
     bound = (6 / (64 + 100)) ** 0.5  # torch.nn.init.xavier_uniform_
     assert float(jnp.abs(head["kernel"]).max()) == pytest.approx(bound, rel=0.01)
     assert float(head["kernel"].std()) == pytest.approx(bound / 3**0.5, rel=0.03)
-    np.testing.assert_array_equal(head["bias"], fresh["bias"])  # which torch leaves as it was
+    np.testing.assert_array_equal(head["bias"], fresh["bias"])  # unchanged, as in torch
 
 
-def test_a_given_head_is_taken_as_it_is(tmp_path):
+def test_new_head_from_a_tree(tmp_path):
     save(tmp_path / "w", MODEL, *MODEL.init(jax.random.key(0)))
     given = {"kernel": np.full((64, 100), 2.0), "bias": np.arange(100.0)}
     params, _ = load(tmp_path / "w", MODEL, head=given)
@@ -61,13 +61,13 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("given", MISFITS.values(), ids=MISFITS)
-def test_a_given_head_must_fit(given):
+def test_new_head_from_a_tree_must_fit(given):
     with pytest.raises(WeightsError, match=r"wants .*bias.*\(100,\).*kernel.*\(64, 100\)"):
         new_head(MODEL, given, KEY)
 
 
 @pytest.mark.parametrize("start", ["fresh", "zeros", "xavier", "tree"])
-def test_new_head_brings_its_running_statistics(start, tmp_path):
+def test_new_head_has_running_statistics(start, tmp_path):
     other = create("cifar_resnet8", num_classes=5, concat_pool=True)
     save(tmp_path / "w.safetensors", other, *other.init(jax.random.key(1)))
     fresh, fresh_stats = CONCAT.init(KEY)

@@ -1,4 +1,4 @@
-"""The hub's own client against a hub on this machine: what comes, or what is said instead."""
+"""Downloads from the hub, with its real client and a local server."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from jaxft.weights.hub import fetch
 OLD, NEW = "a" * 40, "b" * 40
 REPO = "timm/resnet50.a1_in1k"
 WEIGHTS = b"weights" * 1000
-LARGE = f"/large/{hashlib.sha256(WEIGHTS).hexdigest()}"  # where they are stored
+LARGE = f"/large/{hashlib.sha256(WEIGHTS).hexdigest()}"  # large file storage
 CONFIG = json.dumps({"pretrained_cfg": {"input_size": [3, 288, 288]}}).encode()
 FILES = {"model.safetensors": WEIGHTS, "config.json": CONFIG, "README.md": b"resnet"}
 
@@ -33,10 +33,10 @@ def error(status: int, code: str) -> Answer:
 def repository(
     server: Server, files: dict[str, bytes], revision: str = "main", commit: str = OLD
 ) -> None:
-    """Puts a repository on the hub, its weights in large file storage as there."""
+    """Adds a repository, with its weights in large file storage."""
     info = {"id": REPO, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
     listing = Answer(json.dumps(info).encode(), headers={"Content-Type": "application/json"})
-    storage = server.url.replace("127.0.0.1", "localhost")  # another host, as far as clients see
+    storage = server.url.replace("127.0.0.1", "localhost")  # another host for the client
     for name in (revision, commit):
         server.answers[f"/api/models/{REPO}/revision/{name}"] = listing
         for file, content in files.items():
@@ -54,7 +54,7 @@ def repository(
 
 @pytest.fixture(autouse=True)
 def client(tmp_path, monkeypatch) -> Iterator[None]:
-    """The client with a cache of its own, no token, no patience and no monitor thread."""
+    """Gives the client an empty cache, no token, no retry delay and no monitor thread."""
     cache = tmp_path / "hub"
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -89,7 +89,7 @@ def gets(server: Server) -> list[str]:
     return [path.rpartition("/")[2] for method, path, _ in server.requests if method == "GET"]
 
 
-def test_weights_come_with_what_describes_them(server):
+def test_fetch_downloads_weights_and_descriptions(server):
     path = fetch(REPO)
     assert path.read_bytes() == WEIGHTS
     assert path.parent.name == OLD
@@ -107,19 +107,19 @@ def test_weights_come_with_what_describes_them(server):
         (["model.safetensors"], f"//{REPO}", "model.safetensors"),
     ],
 )
-def test_which_file(files, reference, name, monkeypatch):
+def test_fetch_chooses_the_file(files, reference, name, monkeypatch):
     with endpoint(monkeypatch, {file: file.encode() for file in files}):
         assert fetch(reference).read_bytes() == name.encode()
 
 
-def test_a_cached_file_is_not_sent_again(server):
+def test_fetch_does_not_download_a_cached_file(server):
     path = fetch(REPO)
     server.requests.clear()
     assert fetch(REPO) == path
-    assert gets(server) == ["main"]  # what the revision is now, nothing else
+    assert gets(server) == ["main"]  # only the present commit of the revision
 
 
-def test_a_cached_file_needs_no_network(monkeypatch):
+def test_fetch_uses_a_cached_file_offline(monkeypatch):
     with endpoint(monkeypatch):
         path = fetch(REPO)
     assert fetch(REPO) == path
@@ -127,7 +127,7 @@ def test_a_cached_file_needs_no_network(monkeypatch):
     assert fetch(REPO) == path
 
 
-def test_a_branch_moves_and_a_commit_does_not(server):
+def test_fetch_follows_a_branch_but_not_a_commit(server):
     old = fetch(REPO)
     repository(server, {"model.safetensors": b"newer"}, commit=NEW)
     assert fetch(REPO).read_bytes() == b"newer"
@@ -139,66 +139,66 @@ def test_a_branch_moves_and_a_commit_does_not(server):
 @pytest.mark.parametrize(
     ("revision", "written"), [("v1", "v1"), ("refs/pr/1", "refs/pr/1"), ("a/b", "a%2Fb")]
 )
-def test_revisions(revision, written, server):
+def test_fetch_of_a_revision(revision, written, server):
     quoted = revision.replace("/", "%2F")
     repository(server, {"w.pth": b"other"}, revision=quoted, commit=NEW)
     path = fetch(f"{REPO}@{written}/w.pth")
     assert (path.read_bytes(), path.parent.name) == (b"other", NEW)
 
 
-def test_a_broken_connection_is_taken_up_again(server):
+def test_fetch_resumes_a_broken_connection(server):
     server.answers[LARGE].breaks.append(len(WEIGHTS) // 2)
     assert fetch(REPO).read_bytes() == WEIGHTS
     assert [path for _, path, _ in server.requests].count(LARGE) == 2
 
 
-def kept(folder: Path) -> list[str]:
-    """Weights in the client's cache, whole or not."""
+def cached_weights(folder: Path) -> list[str]:
+    """Returns names of complete and incomplete weights in the client's cache."""
     names = (path.name for path in folder.rglob("*"))
     return [n for n in names if n.endswith((".safetensors", ".incomplete")) or len(n) == 64]
 
 
-def test_damaged_weights_are_removed(server, tmp_path):
+def test_fetch_removes_damaged_weights(server, tmp_path):
     server.answers[LARGE].content = WEIGHTS[::-1]
-    with pytest.raises(WeightsError, match=r"model\.safetensors came damaged.*run again"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged.*run again"):
         fetch(REPO)
-    assert kept(tmp_path) == []
+    assert cached_weights(tmp_path) == []
     server.answers[LARGE].content = WEIGHTS
     assert fetch(REPO).read_bytes() == WEIGHTS
 
 
-def test_weights_damaged_in_the_cache(server, tmp_path, monkeypatch):
+def test_fetch_removes_weights_damaged_in_the_cache(server, tmp_path, monkeypatch):
     path = fetch(REPO)
     path.resolve().write_bytes(b"bit rot")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match="came damaged"):
+    with pytest.raises(WeightsError, match="is damaged"):
         fetch(REPO)
-    assert kept(tmp_path) == []
+    assert cached_weights(tmp_path) == []
 
 
 API = f"/api/models/{REPO}/revision/main"
 STORED = f"/{REPO}/resolve/main/model.safetensors"
-# Answers of the hub, by path, and what the error must say.
+# Responses by path, reference, and texts in the error.
 REFUSALS = {
     "no repository": (
         {API: error(401, "RepoNotFound")},
         REPO,
-        ["no repository", "private", "slip", "hf auth login", "HF_TOKEN"],
+        ["no repository", "private", "Check its name", "hf auth login", "HF_TOKEN"],
     ),
     "no revision": ({}, f"{REPO}@v9", ["no revision 'v9'", "/commits/main"]),
-    "gated": ({STORED: error(401, "GatedRepo")}, REPO, ["asks for consent", "then log in"]),
-    "gated, not granted": ({STORED: error(403, "GatedRepo")}, REPO, ["asks for consent"]),
+    "gated": ({STORED: error(401, "GatedRepo")}, REPO, ["requires consent", "then log in"]),
+    "gated, not granted": ({STORED: error(403, "GatedRepo")}, REPO, ["requires consent"]),
     "forbidden": ({API: error(403, "")}, REPO, ["HTTP 403 Forbidden", "Log in with"]),
-    "down": ({API: error(503, "")}, REPO, ["HTTP 503", "later", "A copy from elsewhere"]),
+    "down": ({API: error(503, "")}, REPO, ["HTTP 503", "later", "and pass its path"]),
     "no file": ({}, f"{REPO}/w.bin", ["no w.bin. Name", "It has model.safetensors, config.json"]),
     "near file": ({}, f"{REPO}/modle.safetensors", [f"as in hf:{REPO}/model.safetensors"]),
-    "broken": ({LARGE: Answer(WEIGHTS, breaks=[9] * 99)}, REPO, ["cannot be had", "later"]),
-    "cut short": ({LARGE: Answer(WEIGHTS[:9])}, REPO, ["cannot be had", "later"]),
+    "broken": ({LARGE: Answer(WEIGHTS, breaks=[9] * 99)}, REPO, ["cannot be downloaded", "later"]),
+    "cut short": ({LARGE: Answer(WEIGHTS[:9])}, REPO, ["cannot be downloaded", "later"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("answers", "reference", "said"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(answers, reference, said, server, tmp_path):
+@pytest.mark.parametrize(("answers", "reference", "texts"), REFUSALS.values(), ids=REFUSALS)
+def test_fetch_errors(answers, reference, texts, server, tmp_path):
     server.answers[f"/api/models/{REPO}/revision/v9"] = error(404, "RevisionNotFound")
     server.answers |= answers
     with pytest.raises(WeightsError) as raised:
@@ -206,12 +206,12 @@ def test_refusals(answers, reference, said, server, tmp_path):
     message = str(raised.value)
     assert message.startswith(f"hf:{REPO}")
     assert "\n" not in message
-    for words in said:
-        assert words in message
-    assert kept(tmp_path) == []
+    for text in texts:
+        assert text in message
+    assert cached_weights(tmp_path) == []
 
 
-def test_no_weights_by_name_lists_what_there_is(monkeypatch):
+def test_fetch_without_a_default_file_lists_the_files(monkeypatch):
     files = {"README.md": b"", "resnet.pth": b"", **{f"log{i:02}.txt": b"" for i in range(20)}}
     with endpoint(monkeypatch, files), pytest.raises(WeightsError) as raised:
         fetch(REPO)
@@ -222,10 +222,12 @@ def test_no_weights_by_name_lists_what_there_is(monkeypatch):
     assert message.endswith("log09.txt and 10 more.")
 
 
-def test_unreachable_and_not_cached(monkeypatch):
+def test_fetch_without_network_or_cached_file(monkeypatch):
     with endpoint(monkeypatch):
         pass
-    with pytest.raises(WeightsError, match=r"cannot be had.*ConnectError.*A copy from elsewhere"):
+    with pytest.raises(
+        WeightsError, match=r"cannot be downloaded.*ConnectError.*and pass its path"
+    ):
         fetch(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -235,19 +237,19 @@ def test_unreachable_and_not_cached(monkeypatch):
 
 
 @pytest.mark.parametrize("reference", ["", "resnet50", "a/b@", "a/b/", "a b/c", "a@b/c", "/a/b"])
-def test_malformed(reference):
+def test_fetch_refuses_malformed_references(reference):
     with pytest.raises(WeightsError, match=r"form hf:OWNER/REPO\[@REVISION\].*such as hf:timm/"):
         fetch(reference)
 
 
 @pytest.mark.parametrize("reference", ["a..b/c", "a/b/../../w.pth", "a/-b"])
-def test_names_that_cannot_be(reference, server):
+def test_fetch_refuses_invalid_names(reference, server):
     with pytest.raises(WeightsError, match=r"^hf:a"):
         fetch(reference)
 
 
 @pytest.mark.slow
-def test_the_environment_rules(server, tmp_path):
+def test_fetch_follows_the_environment(server, tmp_path):
     code = f"from jaxft.weights.hub import fetch; print(fetch('{REPO}'))"
     variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -1,4 +1,4 @@
-"""The program that a network becomes: for every platform, and without us."""
+"""Exported programs: every platform, any batch size, without jaxft."""
 
 import datetime
 import subprocess
@@ -16,7 +16,7 @@ from jaxft.models.resnet import ResNet, ResNetConfig
 from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
 
 PREPROCESSING = Preprocessing(image_size=32)
-ALONE = """
+RUN_PROGRAM = """
 import pathlib, sys
 import jax, numpy as np
 
@@ -26,7 +26,7 @@ np.save(sys.argv[3], program.call(np.load(sys.argv[2])))
 """
 
 
-# The grouped one computes otherwise on CPU than elsewhere.
+# Grouped convolutions have another implementation on CPU.
 GROUPED = ResNetConfig("imagenet", (1, 1), bottleneck=True, groups=8, base_width=8, num_classes=5)
 NETWORKS = {
     "plain": create("cifar_resnet8", num_classes=5),
@@ -36,14 +36,14 @@ NETWORKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
-def test_it_computes_the_same_where_jaxft_is_not_imported(model, tmp_path):
+def test_serialized_program_gives_the_same_logits_without_jaxft(model, tmp_path):
     params, stats = jax.jit(model.init)(jax.random.key(0))
     stats = jax.tree.map(lambda x: x + 0.5, stats)
     (tmp_path / "program").write_bytes(serialize(model, params, stats, PREPROCESSING))
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     arguments = [tmp_path / file for file in ("program", "images.npy", "logits.npy")]
-    subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True)
+    subprocess.run([sys.executable, "-c", RUN_PROGRAM, *arguments], check=True)
 
     @jax.jit
     def logits(params, stats, images):
@@ -56,7 +56,7 @@ def test_it_computes_the_same_where_jaxft_is_not_imported(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_for_every_platform_and_any_batch():
+def test_serialized_program_runs_on_every_platform_and_batch_size():
     model = create("cifar_resnet8", num_classes=5, dtype="bfloat16")
     content = serialize(model, *model.init(jax.random.key(0)), PREPROCESSING)
     program = jax.export.deserialize(content)
@@ -71,6 +71,9 @@ def test_it_is_for_every_platform_and_any_batch():
     ("written", "until"),
     [("2026-01-15", "2026-07-15"), ("2026-08-31", "2027-02-28"), ("2026-06-30", "2026-12-30")],
 )
-def test_a_program_is_good_for_six_months(written, until):
-    found = lifetime(datetime.date.fromisoformat(written))
-    assert found == {"jax": jax.__version__, "written": written, "good_until": until}
+def test_lifetime_is_six_months(written, until):
+    assert lifetime(datetime.date.fromisoformat(written)) == {
+        "jax": jax.__version__,
+        "written": written,
+        "good_until": until,
+    }

@@ -1,4 +1,4 @@
-"""Strict loading: what fits is bit-exact, what does not is said all at once."""
+"""Strict loading: matching files load bit for bit, all mismatches are reported at once."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def assert_identical(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_round_trip_is_bit_exact(trees, tmp_path):
+def test_load_restores_saved_weights_bit_for_bit(trees, tmp_path):
     save(tmp_path / "w", MODEL, *trees)
     loaded = load(tmp_path / "w", MODEL)
     assert_identical(loaded, trees)
@@ -35,7 +35,7 @@ def test_round_trip_is_bit_exact(trees, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.float64])
-def test_other_floats_become_float32(dtype, tensors, trees, tmp_path):
+def test_load_casts_other_floats_to_float32(dtype, tensors, trees, tmp_path):
     path = write(tmp_path / "w", {n: x.astype(dtype) for n, x in tensors.items()})
     loaded = load(path, MODEL)
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
@@ -43,7 +43,7 @@ def test_other_floats_become_float32(dtype, tensors, trees, tmp_path):
     assert_identical(loaded, jax.tree.unflatten(jax.tree.structure(trees), rounded))
 
 
-def test_batch_counters_are_passed_over(tensors, trees, tmp_path):
+def test_load_ignores_batch_counters(tensors, trees, tmp_path):
     counters = {f"{n}.num_batches_tracked": np.array(7) for n in ("bn1", "layer1.0.bn1")}
     assert_identical(load(write(tmp_path / "w", tensors | counters), MODEL), trees)
 
@@ -57,7 +57,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_fresh_head(head, tensors, trees, tmp_path):
+def test_load_with_a_fresh_head(head, tensors, trees, tmp_path):
     content = {n: x for n, x in (tensors | head).items() if x is not None}
     key = jax.random.key(3)
     loaded = load(write(tmp_path / "w", content), MODEL, head="fresh", key=key)
@@ -65,14 +65,14 @@ def test_fresh_head(head, tensors, trees, tmp_path):
     assert_identical(loaded, expected)
 
 
-def test_fresh_head_leaves_the_body_strict(tensors, tmp_path):
+def test_load_with_a_fresh_head_is_strict_for_the_body(tensors, tmp_path):
     content = {n: x for n, x in tensors.items() if n not in ("bn1.bias", "fc.bias")}
     with pytest.raises(WeightsError, match=r"missing \(1\):\n    bn1\.bias"):
         load(write(tmp_path / "w", content), MODEL, head="fresh")
 
 
-# Changes to a file that fits, and what the error must say.
-MISFITS = {
+# Changes to a matching file, and texts in the error.
+MISMATCHES = {
     "missing": ({"conv1.weight": None}, ["36 of the network's 37", "conv1.weight [16, 3, 3, 3]"]),
     "extra": ({"neck.bias": np.ones(3, "f4")}, ["not in the network (1)", "neck.bias [3]"]),
     "shape": ({"bn1.bias": np.ones(3, "f4")}, ["another shape (1)", "bn1.bias [3], not [16]"]),
@@ -94,20 +94,20 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), MISFITS.values(), ids=MISFITS)
-def test_misfits_are_reported(changes, said, tensors, tmp_path):
+@pytest.mark.parametrize(("changes", "texts"), MISMATCHES.values(), ids=MISMATCHES)
+def test_mismatch_report(changes, texts, tensors, tmp_path):
     content = {n: x for n, x in (tensors | changes).items() if x is not None}
     path = write(tmp_path / "w", content)
     with pytest.raises(WeightsError) as raised:
         load(path, MODEL)
     message = str(raised.value)
-    for words in (str(path), MODEL.name, *said):
-        assert words in message
-    assert ('head="fresh"' in message) == ('head="fresh"' in said)
-    assert ("another architecture" in message) == ("another architecture" in said)
+    for text in (str(path), MODEL.name, *texts):
+        assert text in message
+    assert ('head="fresh"' in message) == ('head="fresh"' in texts)
+    assert ("another architecture" in message) == ("another architecture" in texts)
 
 
-def test_another_architecture_is_a_short_report(tensors, tmp_path):
+def test_mismatch_report_of_another_architecture_is_short(tensors, tmp_path):
     with pytest.raises(WeightsError, match="0 of the network's 267") as raised:
         load(write(tmp_path / "w", tensors), create("resnet50"))
     assert "It may hold another architecture" in str(raised.value)
@@ -115,7 +115,7 @@ def test_another_architecture_is_a_short_report(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "folder", b"", b"PK\x03\x04 a zip of tensors" * 9])
-def test_unreadable_files(content, tmp_path):
+def test_load_of_unreadable_files(content, tmp_path):
     path = tmp_path / "w"
     if content == "folder":
         path.mkdir()
@@ -127,28 +127,28 @@ def test_unreadable_files(content, tmp_path):
 
 @pytest.mark.parametrize("kind", ["numpy", "jax", "float16", "bfloat16"])
 def test_from_state_dict_takes_arrays_of_any_library(kind, tensors, trees):
-    of_jax = {"jax": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-    state = {n: x if kind == "numpy" else jnp.asarray(x, of_jax[kind]) for n, x in tensors.items()}
-    found = from_state_dict(state | {"bn1.num_batches_tracked": np.array(3)}, MODEL)
+    dtypes = {"jax": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+    state = {n: x if kind == "numpy" else jnp.asarray(x, dtypes[kind]) for n, x in tensors.items()}
+    loaded = from_state_dict(state | {"bn1.num_batches_tracked": np.array(3)}, MODEL)
     expected = trees
     if kind in ("float16", "bfloat16"):
-        expected = jax.tree.map(lambda x: jnp.asarray(x, of_jax[kind]).astype("float32"), trees)
-    assert_identical(found, expected)
+        expected = jax.tree.map(lambda x: jnp.asarray(x, dtypes[kind]).astype("float32"), trees)
+    assert_identical(loaded, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_from_state_dict_takes_torchs_tensors(dtype, tensors, trees):
+def test_from_state_dict_takes_torch_tensors(dtype, tensors, trees):
     torch = pytest.importorskip("torch")
     state = {n: torch.from_numpy(x).to(getattr(torch, dtype)) for n, x in tensors.items()}
     state["conv1.weight"] = torch.nn.Parameter(state["conv1.weight"])
-    with pytest.warns(UserWarning, match="Took 'module.' off each name in the state dict"):
-        found = from_state_dict({f"module.{n}": x for n, x in state.items()}, MODEL)
+    with pytest.warns(UserWarning, match="Removed 'module.' from each name in the state dict"):
+        loaded = from_state_dict({f"module.{n}": x for n, x in state.items()}, MODEL)
     expected = jax.tree.map(lambda x: jnp.asarray(x, dtype).astype("float32"), trees)
-    assert_identical(found, expected)
+    assert_identical(loaded, expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"bn1.bias": None}, r"missing \(1\):\n    bn1.bias"),
         ({"neck.bias": np.ones(3, "f4")}, r"not in the network \(1\):\n    neck.bias"),
@@ -157,24 +157,24 @@ def test_from_state_dict_takes_torchs_tensors(dtype, tensors, trees):
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )
-def test_from_state_dict_is_strict_both_ways(changes, said, tensors):
+def test_from_state_dict_is_strict_in_both_directions(changes, message, tensors):
     state = {n: x for n, x in (tensors | changes).items() if x is not None}
-    with pytest.raises(WeightsError, match=f"the state dict does not fit (?s:.*){said}"):
+    with pytest.raises(WeightsError, match=f"the state dict does not fit (?s:.*){message}"):
         from_state_dict(state, MODEL)
 
 
 @pytest.mark.parametrize("state", [{}, {"a": 1}, {3: np.ones(3)}, [np.ones(3)], None])
-def test_from_state_dict_refuses_what_is_none(state):
+def test_from_state_dict_refuses_other_values(state):
     with pytest.raises(WeightsError, match="the state dict"):
         from_state_dict(state, MODEL)
 
 
-def test_unknown_head_option(tmp_path):
+def test_load_refuses_an_unknown_head_option(tmp_path):
     with pytest.raises(WeightsError, match="'new'"):
         load(tmp_path / "w", MODEL, head="new")
 
 
-def test_weights_that_are_no_path_are_refused():
+def test_load_refuses_weights_that_are_not_a_path():
     with pytest.raises(WeightsError, match="weights are None; they must be named by a path"):
         load(None, MODEL)
 
@@ -182,9 +182,9 @@ def test_weights_that_are_no_path_are_refused():
 def test_from_state_dict_takes_any_byte_order_and_nested_dicts(tensors, trees):
     state = {name: x.astype(">f4") for name, x in tensors.items()}
     assert_identical(from_state_dict(state, MODEL), trees)
-    with pytest.warns(UserWarning, match="Took 'state_dict' of the state dict, which also holds"):
-        found = from_state_dict({"state_dict": tensors, "epoch": 3}, MODEL)
-    assert_identical(found, trees)
+    with pytest.warns(UserWarning, match="Used 'state_dict' of the state dict, which also holds"):
+        loaded = from_state_dict({"state_dict": tensors, "epoch": 3}, MODEL)
+    assert_identical(loaded, trees)
 
 
 def test_from_state_dict_names_a_tensor_that_cannot_be_read(tensors):
@@ -198,16 +198,16 @@ def test_from_state_dict_names_a_tensor_that_cannot_be_read(tensors):
         from_state_dict(tensors | {"bn1.bias": Sparse()}, MODEL)
 
 
-def test_two_networks_in_one_file_or_state_dict_ask_for_one(tensors, tmp_path):
+def test_load_of_two_networks_requires_a_prefix(tensors, tmp_path):
     state = {f"{side}.{name}": x for side in "ab" for name, x in tensors.items()}
-    with pytest.raises(WeightsError, match=r"'b\.' .*Give the tensors of one of them alone"):
+    with pytest.raises(WeightsError, match=r"'b\.' .*Pass the tensors of one of them alone"):
         from_state_dict(state, MODEL)
     save_file(state, tmp_path / "w")
-    with pytest.raises(WeightsError, match=r"'b\.' .*Say which: .*w#prefix=[ab]\."):
+    with pytest.raises(WeightsError, match=r"'b\.' .*Choose one: .*w#prefix=[ab]\."):
         load(tmp_path / "w", MODEL)
 
 
-def test_quantised_weights_are_not_called_another_architecture(tensors):
+def test_mismatch_report_of_quantised_weights(tensors):
     state = {name: x.astype("i1") for name, x in tensors.items()}
     with pytest.raises(WeightsError, match="Quantised or other special weights") as raised:
         from_state_dict(state, MODEL)
@@ -216,7 +216,7 @@ def test_quantised_weights_are_not_called_another_architecture(tensors):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared ImageNet weights")
-def test_imagenet_weights(tmp_path):
+def test_load_of_imagenet_weights(tmp_path):
     tool = SHARED / "tools" / "expand_resnet50.py"
     spec = importlib.util.spec_from_file_location("expand_resnet50", tool)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What a saved file looks like to torch, and that there is never half of one."""
+"""Saved files have torch's names and layouts, and are written atomically."""
 
 import os
 import sys
@@ -25,9 +25,9 @@ def trees():
     return MODEL.init(jax.random.key(0))
 
 
-def test_names_and_layouts_are_torchs(trees, tmp_path):
+def test_save_uses_names_and_layouts_of_torch(trees, tmp_path):
     params, stats = trees
-    ours = {
+    expected = {
         "conv1.weight": np.transpose(params["conv1"]["kernel"], (3, 2, 0, 1)),
         "layer2.0.conv1.weight": np.transpose(
             params["layer2"]["0"]["conv1"]["kernel"], (3, 2, 0, 1)
@@ -43,31 +43,31 @@ def test_names_and_layouts_are_torchs(trees, tmp_path):
     with safe_open(tmp_path / "w", framework="np") as file:
         assert file.metadata()["format"] == "pt"
         assert len(file.keys()) == len(jax.tree.leaves(trees))
-        for name, array in ours.items():
+        for name, array in expected.items():
             np.testing.assert_array_equal(file.get_tensor(name), array)
 
 
-def test_a_failed_save_leaves_the_old_file(trees, tmp_path, monkeypatch):
+def test_save_that_fails_leaves_the_old_file(trees, tmp_path, monkeypatch):
     path = tmp_path / "w"
     save(path, MODEL, *trees)
 
-    def full(_):
+    def fail(_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save(path, MODEL, *jax.tree.map(lambda x: x + 1, trees))
     jax.tree.map(np.testing.assert_array_equal, load(path, MODEL), trees)
     assert os.listdir(tmp_path) == ["w"]
 
 
-def test_others_may_read_it_as_any_file(trees, tmp_path):
+def test_save_uses_the_usual_file_permissions(trees, tmp_path):
     (tmp_path / "any").touch()
     save(tmp_path / "w", MODEL, *trees)
     assert (tmp_path / "w").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_trees_of_another_network_are_refused(trees, tmp_path):
+def test_save_refuses_trees_of_another_network(trees, tmp_path):
     other = create("cifar_resnet8", num_classes=6)
     with pytest.raises(WeightsError, match="cifar_resnet8 with 6 classes"):
         save(tmp_path / "w", other, *trees)
@@ -77,7 +77,7 @@ def test_trees_of_another_network_are_refused(trees, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not record_golden.originals_are_here(), reason="needs the torch extra")
 @pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2", "resnet26t"])
-def test_torchvision_and_timm_load_it_strictly(name, tmp_path):
+def test_torchvision_and_timm_load_a_saved_file_strictly(name, tmp_path):
     import torch
 
     model = create(name, num_classes=record_golden.NUM_CLASSES)
@@ -98,12 +98,12 @@ def test_torchvision_and_timm_load_it_strictly(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_there_and_back_is_bit_exact(name):
-    """Every network's tensors in torch's layout and back; files are bytes, here and above."""
+def test_torch_tensors_layouts_are_bit_exact(name):
+    """Every network's tensors to torch's layout and back."""
     abstract = jax.eval_shape(create(name).init, jax.random.key(0))
     tensors = jax.tree.leaves(torch_tensors(*abstract))
     arrays = record_golden.weights({t.name: t.shape for t in tensors})
     for tensor, leaf in zip(tensors, jax.tree.leaves(abstract), strict=True):
-        ours = tensor.from_torch(arrays[tensor.name])
-        assert ours.shape == leaf.shape
-        np.testing.assert_array_equal(tensor.to_torch(ours), arrays[tensor.name])
+        array = tensor.from_torch(arrays[tensor.name])
+        assert array.shape == leaf.shape
+        np.testing.assert_array_equal(tensor.to_torch(array), arrays[tensor.name])

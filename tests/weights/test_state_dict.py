@@ -1,4 +1,4 @@
-"""The state dict in what people save: which is taken, under which names, and what is said."""
+"""State dicts in checkpoints: which one is used, its names, and the remarks."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from jaxft.errors import WeightsError
 from jaxft.weights.state_dict import unwrap
 from jaxft.weights.tensors import LazyTensor
 from jaxft.weights.torch_format.torch_file import open_torch
-from jaxft.weights.torch_format.torch_pickle import Inert
+from jaxft.weights.torch_format.torch_pickle import OpaqueObject
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 def tensor(mark: str = "") -> LazyTensor:
-    """A tensor that tells itself apart."""
+    """Returns a tensor whose shape identifies it."""
     return LazyTensor((len(mark),), "F32", lambda: np.zeros(len(mark), "f4"))
 
 
@@ -29,66 +29,66 @@ CYCLE: dict = {"epoch": 3, "state_dict": state("x")}
 CYCLE["self"] = CYCLE
 COUNTED = state("x", "module.") | {"n_averaged": tensor()}
 
-# (content, what is said); the tensors to take are marked with an x.
-TAKEN = {
+# (content, remarks). The expected tensors are marked with an x.
+USED = {
     "plain": (state("x"), []),
     "state_dict": (
         {"epoch": 3, "state_dict": state("x"), "optimizer": {"state": {0: {"avg": tensor()}}}},
-        ["took 'state_dict' of F, which also holds 'epoch', 'optimizer'"],
+        ["used 'state_dict' of F, which also holds 'epoch', 'optimizer'"],
     ),
-    "alone": ({"state_dict": state("x")}, ["took 'state_dict' of F"]),
+    "alone": ({"state_dict": state("x")}, ["used 'state_dict' of F"]),
     "averaged first": (
         {"model": state(), "model_ema": state("x"), "optimizer": {}},
-        ["took 'model_ema' of F, which also holds 'model', 'optimizer'"],
+        ["used 'model_ema' of F, which also holds 'model', 'optimizer'"],
     ),
     "averaged, empty": (
         {"ema": {"decay": 0.9}, "model": state("x")},
-        ["took 'model' of F, which also holds 'ema'"],
+        ["used 'model' of F, which also holds 'ema'"],
     ),
     "state_dict before model": (
         {"model": state(), "state_dict": state("x")},
-        ["took 'state_dict' of F, which also holds 'model'"],
+        ["used 'state_dict' of F, which also holds 'model'"],
     ),
     "unknown name": (
-        {"generator": state("x"), "args": Inert("argparse.Namespace")},
-        ["took 'generator' of F, which also holds 'args'"],
+        {"generator": state("x"), "args": OpaqueObject("argparse.Namespace")},
+        ["used 'generator' of F, which also holds 'args'"],
     ),
     "beside an accuracy": (
         {"best": tensor(), "encoder": state("x")},
-        ["took 'encoder' of F, which also holds 'best'"],
+        ["used 'encoder' of F, which also holds 'best'"],
     ),
     "beside an extra state": (
         state("x") | {"fc._extra_state": {"scale": tensor()}},
-        ["left what is no tensor in F: 'fc._extra_state' (a dict)"],
+        ["ignored values of F that are not tensors: 'fc._extra_state' (a dict)"],
     ),
     "nested": (
         {"model": {"state_dict": state("x"), "step": 3}, "lr": 0.1},
-        ["took 'model.state_dict' of F, which also holds 'lr', 'model.step'"],
+        ["used 'model.state_dict' of F, which also holds 'lr', 'model.step'"],
     ),
     "shadow": (
         {"ema": {"updates": tensor(), "shadow": state("x")}},
-        ["took 'ema.shadow' of F, which also holds 'ema.updates'"],
+        ["used 'ema.shadow' of F, which also holds 'ema.updates'"],
     ),
-    "holds itself": (CYCLE, ["took 'state_dict' of F, which also holds 'epoch', 'self'"]),
+    "holds itself": (CYCLE, ["used 'state_dict' of F, which also holds 'epoch', 'self'"]),
     "no tensors": (
         state("x") | {"epoch": 3, 7: None},
-        ["left what is no tensor in F: 'epoch' (an int), '7' (a NoneType)"],
+        ["ignored values of F that are not tensors: 'epoch' (an int), '7' (a NoneType)"],
     ),
     "many others": (
         {"net": state("x")} | {f"k{i}": i for i in range(10)},
         [
-            "took 'net' of F, which also holds 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', "
+            "used 'net' of F, which also holds 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', "
             "... and 2 more"
         ],
     ),
-    "module": (state("x", "module."), ["took 'module.' off each name in F"]),
+    "module": (state("x", "module."), ["removed 'module.' from each name in F"]),
     "wrapped twice": (
         state("x", "_orig_mod.module."),
-        ["took '_orig_mod.module.' off each name in F"],
+        ["removed '_orig_mod.module.' from each name in F"],
     ),
     "compiled within": (
         {"conv1._orig_mod.weight": tensor("x"), "bn1.weight": tensor("x"), "fc.bias": tensor("x")},
-        ["took '_orig_mod' out of 1 names in F"],
+        ["removed '_orig_mod' from 1 names in F"],
     ),
     "wrapped around and within": (
         {
@@ -97,35 +97,35 @@ TAKEN = {
             "module.fc.bias": tensor("x"),
         },
         [
-            "took '_fsdp_wrapped_module', '_checkpoint_wrapped_module' out of 2 names in F",
-            "took 'module.' off each name in F",
+            "removed '_fsdp_wrapped_module', '_checkpoint_wrapped_module' from 2 names in F",
+            "removed 'module.' from each name in F",
         ],
     ),
-    "backbone": (state("x", "backbone."), ["took 'backbone.' off each name in F"]),
+    "backbone": (state("x", "backbone."), ["removed 'backbone.' from each name in F"]),
     "counter": (
         COUNTED,
         [
-            "left 'n_averaged' of F, which counts the averaged steps",
-            "took 'module.' off each name in F",
+            "ignored 'n_averaged' of F, the number of averaged steps",
+            "removed 'module.' from each name in F",
         ],
     ),
     "counted copy": (
         {"model": state(), "model_ema": COUNTED},
         [
-            "took 'model_ema' of F, which also holds 'model'",
-            "left 'n_averaged' of F, which counts the averaged steps",
-            "took 'module.' off each name in F",
+            "used 'model_ema' of F, which also holds 'model'",
+            "ignored 'n_averaged' of F, the number of averaged steps",
+            "removed 'module.' from each name in F",
         ],
     ),
 }
 
 
-@pytest.mark.parametrize(("content", "said"), TAKEN.values(), ids=TAKEN)
-def test_taken(content, said):
+@pytest.mark.parametrize(("content", "expected"), USED.values(), ids=USED)
+def test_unwrap_finds_the_state_dict(content, expected):
     tensors, remarks = unwrap(content, "F")
     assert sorted(tensors) == PLAIN
     assert {x.shape for x in tensors.values()} == {(1,)}
-    assert remarks == said
+    assert remarks == expected
 
 
 NAMES = {
@@ -142,7 +142,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("names", "expected"), NAMES.values(), ids=NAMES)
-def test_names(names, expected):
+def test_unwrap_removes_the_common_prefix(names, expected):
     tensors, remarks = unwrap({name: tensor() for name in names}, "F")
     assert list(tensors) == expected
     assert bool(remarks) == (names != expected)
@@ -157,17 +157,17 @@ CHECKPOINT = {
 
 
 @pytest.mark.parametrize("entry", ["model.teacher", "deep.er.net", "deep", "deep.er"])
-def test_entry(entry):
+def test_unwrap_of_an_entry(entry):
     tensors, remarks = unwrap(CHECKPOINT, "F", entry)
     assert sorted(tensors) == PLAIN
     assert {x.shape for x in tensors.values()} == {(1,)}
-    assert remarks[0].startswith(f"took '{entry}")
+    assert remarks[0].startswith(f"used '{entry}")
 
 
-# (content, entry, words of the error).
+# (content, entry, texts in the error).
 REFUSED = {
     "list": ([tensor()], None, ["F holds a list, not a state dict"]),
-    "module": (Inert("argparse.Namespace"), None, ["F holds an argparse.Namespace"]),
+    "module": (OpaqueObject("argparse.Namespace"), None, ["F holds an argparse.Namespace"]),
     "tensor": (tensor(), None, ["F holds a tensor"]),
     "empty": ({}, None, ["no state dict", "It is empty"]),
     "no tensors": ({"a": 1, "b": {}}, None, ["It holds 'a' (an int), 'b' (an empty dict)"]),
@@ -176,8 +176,8 @@ REFUSED = {
         None,
         ["no state dict", "'optimizer' (a dict)"],
     ),
-    "numbered": ({0: tensor(), 1: tensor()}, None, ["names are no strings: '0', '1'"]),
-    "counter alone": ({"n_averaged": tensor()}, None, ["no tensor beside 'n_averaged'"]),
+    "numbered": ({0: tensor(), 1: tensor()}, None, ["names are not strings: '0', '1'"]),
+    "counter alone": ({"n_averaged": tensor()}, None, ["no tensor except 'n_averaged'"]),
     "several": (
         {"student": state(), "teacher": state(size=2)},
         None,
@@ -190,15 +190,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("content", "entry", "said"), REFUSED.values(), ids=REFUSED)
-def test_refused(content, entry, said):
+@pytest.mark.parametrize(("content", "entry", "texts"), REFUSED.values(), ids=REFUSED)
+def test_unwrap_errors(content, entry, texts):
     with pytest.raises(WeightsError) as raised:
         unwrap(content, "F", entry)
-    for words in said:
-        assert words in str(raised.value)
+    for text in texts:
+        assert text in str(raised.value)
 
 
-def test_from_a_file(tmp_path):
+def test_unwrap_of_a_torch_file(tmp_path):
     data = np.arange(6, dtype="f4").reshape(2, 3)
     content = {"net": {"module.fc.weight": whole("FloatStorage", data)}, "epoch": 1}
     tensors, _ = unwrap(open_torch(write_zip(tmp_path / "w", content)), "w")
@@ -206,12 +206,12 @@ def test_from_a_file(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared CIFAR-10 weights")
-def test_a_real_checkpoint():
+def test_unwrap_of_a_cifar_10_checkpoint():
     path = SHARED / "weights" / "resnet20_cifar10.th"
     tensors, remarks = unwrap(open_torch(path), path.name)
     assert remarks == [
-        "took 'state_dict' of resnet20_cifar10.th, which also holds 'best_prec1'",
-        "took 'module.' off each name in resnet20_cifar10.th",
+        "used 'state_dict' of resnet20_cifar10.th, which also holds 'best_prec1'",
+        "removed 'module.' from each name in resnet20_cifar10.th",
     ]
     assert tensors["layer3.2.conv2.weight"].shape == (64, 64, 3, 3)
     assert tensors["linear.bias"].read().shape == (10,)

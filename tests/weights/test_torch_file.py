@@ -1,4 +1,4 @@
-"""What torch.save wrote comes back bit for bit; any other file is one clear error."""
+"""Files of torch.save are read bit for bit; any other file gives one clear error."""
 
 import gzip
 import pickle
@@ -36,8 +36,8 @@ BASE = Storage("FloatStorage", VALUES)
 def tensors_in(content) -> list[LazyTensor]:
     if isinstance(content, LazyTensor):
         return [content]
-    below = content.values() if isinstance(content, dict) else content
-    return [t for x in below for t in tensors_in(x)] if isinstance(content, dict | list) else []
+    children = content.values() if isinstance(content, dict) else content
+    return [t for x in children for t in tensors_in(x)] if isinstance(content, dict | list) else []
 
 
 def read_all(path: Path) -> None:
@@ -45,8 +45,8 @@ def read_all(path: Path) -> None:
         tensor.read()
 
 
-def refusal(path: Path) -> str:
-    """The error of opening a file, or of reading the tensors in it."""
+def error_of(path: Path) -> str:
+    """Returns the error of opening a file or reading its tensors."""
     with pytest.raises(WeightsError) as raised:
         read_all(path)
     message = str(raised.value)
@@ -70,7 +70,7 @@ KINDS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("kind", "name", "dtype"), [(k, *v) for k, v in KINDS.items()])
-def test_dtypes(form, kind, name, dtype, tmp_path):
+def test_open_torch_dtypes(form, kind, name, dtype, tmp_path):
     data = np.array([[0, 1, 2], [3, 0, 5]]).astype(dtype)
     tensor = open_torch(write(tmp_path / "w", whole(f"{kind}Storage", data), form))
     assert (tensor.shape, tensor.dtype) == ((2, 3), name)
@@ -83,7 +83,7 @@ def test_dtypes(form, kind, name, dtype, tmp_path):
     np.testing.assert_array_equal(tensor.read(), data)
 
 
-# (size, stride, offset) in a storage of 0, 1, ... 23, and the view of it.
+# (size, stride, offset) in a storage of 0, 1, ... 23, and the expected view.
 VIEWS = {
     "transposed": ((6, 4), (1, 6), 0, VALUES.reshape(4, 6).T),
     "sliced": ((2, 3), (12, 2), 1, VALUES.reshape(4, 6)[::2, 1::2]),
@@ -97,7 +97,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("version", [1, 2])
-def test_views_of_one_storage(form, version, tmp_path):
+def test_open_torch_views_of_one_storage(form, version, tmp_path):
     content = {n: Tensor(BASE, *view, version) for n, (*view, _) in VIEWS.items()}
     opened = open_torch(write(tmp_path / "w", content, form))
     for name, (size, _, _, expected) in VIEWS.items():
@@ -106,7 +106,7 @@ def test_views_of_one_storage(form, version, tmp_path):
         assert opened[name].read().shape == size
 
 
-# Views that do not lie in their storage of 24.
+# (size, stride, offset) of invalid views of a storage of 24 elements.
 OUTSIDE = {
     "longer": ((25,), (1,), 0),
     "later": ((24,), (1,), 1),
@@ -127,44 +127,44 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("view", OUTSIDE.values(), ids=OUTSIDE)
-def test_views_outside_their_storage(form, view, tmp_path):
-    refusal(write(tmp_path / "w", [Tensor(BASE, *view)], form))
+def test_open_torch_refuses_views_outside_their_storage(form, view, tmp_path):
+    error_of(write(tmp_path / "w", [Tensor(BASE, *view)], form))
 
 
-def test_a_storage_that_is_a_part_of_another(tmp_path):
+def test_open_torch_storage_that_is_a_part_of_another(tmp_path):
     part = Storage("FloatStorage", VALUES, view=("1", 4, 6))
     path = write_legacy(tmp_path / "w", Tensor(part, (2, 3), (3, 1)))
     np.testing.assert_array_equal(open_torch(path).read(), VALUES[4:10].reshape(2, 3))
-    assert "reaches beyond" in refusal(write_legacy(path, [Tensor(part, (7,), (1,))]))
+    assert "reaches beyond" in error_of(write_legacy(path, [Tensor(part, (7,), (1,))]))
     part = Storage("FloatStorage", VALUES, view=("1", 20, 6))
-    assert "reaches beyond" in refusal(write_legacy(path, [Tensor(part, (1,), (1,))]))
+    assert "reaches beyond" in error_of(write_legacy(path, [Tensor(part, (1,), (1,))]))
 
 
-def test_big_endian(tmp_path):
+def test_open_torch_big_endian(tmp_path):
     data = VALUES.astype(">f4")
     more = {"archive/byteorder": b"big"}
     path = write_zip(tmp_path / "w", whole("FloatStorage", data), more=more)
     np.testing.assert_array_equal(open_torch(path).read(), VALUES)
     assert open_torch(path).read().dtype == np.dtype("=f4")
     path = write_zip(tmp_path / "w", [BASE], more={"archive/byteorder": b"middle"})
-    assert "byte order is 'middle'" in refusal(path)
+    assert "byte order is 'middle'" in error_of(path)
 
 
-def test_zip_bombs(tmp_path):
+def test_open_torch_refuses_zip_bombs(tmp_path):
     data = np.zeros(6 << 20, "f4")
     path = write_zip(tmp_path / "w", whole("FloatStorage", data), zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
-    assert "zip bomb: archive/data/0 would grow" in refusal(path)
+    assert "zip bomb: archive/data/0 would grow" in error_of(path)
     data = pickle.dumps("x" * (65 << 20))
     path = write_zip(path, None, zipfile.ZIP_DEFLATED, {"archive/data.pkl": data})
-    assert "data.pkl of 68,1" in refusal(path)
+    assert "data.pkl of 68,1" in error_of(path)
     path = write_zip(path, whole("FloatStorage", VALUES), zipfile.ZIP_DEFLATED)
     np.testing.assert_array_equal(open_torch(path).read(), VALUES)
     path = write_zip(path, whole("FloatStorage", VALUES), zipfile.ZIP_BZIP2)
-    assert "packed as no zip of torch" in refusal(path)
+    assert "has a compression that torch never uses" in error_of(path)
 
 
-def in_zip(tmp_path: Path, names: list[str]) -> bytes:
+def make_zip(tmp_path: Path, names: list[str]) -> bytes:
     with zipfile.ZipFile(tmp_path / "made", "w") as archive:
         for name in names:
             archive.writestr(name, b"N.")
@@ -172,13 +172,13 @@ def in_zip(tmp_path: Path, names: list[str]) -> bytes:
 
 
 TAR = b"pickle".ljust(257, b"\0") + b"ustar".ljust(255, b"\0")
-STRANGERS = {
+OTHER_FILES = {
     "nothing": (b"", "is empty"),
     "web page": (b"\xef\xbb\xbf\n <!DOCTYPE html><html>", "looks like a web page"),
-    "text": (b"weights", "no file of torch.save"),
+    "text": (b"weights", "neither a file of torch.save"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "tar": (TAR, "torch before 0.1.10"),
-    "gzip": (gzip.compress(b"x"), "no file of torch.save"),
+    "gzip": (gzip.compress(b"x"), "neither a file of torch.save"),
     "list": (pickle.dumps([1, 2]), "is a pickle, but not of torch.save"),
     "number": (pickle.dumps(3), "is a pickle, but not of torch.save"),
     "other protocol": (pickle.dumps(0x1950A86A20F9469CFC6C) + pickle.dumps(7), "another protocol"),
@@ -188,30 +188,30 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), STRANGERS.values(), ids=STRANGERS)
-def test_other_files(content, said, tmp_path):
-    content = in_zip(tmp_path, content) if isinstance(content, list) else content
+@pytest.mark.parametrize(("content", "text"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_open_torch_identifies_other_files(content, text, tmp_path):
+    content = make_zip(tmp_path, content) if isinstance(content, list) else content
     (tmp_path / "w").write_bytes(content)
-    assert said in refusal(tmp_path / "w")
+    assert text in error_of(tmp_path / "w")
 
 
-def test_no_file(tmp_path):
-    assert refusal(tmp_path) == "FILE is a folder, not a file"
-    assert refusal(tmp_path / "w") == "FILE is missing"
+def test_open_torch_of_a_missing_file(tmp_path):
+    assert error_of(tmp_path) == "FILE is a folder, not a file"
+    assert error_of(tmp_path / "w") == "FILE is missing"
 
 
-def test_storages_that_do_not_fit(tmp_path):
+def test_open_torch_refuses_inconsistent_storages(tmp_path):
     content = [whole("FloatStorage", VALUES)]
     path = write_zip(tmp_path / "w", content, more={"archive/data/0": b"1234"})
-    assert "data/0 is 4 bytes, not 96" in refusal(path)
+    assert "data/0 is 4 bytes, not 96" in error_of(path)
     other = Storage("IntStorage", VALUES.astype("i4"))
-    assert "two" in refusal(write_legacy(path, [BASE, other])).replace("of two kinds", "two")
+    assert "is of two types" in error_of(write_legacy(path, [BASE, other]))
     missing = Code(Pickler(False).code(whole("FloatStorage", VALUES, key="../../0")))
-    assert "lacks its tensor data/../../0" in refusal(write_zip(path, missing))
+    assert "lacks its tensor data/../../0" in error_of(write_zip(path, missing))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tensors_are_read_when_asked_for(form, tmp_path):
+def test_open_torch_reads_tensors_lazily(form, tmp_path):
     content = {
         "good": whole("FloatStorage", VALUES, "0"),
         "bad": whole("FloatStorage", VALUES + 24, "1"),
@@ -222,7 +222,7 @@ def test_tensors_are_read_when_asked_for(form, tmp_path):
     path.write_bytes(data.replace(bad, bytes(len(bad))))
     opened = open_torch(path)
     np.testing.assert_array_equal(opened["good"].read(), VALUES)
-    if form == "zip":  # the older form has no checksum
+    if form == "zip":  # the legacy format has no checksum
         with pytest.raises(WeightsError, match=rf"{path} is damaged.*CRC"):
             opened["bad"].read()
     else:
@@ -231,7 +231,7 @@ def test_tensors_are_read_when_asked_for(form, tmp_path):
             opened["bad"].read()
 
 
-def test_opening_reads_no_tensor(tmp_path):
+def test_open_torch_takes_no_memory_for_tensors(tmp_path):
     for form in FORMS:
         path = write(tmp_path / "w", whole("FloatStorage", np.zeros(4 << 20, "f4")), form)
         tracemalloc.start()
@@ -242,8 +242,8 @@ def test_opening_reads_no_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_damage_is_one_error(form, tmp_path):
-    """Or none, where it lies in the values."""
+def test_open_torch_damage_is_one_error(form, tmp_path):
+    """Damaged values may give no error."""
     content = {
         "epoch": 3,
         "args": Call(Global("argparse", "Namespace"), (), {"lr": 0.1}),
@@ -257,24 +257,24 @@ def test_damage_is_one_error(form, tmp_path):
     for size in range(len(data)):
         if size % 7 == 0 or form == "legacy":
             path.write_bytes(data[:size])
-            refusal(path)
-    random_ = random.Random(0)
-    said = []
+            error_of(path)
+    rng = random.Random(0)
+    messages = []
     for _ in range(800):
         damaged = bytearray(data)
-        for _ in range(random_.choice([1, 1, 2, 8])):
-            damaged[random_.randrange(len(data))] = random_.randrange(256)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
             read_all(path)
         except WeightsError as error:
-            said.append(str(error))
-    assert all(str(path) in message and len(message) < 1000 for message in said)
-    assert len(said) > 300
+            messages.append(str(error))
+    assert all(str(path) in message and len(message) < 1000 for message in messages)
+    assert len(messages) > 300
 
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs the shared CIFAR-10 weights")
-def test_a_real_checkpoint():
+def test_open_torch_of_a_cifar_10_checkpoint():
     opened = open_torch(SHARED / "weights" / "resnet20_cifar10.th")
     assert opened["best_prec1"] == pytest.approx(91.78)
     state = opened["state_dict"]
@@ -285,7 +285,7 @@ def test_a_real_checkpoint():
 
 @pytest.mark.parametrize("new", [True, False], ids=FORMS)
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_what_torch_itself_writes(new, protocol, tmp_path):
+def test_open_torch_of_files_that_torch_writes(new, protocol, tmp_path):
     torch = pytest.importorskip("torch")
     base = torch.arange(24.0).reshape(4, 6)
     dtypes = (
@@ -313,14 +313,14 @@ def test_what_torch_itself_writes(new, protocol, tmp_path):
     for name, expected in content.items():
         array = opened["state_dict"][name].read()
         assert array.shape == expected.shape
-        again = torch.from_numpy(array.view("i2") if "bfloat16" in name else array)
-        again = again.view(torch.bfloat16) if "bfloat16" in name else again
-        assert torch.equal(again.view(-1).isnan(), expected.reshape(-1).isnan())
-        assert torch.equal(again.nan_to_num(), expected.detach().nan_to_num())
+        actual = torch.from_numpy(array.view("i2") if "bfloat16" in name else array)
+        actual = actual.view(torch.bfloat16) if "bfloat16" in name else actual
+        assert torch.equal(actual.view(-1).isnan(), expected.reshape(-1).isnan())
+        assert torch.equal(actual.nan_to_num(), expected.detach().nan_to_num())
 
 
-def test_a_whole_module_of_torch(tmp_path):
+def test_open_torch_refuses_a_whole_module(tmp_path):
     torch = pytest.importorskip("torch")
     for new in (True, False):
         torch.save(torch.nn.Linear(2, 2), tmp_path / "w", _use_new_zipfile_serialization=new)
-        assert "asks for torch.nn.modules.linear.Linear" in refusal(tmp_path / "w")
+        assert "asks for torch.nn.modules.linear.Linear" in error_of(tmp_path / "w")

@@ -1,4 +1,4 @@
-"""A pickle holds tensors and containers; what else it asks for is refused, and not run."""
+"""Pickles of tensors and containers are read; anything else is refused and not run."""
 
 import os
 import pickle
@@ -12,14 +12,14 @@ from make_torch_file import Call, Code, Global, Pickler, Storage, rebuild, whole
 
 from jaxft.errors import WeightsError
 from jaxft.weights.torch_format.torch_file import open_torch
-from jaxft.weights.torch_format.torch_pickle import Inert
+from jaxft.weights.torch_format.torch_pickle import OpaqueObject
 
 FORMS = ("zip", "legacy")
 VALUES = np.arange(24, dtype="f4")
 BASE = Storage("FloatStorage", VALUES)
 
 
-def refusal(path: Path) -> str:
+def error_of(path: Path) -> str:
     with pytest.raises(WeightsError) as raised:
         open_torch(path)
     return str(raised.value)
@@ -27,8 +27,8 @@ def refusal(path: Path) -> str:
 
 PARAMETER = Global("torch._utils", "_rebuild_parameter")
 ORDERED = Global("collections", "OrderedDict")
-# What checkpoints hold, and as what it comes.
-VALUES_BESIDE = {
+# Other values in checkpoints, and the values that are read.
+OTHER_VALUES = {
     "constants": ([None, True, False, -3, 2**70, 0.5, "é", b"\0"],) * 2,
     "ordered dict of Python 2": (Call(ORDERED, ([["a", 1], ["b", 2]],)), {"a": 1, "b": 2}),
     "state dict": (Call(ORDERED, (), {"_metadata": {}}), {}),
@@ -39,21 +39,21 @@ VALUES_BESIDE = {
     "counter": (Call(Global("collections", "Counter"), ({30: 1},)), {30: 1}),
     "set": (Call(Global("__builtin__", "set"), ([1, 2],)), [1, 2]),
     "size": (Call(Global("torch", "Size"), ((2, 3),)), (2, 3)),
-    "device": (Call(Global("torch", "device"), ("cuda", 0)), Inert("torch.device")),
+    "device": (Call(Global("torch", "device"), ("cuda", 0)), OpaqueObject("torch.device")),
     "namespace": (
         Call(Global("argparse", "Namespace"), (), {"lr": 0.1}, opcode=b"\x81"),
-        Inert("argparse.Namespace", {"lr": 0.1}),
+        OpaqueObject("argparse.Namespace", {"lr": 0.1}),
     ),
     "numpy scalar": (
         Call(Global("numpy._core.multiarray", "scalar"), (None, b"\0" * 8)),
-        Inert("numpy.core.multiarray.scalar"),
+        OpaqueObject("numpy.core.multiarray.scalar"),
     ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("saved", "expected"), VALUES_BESIDE.values(), ids=VALUES_BESIDE)
-def test_what_lies_beside_tensors(form, saved, expected, tmp_path):
+@pytest.mark.parametrize(("saved", "expected"), OTHER_VALUES.values(), ids=OTHER_VALUES)
+def test_unpickle_other_values(form, saved, expected, tmp_path):
     parameter = Call(PARAMETER, (whole("FloatStorage", VALUES), True, Call(ORDERED)))
     opened = open_torch(write(tmp_path / "w", {"x": saved, "weight": parameter}, form))
     assert opened["x"] == expected
@@ -61,7 +61,7 @@ def test_what_lies_beside_tensors(form, saved, expected, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_pickle_protocols(protocol, tmp_path):
+def test_unpickle_protocols(protocol, tmp_path):
     content = {"a": [1, (2.5, "é" * 300, None), ((), (1,), (1, 2), [])], -7: {"b": b"x" * 300}}
     content["again"] = content["a"]
     if protocol > 2:
@@ -71,19 +71,19 @@ def test_pickle_protocols(protocol, tmp_path):
     opened = open_torch(path)
     expected = {"set": [5], "frozen": [5]} if protocol > 2 else {}
     if protocol == 2:
-        assert opened[-7]["b"] == Inert("_codecs.encode")
+        assert opened[-7]["b"] == OpaqueObject("_codecs.encode")
         opened[-7] = content[-7]
     assert opened == content | expected
     assert opened["again"] is opened["a"]
 
 
-def short(text: str) -> bytes:
+def short_unicode(text: str) -> bytes:
     return b"\x8c" + bytes([len(text)]) + text.encode()
 
 
 SYSTEM = Global("os", "system")
 CALLED = Call(Global("torch", "device"))
-# Pickles that want more than data, and what the error names.
+# Pickles with more than data, and a text in the error.
 HOSTILE = {
     "os.system": (Call(SYSTEM, ("touch ran",)), "asks for os.system"),
     "posix": (Call(Global("posix", "system"), ("touch ran",)), "asks for posix.system"),
@@ -100,11 +100,11 @@ HOSTILE = {
         "asks for torchvision.models.resnet.ResNet",
     ),
     "dotted": (
-        Code(short("torch") + short("storage.os.system") + b"\x93"),
+        Code(short_unicode("torch") + short_unicode("storage.os.system") + b"\x93"),
         "asks for torch.storage.os.system",
     ),
     "dunder": (
-        Code(short("argparse") + short("Namespace.__init__") + b"\x93"),
+        Code(short_unicode("argparse") + short_unicode("Namespace.__init__") + b"\x93"),
         "asks for argparse.Namespace.__init__",
     ),
     "complex": (
@@ -132,7 +132,7 @@ HOSTILE = {
     "too few arguments": (Call(rebuild(2), ("os",)), "damaged"),
     "negated": (
         Call(rebuild(2), (BASE, 0, (1,), (1,), False, None, {"neg": True})),
-        "negated or conjugated",
+        "pending negation or conjugation",
     ),
     "reference to nothing": (Code(b"NQ"), "damaged"),
     "reference to a module": (Code(Pickler(False).code(("module", 0, 0, 0, 0)) + b"Q"), "damaged"),
@@ -147,12 +147,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_pickles(form, content, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("content", "text"), HOSTILE.values(), ids=HOSTILE)
+def test_unpickle_refuses_hostile_pickles(form, content, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = refusal(write(tmp_path / "w", content, form))
-    assert said in message
-    if said.startswith("asks for"):
+    message = error_of(write(tmp_path / "w", content, form))
+    assert text in message
+    if text.startswith("asks for"):
         assert "nothing was run" in message
         assert "load it in torch" in message
     assert os.listdir(tmp_path) == ["w"]
@@ -164,20 +164,20 @@ class Touch:
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_reduce_is_not_run(protocol, tmp_path, monkeypatch):
+def test_unpickle_does_not_run_reduce(protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = pickle.dumps({"state_dict": Touch()}, protocol)
     (tmp_path / "bare").write_bytes(data)
     write_zip(tmp_path / "zip", None, more={"archive/data.pkl": data})
     for name in ("bare", "zip"):
-        assert f"asks for {os.mkdir.__module__}.mkdir" in refusal(tmp_path / name)
+        assert f"asks for {os.mkdir.__module__}.mkdir" in error_of(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["bare", "zip"]
 
 
 @pytest.mark.slow
-def test_bombs_take_no_memory(tmp_path):
+def test_unpickle_of_bombs_takes_no_memory(tmp_path):
     doubled = b"]q\x00" + b"".join(b"](h\0h\0eq\x00" for _ in range(200))  # 2 ** 200 lists
-    keys = b"(K\x01K\x02tq\x00" + b"(h\0h\0tq\x00" * 60  # to hash it takes for ever
+    keys = b"(K\x01K\x02tq\x00" + b"(h\0h\0tq\x00" * 60  # hashing it would take forever
     text = "x" * 100_000
     copies = b"X" + struct.pack("<I", len(text)) + text.encode() + b"q\x010"
     copies += b"c_codecs\nencode\nq\x020](" + b"h\x02h\x01\x85R" * 20_000 + b"e"  # 2 GB of bytes
@@ -186,6 +186,8 @@ def test_bombs_take_no_memory(tmp_path):
     tracemalloc.start()
     for i, code in enumerate([doubled, copies, pairs, b"Nr\xff\xff\xff\x0f"]):
         open_torch(write(tmp_path / f"{i}", Code(code), "zip"))
-    assert "key that is a tuple" in refusal(write(tmp_path / "w", Code(b"}" + keys + b"Ns"), "zip"))
+    assert "key that is a tuple" in error_of(
+        write(tmp_path / "w", Code(b"}" + keys + b"Ns"), "zip")
+    )
     assert tracemalloc.get_traced_memory()[1] < 30 << 20
     tracemalloc.stop()

@@ -1,1 +1,1 @@
-"""Reader for the files that `torch.save` writes, without torch."""
+"""Reads files of `torch.save` without torch."""

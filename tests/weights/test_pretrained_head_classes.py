@@ -1,4 +1,4 @@
-"""Class names travel with a head: into every format, and back to the right outputs."""
+"""Class names are stored with a head, and the outputs of a loaded head match the images."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from jaxft.weights import load, read, save
 
 MODEL = create("cifar_resnet8", num_classes=3)
 NAMES = ["ant", "bee", "caf\u00e9"]
-TURNED = ["cafe\u0301", "ant", "bee"]  # the accent is a character of its own
+REORDERED = ["cafe\u0301", "ant", "bee"]  # the accent is a combining character
 
 
 def trees(model):
@@ -29,13 +29,13 @@ def file(tmp_path_factory):
     return path
 
 
-def test_a_lone_file_knows_its_classes(file, tmp_path):
+def test_classes_are_in_the_metadata_of_a_file(file, tmp_path):
     alone = shutil.copy(file, tmp_path / "alone.safetensors")
     assert read(alone).network.classes == tuple(NAMES)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "content"),
     [
         ("w.json", {"model": "cifar_resnet8", "classes": NAMES}),
         ("config.json", {"pretrained_cfg": {"label_names": NAMES}}),
@@ -44,14 +44,14 @@ def test_a_lone_file_knows_its_classes(file, tmp_path):
     ],
     ids=["model.json", "timm", "timm by index", "transformers"],
 )
-def test_classes_of_a_file_beside_the_weights(name, said, file, tmp_path):
+def test_classes_from_a_json_file_next_to_the_weights(name, content, file, tmp_path):
     save_file(load_file(file), tmp_path / "w.safetensors")
-    (tmp_path / name).write_text(json.dumps(said))
+    (tmp_path / name).write_text(json.dumps(content))
     assert read(tmp_path / "w.safetensors").network.classes == tuple(NAMES)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "content",
     [
         {},
         [],
@@ -64,15 +64,15 @@ def test_classes_of_a_file_beside_the_weights(name, said, file, tmp_path):
     ],
     ids=str,
 )
-def test_classes_that_are_not_known_are_not_checked(said, file, tmp_path):
+def test_unknown_classes_are_not_checked(content, file, tmp_path):
     save_file(load_file(file), tmp_path / "w.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "config.json").write_text(json.dumps(content))
     assert read(tmp_path / "w.safetensors").network.classes is None
     load(tmp_path / "w.safetensors", MODEL, classes=["x", "y", "z"])
 
 
-def test_the_same_classes_are_compared_in_nfc(file):
-    params, _ = load(file, MODEL, classes=["ant", "bee", TURNED[0]])
+def test_class_order_compares_names_in_nfc(file):
+    params, _ = load(file, MODEL, classes=["ant", "bee", REORDERED[0]])
     np.testing.assert_array_equal(params["fc"]["bias"], trees(MODEL)[0]["fc"]["bias"])
 
 
@@ -85,20 +85,20 @@ HEADS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", HEADS.values(), ids=HEADS)
-def test_outputs_follow_the_names_of_reordered_classes(model, tmp_path):
+def test_reordered_head_outputs_follow_the_class_names(model, tmp_path):
     before = trees(model)
     save(tmp_path / "w", model, *before, classes=NAMES)
     with pytest.warns(
-        UserWarning, match=r"another order \(ant, bee, café\).*theirs \(cafe"
-    ) as said:
-        after = load(tmp_path / "w", model, classes=TURNED)
-    assert len(said) == 1
+        UserWarning, match=r"another order \(ant, bee, café\).*match the images \(cafe"
+    ) as issued:
+        after = load(tmp_path / "w", model, classes=REORDERED)
+    assert len(issued) == 1
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     old, new = (model.apply(*x, images, norms="running")[0] for x in (before, after))
     np.testing.assert_array_equal(new, np.asarray(old)[:, [2, 0, 1]])
 
 
-def test_a_binary_head_is_negated_for_swapped_classes(tmp_path):
+def test_reordered_binary_head_is_negated(tmp_path):
     model = create("cifar_resnet8", num_classes=2, binary=True)
     before = trees(model)
     save(tmp_path / "w", model, *before, classes=["no", "yes"])
@@ -109,7 +109,7 @@ def test_a_binary_head_is_negated_for_swapped_classes(tmp_path):
     np.testing.assert_array_equal(new[:, 1], -np.asarray(old)[:, 1])
 
 
-def test_a_module_of_the_users_own_is_reordered_too(tmp_path):
+def test_reordered_head_of_a_user_module(tmp_path):
     from flax import linen as nn
 
     class Net(nn.Module):
@@ -121,11 +121,11 @@ def test_a_module_of_the_users_own_is_reordered_too(tmp_path):
     params, stats = model.init(jax.random.key(0))
     save(tmp_path / "w", model, params, stats, classes=NAMES)
     with pytest.warns(UserWarning, match="another order"):
-        found, _ = load(tmp_path / "w", model, classes=TURNED)
-    np.testing.assert_array_equal(found["out"]["kernel"], params["out"]["kernel"][:, [2, 0, 1]])
+        loaded, _ = load(tmp_path / "w", model, classes=REORDERED)
+    np.testing.assert_array_equal(loaded["out"]["kernel"], params["out"]["kernel"][:, [2, 0, 1]])
 
 
-def test_other_classes_are_refused_with_both_lists(file):
+def test_class_order_refuses_other_classes(file):
     with pytest.raises(WeightsError) as raised:
         load(file, MODEL, classes=["bee", "café", "wasp"])
     assert str(raised.value).splitlines() == [
@@ -133,19 +133,19 @@ def test_other_classes_are_refused_with_both_lists(file):
         "  the head's (3): ant, bee, café",
         "  the images' (3): bee, café, wasp",
         "head='fresh' starts a new head.",
-        "head_classes='ignore' takes its outputs for these classes, in this order.",
+        "head_classes='ignore' uses its outputs for these classes, in this order.",
     ]
     load(file, MODEL, classes=["bee", "café", "wasp"], head="fresh")
     load(file, MODEL)
 
 
-def test_another_number_of_classes_cannot_be_ignored(file):
+def test_class_order_refuses_another_number_of_classes(file):
     with pytest.raises(WeightsError, match=r"the images' \(4\): ant, bee, café, dog") as raised:
         load(file, create("cifar_resnet8", num_classes=4), classes=[*NAMES, "dog"])
     assert "ignore" not in str(raised.value)
 
 
-def test_long_lists_are_shown_by_their_differences(tmp_path):
+def test_class_order_shows_differences_of_long_lists(tmp_path):
     model = create("cifar_resnet8", num_classes=100)
     names = [f"class{i:02}" for i in range(100)]
     save(tmp_path / "w", model, *model.init(jax.random.key(0)), classes=names)

@@ -1,6 +1,6 @@
-"""Records what other libraries call our networks' tensors, and what they compute with them.
+"""Records tensor names, shapes and logits of transformers' ResNets.
 
-    python tests/weights/record_families.py
+    python tests/weights/record_transformers.py
 
 Needs torch, torchvision and transformers; recorded with transformers 5.24.
 """
@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import record_golden
 
-# our network: the configuration of microsoft/resnet-18 and of microsoft/resnet-50
+# Configurations of microsoft/resnet-18 and microsoft/resnet-50.
 NETWORKS = {
     "resnet18": {
         "layer_type": "basic",

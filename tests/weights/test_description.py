@@ -1,4 +1,4 @@
-"""Options that change what the same tensors compute are never lost on the way."""
+"""Options that change the outputs of the same tensors are stored with the weights."""
 
 import json
 
@@ -21,7 +21,7 @@ def small(**options):
 
 
 PLAIN, STRIDED = small(), small(stride_in_1x1=True)
-OTHER = "stride_in_1x1=True, and this small is one with stride_in_1x1=False"
+MESSAGE = "stride_in_1x1=True, but this small has stride_in_1x1=False"
 
 
 @pytest.fixture(scope="module")
@@ -37,60 +37,62 @@ def file(strided, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_stride_in_1x1_is_a_tensor_that_others_refuse(file, tmp_path):
+def test_save_adds_a_tensor_for_stride_in_1x1(file, tmp_path):
     assert load_file(file)["stride_in_1x1"].tolist() == [1]
     save(tmp_path / "w", PLAIN, *PLAIN.init(jax.random.key(0)))
     assert "stride_in_1x1" not in load_file(tmp_path / "w")
 
 
-def test_stride_in_1x1_is_loaded_into_its_own_network(file, strided):
+def test_load_of_stride_in_1x1_into_the_same_network(file, strided):
     jax.tree.map(np.testing.assert_array_equal, load(file, STRIDED), strided)
     jax.tree.map(np.testing.assert_array_equal, from_state_dict(load_file(file), STRIDED), strided)
 
 
 @pytest.mark.parametrize("head", ["keep", "fresh"])
 @pytest.mark.parametrize("kind", ["metadata", "tensor", "json", "transformers"])
-def test_stride_in_1x1_is_refused_by_another_network(kind, head, file, tmp_path):
+def test_check_options_refuses_stride_in_1x1_in_another_network(kind, head, file, tmp_path):
     tensors = load_file(file)
     if kind != "tensor":
         del tensors["stride_in_1x1"]
-    said = json.dumps({"model": "small", "stride_in_1x1": True}) if kind == "metadata" else "{}"
-    save_file(tensors, tmp_path / "w.safetensors", {"jaxft": said})
+    described = {"model": "small", "stride_in_1x1": True} if kind == "metadata" else {}
+    save_file(tensors, tmp_path / "w.safetensors", {"jaxft": json.dumps(described)})
     if kind == "json":
         (tmp_path / "w.json").write_text('{"stride_in_1x1": true}')
     if kind == "transformers":
-        told = {"layer_type": "bottleneck", "downsample_in_bottleneck": True}
-        (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(WeightsError, match=OTHER):
+        config = {"layer_type": "bottleneck", "downsample_in_bottleneck": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=MESSAGE):
         load(tmp_path / "w.safetensors", PLAIN, head=head)
 
 
-def test_a_description_travels_with_an_orbax_checkpoint(strided, tmp_path):
+def test_save_weights_stores_the_description(strided, tmp_path):
     described = {"model": "small", "stride_in_1x1": True, "classes": ["a", "b"]}
     save_weights(tmp_path / "w", *strided, described=described)
     assert read(tmp_path / "w").network.classes == ("a", "b")
-    with pytest.raises(WeightsError, match=OTHER):
+    with pytest.raises(WeightsError, match=MESSAGE):
         load(tmp_path / "w", PLAIN)
 
 
-def test_options_of_the_head_count_where_it_is_kept(tmp_path):
+def test_check_options_includes_the_head_if_it_is_kept(tmp_path):
     one = create("cifar_resnet8", num_classes=2, binary=True)
     save(tmp_path / "w", one, *one.init(jax.random.key(0)))
     other = create("cifar_resnet8", num_classes=1)
-    with pytest.raises(WeightsError, match="binary=True, and this cifar_resnet8 is one with"):
+    with pytest.raises(WeightsError, match="binary=True, but this cifar_resnet8 has"):
         load(tmp_path / "w", other)
     load(tmp_path / "w", other, head="fresh")
 
 
-def test_dropout_and_dtype_may_be_others(tmp_path):
-    wild = create("cifar_resnet8", num_classes=2, dropout=0.5, drop_path=0.1, dtype="bfloat16")
-    save(tmp_path / "w", wild, *wild.init(jax.random.key(0)))
+def test_check_options_ignores_dropout_and_dtype(tmp_path):
+    regularised = create(
+        "cifar_resnet8", num_classes=2, dropout=0.5, drop_path=0.1, dtype="bfloat16"
+    )
+    save(tmp_path / "w", regularised, *regularised.init(jax.random.key(0)))
     load(tmp_path / "w", create("cifar_resnet8", num_classes=2, dtype="float32"))
     assert read(tmp_path / "w").network.options["dtype"] == "bfloat16"
 
 
-def test_another_architecture_with_the_same_tensors_is_remarked(file, tmp_path):
-    """timm's resnetblur50 has those of its resnet50."""
+def test_load_remarks_on_another_architecture_with_the_same_tensors(file, tmp_path):
+    """timm's resnetblur50 has the tensors of its resnet50."""
     tensors = {n: x for n, x in load_file(file).items() if n != "stride_in_1x1"}
     save_file(tensors, tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnetblur50"}')
@@ -99,7 +101,7 @@ def test_another_architecture_with_the_same_tensors_is_remarked(file, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_refuses_stride_in_1x1_until_it_strides_so(tmp_path):
+def test_torch_refuses_stride_in_1x1_until_its_strides_match(tmp_path):
     torch = pytest.importorskip("torch")
     from narrow import Narrow
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Files of modules of the user's own: their names and layouts, there and back."""
+"""Weights files of users' modules keep their paths and layouts."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from user_modules import Attention, Compact, Nested, Odd, Viewed
 
 SHAPE = (6, 6, 3)
 MODELS = {
-    # Its layer `linear` would be taken for another library's `fc`.
+    # In another file, its layer `linear` would be renamed to `fc`.
     "attention": Linen(Attention(), shape=SHAPE, head="head"),
     "nested": Linen(Nested(), shape=SHAPE, head="out"),
     "bfloat16": Linen(Odd(), shape=SHAPE, head="head"),
@@ -37,7 +37,7 @@ def assert_identical(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_bit_exact(name, tmp_path):
+def test_user_module_is_restored_bit_for_bit(name, tmp_path):
     model = MODELS[name]
     trees = jax.tree.map(lambda x: x + jnp.asarray(0.5, x.dtype), model.init(KEY))
     save(tmp_path / "own.safetensors", model, *trees)
@@ -46,14 +46,14 @@ def test_there_and_back_is_bit_exact(name, tmp_path):
     assert_identical(load(tmp_path / "checkpoint", model), trees)
     with safe_open(tmp_path / "own.safetensors", framework="np") as file:
         assert file.metadata()["format"] == "flax"
-        flat = {**flatten_dict(trees[0], sep="."), **flatten_dict(trees[1], sep=".")}
-        assert {*file.keys()} == flat.keys()
-        for path, leaf in flat.items():
+        leaves = {**flatten_dict(trees[0], sep="."), **flatten_dict(trees[1], sep=".")}
+        assert {*file.keys()} == leaves.keys()
+        for path, leaf in leaves.items():
             np.testing.assert_array_equal(file.get_tensor(path), leaf)
 
 
 @pytest.mark.slow
-def test_what_flax_code_wrote_is_read(tmp_path):
+def test_user_module_loads_a_file_of_flax_code(tmp_path):
     params, stats = MODELS["attention"].init(KEY)
     save_file(flatten_dict(params, sep="."), tmp_path / "own.safetensors")
     assert_identical(load(tmp_path / "own.safetensors", MODELS["attention"]), (params, stats))
@@ -61,14 +61,14 @@ def test_what_flax_code_wrote_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["nested", "nnx"])
 @pytest.mark.parametrize("start", ["fresh", "zeros", "xavier"])
-def test_another_head_is_put_at_its_path(name, start, tmp_path):
+def test_user_module_with_a_new_head(name, start, tmp_path):
     model = MODELS[name]
     params, stats = jax.tree.map(lambda x: x + 1, model.init(KEY))
     save(tmp_path / "own.safetensors", model, params, stats)
-    found, _ = load(tmp_path / "own.safetensors", model, head=start, key=KEY)
-    expected, given, head = model.init(KEY)[0], params, found
+    loaded, _ = load(tmp_path / "own.safetensors", model, head=start, key=KEY)
+    expected, head = model.init(KEY)[0], loaded
     for part in model.head.split("."):
-        expected, given, head = expected[part], given[part], head[part]
+        expected, head = expected[part], head[part]
     assert head.keys() == {"kernel", "bias"}
     if start == "xavier":
         bound = np.sqrt(6 / sum(expected["kernel"].shape))
@@ -76,18 +76,18 @@ def test_another_head_is_put_at_its_path(name, start, tmp_path):
     else:
         expected = expected if start == "fresh" else jax.tree.map(jnp.zeros_like, expected)
         assert_identical(head, expected)
-    differs = jax.tree.map(lambda a, b: (a != b).any(), found, params)
+    differs = jax.tree.map(lambda a, b: (a != b).any(), loaded, params)
     assert sum(map(bool, jax.tree.leaves(differs))) == 2
 
 
-def test_a_head_whose_last_layer_is_not_known(tmp_path):
+def test_user_module_with_a_head_without_a_last_layer(tmp_path):
     model = Linen(Nested(), shape=SHAPE, head="block")
     save(tmp_path / "own.safetensors", model, *model.init(KEY))
     with pytest.raises(WeightsError, match=r"'block' is the last(?s:.*)name that layer"):
         load(tmp_path / "own.safetensors", model, head="zeros")
 
 
-def test_a_file_that_does_not_fit(tmp_path):
+def test_user_module_refuses_another_file(tmp_path):
     model = MODELS["nested"]
     save(tmp_path / "own.safetensors", model, *model.init(KEY))
     other = Linen(Compact(), shape=SHAPE, head="head")
