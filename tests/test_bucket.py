@@ -15,7 +15,7 @@ from contextlib import closing
 import jax.numpy as jnp, numpy as np
 from etils import epath
 from jaxft import Recipe, Stage, weights
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.recipe import fields
 from jaxft.report import environment
 from jaxft.report.metrics_log import MetricsLog

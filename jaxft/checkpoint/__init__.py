@@ -1,1 +1,1 @@
-"""Checkpoints: numbered folders of arrays, atomic files, and checksums of both."""
+"""Checkpoints of a run, weights as an Orbax checkpoint, atomic file writes and checksums."""

@@ -1,4 +1,4 @@
-"""Weights alone as an Orbax checkpoint, and out of a run's."""
+"""Saves weights alone as an Orbax checkpoint, and reads the weights of any checkpoint."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -11,7 +11,8 @@ from etils import epath
 
 from jaxft.checkpoint import checksums
 from jaxft.checkpoint.atomic import in_bucket
-from jaxft.checkpoint.checkpoints import absolute, cause_of, hush, read_progress, whole_steps
+from jaxft.checkpoint.layout import complete_steps, read_progress
+from jaxft.checkpoint.orbax_adapter import absolute_path, filter_logs, write_error_cause
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
 from jaxft.processes import is_first
@@ -27,79 +28,95 @@ def save_weights(
     described: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes `params` and `stats` as one Orbax checkpoint, whole or not at all.
+    """Saves `params` and `stats` as one Orbax checkpoint, atomically.
 
-    Without `replace` there must be none yet. `described` is the JSON of
-    `jaxft.weights.description.fields`, kept as the checkpoint's metadata.
+    Args:
+      folder: New folder.
+      params: Parameters.
+      stats: Running statistics.
+      described: JSON of `jaxft.weights.description.fields`, stored as the checkpoint's metadata.
+      replace: Replace an existing checkpoint.
 
-    Raises CheckpointError where it cannot be written.
+    Raises:
+      CheckpointError: The checkpoint cannot be written.
 
-    Anyone's `orbax.checkpoint.StandardCheckpointer().restore(folder)` gives them back as a dict.
+    Example:
+      trees = orbax.checkpoint.StandardCheckpointer().restore(folder)
+      params, stats = trees["params"], trees["stats"]
     """
-    place = absolute(folder)
+    path = absolute_path(folder)
     try:
         with ocp.StandardCheckpointer() as writer:
             writer.save(
-                place, {"params": params, "stats": stats}, force=replace,
+                path, {"params": params, "stats": stats}, force=replace,
                 custom_metadata=None if described is None else dict(described),
             )  # fmt: skip
-    except Exception as error:  # Orbax has no type of its own for what it cannot write
-        raise CheckpointError(f"{place} could not be written: {cause_of(error)}.") from error
-    if is_first() and not in_bucket(place):
-        checksums.seal(place)
+    except Exception as error:  # Orbax has no exception type for failed writes
+        cause = write_error_cause(error)
+        raise CheckpointError(f"{path} could not be written: {cause}.") from error
+    if is_first() and not in_bucket(path):
+        checksums.seal(path)
 
 
 def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
-    """`params` and `stats` as numpy arrays, on whatever devices they were when written.
+    """Reads the weights of a checkpoint.
 
-    `folder` is one of `save_weights`, a run's checkpoint, or the folder of a run's checkpoints, of
-    which the newest counts. A run's are the best of the stage so far, or what an ended one hands
-    on. Raises CheckpointError where there is none, or with the name of a file that is damaged.
+    Args:
+      folder: A checkpoint of `save_weights`, a checkpoint of a run, or the folder of a run's
+        checkpoints, whose newest is used. From a run's checkpoint the best weights of the stage so
+        far are read or, if the stage has ended, its result.
+
+    Returns:
+      `(params, stats)` as NumPy arrays.
+
+    Raises:
+      CheckpointError: There is no checkpoint, or a file is damaged, which is named.
     """
-    place = _newest(folder)
-    if damage := checksums.damage(place):
-        raise CheckpointError(f"{place} is damaged: {damage}. Bring it back from a copy.")
-    if (place / "params").is_dir():
-        # Not every network has statistics; of the best there is what the stage changes.
-        now = {item: _arrays(place / item) for item in _ITEMS if (place / item).is_dir()}
-        best = _arrays(place / "best") if (place / "best").is_dir() else now
-        params, stats = (filled(best.get(item, {}), now.get(item, {})) for item in _ITEMS)
+    path = _newest(folder)
+    if damage := checksums.damage(path):
+        raise CheckpointError(f"{path} is damaged: {damage}. Restore it from a copy.")
+    if (path / "params").is_dir():
+        # A network may have no statistics, and `best` holds only the arrays that the stage trains.
+        last = {item: _read_item(path / item) for item in _ITEMS if (path / item).is_dir()}
+        best = _read_item(path / "best") if (path / "best").is_dir() else last
+        params, stats = (filled(best.get(item, {}), last.get(item, {})) for item in _ITEMS)
         return params, stats
-    if not (place / "_METADATA").is_file():
-        raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
-    both = _arrays(place)
-    if not {*_ITEMS} <= both.keys():
-        raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
-    return both["params"], both["stats"]
+    if not (path / "_METADATA").is_file():
+        raise CheckpointError(f"{path} is neither a checkpoint nor a folder of a run's.")
+    trees = _read_item(path)
+    if not {*_ITEMS} <= trees.keys():
+        raise CheckpointError(f"{path} holds {', '.join(trees)}; it should hold params and stats.")
+    return trees["params"], trees["stats"]
 
 
 def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
-    """Returns the JSON that describes the network of a checkpoint; empty where none does.
+    """Returns the JSON that describes the network of a checkpoint; empty if it has none.
 
-    `folder` is as in `read_weights`.
+    Args:
+      folder: As in `read_weights`.
     """
-    place = _newest(folder)
-    if (place / "params").is_dir():
+    path = _newest(folder)
+    if (path / "params").is_dir():
         try:
-            progress = read_progress(place) or {}
+            progress = read_progress(path) or {}
             return {**progress["recipe"], "classes": progress["data"]["classes"]}
         except (KeyError, TypeError):
-            return {}  # an older run's; a damaged one is found when its arrays are read
-    hush()
+            return {}  # of an older version; damage is found when the arrays are read
+    filter_logs()
     with ocp.StandardCheckpointer() as reader:
-        return reader.metadata(absolute(place)).custom_metadata or {}
+        return reader.metadata(absolute_path(path)).custom_metadata or {}
 
 
 def _newest(folder: str | PathLike[str]) -> epath.Path:
-    place = epath.Path(folder)
-    steps = whole_steps(place)
-    return place / str(max(steps)) if steps else place
+    path = epath.Path(folder)
+    steps = complete_steps(path)
+    return path / str(max(steps)) if steps else path
 
 
-def _arrays(folder: epath.Path) -> Any:
-    hush()
+def _read_item(folder: epath.Path) -> Any:
+    filter_logs()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        folder = absolute(folder)
-        tree = reader.metadata(folder).item_metadata.tree
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return reader.restore(folder, ocp.args.PyTreeRestore(restore_args=kinds))
+        path = absolute_path(folder)
+        tree = reader.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(path, ocp.args.PyTreeRestore(restore_args=restore_args))

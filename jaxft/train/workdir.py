@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from jaxft import recipe as recipes
-from jaxft.checkpoint import checkpoints
+from jaxft.checkpoint import layout
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.data.folder import class_folders_of
 from jaxft.errors import JaxftError, RecipeError
@@ -25,7 +25,7 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
     The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
     """
     folder = epath.Path(workdir) / "checkpoints"
-    fields = checkpoints.newest_progress(folder)
+    fields = layout.newest_progress(folder)
     if fields is None:
         return None
     begun = recipes.from_fields(fields["recipe"], source=f"the newest checkpoint in {folder}")

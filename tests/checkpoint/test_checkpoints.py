@@ -1,10 +1,7 @@
-"""Checkpoints: whole or absent, and safe from the step that overwrites its own buffers."""
+"""Checkpoints are complete or absent, survive kills and full disks, and report damage."""
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +13,15 @@ import pytest
 
 from jaxft import Adam, CheckpointError, Stage, plan
 from jaxft.checkpoint import checksums
-from jaxft.checkpoint.checkpoints import Checkpoints, exist
+from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.layout import newest_progress
 
 PARAMS = {"body": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"kernel": jnp.arange(2.0)}}
 LARGE = {"noise": jax.random.normal(jax.random.key(0), (1000, 1000))}  # 4 MB, hardly compressible
 
 
 def newest(folder, like=PARAMS):
-    """What a run that goes on in the folder finds."""
+    """Restores the newest checkpoint, as a resumed run does."""
     with closing(Checkpoints(folder)) as checkpoints:
         return checkpoints.newest(lambda progress: {"params": like})
 
@@ -32,7 +30,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_arrays_and_progress_come_back_bit_for_bit(tmp_path):
+def test_restore_is_bit_for_bit(tmp_path):
     transform = plan([Stage("head", {"head": 0.1}, 1)], PARAMS)[0].transform(Adam())
     arrays = {"params": PARAMS, "stats": {}, "opt_state": transform.init(PARAMS)}
     progress = {"stage": 1, "best": {"loss": float("nan"), "accuracy": 0.1 + 0.2}}
@@ -42,16 +40,16 @@ def test_arrays_and_progress_come_back_bit_for_bit(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() == 7
         assert checkpoints.path(7).is_dir()
-        found = checkpoints.progress(7)
-        assert found["best"]["accuracy"] == 0.1 + 0.2
-        assert np.isnan(found["best"]["loss"])
+        best = checkpoints.progress(7)["best"]
+        assert best["accuracy"] == 0.1 + 0.2
+        assert np.isnan(best["loss"])
         restored = checkpoints.restore(7, jax.eval_shape(lambda: arrays))
     assert jax.tree.structure(restored) == jax.tree.structure(arrays)
     jax.tree.map(np.testing.assert_array_equal, restored, arrays)
 
 
-def test_donated_buffers_are_saved_as_they_were(tmp_path):
-    """The next step may reuse the buffers of what is still being written."""
+def test_save_of_donated_buffers(tmp_path):
+    """The next step may reuse the buffers while they are being written."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"x": jnp.zeros(4_000_000)})
     with closing(Checkpoints(tmp_path)) as checkpoints:
@@ -66,8 +64,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
             np.testing.assert_array_equal(written, expected)
 
 
-def test_donated_buffers_of_several_saves_in_a_row(tmp_path):
-    """Nobody waits in between, and all of them stay."""
+def test_save_of_donated_buffers_several_times_without_waiting(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"x": jnp.zeros(1_000_000)})
     with closing(Checkpoints(tmp_path)) as checkpoints:
@@ -85,11 +82,11 @@ def test_donated_buffers_of_several_saves_in_a_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("marked", "left"),
+    ("marked", "expected"),
     [((), {"4", "5"}), ((2,), {"2", "4", "5"}), ((1, 4), {"1", "3", "4", "5"})],
 )
 @pytest.mark.parametrize("restarted", [False, True])
-def test_what_is_marked_stays_and_of_the_others_the_newest_two(marked, left, restarted, tmp_path):
+def test_keep_preserves_marked_and_the_newest_two_others(marked, expected, restarted, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for number in (1, 2, 3, 4, 5):
         if restarted:
@@ -97,17 +94,17 @@ def test_what_is_marked_stays_and_of_the_others_the_newest_two(marked, left, res
             checkpoints = Checkpoints(tmp_path)
         checkpoints.save(number, {}, {"params": PARAMS}, keep=number in marked)
     checkpoints.close()
-    assert names(tmp_path) == left
+    assert names(tmp_path) == expected
 
 
-def test_a_mark_can_come_with_a_replacement_and_go(tmp_path):
+def test_keep_can_change_with_a_replacement(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         for number, keep in ((1, False), (1, True), (2, True), (2, False), (3, False), (4, False)):
             checkpoints.save(number, {}, {"params": PARAMS}, keep=keep)
     assert names(tmp_path) == {"1", "3", "4"}
 
 
-def test_an_onlooker_leaves_alone_what_a_run_is_writing(tmp_path):
+def test_reader_does_not_change_the_folder_of_a_run(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {"x": 1}, {"params": PARAMS})
     shutil.copytree(tmp_path / "1", tmp_path / "replaced-2")
@@ -118,51 +115,54 @@ def test_an_onlooker_leaves_alone_what_a_run_is_writing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_earlier_step_is_refused(tmp_path):
+def test_save_refuses_an_earlier_step(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(3, {}, {"params": PARAMS})
         with pytest.raises(RuntimeError, match="step 2 is before 3"):
             checkpoints.save(2, {}, {"params": PARAMS})
 
 
-def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(tmp_path, monkeypatch):
-    """The folder, as a kill would leave it, before and after all that changes it."""
-    run, moments = tmp_path / "run", []
+def test_killed_replacement_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """Copies the folder, as a kill would leave it, before and after every change."""
+    run, copies = tmp_path / "run", []
 
-    def photographed(change):
-        def changing(*args, **kwargs):
-            for when in ("before", "after"):
-                moments.append(tmp_path / f"{len(moments)}-{when}-{change.__name__}")
-                shutil.copytree(run, moments[-1])
-                done = change(*args, **kwargs) if when == "before" else done  # noqa: F821
-            return done
+    def copy_folder(name):
+        copies.append(tmp_path / f"{len(copies)}-{name}")
+        shutil.copytree(run, copies[-1])
 
-        return changing
+    def with_copies(change):
+        def wrapped(*args, **kwargs):
+            copy_folder(f"before-{change.__name__}")
+            result = change(*args, **kwargs)
+            copy_folder(f"after-{change.__name__}")
+            return result
+
+        return wrapped
 
     with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(7, {"score": None}, {"params": PARAMS})
-    monkeypatch.setattr(checksums, "seal", photographed(checksums.seal))
-    monkeypatch.setattr(os, "rename", photographed(os.rename))
-    monkeypatch.setattr(shutil, "rmtree", photographed(shutil.rmtree))
+    monkeypatch.setattr(checksums, "seal", with_copies(checksums.seal))
+    monkeypatch.setattr(os, "rename", with_copies(os.rename))
+    monkeypatch.setattr(shutil, "rmtree", with_copies(shutil.rmtree))
     with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(7, {"score": 0.5}, {"params": {}})
     monkeypatch.undo()
     assert names(run) == {"7"}
 
-    found = []
-    for moment in moments:
-        assert exist(moment)
-        with closing(Checkpoints(moment)) as checkpoints:
+    scores = []
+    for copy in copies:
+        assert newest_progress(copy) is not None
+        with closing(Checkpoints(copy)) as checkpoints:
             restored = checkpoints.newest(
                 lambda progress: {"params": {} if progress["score"] else PARAMS}
             )
         assert (restored.step, restored.remarks) == (7, ())
-        assert names(moment) == {"7"}
-        found.append(restored.progress["score"])
-    assert found[0] is None
-    assert found[-1] == 0.5
-    assert all(after or not before for before, after in pairwise(found))  # and no way back
-    assert len(found) >= 8
+        assert names(copy) == {"7"}
+        scores.append(restored.progress["score"])
+    assert scores[0] is None
+    assert scores[-1] == 0.5
+    assert all(after or not before for before, after in pairwise(scores))  # never the old again
+    assert len(scores) >= 8
 
 
 DAMAGES = {
@@ -177,7 +177,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["header/metadata", "params/manifest.ocdbt", "the largest"])
-def test_what_is_damaged_is_moved_aside_and_the_one_before_counts(file, damage, tmp_path):
+def test_newest_renames_damaged_checkpoints_and_restores_the_previous_one(file, damage, tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS}, keep=True)
         checkpoints.save(2, {}, {"params": {**PARAMS, **LARGE}})
@@ -190,14 +190,14 @@ def test_what_is_damaged_is_moved_aside_and_the_one_before_counts(file, damage, 
         jax.tree.map(np.testing.assert_array_equal, restored.arrays["params"], PARAMS)
         (remark,) = restored.remarks
         assert str(tmp_path / "2") in remark
-        assert "corrupt-2, and the one before it counts" in remark
+        assert "corrupt-2, and the one before it is used" in remark
         checkpoints.save(2, {}, {"params": PARAMS})
     assert names(tmp_path) == {"1", "2", "corrupt-2"}
     assert newest(tmp_path).step == 2
 
 
 @pytest.mark.parametrize("missing", ["header", "params", "checksums.json", "_CHECKPOINT_METADATA"])
-def test_what_is_needed_of_a_checkpoint(missing, tmp_path):
+def test_newest_requires_header_and_arrays(missing, tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
         checkpoints.save(2, {}, {"params": PARAMS})
@@ -206,7 +206,7 @@ def test_what_is_needed_of_a_checkpoint(missing, tmp_path):
     assert newest(tmp_path).step == (1 if missing in ("header", "params") else 2)
 
 
-def test_without_one_that_can_be_read_the_same_command_starts_over(tmp_path):
+def test_newest_without_a_readable_checkpoint(tmp_path):
     assert newest(tmp_path) is None
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
@@ -214,11 +214,11 @@ def test_without_one_that_can_be_read_the_same_command_starts_over(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* starts the run over.\n.*/1 is"):
         newest(tmp_path)
     assert names(tmp_path) == {"corrupt-1"}
-    assert not exist(tmp_path)
+    assert newest_progress(tmp_path) is None
     assert newest(tmp_path) is None
 
 
-def test_another_structure_is_not_damage(tmp_path):
+def test_newest_does_not_rename_checkpoints_of_another_structure(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         for number in (1, 2):
             checkpoints.save(number, {}, {"params": PARAMS})
@@ -227,7 +227,7 @@ def test_another_structure_is_not_damage(tmp_path):
     assert names(tmp_path) == {"1", "2"}
 
 
-def test_a_full_disk_is_known_before_writing(disk):
+def test_check_room_refuses_a_full_disk(disk):
     with closing(Checkpoints(disk.folder / "run")) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
         disk.fill()
@@ -239,21 +239,25 @@ def test_a_full_disk_is_known_before_writing(disk):
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["replacing", "after it"])
-@pytest.mark.parametrize("met", ["closing", "saving"])
-def test_a_disk_that_fills_up_meanwhile_costs_nothing_older(step, met, disk, monkeypatch, caplog):
-    monkeypatch.setattr(Checkpoints, "_lack", lambda *_: "")
+@pytest.mark.parametrize("reported_by", ["close", "save"])
+def test_full_disk_during_a_write_keeps_older_checkpoints(
+    step, reported_by, disk, monkeypatch, caplog
+):
+    monkeypatch.setattr(Checkpoints, "_disk_shortage", lambda *_: "")
     checkpoints = Checkpoints(disk.folder / "run")
     checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)
-    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)  # has waited for the first
+    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)  # waits for the first
     checkpoints._manager.wait_until_finished()
     disk.fill()
     checkpoints.save(step, {}, {"params": LARGE})
-    sentence = "No space left on device. All up to step 1 is safe; the same command goes on"
-    with pytest.raises(CheckpointError, match=sentence):
-        checkpoints.close() if met == "closing" else checkpoints.save(3, {}, {"params": PARAMS})
-    checkpoints.close()  # has nothing to add
+    message = "No space left on device. All up to step 1 is safe; the same command continues"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.close() if reported_by == "close" else checkpoints.save(
+            3, {}, {"params": PARAMS}
+        )
+    checkpoints.close()  # does not raise again
     assert not caplog.records
-    assert exist(disk.folder / "run")
+    assert newest_progress(disk.folder / "run") is not None
     disk.free()
     assert newest(disk.folder / "run").progress == {"score": 0.5}
     with closing(Checkpoints(disk.folder / "run")) as checkpoints:
@@ -261,7 +265,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_nothing_older(step, met, disk, mon
     assert names(disk.folder / "run") == {"1", "2"}
 
 
-def test_a_first_write_that_fails(tmp_path, monkeypatch):
+def test_save_that_fails_without_older_checkpoints(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
@@ -280,79 +284,8 @@ def test_a_first_write_that_fails(tmp_path, monkeypatch):
     ],
     ids=["extra", "missing", "shape"],
 )
-def test_another_structure_is_refused(other, message, tmp_path):
+def test_restore_refuses_another_structure(other, message, tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {}, {"params": PARAMS})
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(1, {"params": other})
-
-
-PROCESS = """
-import sys
-from contextlib import closing
-from pathlib import Path
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxft.checkpoint import Checkpoints
-from jaxft.processes import first_answers
-
-address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-apart, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("x", None))
-whole = np.arange(8.0, dtype=np.float32)
-
-def part(factor):
-    return jax.make_array_from_callback(whole.shape, apart, lambda at: factor * whole[at])
-
-def restored(sharding):
-    like = {"params": {"x": jax.ShapeDtypeStruct((8,), "float32", sharding=sharding)}}
-    return checkpoints.newest(lambda progress: like)
-
-with closing(Checkpoints(folder)) as checkpoints:
-    assert restored(apart) is None
-    for step in (1, 2, 2, 3):
-        checkpoints.save(step, {}, {"params": {"x": part(step)}})
-if index == 0:
-    (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
-assert first_answers(lambda: f"the first is {index}") == "the first is 0"
-with closing(Checkpoints(folder)) as checkpoints:
-    for sharding, remarks in ((apart, 1), (everywhere, 0)):
-        found = restored(sharding)
-        assert (found.step, len(found.remarks)) == (2, remarks), found
-        assert found.arrays["params"]["x"].sharding == sharding
-        for shard in found.arrays["params"]["x"].addressable_shards:
-            np.testing.assert_array_equal(shard.data, 2 * whole[shard.index])
-    checkpoints.save(3, {}, {"params": {"x": part(3)}})
-"""
-
-
-@pytest.mark.slow
-def test_several_processes_share_a_folder(tmp_path):
-    """Two processes hold a part on each of their two devices; this one restores it to its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    known = os.environ.get("XLA_FLAGS", "")
-    flags = f"{known} --xla_force_host_platform_device_count=2"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(index), tmp_path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": flags,
-            },
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    assert names(tmp_path) == {"2", "3", "corrupt-3"}
-    here = newest(tmp_path, like={"x": jnp.zeros(8)}).arrays["params"]["x"]
-    np.testing.assert_array_equal(here, 3 * jnp.arange(8.0))
-    assert newest(tmp_path, like={"x": jax.ShapeDtypeStruct((8,), "float32")}).step == 3
