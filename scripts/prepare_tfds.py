@@ -14,9 +14,10 @@ if __name__ == "__main__":
 import argparse
 
 from jaxft.checkpoint.atomic import anywhere
+from jaxft.cli import folder_builder
 from jaxft.command_line import check_folder, run
-from jaxft.data import folder, folder_builder
-from jaxft.data.validate import checked
+from jaxft.data import folder
+from jaxft.data.validate import check_images
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
     check_folder(options.out.parent)
     collection = folder.find(options.folder)
     found = collection.read(collection.splits)
-    splits, remarks = checked(found, options.on_bad_image)
+    splits, remarks = check_images(found, options.on_bad_image)
     folder_builder.write(splits, options.out, options.name)
     for remark in (*(text for files in found.values() for text in files.remarks), *remarks):
         print(remark)

@@ -1,4 +1,4 @@
-"""From a source spec to batches of images: `open_source`, a `Preprocessing`, the batches."""
+"""Reads images and prepares batches: `open_source`, `Preprocessing`, `train_batches`."""
 
 from jaxft.choices import Augment, Balance
 from jaxft.data.arrays import arrays

@@ -1,4 +1,4 @@
-"""Images in memory as a data source."""
+"""Data sources of images in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,20 +8,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from jaxft.data.float_images import Planes
-from jaxft.data.split_expressions import shown
+from jaxft.data.class_names import join_names
+from jaxft.data.float_images import FloatImage
 from jaxft.errors import DataError
 
 Values = Literal["uint8", "unit", "normalized"]
-"""The values of images in memory: levels of 0..255, floats of 0..1, or floats as the network takes
-them."""
+"""Range of pixel values: 0..255, floats in 0..1, or floats normalised for the network."""
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
-    """A `Source` in memory: `images` uint8 [n h w 3] or [n h w 1], `targets` int32 [n].
+class ArraySource:
+    """A `Source` of images in memory.
 
-    Images that are normalised already are float32.
+    Attributes:
+      classes: class names.
+      images: uint8 [n h w 3] or [n h w 1], or float32 if they are already normalised.
+      targets: int32 [n].
     """
 
     classes: tuple[str, ...]
@@ -30,18 +32,19 @@ class Arrays:
 
     @property
     def pixel_type(self) -> np.dtype[Any]:
-        """uint8, or float32 for images that are normalised already."""
+        """Dtype of the images: uint8, or float32 if they are already normalised."""
         return self.images.dtype
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int, /) -> tuple[Any, int]:
-        """The RGB image and its target."""
+        """Returns the RGB image and its target."""
         pixels = self.images[index]
         if pixels.shape[-1] == 1:
             pixels = np.repeat(pixels, 3, axis=-1)
-        image = Image.fromarray(pixels) if pixels.dtype == np.uint8 else Planes.of(pixels)
+        is_uint8 = pixels.dtype == np.uint8
+        image = Image.fromarray(pixels) if is_uint8 else FloatImage.from_array(pixels)
         return image, int(self.targets[index])
 
     def identity(self, index: int, /) -> bytes:
@@ -49,40 +52,42 @@ class Arrays:
         pixels = np.ascontiguousarray(self.images[index])
         return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
 
-    def take(self, indices: np.ndarray) -> "Arrays":
-        """The source of these examples only, with the same classes."""
+    def take(self, indices: np.ndarray) -> "ArraySource":
+        """Returns the source of these examples only, with the same classes."""
         return replace(self, images=self.images[indices], targets=self.targets[indices])
 
 
 def arrays(
     images: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, values: Values = "uint8"
-) -> Arrays:
-    """A source of images in memory, to pass where a spec such as `folder:PATH` goes.
+) -> ArraySource:
+    """Returns a source of images in memory, for use in place of a spec such as `folder:PATH`.
 
-    images: [n h w 3], or [n h w 1] for gray ones.
-    targets: integers [n] or [n 1], indices into `classes`.
-    values: of the images. `uint8`: levels of 0..255; they are kept as they are, not copied. `unit`:
-      floats of 0..1, which are rounded to these levels. `normalized`: floats as the network takes
-      them; a recipe's `mean` and `std` do not apply to them, scaling, crops, shifts, mirrors,
-      erasing and mixing do, and augmentations of colours are refused. A shift fills in zeros.
+    Args:
+      images: [n h w 3], or [n h w 1] for grey images.
+      targets: integer class indices, [n] or [n 1].
+      classes: class names.
+      values: range of the pixel values. `uint8`: 0..255, stored without a copy. `unit`: floats in
+        0..1, rounded to 0..255. `normalized`: floats that are already normalised for the network.
+        A recipe's `mean` and `std` do not apply to them, shifts pad them with zeros, and colour
+        augmentations are refused.
 
     Raises:
-      DataError: anything about them is not so; all of it is said at once.
+      DataError: some arguments are invalid; the message lists every problem.
     """
-    images, targets = _array("images", images), _array("targets", targets)
+    images, targets = _as_array("images", images), _as_array("targets", targets)
     if not np.iterable(classes):
         raise DataError(f"arrays: classes are {classes!r}, but must be the names of the classes")
     classes = tuple(classes)
-    if images.dtype.name == "bfloat16":  # which NumPy does not count among the floats
+    if images.dtype.name == "bfloat16":  # not a subtype of np.floating
         images = images.astype(np.float32)
-    if targets.ndim == 2 and targets.shape[1] == 1:  # a column, as of keras.datasets
+    if targets.ndim == 2 and targets.shape[1] == 1:  # a column, as in keras.datasets
         targets = targets[:, 0]
-    count = len(images) if images.ndim else 0
-    problems = [*_of_images(images, values), *_of_targets(targets, classes, count)]
+    num_images = len(images) if images.ndim else 0
+    problems = [*_image_problems(images, values), *_target_problems(targets, classes, num_images)]
     if not classes:
-        problems.append("classes names none")
-    if twice := sorted({str(name) for name in classes if classes.count(name) > 1}):
-        problems.append(f"classes names some twice: {shown(twice)}")
+        problems.append("classes is empty")
+    if duplicates := sorted({str(name) for name in classes if classes.count(name) > 1}):
+        problems.append(f"classes repeats names: {join_names(duplicates)}")
     if images.ndim and targets.ndim and len(images) != len(targets):
         problems.append(f"there are {len(images)} images but {len(targets)} targets")
     if problems:
@@ -91,123 +96,125 @@ def arrays(
         images = np.rint(255 * images).astype(np.uint8)
     elif values == "normalized":
         images = np.asarray(images, np.float32)
-    return Arrays(tuple(map(str, classes)), images, targets.astype(np.int32))
+    return ArraySource(tuple(map(str, classes)), images, targets.astype(np.int32))
 
 
-def _array(what: str, given: object) -> np.ndarray:
+def _as_array(argument: str, value: object) -> np.ndarray:
     try:
-        return np.asarray(given)
+        return np.asarray(value)
     except ValueError as error:
-        raise DataError(f"arrays: {what} must form one array, all of one shape: {error}") from error
+        raise DataError(
+            f"arrays: {argument} must form one array of equal shapes: {error}"
+        ) from error
 
 
-def _of_images(images: np.ndarray, values: str) -> list[str]:
-    found = []
+def _image_problems(images: np.ndarray, values: str) -> list[str]:
+    problems = []
     if values not in get_args(Values):
-        found.append(f"values '{values}' is unknown: use {', '.join(get_args(Values))}")
+        problems.append(f"values '{values}' is unknown: use {', '.join(get_args(Values))}")
     elif images.size:
-        found += _of_values(images, values)
+        problems += _value_problems(images, values)
+    shape = list(images.shape)
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        way = "; add the channel: images[..., None]" if images.ndim == 3 else ""
-        way = "; move the channels: images.transpose(0, 2, 3, 1)" if _first(images) else way
-        found.append(f"images are {list(images.shape)}, but must be [n h w 3] or [n h w 1]{way}")
+        hint = ""
+        if images.ndim == 3:
+            hint = "; add the channel: images[..., None]"
+        elif images.ndim == 4 and images.shape[1] in (1, 3):
+            hint = "; move the channels: images.transpose(0, 2, 3, 1)"
+        problems.append(f"images have shape {shape}, but need [n h w 3] or [n h w 1]{hint}")
     elif 0 in images.shape:
-        found.append(f"images are {list(images.shape)}: there are none")
-    return found
+        problems.append(f"images have shape {shape}: there are none")
+    return problems
 
 
-def _of_values(images: np.ndarray, values: str) -> list[str]:
-    number = np.issubdtype(images.dtype, np.number)
-    floats = np.issubdtype(images.dtype, np.floating)
-    low, high = (images.min(), images.max()) if number and images.dtype.kind != "c" else (0, 0)
+def _value_problems(images: np.ndarray, values: str) -> list[str]:
+    is_real = np.issubdtype(images.dtype, np.number) and images.dtype.kind != "c"
+    low, high = (images.min(), images.max()) if is_real else (0, 0)
     if not np.isfinite([low, high]).all():
         count = images.size - int(np.isfinite(images).sum())
         return [f"{count} values of images are NaN or infinite"]
     if values == "uint8":
-        return [] if images.dtype == np.uint8 else [_not_uint8(images, low, high)]
-    if not floats:
+        if images.dtype == np.uint8:
+            return []
+        hint = _conversion_hint(images, low, high)
+        return [f"images are {images.dtype}, but must be uint8 (0..255){hint}"]
+    if not np.issubdtype(images.dtype, np.floating):
         return [f"images are {images.dtype}, but values='{values}' is for floats"]
     if values == "unit":
-        within = low >= 0 and high <= 1
-        outside = f"images are {low:.4g} to {high:.4g}, but values='unit' is for 0..1"
-        return [] if within else [f"{outside}{_advice(images, low, high)}"]
+        if low >= 0 and high <= 1:
+            return []
+        hint = _conversion_hint(images, low, high)
+        return [f"images range from {low:.4g} to {high:.4g}, but values='unit' is for 0..1{hint}"]
     if low >= 0 and high > 1 and np.array_equal(images, np.rint(images)):
         return [
-            f"images are whole numbers of {low:.4g} to {high:.4g}, but values='normalized' is for "
-            f"what the network takes{_advice(images, low, high)}"
+            f"images are whole numbers from {low:.4g} to {high:.4g}, but values='normalized' is "
+            f"for normalised floats{_conversion_hint(images, low, high)}"
         ]
     return []
 
 
-def _not_uint8(images: np.ndarray, low: Any, high: Any) -> str:
-    return f"images are {images.dtype}, but must be uint8 (0..255){_advice(images, low, high)}"
-
-
-def _advice(images: np.ndarray, low: Any, high: Any) -> str:
+def _conversion_hint(images: np.ndarray, low: Any, high: Any) -> str:
     if images.dtype == bool:
-        return "; of False and True: 255 * images.astype(np.uint8)"
+        return "; convert booleans with 255 * images.astype(np.uint8)"
     if np.issubdtype(images.dtype, np.integer):
-        levels = low >= 0 and high <= 255
-        return "; they fit: images.astype(np.uint8)" if levels else f"; they are {low} to {high}"
+        fits = low >= 0 and high <= 255
+        return "; they fit: images.astype(np.uint8)" if fits else f"; they are {low} to {high}"
     if not np.issubdtype(images.dtype, np.floating):
         return ""
     if low >= 0 and high <= 1:
-        return "; of values in 0..1: values='unit', or np.rint(255 * images).astype(np.uint8)"
+        return "; for values in 0..1 use values='unit' or np.rint(255 * images).astype(np.uint8)"
     if low >= 0 and high <= 2:
         return ""
     if low >= 0 and high <= 255:
-        return "; of values in 0..255: np.rint(images).astype(np.uint8)"
-    return "; of values that are normalised for the network: values='normalized'"
+        return "; for values in 0..255 use np.rint(images).astype(np.uint8)"
+    return "; for values that are normalised for the network use values='normalized'"
 
 
-def _first(images: np.ndarray) -> bool:
-    return images.ndim == 4 and images.shape[1] in (1, 3)
-
-
-def _of_targets(targets: np.ndarray, classes: tuple[str, ...], count: int) -> list[str]:
+def _target_problems(targets: np.ndarray, classes: tuple[str, ...], num_images: int) -> list[str]:
     if targets.ndim != 1:
-        return [f"targets are {list(targets.shape)}, but must be [n]{_one_a_row(targets, count)}"]
+        hint = _target_shape_hint(targets, num_images)
+        return [f"targets have shape {list(targets.shape)}, but need [n]{hint}"]
     if not np.issubdtype(targets.dtype, np.integer):
-        return [_not_integers(targets, classes)]
+        hint = _target_dtype_hint(targets, classes)
+        return [f"targets are {targets.dtype}, but must be integers: indices into classes{hint}"]
     outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
     if not len(outside):
         return []
-    named = [f"targets[{k}] = {targets[k]}" for k in outside]
-    from_one = targets.min() == 1 and targets.max() == len(classes)
+    listing = join_names([f"targets[{k}] = {targets[k]}" for k in outside])
+    is_one_based = targets.min() == 1 and targets.max() == len(classes)
     return [
         f"{len(outside)} targets are outside of 0..{len(classes) - 1} (there are "
-        f"{len(classes)} classes): {shown(named)}"
-        + ("; they count from 1: targets - 1" if from_one else "")
+        f"{len(classes)} classes): {listing}"
+        + ("; they count from 1: targets - 1" if is_one_based else "")
     ]
 
 
-def _one_a_row(targets: np.ndarray, count: int) -> str:
-    """How targets of another shape become one an image, where that is plain."""
+def _target_shape_hint(targets: np.ndarray, num_images: int) -> str:
+    """Returns how to convert targets that are not [n], or "" if it is unclear."""
     if targets.ndim != 2 or not targets.size or targets.dtype.kind not in "biuf":
         return ""
-    if len(targets) == 1 and targets.shape[1] == count:
+    if len(targets) == 1 and targets.shape[1] == num_images:
         return "; they are one row: targets[0]"
-    if len(targets) != count:
+    if len(targets) != num_images:
         return ""
     if np.isin(targets, (0, 1)).all():
         if (targets.sum(1) == 1).all():
-            return "; of one-hot rows: targets.argmax(1)"
+            return "; for one-hot rows use targets.argmax(1)"
         return ": each image has one class, and these rows have none or several"
-    return ": each image has one class; shares of several are not supported"
+    return ": each image has one class; class probabilities are not supported"
 
 
-def _not_integers(targets: np.ndarray, classes: tuple[str, ...]) -> str:
-    found = f"targets are {targets.dtype}, but must be integers: indices into classes"
+def _target_dtype_hint(targets: np.ndarray, classes: tuple[str, ...]) -> str:
     if targets.dtype == bool:
-        return f"{found}; of False and True: targets.astype(int)"
+        return "; convert booleans with targets.astype(int)"
     if np.issubdtype(targets.dtype, np.floating):
         if not np.isfinite(targets).all():
             count = len(targets) - int(np.isfinite(targets).sum())
-            return f"{found}; {count} are NaN or infinite: leave out images without a label"
-        if np.array_equal(targets, np.rint(targets)):
-            return f"{found}; they are whole numbers: targets.astype(int)"
-        odd = targets[targets != np.rint(targets)][0]
-        return f"{found}; {odd:g} is no index"
+            return f"; {count} are NaN or infinite: leave out images without a label"
+        fractions = targets[targets != np.rint(targets)]
+        if not len(fractions):
+            return "; they are whole numbers: targets.astype(int)"
+        return f"; {fractions[0]:g} is no index"
     if len(targets) and set(map(str, targets.tolist())) <= set(map(str, classes)):
-        return f"{found}; they are names: [classes.index(name) for name in targets]"
-    return found
+        return "; they are names: [classes.index(name) for name in targets]"
+    return ""

@@ -1,4 +1,4 @@
-"""Augmentations by name, as plain data: what each does to an image before it is trained on."""
+"""Named augmentations, each defined as a `View`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,40 +14,49 @@ from jaxft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """The steps of a training view, in the order in which they are taken.
+    """Steps of a random training view, applied in the order of the fields.
 
-    frame: `eval`: as in evaluation; `box`: a random box of the image, scaled to the input size;
-      `shift`: as in evaluation, then moved by up to an eighth of its side.
-    mirror, upend: how often left and right, and top and bottom, change places; 0 to 1.
-    jitter, policy: what happens to its colours, and more; None: nothing.
+    Attributes:
+      crop: `center`: the evaluation crop; `random_resized`: a random box scaled to the input size;
+        `shift`: the evaluation crop, moved by up to an eighth of its side.
+      hflip: probability of a horizontal flip.
+      vflip: probability of a vertical flip.
+      color_jitter: random colour changes, or None.
+      policy: an automatic augmentation policy, or None.
     """
 
-    frame: Literal["eval", "box", "shift"] = "eval"
-    mirror: float = 0.0
-    upend: float = 0.0
-    jitter: color.Jitter | None = None
+    crop: Literal["center", "random_resized", "shift"] = "center"
+    hflip: float = 0.0
+    vflip: float = 0.0
+    color_jitter: color.ColorJitter | None = None
     policy: autoaugment.RandAugment | autoaugment.TrivialAugmentWide | None = None
 
 
 VIEWS: dict[str, View] = {
     "none": View(),
-    "crop_flip": View(frame="box", mirror=0.5),
-    "shift": View(frame="shift"),
-    "shift_flip": View(frame="shift", mirror=0.5),
-    "flip": View(mirror=0.5),
+    "crop_flip": View(crop="random_resized", hflip=0.5),
+    "shift": View(crop="shift"),
+    "shift_flip": View(crop="shift", hflip=0.5),
+    "flip": View(hflip=0.5),
     "jitter": View(
-        frame="box",
-        mirror=0.5,
-        jitter=color.Jitter(brightness=0.4, contrast=0.4, saturation=0.4),
+        crop="random_resized",
+        hflip=0.5,
+        color_jitter=color.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
     ),
-    "randaugment": View(frame="box", mirror=0.5, policy=autoaugment.RandAugment()),
-    "trivialaugment": View(frame="box", mirror=0.5, policy=autoaugment.TrivialAugmentWide()),
+    "randaugment": View(crop="random_resized", hflip=0.5, policy=autoaugment.RandAugment()),
+    "trivialaugment": View(
+        crop="random_resized", hflip=0.5, policy=autoaugment.TrivialAugmentWide()
+    ),
 }
-"""What each name of `Augment` stands for."""
+"""The view of each `Augment` name."""
 
 
-def view_of(augment: Augment | View) -> View:
-    """Returns the view, or that of the name; DataError if there is none."""
+def resolve_view(augment: Augment | View) -> View:
+    """Returns the view of a name; returns a `View` unchanged.
+
+    Raises:
+      DataError: the name is unknown.
+    """
     view = augment if isinstance(augment, View) else VIEWS.get(augment)
     if view is None:
         raise DataError(f"unknown augment '{augment}': use one of {', '.join(VIEWS)}.")
@@ -55,32 +64,32 @@ def view_of(augment: Augment | View) -> View:
 
 
 def check_view(source: Source, augment: Augment | View) -> None:
-    """Checks that a view can be made of the source's images.
+    """Checks that the augmentation suits the source's images.
 
     Raises:
-      DataError: it is unknown; or it changes colours, and the images are normalised floats.
+      DataError: it is unknown, or it changes colours and the images are normalised floats.
     """
-    view = view_of(augment)
-    if pixel_type(source) != np.uint8 and (view.jitter or view.policy):
-        plain = [name for name, each in VIEWS.items() if not (each.jitter or each.policy)]
+    view = resolve_view(augment)
+    if pixel_type(source) != np.uint8 and (view.color_jitter or view.policy):
+        geometric = [name for name, v in VIEWS.items() if not (v.color_jitter or v.policy)]
         raise DataError(
             f"augment={augment if isinstance(augment, str) else 'View(...)'} changes colours of "
-            f"0..255, and these images are normalised floats: use one of {', '.join(plain)}, or "
-            "give the images as uint8."
+            "0..255, and these images are normalised floats: use one of "
+            f"{', '.join(geometric)}, or give the images as uint8."
         )
 
 
-def vary(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
-    """All of a view but its frame: mirrored, recoloured, and whatever its policy draws."""
-    # What a view leaves out draws no numbers: adding a field changes no view that lacks it.
-    if view.mirror and rng.random() < view.mirror:
-        image = geometry.mirror(image)
-    if view.upend and rng.random() < view.upend:
-        image = geometry.upend(image)
-    if view.jitter is not None:
-        for channel, factor in view.jitter.draw(rng):
+def apply_view(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
+    """Applies all steps of a view except the crop."""
+    # Inactive steps draw no random numbers, so that new fields leave existing views unchanged.
+    if view.hflip and rng.random() < view.hflip:
+        image = geometry.hflip(image)
+    if view.vflip and rng.random() < view.vflip:
+        image = geometry.vflip(image)
+    if view.color_jitter is not None:
+        for channel, factor in view.color_jitter.draw(rng):
             image = color.adjust(image, channel, factor)
     if view.policy is not None:
-        for step in view.policy.draw(image.height, image.width, rng):
-            image = autoaugment.apply(image, step, view.policy.interpolation)
+        for operation in view.policy.draw(image.height, image.width, rng):
+            image = autoaugment.apply(image, operation, view.policy.interpolation)
     return image

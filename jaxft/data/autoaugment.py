@@ -1,7 +1,7 @@
 """RandAugment and TrivialAugment, equal to torchvision's on PIL images.
 
-A policy draws names and magnitudes of operations; `apply` carries one out. Source: torchvision
-`RandAugment` and `TrivialAugmentWide`, whose names, ranges and float32 magnitudes these are.
+A policy draws operations and their magnitudes; `apply` applies one operation. Names, ranges and
+float32 magnitudes are torchvision's.
 """
 
 import math
@@ -15,25 +15,31 @@ from jaxft.data.color import adjust
 from jaxft.data.geometry import RESAMPLING, Interpolation
 from jaxft.errors import DataError
 
-Step = tuple[str, float]
-"""An operation of `apply` and its magnitude; 0 for those without one."""
+Operation = tuple[str, float]
+"""Name and magnitude of an operation; the magnitude is 0 if the operation has none."""
 
-_GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-_ENHANCING = ("Brightness", "Color", "Contrast", "Sharpness")
-_SIGNED = (*_GEOMETRIC, *_ENHANCING)
-_PLAIN = ("Identity", "AutoContrast", "Equalize")
+_AFFINE = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
+_SIGNED = (*_AFFINE, *_ENHANCEMENTS)
+_WITHOUT_MAGNITUDE = ("Identity", "AutoContrast", "Equalize")
 OPERATIONS = (
     "Identity", *_SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
-"""What policies choose from, in torchvision's order."""
+"""Names of all operations, in torchvision's order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """`num_ops` operations at one magnitude, a position among `bins` from nothing to the most.
+    """RandAugment: random operations at a fixed magnitude.
 
-    Source: Cubuk et al. 2019, https://arxiv.org/abs/1909.13719. torchvision interpolates `nearest`
-    unless told; its reference training script, and this default, are `bilinear`.
+    Reference: Cubuk et al. 2019, https://arxiv.org/abs/1909.13719.
+
+    Attributes:
+      num_ops: operations per image.
+      magnitude: index of the magnitude among `bins` equal steps from 0 to the maximum.
+      bins: number of magnitudes.
+      interpolation: filter of geometric operations. The default follows torchvision's reference
+        training script; torchvision's class defaults to `nearest`.
 
     Raises:
       DataError: `magnitude` is not one of 0..`bins` - 1.
@@ -48,9 +54,9 @@ class RandAugment:
         if not 0 <= self.magnitude < self.bins:
             raise DataError(f"{self}: magnitude must lie in 0..{self.bins - 1}, below bins.")
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[Step, ...]:
-        """Steps for an image of this size: each operation is as likely, as is each sign."""
-        most = {
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[Operation, ...]:
+        """Draws the operations for an image of this size; operations and signs are uniform."""
+        max_magnitudes = {
             "Shear": 0.3,
             "TranslateX": 150 / 331 * width,
             "TranslateY": 150 / 331 * height,
@@ -58,29 +64,32 @@ class RandAugment:
             "Enhance": 0.9,
             "Posterize": 4,
         }
-        steps = []
+        operations = []
         for _ in range(self.num_ops):
             name = OPERATIONS[rng.integers(len(OPERATIONS))]
-            levels = _levels(name, most, self.bins)
-            magnitude = 0.0 if levels is None else float(levels[self.magnitude])
-            steps.append((name, _signed(name, magnitude, rng)))
-        return tuple(steps)
+            magnitudes = _magnitudes(name, max_magnitudes, self.bins)
+            magnitude = 0.0 if magnitudes is None else float(magnitudes[self.magnitude])
+            operations.append((name, _random_sign(name, magnitude, rng)))
+        return tuple(operations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrivialAugmentWide:
-    """One operation at a random magnitude among `bins`.
+    """TrivialAugment (wide): one random operation at a random magnitude.
 
-    Source: Müller and Hutter 2021, https://arxiv.org/abs/2103.10158. For `interpolation` see
-    `RandAugment`.
+    Reference: Müller and Hutter 2021, https://arxiv.org/abs/2103.10158.
+
+    Attributes:
+      bins: number of magnitudes.
+      interpolation: as in `RandAugment`.
     """
 
     bins: int = 31
     interpolation: Interpolation = "bilinear"
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[Step, ...]:
-        """The one step; translations are in pixels, whatever the image's size."""
-        most = {
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[Operation, ...]:
+        """Draws one operation; its distribution does not depend on the image's size."""
+        max_magnitudes = {
             "Shear": 0.99,
             "TranslateX": 32.0,
             "TranslateY": 32.0,
@@ -89,30 +98,32 @@ class TrivialAugmentWide:
             "Posterize": 6,
         }
         name = OPERATIONS[rng.integers(len(OPERATIONS))]
-        levels = _levels(name, most, self.bins)
-        magnitude = 0.0 if levels is None else float(levels[rng.integers(self.bins)])
-        return ((name, _signed(name, magnitude, rng)),)
+        magnitudes = _magnitudes(name, max_magnitudes, self.bins)
+        magnitude = 0.0 if magnitudes is None else float(magnitudes[rng.integers(self.bins)])
+        return ((name, _random_sign(name, magnitude, rng)),)
 
 
-def _levels(name: str, most: dict[str, float], bins: int) -> np.ndarray | None:
-    """The magnitudes of an operation, [bins]; None for one that has none."""
-    if name in _PLAIN:
+def _magnitudes(name: str, max_magnitudes: dict[str, float], bins: int) -> np.ndarray | None:
+    """Returns the magnitudes of an operation, [bins], or None if it has none."""
+    if name in _WITHOUT_MAGNITUDE:
         return None
-    if name == "Posterize":  # bits that are kept
-        lost = np.arange(bins, dtype=np.float32) / np.float32((bins - 1) / most[name])
-        return 8 - np.rint(lost).astype(int)
-    if name == "Solarize":  # the level from which on colours are inverted
+    if name == "Posterize":  # number of bits to keep
+        step = np.float32((bins - 1) / max_magnitudes[name])
+        dropped_bits = np.arange(bins, dtype=np.float32) / step
+        return 8 - np.rint(dropped_bits).astype(int)
+    if name == "Solarize":  # level above which colours are inverted
         return _linspace(255.0, 0.0, bins)
-    kind = "Shear" if name.startswith("Shear") else "Enhance" if name in _ENHANCING else name
-    return _linspace(0.0, most[kind], bins)
+    kind = "Shear" if name.startswith("Shear") else "Enhance" if name in _ENHANCEMENTS else name
+    return _linspace(0.0, max_magnitudes[kind], bins)
 
 
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:
-    """`torch.linspace` as float32, to the last bit for torchvision's 31 bins.
+    """Returns `torch.linspace` in float32, bit for bit for torchvision's 31 bins.
 
-    There the lower half is counted from the start and the rest from the end, each sum rounded
-    once, as a fused multiply-add does. One pixel hangs on it: half of TrivialAugment's 32 pixels
-    is truncated to 15 there; torch on a CPU without AVX2 rounds twice and moves by 16.
+    torch counts the lower half from the start and the upper half from the end, and rounds each
+    sum once, with a fused multiply-add. The last bit matters: the middle one of TrivialAugment's
+    translations (0..32 pixels) is truncated to 15 pixels. On a CPU without AVX2, torch rounds twice
+    and gets 16.
     """
     step = float(np.float32(np.float32(stop) - np.float32(start)) / np.float32(count - 1))
     k = np.arange(count)
@@ -121,24 +132,24 @@ def _linspace(start: float, stop: float, count: int) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def _signed(name: str, magnitude: float, rng: np.random.Generator) -> float:
+def _random_sign(name: str, magnitude: float, rng: np.random.Generator) -> float:
     return -magnitude if name in _SIGNED and rng.integers(2) else magnitude
 
 
 def apply(
     image: Image.Image,
-    step: Step,
+    operation: Operation,
     interpolation: Interpolation = "bilinear",
     fill: tuple[int, int, int] = (0, 0, 0),
 ) -> Image.Image:
-    """The RGB image after one step; `fill` is the colour of what comes in from outside it."""
-    name, magnitude = step
-    if name in _GEOMETRIC:
-        return _move(image, name, magnitude, RESAMPLING[interpolation], fill)
-    return _COLORING[name](image, magnitude)
+    """Applies an operation to an RGB image; `fill` is the colour of pixels from outside of it."""
+    name, magnitude = operation
+    if name in _AFFINE:
+        return _apply_affine(image, name, magnitude, RESAMPLING[interpolation], fill)
+    return _COLOR_OPERATIONS[name](image, magnitude)
 
 
-def _move(
+def _apply_affine(
     image: Image.Image,
     name: str,
     magnitude: float,
@@ -147,8 +158,8 @@ def _move(
 ) -> Image.Image:
     if name == "Rotate":
         return image.rotate(magnitude, resampling, fillcolor=fill)
-    # The inverse map: where in the image does each pixel come from? Angles go by way of degrees,
-    # their tangents are formed and pixels truncated as there: the last bit can move an edge.
+    # The matrix maps output to input coordinates. The detours below (angles via degrees, sin / cos,
+    # truncated pixels) are torchvision's: a difference in the last bit can move an edge.
     a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     angle, pixels = math.radians(math.degrees(math.atan(magnitude))), float(int(magnitude))
     if name == "ShearX":
@@ -163,7 +174,7 @@ def _move(
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resampling, fillcolor=fill)
 
 
-_COLORING: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+_COLOR_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Identity": lambda image, _: image,
     "Brightness": lambda image, magnitude: adjust(image, "brightness", 1.0 + magnitude),
     "Color": lambda image, magnitude: adjust(image, "saturation", 1.0 + magnitude),

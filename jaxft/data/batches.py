@@ -1,8 +1,8 @@
-"""Batches in a reproducible order, prepared by threads ahead of their use.
+"""Batches of examples in a reproducible order, prepared ahead by threads.
 
-A batch is a pure function of (seed, stage, epoch, index): its examples and their augmentation
-depend neither on the number of threads or processes nor on where a run was resumed, so a
-checkpoint needs to store only its position.
+A batch is a pure function of (seed, stage, epoch, index). Its examples and augmentations depend
+neither on the number of threads or processes nor on where a run was resumed, so a checkpoint stores
+only the position.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -19,30 +19,30 @@ from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
 from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
 
-# The last word of the seed of an augmentation. It must not be 0: to NumPy's SeedSequence,
-# [seed, stage, epoch], the seed of the order, is the same as [seed, stage, epoch, 0, 0].
+# Last word of the seed of an augmentation. It must not be 0: NumPy's SeedSequence treats
+# [seed, stage, epoch], the seed of the order, like [seed, stage, epoch, 0, 0].
 _AUGMENTATION = 1
 
 
 class Batch(NamedTuple):
-    """NumPy arrays of one batch; rows where `mask` is False are padding (zeros)."""
+    """A batch of NumPy arrays; rows where `mask` is False are padding with zeros."""
 
     image: np.ndarray
-    """uint8 [b h w 3], not yet normalised, or float32 if the source's are normalised; or what is
-    kept of the images, [b ...]."""
+    """uint8 [b h w 3] before normalisation, float32 if the source is already normalised, or
+    features [b ...]."""
     target: np.ndarray
     """int32 [b]."""
     mask: np.ndarray
-    """bool [b], False for the padding at the end of an epoch's last batch."""
+    """bool [b], False for padding."""
 
 
 def steps_per_epoch(source: Source, batch_size: int, *, drop_last: bool = False) -> int:
-    """Batches that hold every example once; the last one may be padded.
+    """Returns the number of batches in an epoch.
 
-    With `drop_last`, a batch that would need padding is left out, as by torch's `DataLoader`.
+    With `drop_last`, a last batch that is not full is left out, as in torch's `DataLoader`.
 
     Raises:
-      DataError: that leaves none.
+      DataError: `drop_last` leaves no batch.
     """
     if not drop_last:
         return -(-len(source) // batch_size)
@@ -68,79 +68,90 @@ def train_batches(
     workers: int,
     drop_last: bool = False,
     balanced: bool = False,
-    views: int = 0,
-    kept: Callable[[int], np.ndarray] | None = None,
+    num_views: int = 0,
+    features: Callable[[int], np.ndarray] | None = None,
     rows: int | None = None,
     last_rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
-    """The batches of a stage's epochs `first_epoch`, ..., `epochs - 1`, one after another.
+    """Yields the training batches of a stage, epoch by epoch.
 
-    Each epoch is `steps_per_epoch` batches with every example once, in an order of its own; the
-    first is entered at its step `first_step`, where a run was interrupted. `workers` threads
-    prepare batches ahead; 0 prepares each when it is asked for. To stop early, `close()` the
-    generator (`contextlib.closing`): threads end with the batch in hand.
+    An epoch holds every example once, in a random order. To stop early, close the generator
+    (`contextlib.closing`).
 
-    If `balanced`, an epoch is as long but draws with replacement, each class as often as another
-    (`jaxft.data.class_balance`); what is drawn twice is augmented anew.
-
-    With `views`, there are but so many of each example: an epoch's are those of the epoch so many
-    before. `kept(view)` is what is kept of each example's view of that number, [n ...]: batches are
-    of these rows instead of images, and made when they are asked for.
-
-    A batch's arrays have `rows` rows, `batch_size` by default; those beyond its examples are
-    padding. An epoch's last batch, if it is not full, has `last_rows` instead. With `shard`
-    (i, n), process i of n makes its n-th part of these rows and decodes no others: the parts of all
-    processes, one after another, are the batch.
+    Args:
+      source: labelled images.
+      preprocessing: size and interpolation of the images.
+      augment: random view of each image.
+      batch_size: examples per batch.
+      seed: seed of the order and the augmentations.
+      stage: index of the stage, part of the seed.
+      epochs: number of epochs of the stage.
+      first_epoch: epoch to start from, to resume a run.
+      first_step: batch of `first_epoch` to start from.
+      workers: threads that prepare batches ahead; 0 prepares a batch when it is requested.
+      drop_last: leave out the last batch of an epoch if it is not full.
+      balanced: draw an epoch's examples with replacement, all classes equally often
+        (`jaxft.data.class_balance`). Repeated examples are augmented differently.
+      num_views: repeat the views of an example after this many epochs; 0 never repeats them.
+      features: returns the features [n ...] of all examples for one view. The batches then hold
+        these features instead of images, and use no threads.
+      rows: rows of the arrays, `batch_size` by default; surplus rows are padding.
+      last_rows: rows of an epoch's last batch if it is not full, `rows` by default.
+      shard: (index, count) of this process. Each process prepares an equal part of the rows and
+        decodes no other images; the parts of all processes, concatenated, are the batch.
 
     Raises:
-      DataError: the rows do not divide into n parts or do not hold a batch, or as
-        `steps_per_epoch`; later, when the batch that meets an unreadable image is asked for.
+      DataError: as `steps_per_epoch`; or the rows are too few, or not divisible by the number of
+        processes; or, when its batch is requested, an image is unreadable.
     """
     steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
-    part_of = _parts(len(source), batch_size, rows, last_rows, shard)
+    process_rows = _process_rows(len(source), batch_size, rows, last_rows, shard)
 
-    # Two epochs are in the making around each boundary between them.
+    # Around the end of an epoch, threads prepare batches of two epochs.
     @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
+    def epoch_order(epoch: int) -> np.ndarray:
         rng = np.random.default_rng([seed, stage, epoch])
         return balanced_draws(source, rng) if balanced else rng.permutation(len(source))
 
     def make_batch(step: int) -> Batch:
         epoch, index = divmod(step, steps)
-        part = part_of(index)
-        number = epoch % views if views else epoch
-        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(source)))[part]
-        examples = order(epoch)[places]
-        if kept:
-            return _taken(kept(number), source, examples, part)
+        row_range = process_rows(index)
+        view = epoch % num_views if num_views else epoch
+        first = index * batch_size
+        positions = np.arange(first, min(first + batch_size, len(source)))[row_range]
+        examples = epoch_order(epoch)[positions]
+        if features:
+            return _feature_batch(features(view), source, examples, row_range)
 
-        def view(example: int, place: int) -> tuple[np.ndarray, int]:
-            # Only there does an epoch hold an example more than once.
-            which = (place,) if balanced else ()
-            return make_view(example, number, *which)
+        def load(example: int, position: int) -> tuple[np.ndarray, int]:
+            # A balanced epoch may repeat an example; its position then varies the view.
+            return load_view(example, view, *((position,) if balanced else ()))
 
-        drawn = zip(examples.tolist(), places.tolist(), strict=True)
-        made = [partial(view, *e) for e in drawn]
-        return _assemble(made, preprocessing.image_size, part, pixel_type(source))
+        loads = [partial(load, int(e), int(p)) for e, p in zip(examples, positions, strict=True)]
+        return _image_batch(loads, preprocessing.image_size, row_range, pixel_type(source))
 
     check_view(source, augment)
-    make_view = augmented(source, preprocessing, augment, seed=seed, stage=stage)
-    numbers = range(first_epoch * steps + first_step, epochs * steps)
-    return prefetch(make_batch, numbers, 0 if kept else workers)
+    load_view = train_view_loader(source, preprocessing, augment, seed=seed, stage=stage)
+    remaining_steps = range(first_epoch * steps + first_step, epochs * steps)
+    return prefetch(make_batch, remaining_steps, 0 if features else workers)
 
 
-def augmented(
+def train_view_loader(
     source: Source, preprocessing: Preprocessing, augment: Augment | View, *, seed: int, stage: int
 ) -> Callable[..., tuple[np.ndarray, int]]:
-    """`(example, number, *place) -> (image, target)`: the views of a stage, by their epochs."""
+    """Returns the function `load(example, view, *position)` of a stage's augmented images.
 
-    def view(example: int, number: int, *place: int) -> tuple[np.ndarray, int]:
-        rng = np.random.default_rng([seed, stage, number, example, _AUGMENTATION, *place])
+    `load` returns the image [h w 3] of an example and its target. `view` is the number of the view,
+    equal to the epoch unless views repeat; `position` is the position in a balanced epoch.
+    """
+
+    def load(example: int, view: int, *position: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng([seed, stage, view, example, _AUGMENTATION, *position])
         image, target = source[example]
         return train_view(image, preprocessing, augment, rng), target
 
-    return view
+    return load
 
 
 def eval_batches(
@@ -149,51 +160,63 @@ def eval_batches(
     *,
     batch_size: int,
     workers: int,
-    view: Callable[[int], tuple[np.ndarray, int]] | None = None,
-    kept: np.ndarray | None = None,
+    load: Callable[[int], tuple[np.ndarray, int]] | None = None,
+    features: np.ndarray | None = None,
     rows: int | None = None,
     last_rows: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
-    """Every example once in the source's order, unaugmented; otherwise as `train_batches`.
+    """Yields batches of every example once, in the source's order, without augmentation.
 
-    view: gives an example's image, where it is to be another, and its target.
-    kept: as there, of all examples.
+    Args:
+      source: labelled images.
+      preprocessing: size and interpolation of the images.
+      batch_size: examples per batch.
+      workers: as in `train_batches`.
+      load: returns the image [h w 3] of an example and its target, in place of the evaluation view.
+      features: [n ...] of all examples; the batches then hold these instead of images.
+      rows: as in `train_batches`.
+      last_rows: as in `train_batches`.
+      shard: as in `train_batches`.
+
+    Raises:
+      DataError: as in `train_batches`.
     """
-    part_of = _parts(len(source), batch_size, rows, last_rows, shard)
+    process_rows = _process_rows(len(source), batch_size, rows, last_rows, shard)
 
-    def evaluated(example: int) -> tuple[np.ndarray, int]:
+    def load_eval_view(example: int) -> tuple[np.ndarray, int]:
         image, target = source[example]
         return eval_view(image, preprocessing), target
 
     def make_batch(step: int) -> Batch:
-        part = part_of(step)
-        examples = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))[part]
-        if kept is not None:
-            return _taken(kept, source, examples, part)
-        views = [partial(view or evaluated, example) for example in examples.tolist()]
-        return _assemble(views, preprocessing.image_size, part, pixel_type(source))
+        row_range = process_rows(step)
+        first = step * batch_size
+        examples = np.arange(first, min(first + batch_size, len(source)))[row_range]
+        if features is not None:
+            return _feature_batch(features, source, examples, row_range)
+        loads = [partial(load or load_eval_view, example) for example in examples.tolist()]
+        return _image_batch(loads, preprocessing.image_size, row_range, pixel_type(source))
 
     steps = range(steps_per_epoch(source, batch_size))
-    return prefetch(make_batch, steps, workers if kept is None else 0)
+    return prefetch(make_batch, steps, workers if features is None else 0)
 
 
-def _parts(
-    images: int,
+def _process_rows(
+    num_images: int,
     batch_size: int,
     rows: int | None,
     last_rows: int | None,
     shard: tuple[int, int],
 ) -> Callable[[int], slice]:
-    """Returns, by a batch's index in its epoch, the rows of it that a process makes."""
-    full = last = _part(batch_size, rows, shard)
+    """Returns a function from a batch's index in its epoch to this process's rows."""
+    full = last = _shard_rows(batch_size, rows, shard)
     if last_rows is not None:
-        last = _part(images % batch_size, last_rows, shard)
-    return lambda index: full if (index + 1) * batch_size <= images else last
+        last = _shard_rows(num_images % batch_size, last_rows, shard)
+    return lambda index: full if (index + 1) * batch_size <= num_images else last
 
 
-def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
-    """The rows of a batch that process `index` of `count` makes."""
+def _shard_rows(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
+    """Returns the rows of a batch that belong to process `index` of `count`."""
     index, count = shard
     if not 0 <= index < count:
         raise DataError(f"shard {shard} is not (index, count) with 0 <= index < count.")
@@ -206,26 +229,29 @@ def _part(batch_size: int, rows: int | None, shard: tuple[int, int]) -> slice:
             f"batches of {rows} rows do not divide among {count} processes: set rows to a multiple "
             f"of {count}."
         )
-    share = rows // count
-    return slice(index * share, (index + 1) * share)
+    size = rows // count
+    return slice(index * size, (index + 1) * size)
 
 
-def _assemble(
-    views: Sequence[Callable[[], tuple[np.ndarray, int]]],
+def _image_batch(
+    loads: Sequence[Callable[[], tuple[np.ndarray, int]]],
     image_size: int,
-    part: slice,
+    row_range: slice,
     dtype: np.dtype[Any],
 ) -> Batch:
-    count = part.stop - part.start
-    images = np.zeros((count, image_size, image_size, 3), dtype)
-    targets = np.zeros(count, np.int32)
-    for row, view in enumerate(views):
-        images[row], targets[row] = view()
-    return Batch(images, targets, np.arange(count) < len(views))
+    num_rows = row_range.stop - row_range.start
+    images = np.zeros((num_rows, image_size, image_size, 3), dtype)
+    targets = np.zeros(num_rows, np.int32)
+    for row, load in enumerate(loads):
+        images[row], targets[row] = load()
+    return Batch(images, targets, np.arange(num_rows) < len(loads))
 
 
-def _taken(kept: np.ndarray, source: Source, examples: np.ndarray, part: slice) -> Batch:
-    count, spare = len(examples), part.stop - part.start - len(examples)
-    padding = ((0, spare), *[(0, 0)] * (kept.ndim - 1))
-    targets = np.pad(np.asarray(source.targets[examples], np.int32), (0, spare))
-    return Batch(np.pad(kept[examples], padding), targets, np.arange(count + spare) < count)
+def _feature_batch(
+    features: np.ndarray, source: Source, examples: np.ndarray, row_range: slice
+) -> Batch:
+    num_rows, num_examples = row_range.stop - row_range.start, len(examples)
+    padding = (0, num_rows - num_examples)
+    rows = np.pad(features[examples], (padding, *[(0, 0)] * (features.ndim - 1)))
+    targets = np.pad(np.asarray(source.targets[examples], np.int32), padding)
+    return Batch(rows, targets, np.arange(num_rows) < num_examples)

@@ -1,4 +1,4 @@
-"""Classes of unequal size: weights for the loss, or draws in which each class is as likely."""
+"""Class imbalance: weights for the loss, and balanced sampling."""
 
 import numpy as np
 
@@ -6,9 +6,10 @@ from jaxft.data.source import Source
 
 
 def class_weights(source: Source) -> tuple[float, ...]:
-    """Inverse to the classes' numbers of images, n / (k n_c); of an image, 1 on average.
+    """Returns a loss weight per class, inversely proportional to its number of images.
 
-    scikit-learn's `class_weight="balanced"`. A class without images weighs 0.
+    Class c weighs n / (k n_c) for n images in k non-empty classes, so that images weigh 1 on
+    average; an empty class weighs 0. Equals scikit-learn's `class_weight="balanced"`.
     """
     counts = np.bincount(source.targets, minlength=len(source.classes))
     present = np.count_nonzero(counts)
@@ -17,9 +18,12 @@ def class_weights(source: Source) -> tuple[float, ...]:
 
 
 def balanced_draws(source: Source, rng: np.random.Generator) -> np.ndarray:
-    """As many examples as the source has, with replacement and equal odds of classes, int64 [n].
+    """Draws `len(source)` examples with replacement, all classes with equal probability.
 
-    torch's `WeightedRandomSampler` with weights inverse to the classes' numbers of images.
+    Equals torch's `WeightedRandomSampler` with inverse class frequencies as weights.
+
+    Returns:
+      Indices of the examples, int64 [n].
     """
-    odds = np.asarray(class_weights(source))[source.targets]
-    return rng.choice(len(source), size=len(source), p=odds / odds.sum())
+    weights = np.asarray(class_weights(source))[source.targets]
+    return rng.choice(len(source), size=len(source), p=weights / weights.sum())

@@ -1,51 +1,65 @@
-"""Class names of several splits, compared."""
+"""Class names in messages, and the differences between the class names of splits."""
 
 import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from jaxft.data.split_expressions import shown
-
-_SHOWN = 10
+_MAX_CLASSES = 10  # class names in one list
 
 
-def differences(classes: Mapping[str, Sequence[str]]) -> str:
-    """Returns how the class names of splits differ, by the splits' names; "" if they are the same.
+def describe_differences(classes: Mapping[str, Sequence[str]]) -> str:
+    """Returns how the class names of splits differ, or "" if they are equal.
 
-    All splits' own names are listed, and pairs of two splits that may mean the same class.
+    Lists the names that are not in all splits, and pairs of names that may mean the same class.
+
+    Args:
+      classes: class names by split.
     """
-    names = list(classes.values())
-    in_all = set.intersection(*map(set, names))
-    only = {split: [c for c in found if c not in in_all] for split, found in classes.items()}
-    if any(only.values()):
-        sides = [f"Only in {split}: {listed(own)}." for split, own in only.items()]
-        return " ".join(sides) + _alike(only)
-    if any(list(found) != list(names[0]) for found in names):
+    all_names = list(classes.values())
+    common = set.intersection(*map(set, all_names))
+    extra = {split: [c for c in names if c not in common] for split, names in classes.items()}
+    if any(extra.values()):
+        lists = [f"Only in {split}: {list_classes(names)}." for split, names in extra.items()]
+        return " ".join(lists) + _similar_names(extra)
+    if any(list(names) != list(all_names[0]) for names in all_names):
         return " ".join(
-            f"In another order: {split} has {listed(found)}." for split, found in classes.items()
+            f"In another order: {split} has {list_classes(names)}."
+            for split, names in classes.items()
         )
     return ""
 
 
-def listed(names: Sequence[str]) -> str:
-    """Returns the first names, for a message."""
-    return shown([_visible(name) for name in names], _SHOWN) if names else "none"
+def list_classes(names: Sequence[str]) -> str:
+    """Returns the first class names, or "none"."""
+    return join_names([_quote_spaces(name) for name in names], _MAX_CLASSES) if names else "none"
 
 
-def _alike(only: Mapping[str, Sequence[str]]) -> str:
-    (first, own), (second, others), *_ = only.items()
-    folded = {_folded(name): name for name in others}
+def join_names(names: Sequence[str], limit: int = 5) -> str:
+    """Returns the first names, separated by commas, with an ellipsis if there are more.
+
+    >>> join_names("abcdef", 3)
+    'a, b, c, ...'
+    """
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _similar_names(extra: Mapping[str, Sequence[str]]) -> str:
+    (first, names), (second, other_names), *_ = extra.items()
+    folded = {_fold(name): name for name in other_names}
     pairs = []
-    for name in own:
-        if near := difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.7):
-            pairs.append(f"{_visible(name)} ({first}) and {_visible(folded[near[0]])} ({second})")
-    return f" Are these the same: {shown(pairs)}? Then rename one of each." if pairs else ""
+    for name in names:
+        if close := difflib.get_close_matches(_fold(name), folded, n=1, cutoff=0.7):
+            other = folded[close[0]]
+            pairs.append(f"{_quote_spaces(name)} ({first}) and {_quote_spaces(other)} ({second})")
+    if not pairs:
+        return ""
+    return f" Are these the same: {join_names(pairs)}? Then rename one of each."
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-def _visible(name: str) -> str:
-    """The name, in quotes if it begins or ends with a space."""
+def _quote_spaces(name: str) -> str:
+    """Returns the name, in quotes if it starts or ends with a space."""
     return name if name == name.strip() else repr(name)

@@ -1,4 +1,4 @@
-"""Brightness, contrast, saturation and hue, equal to torchvision's `ColorJitter` on PIL images."""
+"""Adjusts brightness, contrast, saturation and hue; pixels equal torchvision's `ColorJitter`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,14 +18,17 @@ _ENHANCERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jitter:
-    """How far colours stray, as the arguments of torchvision's `ColorJitter`; 0 leaves one alone.
+class ColorJitter:
+    """Ranges of random colour changes, as the arguments of torchvision's `ColorJitter`.
 
-    brightness, contrast, saturation: factors are uniform in max(0, 1 - x)..1 + x.
-    hue: is turned by a share of the circle that is uniform in -x..x; at most 0.5.
+    Attributes:
+      brightness: the factor is uniform in max(0, 1 - brightness)..1 + brightness.
+      contrast: the same for the contrast.
+      saturation: the same for the saturation.
+      hue: the hue is rotated by a fraction of the colour circle, uniform in -hue..hue; at most 0.5.
 
     Raises:
-      DataError: one is negative, or hue above 0.5.
+      DataError: a value is negative, or hue is above 0.5.
     """
 
     brightness: float = 0.0
@@ -38,7 +41,7 @@ class Jitter:
             raise DataError(f"{self}: none may be negative, nor hue above 0.5, half of the circle.")
 
     def draw(self, rng: np.random.Generator) -> tuple[tuple[Channel, float], ...]:
-        """What to `adjust`, and by how much, in a random order."""
+        """Draws the arguments of `adjust` for each change, in a random order."""
         ranges: dict[Channel, tuple[float, float]] = {
             "brightness": (max(0.0, 1 - self.brightness), 1 + self.brightness),
             "contrast": (max(0.0, 1 - self.contrast), 1 + self.contrast),
@@ -54,14 +57,17 @@ class Jitter:
 
 
 def adjust(image: Image.Image, channel: Channel, factor: float) -> Image.Image:
-    """One change of an RGB image: a factor, or for hue a share of the circle in -0.5..0.5.
+    """Adjusts one property of an RGB image, as torchvision's `adjust_brightness`, `adjust_hue` etc.
 
-    Source: torchvision `adjust_brightness`, `adjust_contrast`, `adjust_saturation`, `adjust_hue`.
+    Args:
+      image: an RGB image.
+      channel: the property.
+      factor: a factor, 1 for no change; for hue a fraction of the colour circle in -0.5..0.5.
     """
     if channel == "hue":
         hue, saturation, value = image.convert("HSV").split()
-        # The circle has 256 levels: the sum wraps around it. Truncated, then wrapped, as there.
-        turned = np.asarray(hue) + np.int32(factor * 255).astype(np.uint8)
-        parts = (Image.fromarray(turned), saturation, value)
-        return Image.merge("HSV", parts).convert("RGB")
+        # As in torchvision, truncates the offset; uint8 wraps around the circle's 256 levels.
+        rotated = np.asarray(hue) + np.int32(factor * 255).astype(np.uint8)
+        bands = (Image.fromarray(rotated), saturation, value)
+        return Image.merge("HSV", bands).convert("RGB")
     return _ENHANCERS[channel](image).enhance(factor)

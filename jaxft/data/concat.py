@@ -1,4 +1,4 @@
-"""Several sources as one, or some examples of them."""
+"""Concatenation and subsets of sources."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +11,13 @@ from jaxft.data.source import Checkable, Source, pixel_type
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
-    """A `Source` of some examples of several, which have the same classes.
+class ConcatSource:
+    """A `Source` of selected examples of several sources with the same classes.
 
-    indices: int64 [n], into the sources laid end to end.
-    targets: int32 [n].
+    Attributes:
+      sources: the concatenated sources.
+      indices: int64 [n], positions in the concatenation.
+      targets: int32 [n].
     """
 
     sources: tuple[Source, ...]
@@ -24,36 +26,37 @@ class Joined:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names."""
+        """Class names."""
         return self.sources[0].classes
 
     @property
     def pixel_type(self) -> np.dtype[Any]:
-        """The type of the images' values, that of the first source."""
+        """Dtype of the images, equal in all sources."""
         return pixel_type(self.sources[0])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target."""
-        source, within = self._locate(index)
-        return source[within]
+        """Returns the RGB image and its target."""
+        source, source_index = self._locate(index)
+        return source[source_index]
 
     def problem(self, index: int, /) -> str | None:
-        """Why the image cannot be read, as its own source tells; None if that has no doubts."""
-        source, within = self._locate(index)
-        return source.problem(within) if isinstance(source, Checkable) else None
+        """Returns why the image cannot be read, or None if its source reports no problem."""
+        source, source_index = self._locate(index)
+        return source.problem(source_index) if isinstance(source, Checkable) else None
 
     def identity(self, index: int, /) -> str | bytes:
-        """Returns what its own source knows of the example without decoding it."""
+        """Returns the identity of the example in its source."""
         return identity(*self._locate(index))
 
-    def take(self, indices: np.ndarray) -> "Joined":
-        """The source of these examples only, with the same classes."""
+    def take(self, indices: np.ndarray) -> "ConcatSource":
+        """Returns the source of these examples only, with the same classes."""
         return replace(self, indices=self.indices[indices], targets=self.targets[indices])
 
     def _locate(self, index: int) -> tuple[Any, int]:
+        """Returns the source of an example, and the example's index in it."""
         position = int(self.indices[index])
         for source in self.sources:
             if position < len(source):
@@ -63,23 +66,27 @@ class Joined:
 
 
 def gather(sources: tuple[Source, ...], indices: np.ndarray) -> Source:
-    """These examples of the sources laid end to end; of a source's own kind where one suffices.
+    """Returns the source of selected examples of the concatenated sources.
 
-    indices: int64 [n], each from 0 to the sources' total length.
+    If all examples lie in one source, returns a subset of that source instead of a `ConcatSource`.
+
+    Args:
+      sources: sources with the same classes.
+      indices: int64 [n], positions in the concatenation.
     """
     ends = np.cumsum([len(source) for source in sources])
     used = np.unique(np.searchsorted(ends, indices, side="right"))
     if len(used) == 1:
         source: Any = sources[used[0]]
-        within = indices - (ends[used[0]] - len(source))
-        if np.array_equal(within, np.arange(len(source))):
+        source_indices = indices - (ends[used[0]] - len(source))
+        if np.array_equal(source_indices, np.arange(len(source))):
             return source
-        return take(source, within)
+        return take(source, source_indices)
     targets = np.concatenate([source.targets for source in sources])
-    return Joined(sources, indices, targets[indices])
+    return ConcatSource(sources, indices, targets[indices])
 
 
 def take(source: Any, indices: np.ndarray) -> Any:
-    """These examples of a source: by its own `take` if it has one, or from the outside."""
-    own = getattr(source, "take", None)
-    return own(indices) if own else Joined((source,), indices, source.targets[indices])
+    """Returns the source of these examples only, by the source's `take` if it has one."""
+    method = getattr(source, "take", None)
+    return method(indices) if method else ConcatSource((source,), indices, source.targets[indices])

@@ -1,4 +1,4 @@
-"""From a file to RGB pixels, as torchvision's `ImageFolder` reads them: `convert("RGB")`."""
+"""Decodes image files to RGB, as torchvision's `ImageFolder` does: `convert("RGB")`."""
 
 import io
 import warnings
@@ -9,33 +9,34 @@ from PIL import Image, UnidentifiedImageError
 
 from jaxft.errors import DataError
 
-# Formats whose further images are previews or layers of the first.
-_PARTS = ("MPO", "PSD")
+# Formats whose extra images are previews or layers of the first.
+_MULTIPART_FORMATS = ("MPO", "PSD")
 
 MAX_PIXELS = 89_478_485
-"""The largest image that is decoded: Pillow's own first limit, a quarter of a gibibyte of RGB."""
+"""Maximum number of pixels: Pillow's default, a quarter of a GiB of RGB."""
 
 
 def decode(file: Path | bytes, *, reduce_to: int | None = None) -> Image.Image:
-    """Decodes the RGB image in a file, or in a file's bytes, as `open(...).convert("RGB")` does.
+    """Decodes an image file as `Image.open(file).convert("RGB")`, with equal pixels.
 
-    Pixel for pixel, but for grey levels of more than 8 bits, which Pillow clips at 255: those of 16
-    bits are divided by 257, 0..65535 to 0..255. Levels whose range a file does not tell are an
-    error: floats, and integers of 32 bits that are not plainly of 16.
+    The exception is grey images with more than 8 bits, whose levels Pillow clips at 255. 16-bit
+    levels are divided by 257 instead. If the range of the levels is unknown (floats, or 32-bit
+    integers that do not clearly hold 16-bit levels), raises an error.
 
-    Other modes are Pillow's: alpha and transparency are dropped, not blended; colours of 16 bits
-    keep their upper 8; CMYK is converted without its profile. Of an animation or of many pages the
-    first counts. EXIF orientation is not applied, as by torchvision's loader.
+    As in Pillow, alpha is dropped, 16-bit colours keep their upper 8 bits, CMYK is converted
+    without its profile, and only the first frame or page is read. As in torchvision, EXIF
+    orientation is ignored.
 
-    With `reduce_to`, it also warns of a file that holds several images; and a JPEG is decoded at
-    half, a quarter or an eighth of its size, as far as no side gets shorter than `reduce_to`. That
-    reads every byte of the file in less time, but libjpeg's reduced pixels are not those of
-    decoding and then resizing by any of Pillow's filters (over 40 photographs 3 to 5 levels apart
-    on average, none equal): for checks and thumbnails, never for training.
+    Args:
+      file: path or content of the file.
+      reduce_to: decode a JPEG at 1/2, 1/4 or 1/8 of its size, with no side shorter than this, and
+        warn if a file holds several images. Faster, and still reads every byte, but the pixels
+        differ from a resized image (by 3 to 5 levels on average over 40 photographs): for checks
+        and thumbnails only, never for training.
 
     Raises:
-      DataError: not an image, a broken one, or more than `MAX_PIXELS` pixels, which is refused
-        before any is decoded. It says why but not where: the caller knows the file's place.
+      DataError: the file is not an image, is damaged, or has more than `MAX_PIXELS` pixels, which
+        is checked before decoding. The message does not include the path.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -43,44 +44,44 @@ def decode(file: Path | bytes, *, reduce_to: int | None = None) -> Image.Image:
                 raise DataError(_too_large(f"{image.width}x{image.height} pixels"))
             if reduce_to is not None:
                 image.draft(None, (reduce_to, reduce_to))
-                if getattr(image, "is_animated", False) and image.format not in _PARTS:
+                if getattr(image, "is_animated", False) and image.format not in _MULTIPART_FORMATS:
                     warnings.warn("holds several images, of which the first is used", stacklevel=1)
             image.load()
-            # Only of interest to those who keep alpha; Pillow warns when it cannot be kept.
+            # `convert` warns about transparency that it cannot keep.
             image.info.pop("transparency", None)
             if image.mode == "F" or image.mode.startswith("I"):
-                return _in_eight_bits(image).convert("RGB")
-            # `convert` of an RGB image is a copy, an eighth of the time that decoding takes.
+                return _to_8_bits(image).convert("RGB")
+            # `convert` would copy an RGB image, which takes an eighth of the decoding time.
             return image if image.mode == "RGB" else image.convert("RGB")
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(_too_large("the image")) from error
-    except Exception as error:  # decoders raise anything, from OSError to struct.error
+    except Exception as error:  # decoders raise many types, from OSError to struct.error
         raise DataError(_reason(error, file)) from error
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales grey levels of 0..65535 to 0..255, rounded to the nearest."""
-    advice = "whose range is unknown: save them with 8 or 16 bits"
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales grey levels from 0..65535 to 0..255, rounded to the nearest."""
+    hint = "whose range is unknown: save them with 8 or 16 bits"
     if image.mode == "F":
-        raise DataError(f"grey levels are floats, {advice}")
+        raise DataError(f"grey levels are floats, {hint}")
     levels = np.asarray(image)
     low, high = int(levels.min()), int(levels.max())
-    # Of PNG and PPM Pillow scales the levels to 16 bits itself. Others may have 8.
-    known = image.mode != "I" or image.format in ("PNG", "PPM") or high > 255
-    if low < 0 or high > 65535 or not known:
-        raise DataError(f"grey levels are {low} to {high}, integers of 32 bits, {advice}")
+    # Pillow scales PNG and PPM to 16 bits. In other formats, small levels may mean 8 bits.
+    is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM") or high > 255
+    if low < 0 or high > 65535 or not is_16_bit:
+        raise DataError(f"grey levels are {low} to {high}, integers of 32 bits, {hint}")
     return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def _too_large(what: str) -> str:
-    return f"{what} exceeds what is safe to decode ({MAX_PIXELS:,} pixels): scale it down"
+def _too_large(size: str) -> str:
+    return f"{size} exceeds the size that is safe to decode ({MAX_PIXELS:,} pixels): scale it down"
 
 
 def _reason(error: Exception, file: Path | bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
         return "not an image" if size else "the file is empty"
-    # An OSError's own text repeats the path.
+    # str(OSError) would repeat the path.
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

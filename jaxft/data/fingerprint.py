@@ -1,4 +1,4 @@
-"""Digests of the examples of a source: they tell when images have changed, or differ by host."""
+"""Fingerprints of sources, which detect images that changed or that differ between hosts."""
 
 import hashlib
 import unicodedata
@@ -10,101 +10,106 @@ import numpy as np
 from jaxft.data.source import Source, Splits, pixel_type
 from jaxft.errors import first_of
 
-_SHOWN = 8  # classes named in one line
+_MAX_CLASSES = 8  # classes in one line
 
 
 def fingerprint(source: Source) -> str:
-    """Returns a digest of the source's class names and, in their order, of its examples, as hex.
+    """Returns a hex digest of the source's class names and of its examples, in their order.
 
-    Two sources with the same digest train the same way. An example counts with its target and:
+    Sources with the same digest train the same way. The digest covers each example's target and:
 
-    - an image file: its path below the folder of its split, and its size in bytes (one `stat`),
-      but not its content;
-    - an image in memory: its pixels;
-    - a record of TensorFlow Datasets: name and version of the set, split, size of the split in
-      bytes, and position;
-    - an example of any other source: what its method `identity(index)` returns, a str or bytes;
-      without that method, nothing more than the target.
+    - for an image file: its path below the split's folder and its size in bytes, not its content;
+    - for an image in memory: its pixels;
+    - for a TFDS record: the data set's name and version, its split, the split's size in bytes, and
+      the record's position;
+    - for any other source: the str or bytes that its method `identity(index)` returns, if any.
     """
     digest = hashlib.sha256()
     for name in source.classes:
-        digest.update(_encoded(name) + b"\0")
+        digest.update(_encode(name) + b"\0")
     digest.update(np.asarray(source.targets, "<i4").tobytes())
     for index in range(len(source)):
-        digest.update(b"\0" + _encoded(identity(source, index)))
+        digest.update(b"\0" + _encode(identity(source, index)))
     return digest.hexdigest()
 
 
 def identity(source: Any, index: int) -> str | bytes:
-    """Returns what the source knows of an example without decoding it, or an empty string."""
-    known = getattr(source, "identity", None)
-    return known(index) if known else ""
+    """Returns the source's `identity(index)`, or "" if the source does not define it."""
+    method = getattr(source, "identity", None)
+    return method(index) if method else ""
 
 
 def record(splits: Splits) -> dict[str, Any]:
-    """Returns the facts of the images that a checkpoint keeps and a resumed run must find again."""
-    both = {"train": splits.train, "val": splits.val}
+    """Returns the data set facts that a checkpoint stores and that must match on resume."""
+    sources = {"train": splits.train, "val": splits.val}
     classes = splits.train.classes
     return {
-        **{name: len(source) for name, source in both.items()},
+        **{name: len(source) for name, source in sources.items()},
         "classes": list(classes),
         "pixels": pixel_type(splits.train).name,
         "per_class": {
             name: np.bincount(source.targets, minlength=len(classes)).tolist()
-            for name, source in both.items()
+            for name, source in sources.items()
         },
-        "fingerprint": {name: fingerprint(source) for name, source in both.items()},
+        "fingerprint": {name: fingerprint(source) for name, source in sources.items()},
     }
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each difference of two `record`s, none if they agree.
+    """Returns one line for each difference between two results of `record`.
 
-    A record of an older version has no counts by class and no fingerprint: these are not compared.
+    Class counts and fingerprints, which older checkpoints lack, are compared only if both have
+    them.
     """
     lines = []
-    same_classes = before["classes"] == now["classes"]
-    if not same_classes:
-        lost = [name for name in before["classes"] if name not in now["classes"]]
-        new = [name for name in now["classes"] if name not in before["classes"]]
-        order = "" if lost or new else ": the same in another order"
-        gone = f"; no longer there: {_listed(lost)}" if lost else ""
-        added = f"; new: {_listed(new)}" if new else ""
-        lines.append(
-            f"classes: {len(before['classes'])} then, {len(now['classes'])} now{order}{gone}{added}"
-        )
-    for name in ("train", "val"):
-        counts = [which.get("per_class", {}).get(name) for which in (before, now)]
-        digests = [which.get("fingerprint", {}).get(name) for which in (before, now)]
-        known = same_classes and all(counts)
-        if before[name] != now[name]:
-            line = f"{name}: {before[name]} images then, {now[name]} now"
-            lines.append(f"{line}; {_by_class(now['classes'], *counts)}" if known else line)
-        elif known and counts[0] != counts[1]:
-            lines.append(f"{name}: {_by_class(now['classes'], *counts)}")
-        elif same_classes and all(digests) and digests[0] != digests[1]:
+    old_classes, new_classes = before["classes"], now["classes"]
+    if old_classes != new_classes:
+        lines.append(_class_change(old_classes, new_classes))
+    for split in ("train", "val"):
+        counts = [facts.get("per_class", {}).get(split) for facts in (before, now)]
+        digests = [facts.get("fingerprint", {}).get(split) for facts in (before, now)]
+        counts_comparable = old_classes == new_classes and all(counts)
+        if before[split] != now[split]:
+            line = f"{split}: {before[split]} images then, {now[split]} now"
+            if counts_comparable:
+                line += f"; {_count_changes(new_classes, *counts)}"
+            lines.append(line)
+        elif counts_comparable and counts[0] != counts[1]:
+            lines.append(f"{split}: {_count_changes(new_classes, *counts)}")
+        elif old_classes == new_classes and all(digests) and digests[0] != digests[1]:
             lines.append(
-                f"{name}: as many images of each class, but some are others: names, sizes, "
+                f"{split}: as many images of each class, but some are others: names, sizes, "
                 "contents or their order differ"
             )
     return lines
 
 
-def _by_class(classes: list[str], before: list[int], now: list[int]) -> str:
+def _class_change(before: list[str], now: list[str]) -> str:
+    removed = [name for name in before if name not in now]
+    added = [name for name in now if name not in before]
+    line = f"classes: {len(before)} then, {len(now)} now"
+    if removed:
+        line += f"; no longer there: {_join(removed)}"
+    if added:
+        line += f"; new: {_join(added)}"
+    return line if removed or added else f"{line}: the same in another order"
+
+
+def _count_changes(classes: list[str], before: list[int], now: list[int]) -> str:
     differing = [
-        f"{name} {then} then, {count} now"
-        for name, then, count in zip(classes, before, now, strict=True)
-        if then != count
+        f"{name} {old} then, {new} now"
+        for name, old, new in zip(classes, before, now, strict=True)
+        if old != new
     ]
-    return _listed(differing, "; ")
+    return _join(differing, "; ")
 
 
-def _listed(names: list[str], separator: str = ", ") -> str:
-    return separator.join(first_of(names, _SHOWN))
+def _join(names: list[str], separator: str = ", ") -> str:
+    return separator.join(first_of(names, _MAX_CLASSES))
 
 
-def _encoded(text: str | bytes) -> bytes:
-    # File systems return composed or decomposed letters, and bytes that are not UTF-8.
+def _encode(text: str | bytes) -> bytes:
+    # File systems differ in composed and decomposed letters; names may hold invalid UTF-8.
     if isinstance(text, bytes):
         return text
     return unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""Images of floats with the methods of Pillow's, whose own images have only levels of 0..255."""
+"""Float images with the methods of Pillow images, which Pillow itself limits to 8 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,58 +7,59 @@ import numpy as np
 from PIL import Image
 
 
-class Planes:
-    """An RGB image of float32, as three of Pillow's images: what crops, scales and mirrors it.
+class FloatImage:
+    """A float32 RGB image with the geometric methods of `PIL.Image.Image`.
 
-    `np.asarray(planes)` is float32 [h w 3]. Where a crop leaves the image, it is 0.
+    It stores one Pillow image (mode F) per channel. `np.asarray(image)` returns float32 [h w 3].
+    Crops beyond the image's edges are filled with 0.
     """
 
     mode = "RGB;F"
 
-    def __init__(self, planes: tuple[Image.Image, ...]) -> None:
-        self._planes = planes
+    def __init__(self, channels: tuple[Image.Image, ...]) -> None:
+        self._channels = channels
         self.info: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, pixels: np.ndarray) -> "Planes":
+    def from_array(cls, pixels: np.ndarray) -> "FloatImage":
         """Returns the image of float32 pixels [h w 3]."""
-        planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
-        return cls(tuple(map(Image.fromarray, planes)))
+        channels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+        return cls(tuple(map(Image.fromarray, channels)))
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
-        return self._planes[0].size
+        return self._channels[0].size
 
     @property
     def width(self) -> int:
-        """The width in pixels."""
+        """Width in pixels."""
         return self.size[0]
 
     @property
     def height(self) -> int:
-        """The height in pixels."""
+        """Height in pixels."""
         return self.size[1]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        pixels = np.stack([np.asarray(plane) for plane in self._planes], axis=-1)
+        pixels = np.stack([np.asarray(channel) for channel in self._channels], axis=-1)
         return pixels if dtype is None else pixels.astype(dtype)
 
-    def copy(self) -> "Planes":
+    def copy(self) -> "FloatImage":
         """Returns a copy."""
-        return self._each(lambda plane: plane.copy())
+        return self._map(lambda channel: channel.copy())
 
-    def resize(self, *args: Any) -> "Planes":
-        """Scales, as `Image.resize`."""
-        return self._each(lambda plane: plane.resize(*args))
+    def resize(self, *args: Any) -> "FloatImage":
+        """Returns a scaled image; see `Image.resize`."""
+        return self._map(lambda channel: channel.resize(*args))
 
-    def crop(self, *args: Any) -> "Planes":
-        """Cuts a box out, as `Image.crop`."""
-        return self._each(lambda plane: plane.crop(*args))
+    def crop(self, *args: Any) -> "FloatImage":
+        """Returns a box of the image; see `Image.crop`."""
+        return self._map(lambda channel: channel.crop(*args))
 
-    def transpose(self, *args: Any) -> "Planes":
-        """Mirrors, as `Image.transpose`."""
-        return self._each(lambda plane: plane.transpose(*args))
+    def transpose(self, *args: Any) -> "FloatImage":
+        """Returns a flipped or rotated image; see `Image.transpose`."""
+        return self._map(lambda channel: channel.transpose(*args))
 
-    def _each(self, change: Callable[[Image.Image], Image.Image]) -> "Planes":
-        return Planes(tuple(map(change, self._planes)))
+    def _map(self, function: Callable[[Image.Image], Image.Image]) -> "FloatImage":
+        return FloatImage(tuple(map(function, self._channels)))

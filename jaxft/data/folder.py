@@ -1,6 +1,6 @@
-"""Folders of image files, one folder a class: PATH/train/<class>/, PATH/val/<class>/, or no splits.
+"""Folders of image files: PATH/train/<class>/ and PATH/val/<class>/, or PATH/<class>/.
 
-See `jaxft.data.image_files` for the files that count, `jaxft.data.folder_layout` for the folders.
+`jaxft.data.image_files` finds the images, `jaxft.data.folder_layout` the splits and classes.
 """
 
 from collections import Counter
@@ -14,28 +14,32 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data import validate
+from jaxft.data.class_names import join_names
 from jaxft.data.decode import decode
 from jaxft.data.folder_layout import (
     EXPECTED,
-    check_depth,
-    check_names,
-    images_beside,
-    names_a_split,
-    splits_of,
+    check_class_folders,
+    check_same_classes,
+    find_splits,
+    is_split_name,
+    loose_images,
     subfolders,
 )
-from jaxft.data.image_files import Listing, images_below, printable
+from jaxft.data.image_files import ImageListing, list_images, printable
 from jaxft.data.source import Collection
-from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
-    """A `Source` of image files that are decoded on access; `targets` int32 [n].
+class FolderSource:
+    """A `Source` of image files, decoded on access.
 
-    root: the folder of the split, in which the folders of the classes lie.
-    remarks: what of the split is left out, a sentence each.
+    Attributes:
+      root: the folder that holds the class folders.
+      classes: class names.
+      files: image files, sorted by class.
+      targets: int32 [n].
+      remarks: sentences for the user about files that are left out.
     """
 
     root: Path
@@ -48,14 +52,18 @@ class Files:
         return len(self.files)
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target; a DataError if the file has become unreadable."""
+        """Returns the RGB image and its target.
+
+        Raises:
+          DataError: the file has become unreadable.
+        """
         try:
             return decode(self.files[index]), int(self.targets[index])
         except DataError as error:
-            raise self._lost(index, error) from error
+            raise self._unreadable(index, error) from error
 
     def problem(self, index: int, /) -> str | None:
-        """The file and why it cannot be decoded, or None if it can."""
+        """Returns the file and why it cannot be decoded, or None if it can."""
         path = self.files[index]
         problem = validate.problem(path, printable(path))
         if problem and path.is_symlink():
@@ -63,21 +71,21 @@ class Files:
         return problem
 
     def identity(self, index: int, /) -> str:
-        """Returns the file's path below `root`, and its size in bytes."""
+        """Returns the file's path below `root` and its size in bytes."""
         path = self.files[index]
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise self._lost(index, error.strerror) from error
+            raise self._unreadable(index, error.strerror) from error
         return f"{path.relative_to(self.root).as_posix()}\0{size}"
 
-    def take(self, indices: np.ndarray) -> "Files":
-        """The source of these examples only, with the same classes."""
+    def take(self, indices: np.ndarray) -> "FolderSource":
+        """Returns the source of these examples only, with the same classes."""
         return replace(
             self, files=tuple(self.files[i] for i in indices), targets=self.targets[indices]
         )
 
-    def _lost(self, index: int, reason: object) -> DataError:
+    def _unreadable(self, index: int, reason: object) -> DataError:
         return DataError(
             f"{printable(self.files[index])} can no longer be read: {reason}. It was readable when "
             "the run began: bring it back and start the run again."
@@ -85,10 +93,10 @@ class Files:
 
 
 def find(place: str) -> Collection:
-    """The splits of a folder: its folders if one is a split, else one split named `train`.
+    """Returns the splits of a folder; without split folders, one split named `train`.
 
     Raises:
-      DataError: there is no such folder, it is empty, or has a split to validate but none to train.
+      DataError: the folder is missing or empty, or has validation splits but no training split.
     """
     if not place:
         raise DataError(f"data 'folder:' names no folder: write folder:PATH; {EXPECTED}")
@@ -96,73 +104,85 @@ def find(place: str) -> Collection:
     if root.exists() and not root.is_dir():
         raise DataError(f"{printable(root)} is a file, not a folder; {EXPECTED}")
     if not root.is_dir():
-        looked = f"(looked from {printable(Path.cwd())})"
-        raise DataError(f"there is no folder {printable(root)} {looked}; {EXPECTED}")
-    places = splits_of(root)
-    return Collection(printable(root), tuple(places), partial(_read, root, places))
+        current = printable(Path.cwd())
+        raise DataError(f"there is no folder {printable(root)} (looked from {current}); {EXPECTED}")
+    split_folders = find_splits(root)
+    read = partial(_read, root, split_folders)
+    return Collection(printable(root), tuple(split_folders), read)
 
 
-def class_folders_of(place: str) -> list[Path]:
-    """Returns the folders whose folders are classes: those of the splits, or the root itself.
+def class_roots(place: str) -> list[Path]:
+    """Returns the folders that directly hold class folders: the splits, or the data set itself.
 
-    There are none where there is no such folder.
+    Returns an empty list if there is no such folder.
     """
     root = Path(place).expanduser()
     if not place or not root.is_dir():
         return []
-    return [path for name, path in splits_of(root).items() if path == root or names_a_split(name)]
+    return [path for name, path in find_splits(root).items() if path == root or is_split_name(name)]
 
 
-def _read(root: Path, places: dict[str, Path], names: Sequence[str]) -> dict[str, Files]:
-    """Lists the images of the splits named, classes and files by name; decodes none.
+def _read(
+    root: Path, split_folders: dict[str, Path], splits: Sequence[str]
+) -> dict[str, FolderSource]:
+    """Lists the images of the named splits, sorted by class and file name.
 
     Raises:
       DataError: a split has no class folders, a class has no images, or classes differ.
     """
-    folders = {name: subfolders(places[name]) for name in names}
-    check_names(root, folders)
+    class_folders = {split: subfolders(split_folders[split]) for split in splits}
+    check_same_classes(root, class_folders)
     listings = {
-        name: {
-            label: images_below(folder, within=(root, places[name]))
-            for label, folder in of_split.items()
+        split: {
+            name: list_images(folder, ancestors=(root, split_folders[split]))
+            for name, folder in folders.items()
         }
-        for name, of_split in folders.items()
+        for split, folders in class_folders.items()
     }
-    for name, of_split in listings.items():
-        check_depth(places[name], of_split)
-    empty = [
-        printable(folders[name][label]) + (f" ({_kinds(listing.others)})" if listing.others else "")
-        for name, of_split in listings.items()
-        for label, listing in of_split.items()
-        if not listing.images
-    ]
+    for split, by_class in listings.items():
+        check_class_folders(split_folders[split], by_class)
+    _check_not_empty(listings)
+    sources = {
+        split: _source(split, split_folders[split], by_class)
+        for split, by_class in listings.items()
+    }
+    has_split_folders = root not in split_folders.values()
+    if has_split_folders and (loose := loose_images(root)):
+        first = sources[splits[0]]
+        remark = f"{printable(root)}: {_loose_images_remark(loose, 'folders of the splits')}"
+        sources[splits[0]] = replace(first, remarks=(*first.remarks, remark))
+    return sources
+
+
+def _check_not_empty(listings: Mapping[str, Mapping[str, ImageListing]]) -> None:
+    empty = []
+    for by_class in listings.values():
+        for listing in by_class.values():
+            if not listing.images:
+                others = listing.other_files
+                suffix = f" ({_count_suffixes(others)})" if others else ""
+                empty.append(f"{printable(listing.folder)}{suffix}")
     if empty:
         raise DataError(
             f"no images in {', '.join(empty)}. Add some (.jpg, .png or another kind that Pillow "
-            f"reads) or remove the class from {' and from '.join(names)}; {EXPECTED}"
+            f"reads) or remove the class from {' and from '.join(listings)}; {EXPECTED}"
         )
-    found = {name: _files(name, places[name], of_split) for name, of_split in listings.items()}
-    if root not in places.values() and (beside := images_beside(root)):
-        first = found[names[0]]
-        remark = f"{printable(root)}: {_left_out(beside, 'folders of the splits')}"
-        found[names[0]] = replace(first, remarks=(*first.remarks, remark))
-    return found
 
 
-def _files(name: str, root: Path, listings: Mapping[str, Listing]) -> Files:
+def _source(split: str, root: Path, listings: Mapping[str, ImageListing]) -> FolderSource:
     counts = [len(listing.images) for listing in listings.values()]
-    others = sum((listing.others for listing in listings.values()), Counter[str]())
+    other_files = sum((listing.other_files for listing in listings.values()), Counter[str]())
     remarks = []
-    if others:
-        what = "files are not images" if others.total() > 1 else "file is not an image"
-        left_out = "are left out" if others.total() > 1 else "is left out"
+    if total := other_files.total():
+        subject = "files are not images" if total > 1 else "file is not an image"
+        verb = "are left out" if total > 1 else "is left out"
         remarks.append(
-            f"{name}: {others.total():,} {what} that can be read here and {left_out}: "
-            f"{_kinds(others)}."
+            f"{split}: {total:,} {subject} that can be read here and {verb}: "
+            f"{_count_suffixes(other_files)}."
         )
-    if beside := images_beside(root):
-        remarks.append(f"{name}: {_left_out(beside, 'class folders')}")
-    return Files(
+    if loose := loose_images(root):
+        remarks.append(f"{split}: {_loose_images_remark(loose, 'class folders')}")
+    return FolderSource(
         root=root,
         classes=tuple(listings),
         files=tuple(chain.from_iterable(listing.images for listing in listings.values())),
@@ -171,14 +191,11 @@ def _files(name: str, root: Path, listings: Mapping[str, Listing]) -> Files:
     )
 
 
-def _left_out(images: list[str], folders: str) -> str:
-    what = "images lie" if len(images) > 1 else "image lies"
-    left_out = "are left out" if len(images) > 1 else "is left out"
-    return (
-        f"{len(images):,} {what} beside the {folders}, in none of them, and {left_out}: "
-        f"{shown(images)}."
-    )
+def _loose_images_remark(images: list[str], folders: str) -> str:
+    subject = "images lie" if len(images) > 1 else "image lies"
+    verb = "are left out" if len(images) > 1 else "is left out"
+    return f"{len(images):,} {subject} outside of the {folders} and {verb}: {join_names(images)}."
 
 
-def _kinds(others: Counter[str]) -> str:
-    return ", ".join(f"{printable(suffix)} ({count:,})" for suffix, count in others.most_common())
+def _count_suffixes(files: Counter[str]) -> str:
+    return ", ".join(f"{printable(suffix)} ({count:,})" for suffix, count in files.most_common())

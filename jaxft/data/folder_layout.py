@@ -1,164 +1,173 @@
-"""Which folders of a data set are splits and which are classes, and what is wrong with them."""
+"""Tells split folders from class folders, and explains wrong folder layouts."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxft.data.class_names import differences, listed
+from jaxft.data.class_names import describe_differences, join_names, list_classes
 from jaxft.data.image_files import (
-    Listing,
-    entries,
+    ImageListing,
     image_suffixes,
-    is_dead,
+    is_broken_link,
     is_folder,
     is_image,
     printable,
+    visible_entries,
 )
-from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError
 
 EXPECTED = (
     "images belong in PATH/train/<class>/ and PATH/val/<class>/, or all in PATH/<class>/ to have "
     "a fifth of them validate."
 )
-_TRAIN = {"train", "training"}
-_SPLITS = _TRAIN | {"val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
+_TRAIN_NAMES = {"train", "training"}
+_HELD_OUT_NAMES = {"val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
 
 
-def splits_of(root: Path) -> dict[str, Path]:
-    """Returns the folders of the splits by name; with classes only, `root` itself as `train`.
+def find_splits(root: Path) -> dict[str, Path]:
+    """Returns the split folders by name, or `{"train": root}` if `root` holds class folders.
 
-    Folders are splits if one is named as splits are (train, val, ... in any case) and holds
-    folders. Otherwise they are classes, of which one may well be called train.
+    The folders in `root` are splits if one of them has the name of a split (see `is_split_name`)
+    and holds folders. Otherwise they are classes, even if one is called train.
 
     Raises:
-      DataError: there are no folders; none that trains; or they may be either.
+      DataError: there are no folders, there is no training split, or the layout is ambiguous.
     """
     folders = subfolders(root)
     if not folders:
         raise DataError(
             f"{printable(root)} has no folders, neither of splits nor of classes"
-            f"{_images_instead(root)}; {EXPECTED}"
+            f"{_loose_images_hint(root)}; {EXPECTED}"
         )
-    named = [name for name in folders if names_a_split(name)]
-    below = {name: _folder_names(folders[name]) for name in folders} if named else {}
-    others = [name for name in below if name not in named and images_beside(folders[name])]
-    if not named or (others and not any(below[name] for name in named)):
+    split_names = [name for name in folders if is_split_name(name)]
+    if not split_names:
         return {"train": root}
-    training = [name for name in named if name.casefold() in _TRAIN]
-    if not training:
+    children = {name: _folder_names(path) for name, path in folders.items()}
+    other_names = [name for name in folders if name not in split_names]
+    class_like = [name for name in other_names if loose_images(folders[name])]
+    if class_like and not any(children[name] for name in split_names):
+        return {"train": root}
+    train_names = [name for name in split_names if name.casefold() in _TRAIN_NAMES]
+    if not train_names:
         raise DataError(
             f"{printable(root)} has no folder train; its folders: {', '.join(folders)}; {EXPECTED}"
         )
-    # Beside a split that trains and none that validates, several folders look like classes.
-    classes = {label for name in training for label in below[name]}
-    others += [name for name in below if name not in named and below[name] - classes]
-    if len(others) > 1 and named == training:
+    # A folder that holds other folders than the training split also looks like a class.
+    classes = {label for name in train_names for label in children[name]}
+    class_like += [name for name in other_names if children[name] - classes]
+    if len(class_like) > 1 and split_names == train_names:
+        train = train_names[0]
         raise DataError(
-            f"{printable(root)}: its folder {named[0]} holds folders, as a split does, but "
-            f"{shown(others)} look like classes; {EXPECTED} If {named[0]} is a class here, put all "
-            f"of the classes into a folder {printable(root)}/train/."
+            f"{printable(root)}: its folder {train} holds folders, as a split does, but "
+            f"{join_names(class_like)} look like classes; {EXPECTED} If {train} is a class here, "
+            f"put all of the classes into a folder {printable(root)}/train/."
         )
     return folders
 
 
+def is_split_name(name: str) -> bool:
+    """Returns whether a folder has a usual split name (train, val, test, ...), in any case."""
+    return name.casefold() in _TRAIN_NAMES | _HELD_OUT_NAMES
+
+
 def subfolders(folder: Path) -> dict[str, Path]:
-    """Returns the folders that a folder holds by their printable names, in the order of these.
+    """Returns a folder's subfolders by printable name, sorted by name.
 
     Raises:
-      DataError: one is a link that leads nowhere; or two have the same name, but for the way in
-        which letters with accents are written.
+      DataError: an entry is a broken link to a folder, or two names differ only in how accented
+        letters are encoded.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     suffixes = image_suffixes()
-    for entry in sorted(entries(folder), key=lambda each: each.name):
+    for entry in sorted(visible_entries(folder), key=lambda entry: entry.name):
         path, name = Path(entry.path), printable(entry.name)
-        if is_dead(entry) and not is_image(name, suffixes):
+        if is_broken_link(entry) and not is_image(name, suffixes):
             raise DataError(
                 f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not "
                 "there: bring the folder back (is its disk mounted?), or remove the link."
             )
         if not is_folder(entry):
             continue
-        if name in found:
+        if name in folders:
             raise DataError(
                 f"{printable(folder)} holds two folders called {name}, one with composed and one "
                 "with decomposed letters: move the images of one into the other."
             )
-        found[name] = path
-    return dict(sorted(found.items()))
+        folders[name] = path
+    return dict(sorted(folders.items()))
 
 
-def images_beside(folder: Path) -> list[str]:
-    """Returns the names of the images that lie in a folder itself, in order."""
+def loose_images(folder: Path) -> list[str]:
+    """Returns the names of the images directly in a folder, sorted."""
     suffixes = image_suffixes()
     return sorted(
         printable(entry.name)
-        for entry in entries(folder)
+        for entry in visible_entries(folder)
         if is_image(entry.name, suffixes) and not is_folder(entry)
     )
 
 
-def check_names(root: Path, classes: Mapping[str, Mapping[str, Path]]) -> None:
-    """Checks that all splits have the same class folders; `classes` are by split and name.
+def check_same_classes(root: Path, class_folders: Mapping[str, Mapping[str, Path]]) -> None:
+    """Checks that all splits have the same class folders.
+
+    Args:
+      root: the data set's folder.
+      class_folders: class folders by split and name.
 
     Raises:
-      DataError: they have not, or one has none.
+      DataError: the class folders differ, or a split has none.
     """
-    for name, folders in classes.items():
+    for split, folders in class_folders.items():
         if not folders:
-            place = root if len(classes) == 1 and not (root / name).is_dir() else root / name
+            has_splits = len(class_folders) > 1 or (root / split).is_dir()
+            folder = root / split if has_splits else root
             raise DataError(
-                f"no class folders in {printable(place)}{_images_instead(place)}; {EXPECTED}"
+                f"no class folders in {printable(folder)}{_loose_images_hint(folder)}; {EXPECTED}"
             )
-    if found := differences({split: list(names) for split, names in classes.items()}):
+    if differences := describe_differences({s: list(names) for s, names in class_folders.items()}):
         raise DataError(
-            f"{printable(root)}: {' and '.join(classes)} must have the same class folders. {found}"
+            f"{printable(root)}: {' and '.join(class_folders)} must have the same class folders. "
+            f"{differences}"
         )
 
 
-def check_depth(root: Path, listings: Mapping[str, Listing]) -> None:
-    """Checks that what should be the classes of a split, in `root`, holds images and not splits.
+def check_class_folders(root: Path, listings: Mapping[str, ImageListing]) -> None:
+    """Checks that the class folders of a split hold neither splits nor other classes.
+
+    Args:
+      root: the folder that holds the class folders.
+      listings: image files by class.
 
     Raises:
-      DataError: a class folder holds splits, or the only one holds what may be classes.
+      DataError: a class folder holds splits, or the only class folder seems to hold the classes.
     """
     for name, listing in listings.items():
-        place = printable(listing.folder)
-        splits = [below for below in listing.folders if names_a_split(below)]
-        if (
-            splits
-            and len(listings) > 1
-            and listing.folder in {image.parent.parent for image in listing.images}
-        ):
+        folder = printable(listing.folder)
+        split_names = [child for child in listing.image_folders if is_split_name(child)]
+        if split_names:
+            # In a data set one level further down, images lie in folders below the splits.
+            is_class = listing.folder in {image.parent.parent for image in listing.images}
+            hint = f"did you mean folder:{folder}?"
+            if len(listings) > 1 and is_class:
+                hint = f"these are splits within classes; {EXPECTED}"
             raise DataError(
-                f"{printable(root)} holds {listed(list(listings))}, and {name} holds "
-                f"{' and '.join(splits)}: these are splits within classes; {EXPECTED}"
+                f"{printable(root)} holds {list_classes(list(listings))}, and {name} holds "
+                f"{' and '.join(split_names)}: {hint}"
             )
-        if splits:
-            raise DataError(
-                f"{printable(root)} holds {listed(list(listings))}, and {name} holds "
-                f"{' and '.join(splits)}: did you mean folder:{place}?"
-            )
-        if len(listings) == 1 and len(listing.folders) > 1:
+        if len(listings) == 1 and len(listing.image_folders) > 1:
             raise DataError(
                 f"{printable(root)} has a single class folder, {name}, which holds no images but "
-                f"the folders {listed(listing.folders)}. If these are the classes, move them one "
-                f"folder up, out of {place}; {EXPECTED}"
+                f"the folders {list_classes(listing.image_folders)}. If these are the classes, "
+                f"move them one folder up, out of {folder}; {EXPECTED}"
             )
 
 
 def _folder_names(folder: Path) -> set[str]:
-    return {printable(entry.name) for entry in entries(folder) if is_folder(entry)}
+    return {printable(entry.name) for entry in visible_entries(folder) if is_folder(entry)}
 
 
-def names_a_split(name: str) -> bool:
-    """Returns whether a folder is called as splits are: train, val, test and so on, in any case."""
-    return name.casefold() in _SPLITS
-
-
-def _images_instead(folder: Path) -> str:
-    images = images_beside(folder)
+def _loose_images_hint(folder: Path) -> str:
+    images = loose_images(folder)
     if not images:
         return ""
     count = f"{len(images):,} images lie" if len(images) > 1 else "an image lies"

@@ -1,4 +1,4 @@
-"""Decoded images in memory: later epochs are spared the files and the decoder."""
+"""Caches decoded images in memory."""
 
 import threading
 from typing import Any
@@ -13,59 +13,59 @@ _BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
 
 class Cached:
-    """A `Source` that keeps the images of another as they are first decoded, up to `max_bytes`.
+    """A `Source` that caches another source's decoded images, up to `max_bytes`.
 
-    Pixels are the same with and without, whatever fits. Whatever came first is kept to the end:
-    epochs read every image once, in orders of their own, so that exchanging images for later ones
-    would keep none until it is wanted. Threads may share it; it belongs to one process.
+    Images are never evicted: an epoch reads every image once in random order, so that an LRU cache
+    would rarely hold the next image. Threads may share a cache; processes may not.
     """
 
     def __init__(self, source: Source, max_bytes: int):
         self._source = source
-        self._free = max_bytes
+        self._free_bytes = max_bytes
         self._images: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
 
     @property
     def complete(self) -> bool:
-        """Whether every image is kept by now."""
+        """Whether all images are cached."""
         return len(self._images) == len(self)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, the source's."""
+        """Class names of the source."""
         return self._source.classes
 
     @property
     def targets(self) -> np.ndarray:
-        """All targets, int32 [n], the source's."""
+        """Targets of the source, int32 [n]."""
         return self._source.targets
 
     @property
     def pixel_type(self) -> np.dtype[Any]:
-        """The type of the images' values, the source's."""
+        """Dtype of the source's images."""
         return pixel_type(self._source)
 
     def identity(self, index: int, /) -> str | bytes:
-        """Returns what the source knows of the example without decoding it."""
+        """Returns the identity of the example in the source."""
         return identity(self._source, index)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target; views are made of it, it must not be changed."""
-        kept = self._images.get(index)
-        if kept is not None:
-            return kept, int(self._source.targets[index])
+        """Returns the RGB image, which must not be modified, and its target."""
+        cached = self._images.get(index)
+        if cached is not None:
+            return cached, int(self._source.targets[index])
         image, target = self._source[index]
         size = _BYTES_PER_PIXEL * image.width * image.height
-        if size <= self._free:
-            # A copy, without what hangs on to an image that was opened: EXIF, profiles.
+        if size <= self._free_bytes:
+            # A copy does not hold the file's metadata, such as EXIF and colour profiles.
             copy = image.copy()
             copy.info.clear()
-            with self._lock:  # others may have kept this image, or filled the room, meanwhile
-                if size <= self._free and index not in self._images:
+            with self._lock:
+                # Another thread may have cached this image, or used the free bytes.
+                if size <= self._free_bytes and index not in self._images:
                     self._images[index] = copy
-                    self._free -= size
+                    self._free_bytes -= size
         return image, target

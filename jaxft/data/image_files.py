@@ -1,10 +1,10 @@
-"""Image files below a folder, as torchvision's `ImageFolder` finds them, and what is not one.
+"""Finds image files below a folder, as torchvision's `ImageFolder` does.
 
-A file counts as an image if Pillow can open files of its suffix, in any case: .jpg, .png, .tif,
-.gif, .webp, .avif, .ppm and so on. Vector graphics (.eps), video (.mpg) and scientific data of
-which Pillow reads the header only (.h5) do not count. Links to files and folders are followed.
-Hidden files and folders do not count, nor do the companions of file managers (`Thumbs.db`,
-`desktop.ini`, `__MACOSX`, `@eaDir`); all other files are counted by suffix.
+A file counts as an image if Pillow can open files of its suffix, in upper or lower case: .jpg,
+.png, .tif, .gif, .webp, .avif, .ppm and others. Vector graphics (.eps), video (.mpg) and scientific
+formats whose pixels Pillow cannot read (.h5) do not count. Links are followed. Hidden entries and
+entries created by file managers (`Thumbs.db`, `desktop.ini`, `__MACOSX`, `@eaDir`) are ignored. All
+other files are counted by suffix.
 """
 
 import os
@@ -19,28 +19,30 @@ from PIL import Image, ImageFile
 
 from jaxft.errors import DataError
 
-_COMPANIONS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
-_NOT_READ = {"EPS", "MPEG"}  # a program of its own draws the former; of the latter no image is read
+_IGNORED_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
+_UNREADABLE_FORMATS = {"EPS", "MPEG"}  # EPS needs Ghostscript; of MPEG Pillow reads no pixels
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """Image files below a folder.
 
-    folder: that folder.
-    images: in a fixed order.
-    others: the numbers of all other files by suffix.
-    folders: the names of the folders directly below that hold images, if none lies beside them.
+    Attributes:
+      folder: the folder.
+      images: image files, sorted by folder and name.
+      other_files: numbers of all other files by suffix.
+      image_folders: names of the direct subfolders with images; empty if the folder itself directly
+        contains images.
     """
 
     folder: Path
     images: list[Path]
-    others: Counter[str]
-    folders: tuple[str, ...]
+    other_files: Counter[str]
+    image_folders: tuple[str, ...]
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """Returns a path or a name with composed letters, on one line.
+    """Returns a path as one line of valid Unicode with composed letters.
 
     A byte that is not UTF-8 becomes `\\xe9`, a control character such as a line break `\\n`.
     """
@@ -50,87 +52,95 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes, in small letters, of the files that Pillow can read here as images.
+    """Returns the lower-case suffixes of the image formats that Pillow can read.
 
-    Plugins that are registered with Pillow by now count.
+    Includes formats of Pillow plugins that are already registered.
     """
     Image.init()
 
-    def is_read(kind: str) -> bool:
-        if kind == "MPO":  # opened as the JPEG file that it begins with
+    def is_readable(image_format: str) -> bool:
+        if image_format == "MPO":  # opened by the JPEG plugin
             return True
-        if kind in _NOT_READ or kind not in Image.OPEN:
+        if image_format in _UNREADABLE_FORMATS or image_format not in Image.OPEN:
             return False
-        factory = Image.OPEN[kind][0]
+        factory = Image.OPEN[image_format][0]
         return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if is_read(kind)
-    )
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in extensions.items() if is_readable(name))
 
 
 def is_image(name: str, suffixes: frozenset[str]) -> bool:
-    """Returns whether a file of that name counts as an image."""
+    """Returns whether a file with this name counts as an image."""
     return os.path.splitext(name)[1].lower() in suffixes
 
 
-def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns what a folder holds, in no particular order, but for what is hidden or a companion.
+def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Returns a folder's entries in no particular order, without hidden and ignored ones.
 
     Raises:
-      DataError: it cannot be listed.
+      DataError: the folder cannot be listed.
     """
     try:
-        with os.scandir(folder) as found:
+        with os.scandir(folder) as entries:
             return [
                 entry
-                for entry in found
-                if not entry.name.startswith(".") and entry.name.lower() not in _COMPANIONS
+                for entry in entries
+                if not entry.name.startswith(".") and entry.name.lower() not in _IGNORED_NAMES
             ]
     except OSError as error:
         raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry of a folder is a folder, or a link to one."""
-    return not is_dead(entry) and entry.is_dir()
+    """Returns whether an entry is a folder or a link to one."""
+    return not is_broken_link(entry) and entry.is_dir()
 
 
-def is_dead(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry of a folder is a link that leads nowhere."""
+def is_broken_link(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a link whose target does not exist."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def images_below(folder: Path, *, within: tuple[Path, ...] = ()) -> Listing:
-    """Lists the images in a folder and, recursively, in its folders: files first, all by name.
+def list_images(folder: Path, *, ancestors: tuple[Path, ...] = ()) -> ImageListing:
+    """Lists the images in a folder and all folders below it.
 
-    A link back to a folder on the way down, or to one of `within`, is not followed again. A link
-    that leads nowhere is listed with the images, so that it is named by whoever reads them.
+    A folder's files come before the files of its subfolders; both are sorted by name. Broken links
+    are listed as images, so that reading them raises an error with their path.
+
+    Args:
+      folder: the folder to search.
+      ancestors: folders above it. Links to these, or to folders on the path from `folder` to the
+        link, are not followed.
     """
     suffixes = image_suffixes()
-    images, others, places = [], Counter[str](), set()
-    found = _walk(folder, "", frozenset(map(_inode, within)))
-    for below, name, entry in sorted(found, key=lambda each: each[:2]):
+    images, other_files, image_folders = [], Counter[str](), set()
+    files = _walk(folder, "", frozenset(map(_file_id, ancestors)))
+    for relative_folder, name, entry in sorted(files, key=lambda file: file[:2]):
         suffix = os.path.splitext(name)[1].lower()
-        if is_dead(entry) or (suffix in suffixes and entry.is_file()):
+        if is_broken_link(entry) or (suffix in suffixes and entry.is_file()):
             images.append(Path(entry.path))
-            places.add(below.split("/")[1] if below else "")
+            image_folders.add(relative_folder.split("/")[1] if relative_folder else "")
         else:
-            others[suffix or "without a suffix"] += 1
-    return Listing(folder, images, others, () if "" in places else tuple(sorted(places)))
+            other_files[suffix or "without a suffix"] += 1
+    has_loose_images = "" in image_folders
+    names = () if has_loose_images else tuple(sorted(image_folders))
+    return ImageListing(folder, images, other_files, names)
 
 
 def _walk(
-    folder: Path, below: str, above: frozenset[tuple[int, int]]
+    folder: Path, relative_folder: str, ancestors: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
-    above |= {_inode(folder)}
-    for entry in entries(folder):
+    """Yields (relative folder, printable name, entry) of all files below a folder."""
+    ancestors |= {_file_id(folder)}
+    for entry in visible_entries(folder):
+        path, name = Path(entry.path), printable(entry.name)
         if not is_folder(entry):
-            yield below, printable(entry.name), entry
-        elif not (entry.is_symlink() and _inode(Path(entry.path)) in above):
-            yield from _walk(Path(entry.path), f"{below}/{printable(entry.name)}", above)
+            yield relative_folder, name, entry
+        elif not (entry.is_symlink() and _file_id(path) in ancestors):
+            yield from _walk(path, f"{relative_folder}/{name}", ancestors)
 
 
-def _inode(folder: Path) -> tuple[int, int]:
+def _file_id(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino

@@ -1,9 +1,9 @@
-"""Soft targets, mixup and CutMix on the device: pure, jittable functions of a key and a batch.
+"""Soft targets, mixup and CutMix on the device, as pure functions that work under `jax.jit`.
 
-As torchvision's `v2.MixUp` and `v2.CutMix`: one draw a batch, and each row is mixed with the row
-before it. Images are float32 [b h w c], normalised; targets float32 [b k] sum to one; `mask` bool
-[b] is False for padding. Padding is not mixed into anything: the row before a row is the last one
-before it that is real, and the first row's is the last real one. Padded rows stay as they are.
+As in torchvision's `v2.MixUp` and `v2.CutMix`, one coefficient is drawn per batch, and each row is
+mixed with the row before it; the first row is mixed with the last. Images are normalised float32
+[b h w c]; targets float32 [b k] sum to one; `mask` bool [b] is False for padding. Padding rows are
+skipped and stay unchanged.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Mixed(NamedTuple):
+class MixedBatch(NamedTuple):
     """A batch after mixing."""
 
     images: jax.Array
@@ -22,10 +22,18 @@ class Mixed(NamedTuple):
 
 
 def soft_targets(target: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
-    """(1 - s) onehot + s / k, float32 [b k], of classes int [b].
+    """Returns smoothed one-hot targets: (1 - smoothing) onehot + smoothing / k.
 
-    The cross entropy with these is torch's with `label_smoothing=s`; smoothing and mixing give the
-    same in either order.
+    The cross entropy with these targets equals torch's with `label_smoothing=smoothing`. Smoothing
+    and mixing commute.
+
+    Args:
+      target: classes, int [b].
+      num_classes: number of classes k.
+      smoothing: label smoothing in 0..1.
+
+    Returns:
+      float32 [b k].
     """
     onehot = jax.nn.one_hot(target, num_classes)
     return (1 - smoothing) * onehot + smoothing / num_classes
@@ -33,21 +41,29 @@ def soft_targets(target: jax.Array, num_classes: int, smoothing: float = 0.0) ->
 
 def mixup(
     key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float
-) -> Mixed:
-    """Blends rows by a share from Beta(alpha, alpha). Zhang et al. 2017, arxiv 1710.09412."""
+) -> MixedBatch:
+    """Blends each row with the row before it; the coefficient is Beta(alpha, alpha) distributed.
+
+    Reference: Zhang et al. 2017, https://arxiv.org/abs/1710.09412.
+    """
     return blend(images, targets, mask, jax.random.beta(key, alpha, alpha))
 
 
 def cutmix(
     key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float
-) -> Mixed:
-    """Pastes a box whose area is a share from Beta(alpha, alpha). Yun et al. 2019, 1905.04899."""
-    for_share, for_x, for_y = jax.random.split(key, 3)
+) -> MixedBatch:
+    """Pastes a random box from the row before; 1 - its area is Beta(alpha, alpha) distributed.
+
+    The area is a fraction of the image, before the box is clipped at the image's edges.
+
+    Reference: Yun et al. 2019, https://arxiv.org/abs/1905.04899.
+    """
+    lam_key, x_key, y_key = jax.random.split(key, 3)
     _, height, width, _ = images.shape
-    share = jax.random.beta(for_share, alpha, alpha)
-    x = jax.random.randint(for_x, (), 0, width)
-    y = jax.random.randint(for_y, (), 0, height)
-    return paste(images, targets, mask, cut_box(share, x, y, height, width))
+    lam = jax.random.beta(lam_key, alpha, alpha)
+    x = jax.random.randint(x_key, (), 0, width)
+    y = jax.random.randint(y_key, (), 0, height)
+    return paste(images, targets, mask, cut_box(lam, x, y, height, width))
 
 
 def mixup_or_cutmix(
@@ -58,68 +74,78 @@ def mixup_or_cutmix(
     *,
     mixup_alpha: float,
     cutmix_alpha: float,
-) -> Mixed:
-    """Either, by the toss of a coin for each batch, as torchvision's reference training."""
-    coin, key = jax.random.split(key)
+) -> MixedBatch:
+    """Applies either mixup or CutMix to the batch, each with probability 0.5.
+
+    Reference: torchvision's reference training script.
+    """
+    choice_key, key = jax.random.split(key)
     return jax.lax.cond(
-        jax.random.bernoulli(coin),
+        jax.random.bernoulli(choice_key),
         lambda: mixup(key, images, targets, mask, alpha=mixup_alpha),
         lambda: cutmix(key, images, targets, mask, alpha=cutmix_alpha),
     )
 
 
 def blend(
-    images: jax.Array, targets: jax.Array, mask: jax.Array, share: jax.typing.ArrayLike
-) -> Mixed:
-    """`share` of each row and the rest of the row before it, in images and in targets."""
-    before = _row_before(mask)
+    images: jax.Array, targets: jax.Array, mask: jax.Array, lam: jax.typing.ArrayLike
+) -> MixedBatch:
+    """Returns lam * row + (1 - lam) * previous row, for images and targets."""
+    previous = _previous_rows(mask)
 
     def mix(rows: jax.Array) -> jax.Array:
-        kept = jnp.asarray(share, rows.dtype)
-        mixed = rows[before] * (1 - kept) + rows * kept
-        return jnp.where(_as_column(mask, rows), mixed, rows)
+        weight = jnp.asarray(lam, rows.dtype)
+        mixed = rows[previous] * (1 - weight) + rows * weight
+        is_real = mask.reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.where(is_real, mixed, rows)
 
-    return Mixed(mix(images), mix(targets))
+    return MixedBatch(mix(images), mix(targets))
 
 
 def cut_box(
-    share: jax.typing.ArrayLike,
+    lam: jax.typing.ArrayLike,
     x: jax.typing.ArrayLike,
     y: jax.typing.ArrayLike,
     height: int,
     width: int,
 ) -> jax.Array:
-    """The box (left, top, right, bottom), int32 [4], around (x, y) that leaves about `share`.
+    """Returns the box of CutMix around (x, y), with 1 - lam of the image's area.
 
-    It is cut off at the image's edges, so that it may leave more. Right and bottom are exclusive.
-    Sides are truncated to even numbers of pixels, as in torchvision.
+    The box is clipped at the image's edges. As in torchvision, half sides are truncated to pixels.
+
+    Returns:
+      int32 [4]: left, top, right and bottom in pixels; right and bottom are exclusive.
     """
-    radius = 0.5 * jnp.sqrt(1 - jnp.asarray(share, jnp.float32))
-    across, down = (radius * width).astype(jnp.int32), (radius * height).astype(jnp.int32)
-    left, right = jnp.maximum(x - across, 0), jnp.minimum(x + across, width)
-    top, bottom = jnp.maximum(y - down, 0), jnp.minimum(y + down, height)
+    radius = 0.5 * jnp.sqrt(1 - jnp.asarray(lam, jnp.float32))
+    half_width = (radius * width).astype(jnp.int32)
+    half_height = (radius * height).astype(jnp.int32)
+    left, right = jnp.maximum(x - half_width, 0), jnp.minimum(x + half_width, width)
+    top, bottom = jnp.maximum(y - half_height, 0), jnp.minimum(y + half_height, height)
     return jnp.stack([left, top, right, bottom]).astype(jnp.int32)
 
 
-def paste(images: jax.Array, targets: jax.Array, mask: jax.Array, box: jax.Array) -> Mixed:
-    """Each row with `box` from the row before it; targets are blended by the areas."""
+def paste(images: jax.Array, targets: jax.Array, mask: jax.Array, box: jax.Array) -> MixedBatch:
+    """Pastes the box of the previous row into each row; blends the targets by the areas.
+
+    Args:
+      images: float32 [b h w c].
+      targets: float32 [b k].
+      mask: bool [b], False for padding.
+      box: int [4], from `cut_box`.
+    """
     _, height, width, _ = images.shape
     left, top, right, bottom = box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)
-    pasted = mask[:, None, None, None] & inside[:, :, None]
-    share = 1 - ((right - left) * (bottom - top)) / (width * height)
-    mixed = jnp.where(pasted, images[_row_before(mask)], images)
-    return Mixed(mixed, blend(images, targets, mask, share).targets)
+    in_box = (top <= y) & (y < bottom) & (left <= x) & (x < right)
+    is_pasted = mask[:, None, None, None] & in_box[:, :, None]
+    lam = 1 - ((right - left) * (bottom - top)) / (width * height)
+    mixed_images = jnp.where(is_pasted, images[_previous_rows(mask)], images)
+    return MixedBatch(mixed_images, blend(images, targets, mask, lam).targets)
 
 
-def _row_before(mask: jax.Array) -> jax.Array:
-    """For each real row the last real one before it, cyclically, int [b]; else any."""
+def _previous_rows(mask: jax.Array) -> jax.Array:
+    """Returns the index of the previous real row for each real row, cyclically, int [b]."""
     rows = jnp.arange(mask.shape[0])
-    latest = jax.lax.cummax(jnp.where(mask, rows, -1))  # up to and with each row
-    before = jnp.roll(latest, 1)
-    return jnp.where(before < 0, latest[-1], before)
-
-
-def _as_column(mask: jax.Array, rows: jax.Array) -> jax.Array:
-    return mask.reshape(-1, *[1] * (rows.ndim - 1))
+    latest = jax.lax.cummax(jnp.where(mask, rows, -1))  # last real row up to each row
+    previous = jnp.roll(latest, 1)
+    return jnp.where(previous < 0, latest[-1], previous)

@@ -1,4 +1,4 @@
-"""How a spec such as `folder:PATH`, or a source itself, becomes the two splits of a run."""
+"""Opens a data spec such as `folder:PATH`, or a source, as the train and validation splits."""
 
 import difflib
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from jaxft.data import digits, folder, tfds
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
-from jaxft.data.validate import OnBadImage, checked
+from jaxft.data.validate import OnBadImage, check_images
 from jaxft.errors import DataError
 
 __all__ = ["Source", "Splits", "open_collection", "open_source"]
@@ -33,48 +33,53 @@ def open_source(
     seed: int = 0,
     on_bad_image: OnBadImage = "error",
 ) -> Splits:
-    """Opens the data that `spec` names and checks all of it, so that a run cannot die of it later.
+    """Opens a data set, selects the splits of a run, and checks that all their images are readable.
 
-    - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, those classes only.
-    - `folder:PATH`: image files in PATH/train/<class>/, PATH/val/<class>/ and other splits of any
-      name; or in PATH/<class>/, which is one split named train. All kinds count that Pillow reads,
-      also in folders below that of their class; see `jaxft.data.image_files`.
+    A spec is one of:
+
+    - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, all or some of the classes.
+    - `folder:PATH`: image files in PATH/train/<class>/, PATH/val/<class>/ and splits of other
+      names; or in PATH/<class>/, as one split named train. Images may lie in folders below the
+      class folder; see `jaxft.data.image_files` for the image formats.
     - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
-      ~/tensorflow_datasets; downloaded and prepared there if it is not yet.
-    - `tfds_dir:PATH`: a folder that TFDS prepared, in array_record format.
-    - a `Source`, such as `arrays(...)`: one split named train; or a `Splits` with train and val.
+      ~/tensorflow_datasets; downloaded and prepared if necessary.
+    - `tfds_dir:PATH`: a folder that TFDS prepared in array_record format.
+    - a `Source`, such as `arrays(...)`, as one split named train; or a `Splits`.
 
-    `train` and `val` are split expressions (`jaxft.data.split_expressions`): `train[:80%]`,
-    `train+test`, `train[10/class]`. Without them the split train trains (or the only one there
-    is), and val, validation or valid validates. If `shots` is given, training uses that many
-    images of each class.
-
-    Without a validation split, what train leaves of its splits validates (`shots` and slices
-    leave some); if it leaves nothing, then 20 % of each class. All choices depend on `seed`
-    alone, and with one seed fewer shots are a subset of more.
+    Args:
+      spec: the data set.
+      train: split expression (`jaxft.data.split_expressions`) of the training images, such as
+        `train[:80%]`, `train+test` or `train[10/class]`. By default the split train, or the only
+        split.
+      val: split expression of the validation images. By default the split val, validation or
+        valid. If there is none, the images of the training splits that `train` and `shots` leave
+        out; if they leave out none, a random 20 % of each class.
+      shots: train on this many images of each class only.
+      seed: determines all random selections. With the same seed, fewer shots are a subset of more.
+      on_bad_image: "error" raises an error for unreadable images, "skip" leaves them out and lists
+        them in the remarks.
 
     Raises:
-      DataError: the spec is wrong, or the data missing, incomplete or (unless `on_bad_image` is
-        "skip", which leaves out such images with a remark) unreadable.
+      DataError: the spec is wrong, or the data is missing, incomplete or unreadable.
     """
     if shots is not None and shots < 1:
         raise DataError(f"shots={shots}: give at least 1 image per class, or None to use them all.")
     splits = select(open_collection(spec), train=train, val=val, shots=shots, seed=seed)
-    good, remarks = checked({"train": splits.train, "val": splits.val}, on_bad_image)
-    return Splits(good["train"], good["val"], (*splits.remarks, *remarks))
+    readable, remarks = check_images({"train": splits.train, "val": splits.val}, on_bad_image)
+    return Splits(readable["train"], readable["val"], (*splits.remarks, *remarks))
 
 
 def open_collection(spec: str | Source | Splits) -> Collection:
-    """All the splits that `spec` has by itself; `open_source` chooses among them.
+    """Returns all splits of a data set; `open_source` selects among them.
 
     Raises:
       DataError: the spec is wrong, or there is no such data.
     """
     if isinstance(spec, Splits):
-        both = {"train": spec.train, "val": spec.val}
-        for name, source in both.items():
+        sources = {"train": spec.train, "val": spec.val}
+        for name, source in sources.items():
             _check_source(f"data.{name}", source)
-        return Collection("the data given", tuple(both), lambda _: both)
+        return Collection("the data given", tuple(sources), lambda _: sources)
     if isinstance(spec, PathLike):
         spec = os.fsdecode(spec)
     if not isinstance(spec, str):
@@ -82,25 +87,26 @@ def open_collection(spec: str | Source | Splits) -> Collection:
         return Collection("the data given", ("train",), lambda _: {"train": spec})
     kind, colon, place = spec.partition(":")
     if kind in _KINDS:
-        return _KINDS[kind][0]("0-9" if spec == "digits" else place)
+        find, _ = _KINDS[kind]
+        return find("0-9" if spec == "digits" else place)
 
-    near = difflib.get_close_matches(kind.lower(), _KINDS, n=1)
+    similar = difflib.get_close_matches(kind.lower(), _KINDS, n=1)
     if spec and Path(spec).is_dir():
-        guess = f" Did you mean 'folder:{spec}'?"
+        hint = f" Did you mean 'folder:{spec}'?"
     else:
-        guess = f" Did you mean '{near[0]}{colon}{place}'?" if near else ""
+        hint = f" Did you mean '{similar[0]}{colon}{place}'?" if similar else ""
     kinds = "".join(f"\n  {usage}" for _, usage in _KINDS.values())
-    raise DataError(f"unknown data '{spec}'.{guess} Data is one of:{kinds}")
+    raise DataError(f"unknown data '{spec}'.{hint} Data is one of:{kinds}")
 
 
 def _check_source(name: str, source: Any) -> None:
-    """Raises DataError for what is no `Source`, such as a pair of arrays or an `ImageFolder`."""
-    wanted = ("classes", "targets", "__len__", "__getitem__")
-    missing = [attribute for attribute in wanted if not hasattr(source, attribute)]
+    """Raises DataError for an object that is no `Source`, such as a pair of arrays."""
+    required = ("classes", "targets", "__len__", "__getitem__")
+    missing = [attribute for attribute in required if not hasattr(source, attribute)]
     if not missing and hasattr(source.targets, "dtype"):
         return
-    lacks = f"has no {missing[0]}" if missing else "has targets that are no array"
+    reason = f"has no {missing[0]}" if missing else "has targets that are no array"
     raise DataError(
-        f"{name} is a {type(source).__name__}, which {lacks}. Give a spec such as 'folder:PATH', "
+        f"{name} is a {type(source).__name__}, which {reason}. Give a spec such as 'folder:PATH', "
         "jaxft.data.arrays(images, targets, classes), or Splits of two such sources."
     )

@@ -1,4 +1,4 @@
-"""How an image becomes a network's input: its size, its random views, its normalisation."""
+"""Converts images to network inputs: size, random view and normalisation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,21 +10,23 @@ from PIL import Image
 
 from jaxft.choices import Augment
 from jaxft.data import geometry
-from jaxft.data.augment import View, vary, view_of
+from jaxft.data.augment import View, apply_view, resolve_view
 from jaxft.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a network expects; the defaults are torchvision's for ImageNet.
+    """Input format that a network expects. The defaults are torchvision's for ImageNet.
 
-    image_size: height and width of the input, in pixels.
-    resize_size: the side that images are scaled to before the central crop; None leaves them as
-      they are, so they must have the input's size already.
-    resize_mode: `short_side` is the one that gets `resize_size`; or `squash`, both sides do, as in
-      d2l's recipes (nothing is cropped where that is `image_size`).
-    interpolation: of all scaling, `bilinear` or `bicubic`.
-    mean, std: of the red, green and blue channels, for values in 0..1.
+    Attributes:
+      image_size: height and width of the input in pixels.
+      resize_size: side in pixels that images are scaled to before the centre crop; with None,
+        images are not scaled and must already have the input's size.
+      resize_mode: `short_side` scales the shorter side to `resize_size`; `squash` scales both
+        sides to it and changes the aspect ratio, as in d2l's recipes.
+      interpolation: filter for scaling.
+      mean: means of the red, green and blue channels, for values in 0..1.
+      std: standard deviations of these channels.
     """
 
     image_size: int = 224
@@ -35,9 +37,13 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
-        """uint8 [b h w 3] to float32, as torchvision's `ToTensor` and `Normalize`; jittable.
+        """Normalises images like torchvision's `ToTensor` and `Normalize`; works under `jax.jit`.
 
-        Floats are taken to be normalised already, and stay as they are.
+        Args:
+          images: uint8 [b h w 3], or floats, which are already normalised and returned unchanged.
+
+        Returns:
+          float32 [b h w 3].
         """
         images = jnp.asarray(images)
         if jnp.issubdtype(images.dtype, jnp.floating):
@@ -47,12 +53,12 @@ class Preprocessing:
 
 
 def eval_view(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """The image as it is evaluated, [h w 3] of its type: scaled, then cropped centrally.
+    """Returns the evaluation view [h w 3] of an image: scaled, then cropped at the centre.
 
     Raises:
       DataError: `resize_size` is None and the image does not have the input's size.
     """
-    return np.asarray(_framed(image, preprocessing))
+    return np.asarray(_resize_and_crop(image, preprocessing))
 
 
 def train_view(
@@ -61,34 +67,35 @@ def train_view(
     augment: Augment | View,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """A view of the image to train on, [h w 3] of its type, drawn from `rng`.
+    """Returns a random training view [h w 3] of an image.
 
     Raises:
       DataError: `augment` is unknown, or as in `eval_view`.
     """
-    view = view_of(augment)
+    view = resolve_view(augment)
     size = preprocessing.image_size
-    if view.frame == "box":
-        box = geometry.crop_box(image.height, image.width, rng)
-        framed = geometry.resized_crop(image, box, size, preprocessing.interpolation)
+    if view.crop == "random_resized":
+        box = geometry.random_crop_box(image.height, image.width, rng)
+        cropped = geometry.resized_crop(image, box, size, preprocessing.interpolation)
     else:
-        framed = _framed(image, preprocessing)
-        if view.frame == "shift":
-            framed = geometry.shift(framed, geometry.shift_offset(max(1, size // 8), rng))
-    return np.asarray(vary(framed, view, rng))
+        cropped = _resize_and_crop(image, preprocessing)
+        if view.crop == "shift":
+            cropped = geometry.shift(cropped, geometry.random_offset(max(1, size // 8), rng))
+    return np.asarray(apply_view(cropped, view, rng))
 
 
-def _framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    size, side = preprocessing.image_size, preprocessing.resize_size
-    if side is None:
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    size, resize_size = preprocessing.image_size, preprocessing.resize_size
+    if resize_size is None:
         if image.size != (size, size):
             raise DataError(
                 f"an image is {image.width}x{image.height} but the network expects {size}x{size} "
                 "and resize_size is None: set resize_size to scale and crop, or image_size to the "
-                "images'."
+                "size of the images."
             )
         return image
     if preprocessing.resize_mode == "squash":
-        scaled = geometry.squash(image, (side, side), preprocessing.interpolation)
+        sides = (resize_size, resize_size)
+        scaled = geometry.squash(image, sides, preprocessing.interpolation)
         return geometry.center_crop(scaled, size)
-    return geometry.resized_center(image, side, size, preprocessing.interpolation)
+    return geometry.resize_and_center_crop(image, resize_size, size, preprocessing.interpolation)

@@ -1,16 +1,16 @@
-"""Which images of a collection train and which validate."""
+"""Selects the training and validation images of a run from a collection."""
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxft.data.class_names import differences
+from jaxft.data.class_names import describe_differences, join_names
 from jaxft.data.concat import gather
 from jaxft.data.source import Collection, Source, Splits, pixel_type
-from jaxft.data.split_expressions import Part, class_orders, indices, parse, shown, tally
+from jaxft.data.split_expressions import Term, class_counts, class_orders, indices, parse
 from jaxft.errors import DataError
 
-_VALIDATION = ("val", "validation", "valid")
+_VALIDATION_NAMES = ("val", "validation", "valid")
 
 
 def select(
@@ -21,88 +21,93 @@ def select(
     shots: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """The splits of a run, as `open_source` describes them; remarks say what is not evident.
+    """Selects the splits of a run by the rules of `open_source`, with remarks for the user.
 
     Raises:
-      DataError: a split is missing, an expression is wrong or empty, `shots` are too many, or
-        what trains lacks a class that the data has.
+      DataError: a split is missing, an expression is wrong or selects no image, `shots` is too
+        large, or the training images lack a class that the data has.
     """
-    training = _training_split(collection) if train is None else train
-    to_train = _parts(collection, training, "train")
-    own = tuple(dict.fromkeys(part.split for part in to_train))
-    by_word = {split.casefold(): split for split in reversed(collection.splits) if split not in own}
-    usual = [by_word[word] for word in _VALIDATION if word in by_word]
-    validation = usual[0] if val is None and usual else val
-    to_validate = () if validation is None else _parts(collection, validation, "val")
-    names = tuple(dict.fromkeys(part.split for part in (*to_train, *to_validate)))
+    # Open the splits that take part.
+    train_expression = _training_split(collection) if train is None else train
+    train_terms = _parse(collection, train_expression, "train")
+    train_splits = tuple(dict.fromkeys(term.split for term in train_terms))
+    val_candidates = _validation_splits(collection, train_splits)
+    val_expression = val_candidates[0] if val is None and val_candidates else val
+    val_terms = () if val_expression is None else _parse(collection, val_expression, "val")
+    names = tuple(dict.fromkeys(term.split for term in (*train_terms, *val_terms)))
     sources = collection.read(names)
-    parts = _Laid(tuple(sources[name] for name in names), names, seed)
-    _check_sources(collection.name, names, parts.sources)
+    pool = _Pool(tuple(sources[name] for name in names), names, seed)
+    _check_sources(collection.name, names, pool.sources)
+    remarks = [text for source in pool.sources for text in getattr(source, "remarks", ())]
+    if val is None and len(val_candidates) > 1:
+        unused = val_candidates[1]
+        remarks.append(f"{collection.name}: {val_expression} validates, {unused} is left out.")
 
-    chosen = parts.of(to_train)
-    remarks = [text for source in parts.sources for text in getattr(source, "remarks", ())]
-    if val is None and len(usual) > 1:
-        remarks.append(f"{collection.name}: {validation} validates, {usual[1]} is left out.")
-    whole = parts.of(Part(name, name) for name in own)
-    left = np.setdiff1d(whole, chosen)
+    # Select the training images.
+    candidates = pool.indices(Term(name, name) for name in train_splits)
+    train_indices = pool.indices(train_terms)
+    remainder = np.setdiff1d(candidates, train_indices)
+    is_drawn = shots is None and not val_terms and not len(remainder)
     if shots is not None:
-        # At least one of each class must remain where nothing else could validate.
-        leave = 0 if to_validate or len(left) else 1
-        offered = len(chosen)
-        chosen = chosen[_shots(parts.gather(chosen), shots, seed, leave)]
-        if to_validate and offered > len(chosen):
+        # Leave at least one image of each class if nothing else can validate.
+        held_out = 0 if val_terms or len(remainder) else 1
+        offered = len(train_indices)
+        train_indices = train_indices[_few_shot(pool.gather(train_indices), shots, seed, held_out)]
+        if val_terms and offered > len(train_indices):
             remarks.append(
-                f"shots={shots} trains on {len(chosen):,} of {offered:,} images; the others are "
-                "left out."
+                f"shots={shots} trains on {len(train_indices):,} of {offered:,} images; the others "
+                "are left out."
             )
-    elif not to_validate and not len(left):
-        chosen = chosen[_of_each(parts.gather(chosen), seed, _four_fifths)]
-    held_out = parts.of(to_validate) if to_validate else np.setdiff1d(whole, chosen)
-    if not len(held_out):
+    elif is_drawn:
+        train_indices = train_indices[_draw(pool.gather(train_indices), seed, _four_fifths)]
+    train_source = pool.gather(train_indices)
+
+    # Select the validation images.
+    val_indices = pool.indices(val_terms) if val_terms else np.setdiff1d(candidates, train_indices)
+    if not len(val_indices):
         raise DataError(
             f"{collection.name}: no image is left to validate with. Images per class: "
-            f"{tally(parts.gather(chosen))}. Name a split with val=, or add images."
+            f"{class_counts(train_source)}. Name a split with val=, or add images."
         )
-
-    splits = Splits(parts.gather(chosen), parts.gather(held_out))
-    if not to_validate:
-        rule = f"what train leaves of {' and '.join(own)} validates"
-        if shots is None and not len(left):
-            rule = f"20 % of each class of {' and '.join(own)}, drawn with seed {seed}, validates"
+    val_source = pool.gather(val_indices)
+    if not val_terms:
+        train_names = " and ".join(train_splits)
+        rule = f"the images of {train_names} that train leaves out validate"
+        if is_drawn:
+            rule = f"20 % of each class of {train_names}, drawn with seed {seed}, validate"
         remarks.append(
             f"{collection.name} has no validation split (it has {', '.join(collection.splits)}): "
-            f"{rule}, {len(held_out):,} images."
+            f"{rule}, {len(val_indices):,} images."
         )
-    if both := len(np.intersect1d(chosen, held_out)):
-        remarks.append(f"Images that both train and validate: {both:,}. The scores will flatter.")
-    _check_classes(collection.name, parts.gather(whole), splits.train, train)
-    for name, source in (("train", splits.train), ("validate with", splits.val)):
-        missing = np.flatnonzero(np.bincount(source.targets, minlength=len(source.classes)) == 0)
-        if len(missing):
-            named = shown([source.classes[k] for k in missing])
-            remarks.append(
-                f"{len(missing)} of {len(source.classes)} classes have no images to {name}: "
-                f"{named}."
-            )
-    return Splits(splits.train, splits.val, tuple(remarks))
+    if overlap := len(np.intersect1d(train_indices, val_indices)):
+        remarks.append(
+            f"Images that both train and validate: {overlap:,}. The validation score is biased."
+        )
+
+    _check_training_classes(collection.name, pool.gather(candidates), train_source, train)
+    remarks += _missing_classes(train_source, "train")
+    remarks += _missing_classes(val_source, "validate with")
+    return Splits(train_source, val_source, tuple(remarks))
 
 
-class _Laid:
-    """The splits in use laid end to end, so that an image is one number."""
+class _Pool:
+    """The splits in use, concatenated, so that one index identifies an image."""
 
     def __init__(self, sources: tuple[Source, ...], names: tuple[str, ...], seed: int):
         self.sources, self.names, self.seed = sources, names, seed
-        self.starts = np.cumsum([0, *map(len, sources)])
+        self.offsets = np.cumsum([0, *map(len, sources)])
 
-    def of(self, parts: Iterable[Part]) -> np.ndarray:
-        """The images of the parts, int64 [k], in their order."""
-        numbers = [(self.names.index(part.split), part) for part in parts]
-        return np.concatenate(
-            [self.starts[k] + indices(part, self.sources[k], self.seed) for k, part in numbers]
-        )
+    def indices(self, terms: Iterable[Term]) -> np.ndarray:
+        """Returns the images that the terms select, int64 [k], in the order of the terms."""
+        selected = []
+        for term in terms:
+            k = self.names.index(term.split)
+            selected.append(self.offsets[k] + indices(term, self.sources[k], self.seed))
+        return np.concatenate(selected)
 
-    def gather(self, chosen: np.ndarray) -> Source:
-        return gather(self.sources, chosen)
+    def gather(self, selected: np.ndarray) -> Source:
+        """Returns the source of the images at these indices."""
+        return gather(self.sources, selected)
 
 
 def _training_split(collection: Collection) -> str:
@@ -110,78 +115,105 @@ def _training_split(collection: Collection) -> str:
         return "train"
     if len(collection.splits) == 1:
         return collection.splits[0]
-    near = next((s for s in collection.splits if s.casefold().startswith("train")), None)
+    similar = next((s for s in collection.splits if s.casefold().startswith("train")), "SPLIT")
     raise DataError(
         f"{collection.name} has no split train; its splits: {', '.join(collection.splits)}. Name "
-        f"the one that trains with train='{near or 'SPLIT'}' (--train-split {near or 'SPLIT'}), or "
-        "rename it to train."
+        f"the one that trains with train='{similar}' (--train-split {similar}), or rename it to "
+        "train."
     )
 
 
-def _parts(collection: Collection, expression: str, argument: str) -> tuple[Part, ...]:
-    parts = parse(expression)
-    if "all" not in collection.splits:
-        every = tuple(Part(name, name) for name in collection.splits)
-        parts = tuple(p for part in parts for p in (every if part.split == "all" else (part,)))
-    if missing := sorted({p.split for p in parts} - set(collection.splits)):
+def _validation_splits(collection: Collection, train_splits: tuple[str, ...]) -> list[str]:
+    """Returns the splits with a usual validation name, the preferred one first."""
+    unused = [split for split in collection.splits if split not in train_splits]
+    by_name = {split.casefold(): split for split in reversed(unused)}
+    return [by_name[name] for name in _VALIDATION_NAMES if name in by_name]
+
+
+def _parse(collection: Collection, expression: str, argument: str) -> tuple[Term, ...]:
+    """Parses an expression, and replaces `all` by all splits."""
+    terms: list[Term] = []
+    for term in parse(expression):
+        if term.split == "all" and "all" not in collection.splits:
+            terms += [Term(name, name) for name in collection.splits]
+        else:
+            terms.append(term)
+    if missing := sorted({term.split for term in terms} - set(collection.splits)):
         raise DataError(
             f"{collection.name} has no split {' and no split '.join(missing)}, which "
             f"{argument}='{expression}' names. Its splits: {', '.join(collection.splits)}."
         )
-    return parts
+    return tuple(terms)
 
 
-def _check_sources(name: str, names: tuple[str, ...], sources: tuple[Source, ...]) -> None:
-    for split, source in zip(names, sources, strict=True):
-        count = len(source.classes)
+def _check_sources(name: str, splits: tuple[str, ...], sources: tuple[Source, ...]) -> None:
+    first_split, first = splits[0], sources[0]
+    for split, source in zip(splits, sources, strict=True):
         if not len(source):
             raise DataError(f"{name}: {split} has no images.")
-        if source.classes != sources[0].classes:
-            both = {names[0]: sources[0].classes, split: source.classes}
+        if source.classes != first.classes:
+            differences = describe_differences({first_split: first.classes, split: source.classes})
             raise DataError(
-                f"{name}: {names[0]} and {split} must have the same classes in the same order, "
-                f"but have {shown(sources[0].classes)} and {shown(source.classes)}. "
-                f"{differences(both)}"
+                f"{name}: {first_split} and {split} must have the same classes in the same order, "
+                f"but have {join_names(first.classes)} and {join_names(source.classes)}. "
+                f"{differences}"
             )
-        if (kind := pixel_type(source)) != (other := pixel_type(sources[0])):
+        if pixel_type(source) != pixel_type(first):
             raise DataError(
-                f"{name}: the images of {names[0]} are {other} and those of {split} {kind}: give "
-                "both as levels of 0..255, or both normalised."
+                f"{name}: images of {first_split} are {pixel_type(first)}, but images of {split} "
+                f"are {pixel_type(source)}: give both as uint8, or both normalised."
             )
-        if source.targets.min() < 0 or source.targets.max() >= count:
+        low, high, count = source.targets.min(), source.targets.max(), len(source.classes)
+        if low < 0 or high >= count:
             raise DataError(
-                f"{name}: targets of {split} go from {source.targets.min()} to "
-                f"{source.targets.max()}, outside of the {count} classes (0..{count - 1})."
+                f"{name}: targets of {split} go from {low} to {high}, outside of the {count} "
+                f"classes (0..{count - 1})."
             )
 
 
-def _check_classes(name: str, whole: Source, train: Source, expression: str | None) -> None:
-    lost = np.setdiff1d(whole.targets, train.targets)
-    if len(lost):
+def _check_training_classes(
+    name: str, candidates: Source, train: Source, expression: str | None
+) -> None:
+    missing = np.setdiff1d(candidates.targets, train.targets)
+    if len(missing):
+        classes = candidates.classes
         raise DataError(
-            f"{name}: train='{expression}' leaves no images of {len(lost)} of "
-            f"{len(whole.classes)} classes: {shown([whole.classes[k] for k in lost])}. Images may "
-            "lie in the order of their classes: slice within each, such as train[:80%/class]."
+            f"{name}: train='{expression}' leaves no images of {len(missing)} of "
+            f"{len(classes)} classes: {join_names([classes[k] for k in missing])}. The images may "
+            "be sorted by class: slice within each class, such as train[:80%/class]."
         )
 
 
-def _shots(source: Source, shots: int, seed: int, leave: int) -> np.ndarray:
+def _missing_classes(source: Source, purpose: str) -> list[str]:
     counts = np.bincount(source.targets, minlength=len(source.classes))
-    most = counts[counts > 0].min() - leave
-    if shots > most:
+    missing = [source.classes[k] for k in np.flatnonzero(counts == 0)]
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of {len(source.classes)} classes have no images to {purpose}: "
+        f"{join_names(missing)}."
+    ]
+
+
+def _few_shot(source: Source, shots: int, seed: int, held_out: int) -> np.ndarray:
+    """Draws `shots` images of each class, and leaves at least `held_out` of each."""
+    counts = np.bincount(source.targets, minlength=len(source.classes))
+    limit = counts[counts > 0].min() - held_out
+    if shots > limit:
         raise DataError(
-            f"shots={shots} is too many: each class allows at most {most}"
-            + (f" ({leave} must remain for validation)" if leave else "")
-            + f". Images per class: {tally(source)}."
+            f"shots={shots} is too many: each class allows at most {limit}"
+            + (f" ({held_out} must remain for validation)" if held_out else "")
+            + f". Images per class: {class_counts(source)}."
         )
-    return _of_each(source, seed, lambda count: shots)
+    return _draw(source, seed, lambda count: shots)
 
 
-def _of_each(source: Source, seed: int, wanted: Callable[[int], int]) -> np.ndarray:
-    chosen = [members[: wanted(len(members))] for members in class_orders(source, seed)]
-    return np.sort(np.concatenate(chosen))
+def _draw(source: Source, seed: int, size: Callable[[int], int]) -> np.ndarray:
+    """Draws `size(count)` of the `count` images of each class; returns sorted indices."""
+    selected = [members[: size(len(members))] for members in class_orders(source, seed)]
+    return np.sort(np.concatenate(selected))
 
 
 def _four_fifths(count: int) -> int:
-    """80 % of a class, but never all of one that could also validate."""
+    """Returns 80 % of `count`, but less than `count` if it is at least 2."""
     return min(round(0.8 * count), max(count - 1, 1))

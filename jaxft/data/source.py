@@ -1,4 +1,4 @@
-"""What the rest of the house sees of a data set: a `Source`, and the `Splits` of a run."""
+"""The `Source` protocol of labelled images, and the train and validation `Splits` of a run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,47 +9,59 @@ from PIL import Image
 
 
 class Source(Protocol):
-    """Images with their classes, by index. It may be read from several threads at once."""
+    """Labelled images, read by index. Several threads may read at once.
+
+    A source may also define:
+
+    - `pixel_type`: dtype of the images; uint8 if absent.
+    - `problem(index)`: see `Checkable`.
+    - `identity(index)`: str or bytes that identify an example; see `jaxft.data.fingerprint`.
+    - `take(indices)`: returns the source of these examples only.
+    - `remarks`: sentences for the user.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names; a target is an index into them."""
+        """Class names; targets are indices into them."""
         ...
 
     @property
     def targets(self) -> np.ndarray:
-        """All targets, int32 [n], without decoding an image."""
+        """Targets of all examples, int32 [n], available without decoding images."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        """The RGB image and its target."""
+        """Returns the RGB image and its target."""
         ...
 
 
 @runtime_checkable
 class Checkable(Protocol):
-    """A source whose images may turn out to be unreadable."""
+    """A source that can check whether its images are readable."""
 
     def problem(self, index: int, /) -> str | None:
-        """Where the image lies and why it cannot be read, or None if it can."""
+        """Returns the image's location and why it cannot be read, or None if it can."""
         ...
 
 
 def pixel_type(source: Source) -> np.dtype[Any]:
-    """Returns the type of the images' values: uint8, or that which the source's `pixel_type` names.
+    """Returns the dtype of the source's images.
 
-    Floats are normalised already: the network takes them as they are.
+    uint8 unless the source defines `pixel_type`. Float images are already normalised.
     """
     return np.dtype(getattr(source, "pixel_type", np.uint8))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The two sources of a run; `train, val = splits` unpacks them.
+    """Train and validation sources of a run; `train, val = splits` unpacks them.
 
-    remarks: what a user should know of how they came about, a sentence each.
+    Attributes:
+      train: images to train on.
+      val: images to validate on.
+      remarks: sentences for the user about how the splits were chosen.
     """
 
     train: Source
@@ -61,7 +73,13 @@ class Splits:
 
 
 class Collection(NamedTuple):
-    """Splits that a data set has by itself; `read` opens those that are named, and no others."""
+    """All splits of a data set, from which a run selects.
+
+    Attributes:
+      name: name of the data set in messages.
+      splits: names of the splits.
+      read: opens the named splits only.
+    """
 
     name: str
     splits: tuple[str, ...]

@@ -1,25 +1,25 @@
-"""Split expressions: TFDS's slices by position, and the same slices within each class.
+"""Split expressions: TFDS slices by position, and the same slices within each class.
 
 train                 a whole split; all: every split
-train[:80%]           by position, in examples or percent, from the end if negative, as in TFDS
-train[10/class]       10 of each class, in a seeded order: the same as train[:10/class]
-train[80%:/class]     what train[:80%/class] leaves: slices of that order do not overlap
-train[:50%]+test      one after the other
+train[:80%]           by position, as in TFDS; negative bounds count from the end
+train[10/class]       10 examples of each class in a seeded order; short for train[:10/class]
+train[80%:/class]     the complement of train[:80%/class] in the same seeded order
+train[:50%]+test      concatenation
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.data.class_names import join_names
 from jaxft.data.source import Source
 from jaxft.errors import DataError
 
-_PART = re.compile(r"(?P<split>[\w-]+)(?:\[(?P<slice>[^\[\]]*)\])?")
+_TERM = re.compile(r"(?P<split>[\w-]+)(?:\[(?P<slice>[^\[\]]*)\])?")
 _SLICE = re.compile(r"(?P<start>[^:/]*)(?P<colon>:)?(?P<stop>[^:/]*?)(?P<per_class>/class)?")
 _BOUND = re.compile(r"-?[0-9]+(?:_[0-9]+)*(?P<percent>(?:\.[0-9]+)?%)?")
-_FORMS = (
+_USAGE = (
     "write train, train[:80%], train[100:], train[:50%]+train[75%:], or within each class, in a "
     "seeded order, train[10/class], train[80%:/class]."
 )
@@ -27,26 +27,28 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Bound:
-    """One end of a slice: a number of examples, or of percent; negative counts from the end."""
+    """One end of a slice: a number of examples or a percentage; negative counts from the end."""
 
     value: float
-    percent: bool
+    is_percent: bool
 
     def position(self, count: int) -> int:
-        """The bound as a position among `count` examples, rounded as TFDS does ("closest").
+        """Returns the bound as a position among `count` examples.
+
+        Percentages are rounded as by TFDS ("closest").
 
         Raises:
-          IndexError: it lies outside of them.
+          IndexError: the position lies outside of the examples.
         """
-        value = round(self.value * count / 100) if self.percent else int(self.value)
-        if abs(value) > count:
-            raise IndexError(value)
-        return value + count if value < 0 else value
+        position = round(self.value * count / 100) if self.is_percent else int(self.value)
+        if abs(position) > count:
+            raise IndexError(position)
+        return position + count if position < 0 else position
 
 
 @dataclass(frozen=True)
-class Part:
-    """One term of an expression: `split[start:stop]`, or `split[start:stop/class]`."""
+class Term:
+    """One term of an expression: `split[start:stop]` or `split[start:stop/class]`."""
 
     text: str
     split: str
@@ -55,100 +57,110 @@ class Part:
     per_class: bool = False
 
     def range(self, count: int) -> tuple[int, int]:
-        """The slice as two positions among `count` examples; IndexError if it exceeds them."""
-        first = 0 if self.start is None else self.start.position(count)
-        return first, count if self.stop is None else self.stop.position(count)
+        """Returns the slice as (start, stop) among `count` examples.
+
+        Raises:
+          IndexError: a bound lies outside of the examples.
+        """
+        start = 0 if self.start is None else self.start.position(count)
+        return start, count if self.stop is None else self.stop.position(count)
 
 
-def parse(expression: str) -> tuple[Part, ...]:
-    """The terms of a split expression.
+def parse(expression: str) -> tuple[Term, ...]:
+    """Parses a split expression into its terms.
 
     Raises:
-      DataError: some term has none of the forms above.
+      DataError: a term has none of the forms listed in this module's docstring.
     """
-    parts, problems = [], []
+    terms, problems = [], []
     for text in expression.split("+"):
         try:
-            parts.append(_part(text.strip()))
+            terms.append(_parse_term(text.strip()))
         except ValueError as error:
             problems.append(f"'{text.strip()}' {error}")
     if problems:
-        raise DataError(f"split '{expression}': {'; '.join(problems)}: {_FORMS}")
-    return tuple(parts)
+        raise DataError(f"split '{expression}': {'; '.join(problems)}: {_USAGE}")
+    return tuple(terms)
 
 
-def _part(text: str) -> Part:
-    part = _PART.fullmatch(text)
-    if not part:
+def _parse_term(text: str) -> Term:
+    term_match = _TERM.fullmatch(text)
+    if not term_match:
         raise ValueError("is not a split or a slice of one")
-    if part["slice"] is None:
-        return Part(text, part["split"])
-    if part["split"] == "all":
+    split, slice_text = term_match["split"], term_match["slice"]
+    if slice_text is None:
+        return Term(text, split)
+    if split == "all":
         raise ValueError("slices all splits at once: slice them one by one")
-    found = _SLICE.fullmatch(part["slice"])
-    if not found or not (found["start"] or found["stop"]):
+    slice_match = _SLICE.fullmatch(slice_text)
+    if not slice_match or not (slice_match["start"] or slice_match["stop"]):
         raise ValueError("has no valid slice")
-    start, stop = _bound(found["start"]), _bound(found["stop"])
-    per_class = found["per_class"] is not None
-    if start and stop and start.percent != stop.percent:
+    start, stop = _parse_bound(slice_match["start"]), _parse_bound(slice_match["stop"])
+    per_class = slice_match["per_class"] is not None
+    if start and stop and start.is_percent != stop.is_percent:
         raise ValueError("mixes examples and percent")
-    if not found["colon"]:
+    if not slice_match["colon"]:
         if not per_class:
             raise ValueError("names one position, not a slice (a colon is missing)")
         start, stop = None, start
-    return Part(text, part["split"], start, stop, per_class)
+    return Term(text, split, start, stop, per_class)
 
 
-def _bound(text: str) -> Bound | None:
+def _parse_bound(text: str) -> Bound | None:
     if not text:
         return None
     match = _BOUND.fullmatch(text)
     if not match:
         raise ValueError(f"has the bound '{text}', which is neither an integer nor a percentage")
     bound = Bound(float(text.rstrip("%")), True) if match["percent"] else Bound(int(text), False)
-    if bound.percent and abs(bound.value) > 100:
+    if bound.is_percent and abs(bound.value) > 100:
         raise ValueError(f"has the bound '{text}', outside of -100%..100%")
     return bound
 
 
-def indices(part: Part, source: Source, seed: int) -> np.ndarray:
-    """The examples that a part selects of its split, int64 [k], in the split's order.
+def indices(term: Term, source: Source, seed: int) -> np.ndarray:
+    """Returns the examples of `source` that a term selects, int64 [k], in the source's order.
 
     Raises:
-      DataError: there are none, or a bound exceeds what the split, or one of its classes, holds.
+      DataError: the term selects no example, or a bound exceeds the split or one of its classes.
     """
-    if not part.per_class:
+    if term.per_class:
+        selected = _per_class_indices(term, source, seed)
+    else:
         try:
-            chosen = np.arange(*part.range(len(source)))
+            selected = np.arange(*term.range(len(source)))
         except IndexError as error:
             raise DataError(
-                f"split '{part.text}' exceeds {part.split}, which has {len(source)} images."
+                f"split '{term.text}' exceeds {term.split}, which has {len(source)} images."
             ) from error
-    else:
-        slices = []
-        for members in class_orders(source, seed):
-            # A class that the split lacks altogether has nothing to give, and is no mistake.
-            try:
-                first, last = part.range(len(members)) if len(members) else (0, 0)
-            except IndexError as error:
-                raise DataError(
-                    f"split '{part.text}' exceeds some classes of {part.split}. "
-                    f"Images per class: {tally(source)}."
-                ) from error
-            slices.append(members[first:last])
-        chosen = np.sort(np.concatenate(slices))
-    if not len(chosen):
+    if not len(selected):
         raise DataError(
-            f"split '{part.text}' is empty: it selects none of the {len(source)} images of "
-            f"{part.split}. Images per class: {tally(source)}."
+            f"split '{term.text}' is empty: it selects none of the {len(source)} images of "
+            f"{term.split}. Images per class: {class_counts(source)}."
         )
-    return chosen
+    return selected
+
+
+def _per_class_indices(term: Term, source: Source, seed: int) -> np.ndarray:
+    slices = []
+    for members in class_orders(source, seed):
+        try:
+            # A class without images in this split contributes none; that is no error.
+            start, stop = term.range(len(members)) if len(members) else (0, 0)
+        except IndexError as error:
+            raise DataError(
+                f"split '{term.text}' exceeds some classes of {term.split}. "
+                f"Images per class: {class_counts(source)}."
+            ) from error
+        slices.append(members[start:stop])
+    return np.sort(np.concatenate(slices))
 
 
 def class_orders(source: Source, seed: int) -> list[np.ndarray]:
-    """The examples of each class in a seeded order, which everything drawn within classes follows.
+    """Returns the examples of each class in a seeded order.
 
-    One order serves all wishes, so that of one seed fewer examples are a subset of more.
+    All draws within classes take a prefix of this order, so that with the same seed a smaller
+    draw is a subset of a larger one.
     """
     rng = np.random.default_rng(seed)
     counts = np.bincount(source.targets, minlength=len(source.classes))
@@ -156,13 +168,8 @@ def class_orders(source: Source, seed: int) -> list[np.ndarray]:
     return [rng.permutation(members) for members in np.split(by_class, np.cumsum(counts)[:-1])]
 
 
-def tally(source: Source) -> str:
-    """Classes with their numbers of images, the scarcest first, since they are what limits."""
+def class_counts(source: Source) -> str:
+    """Returns the first classes with their numbers of images, the smallest class first."""
     counts = np.bincount(source.targets, minlength=len(source.classes))
-    scarcest = np.argsort(counts, kind="stable")
-    return shown([f"{source.classes[k]} {counts[k]}" for k in scarcest])
-
-
-def shown(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    ascending = np.argsort(counts, kind="stable")
+    return join_names([f"{source.classes[k]} {counts[k]}" for k in ascending])

@@ -1,4 +1,4 @@
-"""Every image is decoded once before a run, so that it cannot die of one later."""
+"""Decodes every image once before a run, so that an unreadable image cannot end the run later."""
 
 import os
 import threading
@@ -12,138 +12,149 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from PIL import Image
 
+from jaxft.data.class_names import join_names
 from jaxft.data.concat import take
 from jaxft.data.decode import decode
 from jaxft.data.source import Checkable, Source
-from jaxft.data.split_expressions import shown
 from jaxft.errors import DataError, first_of
 
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
-"""What becomes of images that cannot be read: they end the run before it starts, or are left out
-of it, and said."""
+"""Treatment of unreadable images: raise an error before the run, or leave them out."""
 
-_SHOWN = 5  # images named in one message
-_reading = threading.local()  # `place`: the image that a thread checks
+_MAX_IMAGES = 5  # images listed in one message
+_thread = threading.local()  # `place`: location of the image that this thread checks
 
 
 def problem(file: Path | bytes, place: str) -> str | None:
-    """`place` and why the file cannot be decoded, or None if it can."""
-    _reading.place = place
+    """Returns the image's location and why it cannot be decoded, or None if it can.
+
+    Args:
+      file: path or content of the image file.
+      place: the image's location in messages.
+    """
+    _thread.place = place
     try:
-        decode(file, reduce_to=1)  # a JPEG at an eighth of its size, which reads all its bytes
+        decode(file, reduce_to=1)  # a JPEG at an eighth of its size; reads all bytes
     except DataError as error:
         return f"{place}: {error}"
     finally:
-        del _reading.place
+        del _thread.place
     return None
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silences Pillow's warnings of files, which `checked` has collected with the files' names."""
+    """Silences Pillow's warnings about files, which `check_images` has already reported."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield
 
 
-def checked(
+def check_images(
     sources: Mapping[str, S], on_bad_image: OnBadImage
 ) -> tuple[dict[str, S], tuple[str, ...]]:
-    """The sources, by the names of their splits, without what cannot be read; and remarks.
+    """Decodes all images of the sources.
 
-    The remarks name what is left out, and images of which Pillow warns.
+    Args:
+      sources: sources by split name.
+      on_bad_image: treatment of unreadable images.
+
+    Returns:
+      The sources without unreadable images, and remarks that list these images and the images with
+      warnings of Pillow.
 
     Raises:
-      DataError: some images cannot be read and `on_bad_image` is "error"; or a class would lose
-        all of its images; or `on_bad_image` is unknown.
+      DataError: `on_bad_image` is "error" and an image is unreadable; a class would lose all of
+        its images; or `on_bad_image` is unknown.
     """
     if on_bad_image not in get_args(OnBadImage):
         raise DataError(f"unknown on_bad_image '{on_bad_image}': use error or skip.")
-    with _collected_warnings() as warned:
-        found = {name: _problems(source) for name, source in sources.items()}
-    problems = sorted({line for lines in found.values() for line in lines.values()})
+    with _collect_warnings() as image_warnings:
+        problems = {name: _find_problems(source) for name, source in sources.items()}
+    # The splits may share images.
+    lines = sorted({line for by_index in problems.values() for line in by_index.values()})
     total = sum(map(len, sources.values()))
     remarks = []
-    if warned:
+    if image_warnings:
+        warning_lines = [f"{place}: {text}" for place, text in sorted(image_warnings.items())]
         remarks.append(
-            f"Read, but with a warning: {len(warned)} of {total} images:"
-            f"{_listing([f'{place}: {text}' for place, text in sorted(warned.items())])}"
+            f"Read, but with a warning: {len(image_warnings)} of {total} images:"
+            f"{_listing(warning_lines)}"
         )
-    if not problems:
+    if not lines:
         return dict(sources), tuple(remarks)
-    listing = _listing(problems)
     if on_bad_image == "error":
         raise DataError(
-            f"{len(problems)} of {total} images cannot be read; replace or remove them, or leave "
-            f"them out with on_bad_image='skip':{listing}"
+            f"{len(lines)} of {total} images cannot be read; replace or remove them, or leave "
+            f"them out with on_bad_image='skip':{_listing(lines)}"
         )
-    good = {name: _without(source, found[name]) for name, source in sources.items()}
+    readable = {name: _drop(source, problems[name]) for name, source in sources.items()}
     emptied = [
         f"{source.classes[target]} ({name})"
         for name, source in sources.items()
-        for target in np.setdiff1d(source.targets, good[name].targets)
+        for target in np.setdiff1d(source.targets, readable[name].targets)
     ]
     if emptied:
         raise DataError(
-            f"without the images that cannot be read, none are left of {shown(emptied)}; "
-            f"replace them:{listing}"
+            f"without the images that cannot be read, none are left of {join_names(emptied)}; "
+            f"replace them:{_listing(lines)}"
         )
-    left_out = f"Left out {len(problems)} of {total} images, which cannot be read:{listing}"
-    return good, (left_out, *remarks)
+    left_out = f"Left out {len(lines)} of {total} images, which cannot be read:{_listing(lines)}"
+    return readable, (left_out, *remarks)
 
 
 def _listing(lines: list[str]) -> str:
-    return "".join(f"\n  {line}" for line in first_of(lines, _SHOWN))
+    return "".join(f"\n  {line}" for line in first_of(lines, _MAX_IMAGES))
 
 
 @contextmanager
-def _collected_warnings() -> Iterator[dict[str, str]]:
-    """Collects the warnings of the images that threads check: the first one of each, by place."""
-    found: dict[str, str] = {}
+def _collect_warnings() -> Iterator[dict[str, str]]:
+    """Collects the first warning about each image, by the image's location."""
+    collected: dict[str, str] = {}
     with warnings.catch_warnings():
         print_warning = warnings.showwarning
 
         def collect(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-            if (place := getattr(_reading, "place", None)) is None:  # of something else
+            if (place := getattr(_thread, "place", None)) is None:  # not about an image
                 print_warning(message, *args, **kwargs)
             else:
-                found.setdefault(place, str(message))
+                collected.setdefault(place, str(message))
 
-        # Filters belong to the process: they are set here, around all threads. Pillow also warns of
-        # the images that are refused for their size.
+        # Filters apply to the whole process, so they must be set outside of the threads. Pillow
+        # also warns about images whose size `decode` refuses.
         warnings.filterwarnings("always", category=UserWarning, module=r"PIL\.|jaxft\.data\.decode")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.showwarning = collect
-        yield found
+        yield collected
 
 
-def _without(source: S, bad: dict[int, str]) -> S:
-    if not bad:
+def _drop(source: S, problems: dict[int, str]) -> S:
+    if not problems:
         return source
-    return take(source, np.setdiff1d(np.arange(len(source)), list(bad)))
+    return take(source, np.setdiff1d(np.arange(len(source)), list(problems)))
 
 
-def _problems(source: Source) -> dict[int, str]:
+def _find_problems(source: Source) -> dict[int, str]:
+    """Returns the problems of a source's unreadable images, by index."""
     if not isinstance(source, Checkable):
         return {}
-    check, stopped = source.problem, threading.Event()
+    check, stop = source.problem, threading.Event()
 
-    def among(indices: range) -> dict[int, str]:
-        found = {}
+    def check_slice(indices: range) -> dict[int, str]:
+        problems = {}
         for k in indices:
-            if stopped.is_set():
+            if stop.is_set():
                 break
             if (problem := check(k)) is not None:
-                found[k] = problem
-        return found
+                problems[k] = problem
+        return problems
 
-    # One task a thread, each with a slice of the images: a future an image would cost more than
-    # the list of images itself.
+    # One task per thread: one future per image would take more memory than the file list.
     threads = min(32, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(among, [range(k, len(source), threads) for k in range(threads)])
+        results = pool.map(check_slice, [range(k, len(source), threads) for k in range(threads)])
         try:
-            return {index: problem for part in found for index, problem in part.items()}
+            return {index: problem for result in results for index, problem in result.items()}
         finally:
-            stopped.set()  # a signal ends the wait above, and the pool waits for its threads
+            stop.set()  # after a signal, so that the pool does not wait for all images

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data import Batch, Source
-from jaxft.data.batches import augmented
+from jaxft.data.batches import train_view_loader
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import paths
 from jaxft.train.norms import layer
@@ -200,12 +200,12 @@ class Inputs:
         drawn = None
         if view:
             stage, number = view
-            of_stage = augmented(
+            of_stage = train_view_loader(
                 source, recipe.preprocessing, recipe.augment, seed=recipe.seed, stage=stage
             )
-            drawn = partial(of_stage, number=number)
+            drawn = partial(of_stage, view=number)
         size = recipe.batch_size
-        if run.of_each_batch(source, through, batch_size=size, view=drawn) is None:
+        if run.of_each_batch(source, through, batch_size=size, load=drawn) is None:
             return None
         store()
         return arrays

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
-from jaxft.data.arrays import Arrays
+from jaxft.data.arrays import ArraySource
 from jaxft.distributed import Devices
 from jaxft.errors import DataError, ModelError, RecipeError
 from jaxft.models import Model, user_factory
@@ -82,7 +82,7 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
     count = sum(map(len, splits))
 
     def kept(source: Source) -> Source:
-        if isinstance(source, Arrays):  # is in memory
+        if isinstance(source, ArraySource):  # is in memory
             return source
         return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
 

@@ -91,7 +91,7 @@ class Run:
         else:
             step = partial(inputs.score, params, stats)
             size = inputs.batch_size
-            tallies = self.of_each_batch(val, step, batch_size=size, places=places, kept=rows)
+            tallies = self.of_each_batch(val, step, batch_size=size, places=places, features=rows)
         return None if tallies is None else score(tallies)
 
     def of_each_batch(

@@ -11,7 +11,7 @@ from etils import epath
 from jaxft import recipe as recipes
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.atomic import in_bucket
-from jaxft.data.folder import class_folders_of
+from jaxft.data.folder import class_roots
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
@@ -91,7 +91,7 @@ def check_apart(workdir: str | PathLike[str], data: str) -> None:
     kind, _, place = data.partition(":")
     if kind != "folder" or in_bucket(workdir):
         return
-    for root in class_folders_of(place):
+    for root in class_roots(place):
         if root.resolve() in Path(workdir).resolve().parents:
             raise RecipeError(
                 f"{workdir} lies in {root}, where each folder is a class of images; choose a "

@@ -1,4 +1,4 @@
-"""What the tests of images share: an image, its digest, and torchvision where it is installed."""
+"""Shared by the image tests: a sample image, digests, golden files, and torchvision."""
 
 import hashlib
 from pathlib import Path
@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-GOLDEN = Path(__file__).parents[1] / "golden"  # transforms*.npz are by record_transforms.py
+GOLDEN = Path(__file__).parents[1] / "golden"  # record_transforms.py writes transforms*.npz
 HYMENOPTERA = Path(__file__).parents[2].parent / "shared/data/hymenoptera"
 
 
 def sample(height: int, width: int) -> Image.Image:
-    """A gradient with noise, in integer arithmetic so that it is the same everywhere."""
+    """Returns a gradient with noise, in integer arithmetic, so that all platforms agree."""
     y, x, c = np.ogrid[:height, :width, :3]
     noise = ((y * 7919) ^ (x * 104729) ^ (c * 1299709)) % 64
     return Image.fromarray((128 * y // height + 63 * x // width + noise).astype(np.uint8))
 
 
 def digest(*images) -> str:
+    """Returns a hex digest of the images' shapes and pixels."""
     sha = hashlib.sha256()
     for image in images:
         pixels = np.asarray(image)
@@ -27,22 +28,23 @@ def digest(*images) -> str:
 
 
 def recorded(name: str) -> dict[str, str]:
-    """The digests of a golden file by the names of their cases."""
+    """Returns the digests of a golden file by case."""
     with np.load(GOLDEN / name) as golden:
         return dict(zip(golden["names"].tolist(), golden["digests"].tolist(), strict=True))
 
 
 def torchvision_transforms():
+    """Returns `torchvision.transforms`; skips the test if it is not installed."""
     torch = pytest.importorskip("torch")
     try:
         return pytest.importorskip("torchvision.transforms")
     except RuntimeError:
-        # Beside a CPU build of torch, the operators of torchvision's extension are missing, and
-        # it refuses to load until somebody declares them. No transform uses them.
+        # With a CPU build of torch, torchvision's import fails because operators of its extension
+        # are missing. Declaring them is enough, as no transform uses them.
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
         from torchvision import transforms as module
 
-        module.library = library  # what it declared ends with it
+        module.library = library  # keeps the declarations alive
         return module

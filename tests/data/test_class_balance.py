@@ -1,4 +1,4 @@
-"""Balance: scikit-learn's weights, and draws with the same odds for each class."""
+"""Class balance: weights equal scikit-learn's, and draws favour no class."""
 
 import numpy as np
 import pytest
@@ -16,21 +16,21 @@ def source(*counts):
 
 
 @pytest.mark.parametrize("counts", [(5,), (4, 4), (6, 3, 1)], ids=str)
-def test_weights_are_scikit_learns(counts):
-    made = source(*counts)
-    expected = compute_class_weight("balanced", classes=np.arange(len(counts)), y=made.targets)
-    np.testing.assert_allclose(class_weights(made), expected, rtol=1e-15)
-    assert np.mean(np.asarray(class_weights(made))[made.targets]) == pytest.approx(1)
+def test_class_weights_equal_scikit_learn(counts):
+    images = source(*counts)
+    expected = compute_class_weight("balanced", classes=np.arange(len(counts)), y=images.targets)
+    np.testing.assert_allclose(class_weights(images), expected, rtol=1e-15)
+    assert np.mean(np.asarray(class_weights(images))[images.targets]) == pytest.approx(1)
 
 
-def test_a_class_without_images_weighs_nothing():
+def test_class_weights_of_empty_class_is_zero():
     assert class_weights(source(3, 0, 1)) == pytest.approx((2 / 3, 0, 2))
 
 
-def test_draws_favour_no_class_and_no_image_of_one():
-    made = source(900, 90, 10)
-    draws = np.concatenate([balanced_draws(made, np.random.default_rng(k)) for k in range(30)])
-    assert len(draws) == 30 * len(made)
-    assert stats.chisquare(np.bincount(made.targets[draws])).pvalue > 0.001
-    of_the_first = np.bincount(draws, minlength=len(made))[:900]
-    assert stats.chisquare(of_the_first).pvalue > 0.001
+def test_balanced_draws_are_uniform_over_classes_and_their_images():
+    images = source(900, 90, 10)
+    draws = np.concatenate([balanced_draws(images, np.random.default_rng(k)) for k in range(30)])
+    assert len(draws) == 30 * len(images)
+    assert stats.chisquare(np.bincount(images.targets[draws])).pvalue > 0.001
+    first_class_counts = np.bincount(draws, minlength=len(images))[:900]
+    assert stats.chisquare(first_class_counts).pvalue > 0.001

@@ -1,4 +1,4 @@
-"""Files to RGB: pixel for pixel as torchvision's `ImageFolder` and its transforms of evaluation."""
+"""Decoding: pixels equal torchvision's `ImageFolder`, alone and with its evaluation transforms."""
 
 import io
 import struct
@@ -22,16 +22,17 @@ def palette() -> Image.Image:
     return sample(37, 53).quantize(16)
 
 
-def saved(image, kind, **options) -> bytes:
+def encode(image, image_format, **options) -> bytes:
+    """Returns the content of an image file."""
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, image_format, **options)
     return file.getvalue()
 
 
 def rotated() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    return saved(sample(37, 53), "JPEG", exif=exif)
+    exif[0x0112] = 6  # a quarter turn
+    return encode(sample(37, 53), "JPEG", exif=exif)
 
 
 def alpha() -> Image.Image:
@@ -40,38 +41,40 @@ def alpha() -> Image.Image:
     return image
 
 
-# Made when asked for: a name, and the bytes of a file of that kind.
+# Functions that return the content of a file.
 FILES = {
-    "jpeg": lambda: saved(sample(37, 53), "JPEG"),
-    "jpeg, odd, large": lambda: saved(sample(301, 217), "JPEG", quality=40),
-    "jpeg, progressive": lambda: saved(sample(53, 37), "JPEG", progressive=True),
-    "jpeg, one pixel": lambda: saved(sample(1, 1), "JPEG"),
-    "jpeg, gray": lambda: saved(sample(37, 53).convert("L"), "JPEG"),
-    "jpeg, cmyk": lambda: saved(sample(37, 53).convert("CMYK"), "JPEG"),
+    "jpeg": lambda: encode(sample(37, 53), "JPEG"),
+    "jpeg, odd, large": lambda: encode(sample(301, 217), "JPEG", quality=40),
+    "jpeg, progressive": lambda: encode(sample(53, 37), "JPEG", progressive=True),
+    "jpeg, one pixel": lambda: encode(sample(1, 1), "JPEG"),
+    "jpeg, gray": lambda: encode(sample(37, 53).convert("L"), "JPEG"),
+    "jpeg, cmyk": lambda: encode(sample(37, 53).convert("CMYK"), "JPEG"),
     "jpeg, rotated by exif": rotated,
-    "png": lambda: saved(sample(37, 53), "PNG"),
-    "png, alpha": lambda: saved(alpha(), "PNG"),
-    "png, gray and alpha": lambda: saved(alpha().convert("LA"), "PNG"),
-    "png, gray": lambda: saved(sample(37, 53).convert("L"), "PNG"),
-    "png, black and white": lambda: saved(sample(37, 53).convert("1"), "PNG"),
-    "png, palette": lambda: saved(palette(), "PNG"),
-    "png, palette, one clear": lambda: saved(palette(), "PNG", transparency=3),
-    "png, palette, alpha": lambda: saved(palette(), "PNG", transparency=bytes(range(0, 160, 10))),
-    "png, one colour clear": lambda: saved(sample(37, 53), "PNG", transparency=(0, 1, 2)),
-    "tiff, cmyk": lambda: saved(sample(37, 53).convert("CMYK"), "TIFF"),
-    "webp, alpha": lambda: saved(alpha(), "WEBP", lossless=True),
-    "bmp": lambda: saved(sample(37, 53), "BMP"),
-    "gif, palette, one clear": lambda: saved(palette(), "GIF", transparency=3),
-    "gif, moving": lambda: saved(palette(), "GIF", save_all=True, append_images=[sample(37, 53)]),
+    "png": lambda: encode(sample(37, 53), "PNG"),
+    "png, alpha": lambda: encode(alpha(), "PNG"),
+    "png, gray and alpha": lambda: encode(alpha().convert("LA"), "PNG"),
+    "png, gray": lambda: encode(sample(37, 53).convert("L"), "PNG"),
+    "png, black and white": lambda: encode(sample(37, 53).convert("1"), "PNG"),
+    "png, palette": lambda: encode(palette(), "PNG"),
+    "png, palette, one clear": lambda: encode(palette(), "PNG", transparency=3),
+    "png, palette, alpha": lambda: encode(palette(), "PNG", transparency=bytes(range(0, 160, 10))),
+    "png, one colour clear": lambda: encode(sample(37, 53), "PNG", transparency=(0, 1, 2)),
+    "tiff, cmyk": lambda: encode(sample(37, 53).convert("CMYK"), "TIFF"),
+    "webp, alpha": lambda: encode(alpha(), "WEBP", lossless=True),
+    "bmp": lambda: encode(sample(37, 53), "BMP"),
+    "gif, palette, one clear": lambda: encode(palette(), "GIF", transparency=3),
+    "gif, moving": lambda: encode(palette(), "GIF", save_all=True, append_images=[sample(37, 53)]),
 }
 
 
-def ours(name):
+def our_views(name):
+    """Returns the decoded file and its evaluation view."""
     image = decode(FILES[name]())
     return image, eval_view(image, SMALL)
 
 
-def torchvisions(name, folder):
+def torchvision_views(name, folder):
+    """Returns the same as `our_views`, by torchvision."""
     tv = torchvision_transforms()
     from torchvision.datasets.folder import default_loader
 
@@ -84,29 +87,29 @@ def torchvisions(name, folder):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_equal_torchvisions_recorded(name):
-    image, view = ours(name)
+def test_decode_equals_torchvision_recorded(name):
+    image, view = our_views(name)
     assert image.mode == "RGB"
     assert digest(image, view) == recorded("transforms_decode.npz")[name]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_equal_torchvisions_live(name, tmp_path):
-    for a, b in zip(ours(name), torchvisions(name, tmp_path), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_decode_equals_torchvision_live(name, tmp_path):
+    for actual, expected in zip(our_views(name), torchvision_views(name, tmp_path), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-# Levels of more than 8 bits, which torchvision's loader clips.
+# Grey images with more than 8 bits, which torchvision's loader clips.
 
 LEVELS = np.array([[0, 1, 128, 129], [256, 257, 385, 386], [40000, 65406, 65407, 65535]])
 SCALED = [[0, 0, 0, 1], [1, 1, 1, 2], [156, 254, 255, 255]]
 
 
-def gray(dtype, kind="TIFF", levels=LEVELS) -> bytes:
-    return saved(Image.fromarray(levels.astype(dtype)), kind)
+def gray(dtype, image_format="TIFF", levels=LEVELS) -> bytes:
+    return encode(Image.fromarray(levels.astype(dtype)), image_format)
 
 
-DEEP = {
+GRAY_16_BIT = {
     "png": lambda: gray(np.uint16, "PNG"),
     "tiff": lambda: gray(np.uint16),
     "tiff, big-endian": lambda: gray(">u2"),
@@ -115,14 +118,14 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
-def test_grey_of_16_bits_is_scaled_to_8(name):
-    image = decode(DEEP[name]())
+@pytest.mark.parametrize("name", GRAY_16_BIT)
+def test_decode_scales_16_bit_gray_to_8_bits(name):
+    image = decode(GRAY_16_BIT[name]())
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.stack([SCALED] * 3, -1))
 
 
-def test_grey_of_16_bits_equals_the_same_in_8():
+def test_decode_16_bit_gray_equals_8_bit_gray():
     levels = np.arange(256).reshape(16, 16)
     pixels = [
         np.asarray(decode(gray(dtype, "PNG", factor * levels)))
@@ -140,21 +143,21 @@ def test_grey_of_16_bits_equals_the_same_in_8():
         (np.int32, LEVELS % 256, "grey levels are 0 to 255, integers of 32 bits"),
     ],
 )
-def test_grey_of_an_unknown_range_is_refused(dtype, levels, message):
+def test_decode_refuses_gray_of_unknown_range(dtype, levels, message):
     with pytest.raises(DataError, match=message):
         decode(gray(dtype, levels=levels))
 
 
-def test_a_path_is_read_as_its_bytes(tmp_path):
+def test_decode_path_equals_bytes(tmp_path):
     (tmp_path / "file").write_bytes(FILES["jpeg"]())
     np.testing.assert_array_equal(decode(tmp_path / "file"), decode(FILES["jpeg"]()))
 
 
-def test_exif_rotation_is_ignored():
+def test_decode_ignores_exif_orientation():
     np.testing.assert_array_equal(decode(rotated()), decode(FILES["jpeg"]()))
 
 
-def test_reduced_size_is_for_checks_only():
+def test_decode_reduce_to():
     file = FILES["jpeg, odd, large"]()
     assert decode(file).size == (217, 301)
     assert {side: decode(file, reduce_to=side).size for side in (1, 28, 60, 200)} == {
@@ -162,7 +165,7 @@ def test_reduced_size_is_for_checks_only():
     }  # fmt: skip
     exact = decode(file).resize((28, 38), Image.Resampling.BOX)
     assert not np.array_equal(decode(file, reduce_to=1), exact)
-    assert decode(FILES["png"](), reduce_to=1).size == (53, 37)  # other formats have no such thing
+    assert decode(FILES["png"](), reduce_to=1).size == (53, 37)  # JPEG only
 
 
 # Photographs.
@@ -171,12 +174,12 @@ def test_reduced_size_is_for_checks_only():
 def photographs():
     files = sorted((HYMENOPTERA / "val").glob("*/*"))
     if not files:
-        pytest.skip("the photographs are not here")
+        pytest.skip("needs the hymenoptera photographs")
     assert len(files) == 153
     return files
 
 
-def torchvisions_photographs():
+def torchvision_photographs():
     tv = torchvision_transforms()
     from torchvision.datasets.folder import default_loader
 
@@ -184,23 +187,23 @@ def torchvisions_photographs():
     return [transform(default_loader(file)) for file in photographs()]
 
 
-def test_photographs_equal_torchvisions_recorded():
+def test_decode_photographs_equals_torchvision_recorded():
     views = [eval_view(decode(file), Preprocessing()) for file in photographs()]
     assert digest(*views) == recorded("transforms_decode.npz")["photographs"]
 
 
 @pytest.mark.slow
-def test_photographs_equal_torchvisions_live():
-    for file, expected in zip(photographs(), torchvisions_photographs(), strict=True):
+def test_decode_photographs_equals_torchvision_live():
+    for file, expected in zip(photographs(), torchvision_photographs(), strict=True):
         view = eval_view(decode(file), Preprocessing())
         np.testing.assert_array_equal(view, expected, err_msg=str(file))
 
 
-# What cannot be decoded.
+# Errors.
 
 
 def empty_png(width, height) -> bytes:
-    """A few bytes that promise many pixels."""
+    """Returns a PNG file with a header for many pixels, and no pixels."""
 
     def chunk(kind, data):
         checksum = zlib.crc32(kind + data)
@@ -214,21 +217,21 @@ BROKEN = {
     "no image": (b"hello", "not an image"),
     "nothing": (b"", "the file is empty"),
     "cut off": (FILES["jpeg, odd, large"]()[:3000], "truncated"),
-    "20,000 x 20,000": (empty_png(20_000, 20_000), "exceeds what is safe.*scale it down"),
-    "10,000 x 10,000": (empty_png(10_000, 10_000), "exceeds what is safe.*scale it down"),
+    "20,000 x 20,000": (empty_png(20_000, 20_000), "exceeds the size that is safe.*scale it down"),
+    "10,000 x 10,000": (empty_png(10_000, 10_000), "exceeds the size that is safe.*scale it down"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.parametrize("warned", ["error", "ignore"])
-def test_what_cannot_be_decoded(case, warned):
+@pytest.mark.parametrize("warning_filter", ["error", "ignore"])
+def test_decode_error(case, warning_filter):
     file, message = BROKEN[case]
     with warnings.catch_warnings():
-        warnings.simplefilter(warned)  # Pillow only warns of some sizes
+        warnings.simplefilter(warning_filter)  # for some sizes, Pillow only warns
         with pytest.raises(DataError, match=message):
             decode(file)
 
 
-def test_a_missing_file(tmp_path):
+def test_decode_missing_file(tmp_path):
     with pytest.raises(DataError, match="No such file or directory"):
         decode(tmp_path / "missing.jpg")

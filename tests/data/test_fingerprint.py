@@ -1,4 +1,4 @@
-"""Digests of sources: equal for the same images, different for any others, and what is said."""
+"""Fingerprints: equal for equal images, different otherwise, and the messages on resume."""
 
 import dataclasses
 import shutil
@@ -24,7 +24,7 @@ def save(path, size=30):
 
 @pytest.fixture
 def root(tmp_path):
-    """Four images of each class to train and two to validate, each of a size of its own."""
+    """A folder with 4 training and 2 validation images per class, all of different file sizes."""
     for split, count in {"train": 4, "val": 2}.items():
         for k in range(count):
             for name in CLASSES:
@@ -32,30 +32,31 @@ def root(tmp_path):
     return tmp_path / "images"
 
 
-def of(root, **options):
+def fingerprints(root, **options):
+    """Returns the fingerprints of the training and validation images."""
     train, val = open_source(f"folder:{root}", **options)
     return fingerprint(train), fingerprint(val)
 
 
-def test_fingerprint_is_of_names_below_the_split_and_not_of_the_place(root, tmp_path):
-    first = of(root)
-    assert first == of(root)
+def test_fingerprint_depends_on_paths_below_the_split_only(root, tmp_path):
+    first = fingerprints(root)
+    assert first == fingerprints(root)
     assert len(first[0]) == 64
     moved = tmp_path / "elsewhere"
     shutil.copytree(root, moved)
-    assert of(moved) == first
-    for split in ("train", "val"):  # as a Mac writes it
+    assert fingerprints(moved) == first
+    for split in ("train", "val"):  # decomposed letters, as on macOS
         (moved / split / CLASSES[1]).rename(
             moved / split / unicodedata.normalize("NFD", CLASSES[1])
         )
-    assert of(moved) == first
+    assert fingerprints(moved) == first
 
 
 def exchange(root):
-    ants, others = root / "train/ant/0.bmp", root / "train" / CLASSES[1] / "1.bmp"
-    ants.rename(root / "kept")
-    others.rename(ants)
-    (root / "kept").rename(others)
+    first, second = root / "train/ant/0.bmp", root / "train" / CLASSES[1] / "1.bmp"
+    first.rename(root / "temporary")
+    second.rename(first)
+    (root / "temporary").rename(second)
 
 
 CHANGES = {
@@ -69,25 +70,25 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("train", ["train", "train[3/class]", "train+val"])
-def test_fingerprint_differs_after(root, change, train):
-    before = of(root, train=train, val="val")
+def test_fingerprint_detects_change(root, change, train):
+    before = fingerprints(root, train=train, val="val")
     CHANGES[change](root)
-    after = of(root, train=train, val="val")
-    # Of fewer images than all, those that changed may not be.
+    after = fingerprints(root, train=train, val="val")
+    # A selection of the images may not include the changed ones.
     assert after[0] != before[0] or train == "train[3/class]"
     assert after[1] == before[1]
 
 
-def test_fingerprint_of_arrays_is_of_their_contents():
+def test_fingerprint_of_arrays_depends_on_pixels_and_targets():
     images = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
     targets = np.arange(6) % 2
     source = arrays(images, targets, "ab")
     assert fingerprint(source) == fingerprint(arrays(images.copy(), targets, "ab"))
     assert fingerprint(Cached(source, 0)) == fingerprint(source)
-    one = images.copy()
-    one[3, 2, 1, 0] += 1
+    one_pixel_changed = images.copy()
+    one_pixel_changed[3, 2, 1, 0] += 1
     others = [
-        arrays(one, targets, "ab"),
+        arrays(one_pixel_changed, targets, "ab"),
         arrays(images, 1 - targets, "ab"),
         arrays(images, targets, "ac"),
         arrays(images[::-1], targets[::-1], "ab"),
@@ -97,7 +98,7 @@ def test_fingerprint_of_arrays_is_of_their_contents():
     assert len({fingerprint(other) for other in [source, *others]}) == 7
 
 
-def test_fingerprint_of_any_other_source_is_of_its_targets():
+def test_fingerprint_of_minimal_source_depends_on_targets():
     @dataclasses.dataclass
     class Minimal:
         classes: tuple
@@ -111,14 +112,14 @@ def test_fingerprint_of_any_other_source_is_of_its_targets():
     assert fingerprint(Minimal(("a", "b"), first)) != fingerprint(Minimal(("a", "b"), second))
 
 
-def test_fingerprint_of_a_file_that_is_gone(root):
+def test_fingerprint_of_missing_file_is_an_error(root):
     train, _ = open_source(f"folder:{root}")
     train.files[0].unlink()
     with pytest.raises(DataError, match=r"0\.bmp can no longer be read: No such file"):
         fingerprint(train)
 
 
-def recorded(root):
+def record_of(root):
     return record(open_source(f"folder:{root}"))
 
 
@@ -136,24 +137,24 @@ def recorded(root):
         ),
     ],
 )
-def test_changes_between_records(root, change, lines):
-    before = recorded(root)
-    assert changes(before, recorded(root)) == []
+def test_fingerprint_changes(root, change, lines):
+    before = record_of(root)
+    assert changes(before, record_of(root)) == []
     CHANGES[change](root)
-    assert changes(before, recorded(root)) == lines
-    # As a version wrote it that had no digests.
+    assert changes(before, record_of(root)) == lines
+    # A record without counts and fingerprints, from an older version.
     old = {key: before[key] for key in ("train", "val", "classes")}
-    assert changes(old, recorded(root)) == [line.split(";")[0] for line in lines if "8 im" in line]
+    assert changes(old, record_of(root)) == [line.split(";")[0] for line in lines if "8 im" in line]
 
 
-def test_changes_of_classes(root):
-    before = recorded(root)
+def test_fingerprint_changes_of_classes(root):
+    before = record_of(root)
     for split in ("train", "val"):
         (root / split / "ant").rename(root / split / "wasp")
-    assert changes(before, recorded(root)) == [
+    assert changes(before, record_of(root)) == [
         "classes: 2 then, 2 now; no longer there: ant; new: wasp"
     ]
     images = arrays(np.zeros((2, 4, 4, 3), np.uint8), [0, 1], "ab")
     swapped = dataclasses.replace(images, classes=("b", "a"))
-    then, now = (record(Splits(source, source)) for source in (images, swapped))
-    assert changes(then, now) == ["classes: 2 then, 2 now: the same in another order"]
+    before, now = (record(Splits(source, source)) for source in (images, swapped))
+    assert changes(before, now) == ["classes: 2 then, 2 now: the same in another order"]

@@ -1,4 +1,4 @@
-"""Folders as users have them: which files count, which folders are classes, what is said of it."""
+"""Folder data sets: which files are images, which folders are classes, and the error messages."""
 
 import json
 import os
@@ -14,18 +14,19 @@ from jaxft.data import open_source
 from jaxft.data.fingerprint import record
 from jaxft.errors import DataError
 
-PIXELS = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+IMAGE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 
 
-def save(path: Path, kind: str = "PNG") -> None:
+def save(path: Path, image_format: str = "PNG") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    PIXELS.save(path, kind)
+    IMAGE.save(path, image_format)
 
 
-def fill(root: Path, *places: str, count: int = 2, suffix: str = ".png") -> Path:
-    for place in places:
+def fill(root: Path, *folders: str, count: int = 2, suffix: str = ".png") -> Path:
+    """Saves `count` images in each of the folders."""
+    for folder in folders:
         for k in range(count):
-            save(root / place / f"{k}{suffix}")
+            save(root / folder / f"{k}{suffix}")
     return root
 
 
@@ -34,88 +35,87 @@ def root(tmp_path):
     return fill(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/bee")
 
 
-def opened(root, **options):
+def open_folder(root, **options):
     return open_source(f"folder:{root}", **options)
 
 
-def trained(root):
-    """The paths below the split, and how many of each class there are."""
-    train = opened(root).train
+def train_files(root):
+    """Returns the training files below the split's folder, and the number of images per class."""
+    train = open_folder(root).train
     names = [path.relative_to(train.root).as_posix() for path in train.files]
     return names, np.bincount(train.targets).tolist()
 
 
-# Files.
+# Image files.
 
 
 @pytest.mark.parametrize(
-    ("suffix", "kind"),
+    ("suffix", "image_format"),
     [
         *((".JPG", "JPEG"), (".jpe", "JPEG"), (".jfif", "JPEG"), (".mpo", "MPO")),
         *((".tif", "TIFF"), (".TIFF", "TIFF"), (".gif", "GIF"), (".ppm", "PPM"), (".bmp", "BMP")),
         *((".webp", "WEBP"), (".tga", "TGA"), (".ico", "ICO"), (".pcx", "PCX"), (".dib", "DIB")),
     ],
 )
-def test_folder_reads_every_kind_that_pillow_reads(root, suffix, kind):
-    save(root / f"train/ant/x{suffix}", kind)
-    splits = opened(root)
+def test_folder_reads_pillow_formats(root, suffix, image_format):
+    save(root / f"train/ant/x{suffix}", image_format)
+    splits = open_folder(root)
     assert np.bincount(splits.train.targets).tolist() == [3, 2]
     assert splits.remarks == ()
     assert splits.train[2][0].mode == "RGB"
 
 
-@pytest.mark.parametrize(("suffix", "kind"), [(".avif", "AVIF"), (".jp2", "JPEG2000")])
-def test_folder_reads_kinds_that_not_every_pillow_has(root, suffix, kind):
+@pytest.mark.parametrize(("suffix", "image_format"), [(".avif", "AVIF"), (".jp2", "JPEG2000")])
+def test_folder_reads_optional_pillow_formats(root, suffix, image_format):
     Image.init()
-    if kind not in Image.SAVE:
-        pytest.skip(f"Pillow is built without {kind}")
-    save(root / f"train/ant/x{suffix}", kind)
-    assert len(opened(root).train) == 5
+    if image_format not in Image.SAVE:
+        pytest.skip(f"Pillow is built without {image_format}")
+    save(root / f"train/ant/x{suffix}", image_format)
+    assert len(open_folder(root).train) == 5
 
 
-def test_folder_counts_other_files_by_kind_in_one_remark_a_split(root):
+def test_folder_counts_other_files_by_suffix(root):
     for k in range(3):
         (root / f"train/ant/{k}.heic").write_bytes(b"heic")
     for name in ("train/bee/notes.TXT", "train/bee/labels", "train/bee/x.eps", "val/bee/clip.mp4"):
         (root / name).write_bytes(b"else")
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):  # a file manager's
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):  # ignored
         (root / "train/ant" / name).write_bytes(b"else")
     save(root / "train/__MACOSX/ant/._0.png")
     save(root / "val/ant/@eaDir/0.png/thumbnail.png")
-    assert opened(root).remarks == (
+    assert open_folder(root).remarks == (
         "train: 6 files are not images that can be read here and are left out: .heic (3), "
         "without a suffix (1), .txt (1), .eps (1).",
         "val: 1 file is not an image that can be read here and is left out: .mp4 (1).",
     )
 
 
-def test_folder_counts_images_beside_classes_and_splits(root):
+def test_folder_counts_loose_images(root):
     for name in ("train/stray.png", "x.png", "y.png"):
         save(root / name)
     (root / "train/labels.csv").write_text("a table")
-    assert opened(root).remarks == (
-        "train: 1 image lies beside the class folders, in none of them, and is left out: "
-        "stray.png.",
-        f"{root}: 2 images lie beside the folders of the splits, in none of them, and are left "
-        "out: x.png, y.png.",
+    assert open_folder(root).remarks == (
+        "train: 1 image lies outside of the class folders and is left out: stray.png.",
+        f"{root}: 2 images lie outside of the folders of the splits and are left out: x.png, "
+        "y.png.",
     )
 
 
-def test_folder_of_a_class_without_images_says_what_it_holds(root):
+def test_folder_error_for_class_without_images_counts_its_files(root):
     shutil.rmtree(root / "val/bee")
     (root / "val/bee").mkdir()
     (root / "val/bee/0.heic").write_bytes(b"heic")
     with pytest.raises(DataError, match=r"no images in .*/val/bee \(\.heic \(1\)\)\. Add some"):
-        opened(root)
+        open_folder(root)
 
 
-# Folders below those of the classes.
+# Nested folders and links.
 
 
-def test_folder_reads_images_below_the_class_as_imagefolder_does(root):
+def test_folder_reads_nested_images(root):
     fill(root, "train/ant/session2", "train/ant/session2/b", "train/ant/session1", count=1)
     fill(root, "train/ant/.hidden", count=1)
-    names, counts = trained(root)
+    names, counts = train_files(root)
     assert names[:5] == [
         *("ant/0.png", "ant/1.png"),
         *("ant/session1/0.png", "ant/session2/0.png", "ant/session2/b/0.png"),
@@ -123,7 +123,7 @@ def test_folder_reads_images_below_the_class_as_imagefolder_does(root):
     assert counts == [5, 2]
 
 
-def test_folder_follows_links_but_not_in_circles(root, tmp_path):
+def test_folder_follows_links_without_cycles(root, tmp_path):
     fill(tmp_path, "elsewhere/bees", "elsewhere/more")
     shutil.rmtree(root / "train/bee")
     (root / "train/bee").symlink_to(tmp_path / "elsewhere/bees")
@@ -131,103 +131,106 @@ def test_folder_follows_links_but_not_in_circles(root, tmp_path):
     (root / "train/ant/self").symlink_to(".")
     (root / "train/ant/up").symlink_to(root)
     (tmp_path / "elsewhere/bees/split").symlink_to(root / "train")
-    names, counts = trained(root)
+    names, counts = train_files(root)
     assert counts == [2, 4]
     assert names[2:] == ["bee/0.png", "bee/1.png", "bee/more/0.png", "bee/more/1.png"]
 
 
-def test_folder_of_a_class_that_is_a_dead_link_is_named(root):
+def test_folder_broken_link_to_class_is_an_error(root):
     (root / "train/cat").symlink_to("/mnt/unmounted/cat")
     with pytest.raises(DataError, match=r"train/cat is a link to /mnt/unmounted/cat, which is not"):
-        opened(root)
+        open_folder(root)
 
 
-def test_dead_links_in_splits_that_are_not_read_do_not_matter(root):
+def test_folder_broken_link_in_unused_split_is_ignored(root):
     (root / "test").mkdir()
     (root / "test/cat").symlink_to("/mnt/unmounted/cat")
-    assert len(opened(root).train) == 4
+    assert len(open_folder(root).train) == 4
 
 
-def test_a_link_to_itself_is_a_dead_link(root):
+def test_folder_link_to_itself_is_broken(root):
     (root / "train/ant/x").symlink_to("x")
     with pytest.raises(DataError, match=r"ant/x: .* \(a link to x\)"):
-        opened(root)
+        open_folder(root)
     (root / "train/x").symlink_to("x")
     with pytest.raises(DataError, match="train/x is a link to x, which is not there"):
-        opened(root)
+        open_folder(root)
 
 
 @pytest.mark.parametrize("name", ["x.png", "session2", "v1.0"])
-def test_dead_links_to_files_are_named_or_skipped(root, name):
+def test_folder_broken_link_to_file_is_an_error_or_skipped(root, name):
     (root / "train/ant" / name).symlink_to("/mnt/gone")
     with pytest.raises(DataError, match=rf"ant/{name}: No such file .*\(a link to /mnt/gone\)"):
-        opened(root)
-    skipped = opened(root, on_bad_image="skip")
+        open_folder(root)
+    skipped = open_folder(root, on_bad_image="skip")
     assert len(skipped.train) == 4
     assert f"ant/{name}: No such file or directory" in skipped.remarks[0]
 
 
-def test_a_pipe_with_the_name_of_an_image_is_not_opened(root):
+def test_folder_does_not_open_named_pipe(root):
     os.mkfifo(root / "train/ant/x.png")
-    assert opened(root).remarks[0].endswith("left out: .png (1).")
+    assert open_folder(root).remarks[0].endswith("left out: .png (1).")
 
 
-# Names.
+# File and folder names.
 
 
 CAFE = {form: unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")}
 
 
-def test_class_names_are_the_same_composed_or_decomposed(tmp_path):
+def test_folder_class_names_are_normalized_unicode(tmp_path):
     root = fill(tmp_path, f"train/{CAFE['NFC']}", "train/tea", f"val/{CAFE['NFD']}", "val/tea")
-    train, val = opened(root)
+    train, val = open_folder(root)
     assert train.classes == val.classes == (CAFE["NFC"], "tea")
     fill(root, f"train/{CAFE['NFD']}")
     with pytest.raises(DataError, match="two folders called caf\u00e9, one with composed"):
-        opened(root)
+        open_folder(root)
 
 
-def test_names_that_are_not_unicode_can_be_printed_and_saved(tmp_path):
+def test_folder_names_with_invalid_utf8_are_printable(tmp_path):
     root = os.fsencode(fill(tmp_path / "data", "train/b", "val/b"))
     for split in (b"train", b"val"):
         os.makedirs(os.path.join(root, split, b"caf\xe9"))
         for name in (b"ni\xf1o.png", b"x.png"):
             with open(os.path.join(root, split, b"caf\xe9", name), "wb") as file:
-                PIXELS.save(file, "PNG")
+                IMAGE.save(file, "PNG")
     with open(os.path.join(root, b"val", b"caf\xe9", b"\xf1.t\xe9xt"), "wb"):
         pass
-    splits = opened(os.fsdecode(root))
+    splits = open_folder(os.fsdecode(root))
     assert splits.train.classes == ("b", r"caf\xe9")
     assert r".t\xe9xt (1)" in splits.remarks[0]
     json.dumps(record(splits), ensure_ascii=False).encode("utf-8")
     for path in splits.train.files:
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"ni\\xf1o\.png: not an image") as caught:
-        opened(os.fsdecode(root))
+        open_folder(os.fsdecode(root))
     str(caught.value).encode("utf-8")
 
 
-def test_names_with_line_breaks_are_printed_on_one_line(tmp_path):
+def test_folder_names_with_control_characters_are_printable(tmp_path):
     root = fill(tmp_path / "data", "train/a\nb", "train/c", "val/a\nb", "val/c")
-    assert opened(root).train.classes == (r"a\nb", "c")
+    assert open_folder(root).train.classes == (r"a\nb", "c")
     (root / "val/c/\x1b[31m.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"val/c/\\x1b\[31m\.png: the file is empty"):
-        opened(root)
+        open_folder(root)
 
 
-# Layouts. Each error names what was expected and what is there.
+# Layouts. Each error names the expected layout and the folders that are there.
 
 
-def only(*places, count=2):
-    def make(root):
+def only(*folders, count=2):
+    """Returns a function that replaces the data set by images in these folders."""
+
+    def change(root):
         shutil.rmtree(root)
-        fill(root, *places, count=count)
+        fill(root, *folders, count=count)
 
-    return make
+    return change
 
 
-def also(*places):
-    return lambda root: fill(root, *places)
+def also(*folders):
+    """Returns a function that adds images in these folders to the data set."""
+    return lambda root: fill(root, *folders)
 
 
 LAYOUTS = {
@@ -243,7 +246,7 @@ LAYOUTS = {
         only("images/train/a", "images/train/b"),
         ["data holds images, and images holds train: did you mean folder:{root}/images?"],
     ),
-    "one folder too deep, beside another": (
+    "one folder too deep, with another folder": (
         lambda root: (
             only("images/train/a", "images/train/b", "docs/pictures")(root),
             (root / "images/README.md").write_text("notes"),
@@ -275,19 +278,19 @@ LAYOUTS = {
         ["no class folders in {root}/train, but an image lies there outside of any, such as 0.png"],
     ),
     "validation only": (only("val/a", "val/b"), ["no folder train; its folders: val"]),
-    "a class to validate only": (
+    "a class without training images": (
         also("val/cat"),
         ["must have the same class folders. Only in train: none. Only in val: cat."],
     ),
-    "a class to train only": (
+    "a class without validation images": (
         also("train/cat"),
         ["Only in train: cat. Only in val: none."],
     ),
-    "a class with a space behind it": (
+    "a class name with a trailing space": (
         lambda root: (root / "val/bee").rename(root / "val/bee "),
         ["Only in val: 'bee '. Are these the same: bee (train) and 'bee ' (val)?"],
     ),
-    "classes spelt in two ways": (
+    "different spellings of a class": (
         also("train/house_cat", "val/House cat", "val/zebra"),
         [
             "Only in train: house_cat. Only in val: House cat, zebra. Are these the same: "
@@ -302,17 +305,17 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_layout_mistake(root, case):
-    make, fragments = LAYOUTS[case]
-    make(root)
+def test_folder_layout_error(root, case):
+    change, fragments = LAYOUTS[case]
+    change(root)
     with pytest.raises(DataError) as caught:
-        opened(root)
+        open_folder(root)
     for fragment in fragments:
         assert fragment.format(root=root) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("places", "options", "classes", "counts"),
+    ("folders", "options", "classes", "counts"),
     [
         (("Train/a", "Train/b", "Val/a", "Val/b"), {"train": "Train"}, ("a", "b"), (4, 4)),
         (("training/a", "training/b", "validation/a", "validation/b"), {"train": "training"},
@@ -323,13 +326,13 @@ def test_layout_mistake(root, case):
         (("train/a", "train/b", "extra/a", "extra/b"), {}, ("a", "b"), (2, 2)),
     ],
 )  # fmt: skip
-def test_layout_that_is_understood(tmp_path, places, options, classes, counts):
-    train, val = opened(fill(tmp_path, *places), **options)
+def test_folder_layout(tmp_path, folders, options, classes, counts):
+    train, val = open_folder(fill(tmp_path, *folders), **options)
     assert train.classes == val.classes == classes
     assert (len(train), len(val)) == counts
 
 
-def test_a_second_folder_to_validate_is_left_out_with_a_remark(root):
+def test_folder_second_validation_split_is_left_out(root):
     fill(root, "validation/ant", "validation/bee")
-    assert opened(root).remarks == (f"{root}: val validates, validation is left out.",)
-    assert opened(root, val="validation").remarks == ()
+    assert open_folder(root).remarks == (f"{root}: val validates, validation is left out.",)
+    assert open_folder(root, val="validation").remarks == ()

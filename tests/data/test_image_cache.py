@@ -1,4 +1,4 @@
-"""The cache of decoded images: the same pixels, fewer reads, and never more bytes than allowed."""
+"""`Cached` returns the same pixels with fewer reads, within its memory limit."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,8 @@ SIZES = [(8, 8), (10, 6), (30, 40), (5, 5), (12, 7)]
 BYTES = [4 * h * w for h, w in SIZES]
 
 
-class Counted:
-    """A source that counts how often each image is read."""
+class CountingSource:
+    """A source that counts the reads of each image."""
 
     classes = ("only",)
 
@@ -35,17 +35,17 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "kept"),
+    ("max_bytes", "cached_indices"),
     [
         (0, []),
         (255, [1]),
-        (BYTES[0] + BYTES[1] + BYTES[3], [0, 1, 3]),  # a large image keeps out no smaller ones
+        (BYTES[0] + BYTES[1] + BYTES[3], [0, 1, 3]),  # small images after one that is too large
         (sum(BYTES) - 1, [0, 1, 2, 3]),
         (sum(BYTES), [0, 1, 2, 3, 4]),
     ],
 )
-def test_what_fits_is_read_once(max_bytes, kept):
-    source = Counted()
+def test_cached_reads_images_once_up_to_max_bytes(max_bytes, cached_indices):
+    source = CountingSource()
     cached = Cached(source, max_bytes)
     assert (len(cached), cached.classes) == (5, ("only",))
     np.testing.assert_array_equal(cached.targets, source.targets)
@@ -54,31 +54,34 @@ def test_what_fits_is_read_once(max_bytes, kept):
             image, target = cached[index]
             np.testing.assert_array_equal(image, sample(*size))
             assert target == index % 3
-    assert [k for k, reads in enumerate(source.reads) if reads == 1] == kept
+    assert [k for k, reads in enumerate(source.reads) if reads == 1] == cached_indices
     assert all(reads in (1, 3) for reads in source.reads)
-    assert all("exif" not in cached[k][0].info for k in kept)
+    assert all("exif" not in cached[k][0].info for k in cached_indices)
 
 
-def test_threads_share_it():
-    source, together = Counted(), threading.Barrier(4)
+def test_cached_is_thread_safe():
+    source, barrier = CountingSource(), threading.Barrier(4)
     cached = Cached(source, sum(BYTES))
 
-    def read(_):
-        together.wait()
+    def read():
         return [cached[k][0].tobytes() for k in range(5)]
 
+    def read_together(_):
+        barrier.wait()
+        return read()
+
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(read, range(4)))
-    assert all(m == [sample(*size).tobytes() for size in SIZES] for m in made)
-    # Several may have read an image at once, but it was paid for once, or not all would fit.
-    before = list(source.reads)
-    read_again = [cached[k] for k in range(5)]
-    assert len(read_again) == 5
-    assert source.reads == before
+        by_thread = list(pool.map(read_together, range(4)))
+    assert all(pixels == [sample(*size).tobytes() for size in SIZES] for pixels in by_thread)
+    # Threads may read an image at the same time, but its size must be counted once, or not all
+    # images would fit.
+    reads = list(source.reads)
+    read()
+    assert source.reads == reads
 
 
 @pytest.mark.parametrize("max_bytes", [0, 2000, 10**6])
-def test_batches_are_the_same(max_bytes):
+def test_cached_leaves_train_batches_unchanged(max_bytes):
     def batches(source):
         return [
             batch.image.tobytes()
@@ -94,13 +97,13 @@ def test_batches_are_the_same(max_bytes):
             )
         ]
 
-    assert batches(Cached(Counted(), max_bytes)) == batches(Counted())
+    assert batches(Cached(CountingSource(), max_bytes)) == batches(CountingSource())
 
 
-def test_an_opened_file_is_kept_as_plain_pixels(tmp_path):
+def test_cached_drops_file_metadata(tmp_path):
     sample(20, 30).save(tmp_path / "image.jpg", comment="words")
 
-    class OneFile(Counted):
+    class OneFile(CountingSource):
         def __getitem__(self, index):
             image = Image.open(tmp_path / "image.jpg")
             image.load()

@@ -1,4 +1,4 @@
-"""Prefetching: in order, ended by whoever asks, and never waiting for a thread that is gone."""
+"""`prefetch` keeps the order, passes on errors, and does not hang if a thread dies."""
 
 import concurrent.futures.thread
 import sys
@@ -13,61 +13,61 @@ from jaxft.errors import DataError
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
 @pytest.mark.parametrize("arguments", [range(0), range(3, 4), range(2, 30)])
-def test_results_come_in_order(workers, arguments):
+def test_prefetch_keeps_the_order(workers, arguments):
     assert list(prefetch(lambda k: k * k, arguments, workers)) == [k * k for k in arguments]
 
 
-def test_no_more_than_two_a_thread_are_made_ahead():
-    made, third = [], threading.Event()
+def test_prefetch_computes_at_most_two_per_thread_ahead():
+    calls, fifth_call = [], threading.Event()
 
-    def make(k):
-        made.append(k)
-        if len(made) == 5:
-            third.set()
+    def function(k):
+        calls.append(k)
+        if len(calls) == 5:
+            fifth_call.set()
         return k
 
-    stream = prefetch(make, range(100), 2)
-    assert next(stream) == 0
-    assert third.wait(60)  # the one that was asked for, and two a thread
-    stream.close()
-    assert max(made) <= 4
+    results = prefetch(function, range(100), 2)
+    assert next(results) == 0
+    assert fifth_call.wait(60)  # the requested one, and two per thread
+    results.close()
+    assert max(calls) <= 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_reach_the_consumer_in_their_turn(workers):
-    def make(k):
+def test_prefetch_raises_errors_in_order(workers):
+    def function(k):
         return 10 // (3 - k)
 
-    stream = prefetch(make, range(10), workers)
-    assert [next(stream) for _ in range(3)] == [3, 5, 10]
+    results = prefetch(function, range(10), workers)
+    assert [next(results) for _ in range(3)] == [3, 5, 10]
     with pytest.raises(ZeroDivisionError):
-        next(stream)
+        next(results)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_what_would_end_the_program_is_an_error(error):
-    """Else a run would end as if all were well."""
+def test_prefetch_converts_exit_exceptions_to_data_error(error):
+    """SystemExit would otherwise end the run as if it had succeeded."""
 
-    def make(k):
+    def function(k):
         raise error
 
-    with pytest.raises(DataError, match=f"has died \\({type(error).__name__}.*With workers=0"):
-        next(prefetch(make, range(10), 2))
+    with pytest.raises(DataError, match=f"has died \\({type(error).__name__}.*Set workers=0"):
+        next(prefetch(function, range(10), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_iteration_does_not_end_the_epoch(workers):
-    def make(k):
+def test_prefetch_does_not_take_stop_iteration_for_its_end(workers):
+    def function(k):
         return next(iter(()))
 
     with pytest.raises(RuntimeError, match="raised StopIteration"):
-        next(prefetch(make, range(10), workers))
+        next(prefetch(function, range(10), workers))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_dead_thread_is_an_error(workers, monkeypatch, caplog):
-    """It dies outside the function, with a call in hand whose result nobody will ever set."""
-    monkeypatch.setattr(module, "_GLANCE", 0.01)
+def test_prefetch_detects_a_dead_thread(workers, monkeypatch, caplog):
+    """The thread dies outside the function, so that its future never completes."""
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(concurrent.futures.thread._WorkItem, "run", lambda self: sys.exit())
     with pytest.raises(DataError, match=r"has died \(jaxft-data_\d\): start the run again"):
         next(prefetch(lambda k: k, range(10), workers))

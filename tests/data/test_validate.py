@@ -1,4 +1,4 @@
-"""The pass over all images before a run: its remarks name the files that Pillow warns of."""
+"""`check_images` reports unreadable images and the images with Pillow warnings."""
 
 import warnings
 
@@ -27,26 +27,26 @@ def picture(level):
     return Image.fromarray(np.full((12, 10, 3), 20 * level, np.uint8))
 
 
-def opened(root, **options):
+def open_folder(root, **options):
     return open_source(f"folder:{root}", **options)
 
 
-@pytest.mark.parametrize("outer", ["error", "ignore", "default"])
-def test_warnings_while_reading_are_one_remark_that_names_files(root, outer):
+@pytest.mark.parametrize("outer_filter", ["error", "ignore", "default"])
+def test_check_images_collects_warnings_in_one_remark(root, outer_filter):
     for name in ("train/ant/0.jpg", "val/bee/2.jpg"):
         picture(1).save(root / name, exif=BROKEN_EXIF)
     with warnings.catch_warnings(record=True) as printed:
-        warnings.simplefilter(outer)
-        splits = opened(root)
+        warnings.simplefilter(outer_filter)
+        splits = open_folder(root)
     assert [str(warning.message) for warning in printed] == []
     (remark,) = splits.remarks
-    first, *named = remark.split("\n")
+    first, *lines = remark.split("\n")
     assert first == "Read, but with a warning: 2 of 12 images:"
-    assert [line.split(": ")[0] for line in named] == [
+    assert [line.split(": ")[0] for line in lines] == [
         f"  {root}/train/ant/0.jpg",
         f"  {root}/val/bee/2.jpg",
     ]
-    assert all("EXIF" in line for line in named)
+    assert all("EXIF" in line for line in lines)
     with warnings.catch_warnings(record=True) as printed:
         warnings.simplefilter("always")
         with without_warnings():
@@ -58,11 +58,11 @@ def test_warnings_while_reading_are_one_remark_that_names_files(root, outer):
     assert printed == []
 
 
-def test_files_of_several_images_are_one_remark(root):
+def test_check_images_warns_about_multiple_frames(root):
     frames = [picture(k) for k in (1, 2)]
     frames[0].save(root / "train/ant/x.gif", save_all=True, append_images=frames[1:])
     frames[0].save(root / "train/bee/x.tif", save_all=True, append_images=frames[1:])
-    splits = opened(root)
+    splits = open_folder(root)
     assert splits.remarks == (
         "Read, but with a warning: 2 of 14 images:\n"
         f"  {root}/train/ant/x.gif: holds several images, of which the first is used\n"
@@ -73,16 +73,18 @@ def test_files_of_several_images_are_one_remark(root):
         np.testing.assert_array_equal(image, np.asarray(frames[0]))
 
 
-def test_grey_of_an_unknown_range_is_named_or_left_out(root):
+def test_check_images_reports_gray_of_unknown_range(root):
     Image.fromarray(np.ones((4, 4), np.float32)).save(root / "train/ant/x.tif")
     with pytest.raises(DataError, match=r"1 of 13 images(.|\n)*ant/x\.tif: grey levels are floats"):
-        opened(root)
-    splits = opened(root, on_bad_image="skip")
+        open_folder(root)
+    splits = open_folder(root, on_bad_image="skip")
     assert len(splits.train) == 6
     assert "ant/x.tif: grey levels are floats" in splits.remarks[0]
 
 
-def test_images_too_large_for_pillow_are_named(root, monkeypatch):
+def test_check_images_reports_images_too_large_for_pillow(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # the images have 120
-    with pytest.raises(DataError, match=r"train/ant/0\.jpg: the image exceeds what is safe"):
-        opened(root)
+    with pytest.raises(
+        DataError, match=r"train/ant/0\.jpg: the image exceeds the size that is safe"
+    ):
+        open_folder(root)

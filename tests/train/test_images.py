@@ -258,7 +258,7 @@ def test_targets_outside_of_the_classes(tmp_path):
 
 
 def test_a_thread_that_dies_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefetch, "_GLANCE", 0.01)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(concurrent.futures.thread._WorkItem, "run", lambda self: sys.exit())
     with pytest.raises(DataError, match="a thread that prepares batches has died"):
         finetune(RECIPE, tmp_path / "run", console=QUIET)

@@ -1,4 +1,4 @@
-"""A folder of images as a TFDS data set, in array_record format."""
+"""Converts a folder of images to a TFDS data set in array_record format."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,15 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxft.data.folder import Files
+from jaxft.data.folder import FolderSource
 from jaxft.data.image_files import printable
 from jaxft.errors import DataError
 
 
-class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, name: str, splits: Mapping[str, Files], **options: Any):
+    def __init__(self, name: str, splits: Mapping[str, FolderSource], **options: Any):
         self.name, self._splits = name, splits
         super().__init__(file_format="array_record", **options)
 
@@ -35,23 +35,23 @@ class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
-        return {name: self._generate_examples(files) for name, files in self._splits.items()}
+        return {name: self._generate_examples(source) for name, source in self._splits.items()}
 
-    def _generate_examples(self, source: Files) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(self, source: FolderSource) -> Iterator[tuple[str, dict]]:
         for path, target in zip(source.files, source.targets, strict=True):
-            name = printable(path.relative_to(source.root))
-            # Bytes are stored as they are. TFDS shuffles by the name, the same way each time.
-            example = {"image": path.read_bytes(), "label": int(target), "file_name": name}
-            yield name, example
+            file_name = printable(path.relative_to(source.root))
+            # TFDS stores bytes as they are, and shuffles examples by the hash of their key.
+            example = {"image": path.read_bytes(), "label": int(target), "file_name": file_name}
+            yield file_name, example
 
 
-def write(splits: Mapping[str, Files], out: Path, name: str) -> None:
-    """Writes the splits as the TFDS data set `name`, in the folder `out`, for `tfds_dir:OUT`.
+def write(splits: Mapping[str, FolderSource], out: Path, name: str) -> None:
+    """Writes the splits as the TFDS data set `name` to the folder `out`, for `tfds_dir:OUT`.
 
-    The images' own bytes are kept; examples are shuffled, so that slices mix the classes.
+    Image files are stored byte for byte. Examples are shuffled, so that slices mix the classes.
 
     Raises:
-      DataError: `out` exists, or `name` is not one that TFDS allows.
+      DataError: `out` exists, or TFDS does not allow `name`.
     """
     if out.exists():
         raise DataError(f"{out} exists already: give a folder that does not, or remove it.")
@@ -60,8 +60,8 @@ def write(splits: Mapping[str, Files], out: Path, name: str) -> None:
             f"'{name}' cannot name a TFDS data set: use a-z, 0-9 and _, a letter first."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside `out`, so that it appears there whole or not at all.
+    # A sibling of `out`, so that the final rename is atomic.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        builder = _Images(name, splits, data_dir=scratch)
+        builder = _FolderBuilder(name, splits, data_dir=scratch)
         builder.download_and_prepare()
         builder.data_path.rename(out)

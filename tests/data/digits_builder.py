@@ -1,6 +1,6 @@
-"""scikit-learn's digits as a TFDS data set, `tfds:sklearn_digits`, which needs no download.
+"""scikit-learn's digits as the TFDS data set `tfds:sklearn_digits`, which needs no download.
 
-Import this only where TFDS is wanted: TFDS registers the set when it is.
+TFDS registers the data set when this module is imported.
 """
 
 import io
@@ -14,7 +14,7 @@ from jaxft.data import digits
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):
-    """One split, train: the 1,797 digits as gray 8x8 PNG files, in the order of `digits`."""
+    """One split, train: the 1,797 digits as grey 8x8 PNG files, in the order of `digits.read`."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -30,7 +30,7 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("image", "label"),
-            # The same seed then chooses the same images as of `digits`.
+            # Keeps the order, so that a seed selects the same images as with `digits`.
             disable_shuffling=True,
         )
 
@@ -40,7 +40,7 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         source = digits.read("0-9")
         for index, (pixels, target) in enumerate(zip(source.images, source.targets, strict=True)):
-            encoded = io.BytesIO()
-            Image.fromarray(pixels[..., 0]).save(encoded, "png")
-            # Bytes: TFDS encodes arrays with TensorFlow.
-            yield index, {"image": encoded.getvalue(), "label": int(target)}
+            png = io.BytesIO()
+            Image.fromarray(pixels[..., 0]).save(png, "png")
+            # TFDS would encode an array with TensorFlow, but stores bytes as they are.
+            yield index, {"image": png.getvalue(), "label": int(target)}

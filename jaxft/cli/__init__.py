@@ -1,0 +1,1 @@
+"""The commands of the `jaxft` program, one file each."""
