@@ -18,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 
 def main() -> None:
     reference = import_module("reference")
-    geometry, augment, decode = map(
-        import_module, ("test_transforms", "test_augment", "test_decode")
-    )
+    geometry, augment, decode = map(import_module, ("test_geometry", "test_augment", "test_decode"))
     transforms = reference.torchvision_transforms()
     normalize = transforms.Compose(
         [
@@ -29,10 +27,12 @@ def main() -> None:
         ]
     )
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: decode.torchvisions(name, Path(folder)) for name in decode.FILES}
-    files["photographs"] = decode.torchvisions_photographs()
+        files = {name: decode.torchvision_views(name, Path(folder)) for name in decode.FILES}
+    files["photographs"] = decode.torchvision_photographs()
     images = {
-        "transforms": {name: [geometry.torchvisions(*c)] for name, c in geometry.CASES.items()},
+        "transforms": {
+            name: [geometry.torchvision_pixels(*case)] for name, case in geometry.CASES.items()
+        },
         "transforms_augment": {
             name: function(*case) for name, (_, function, case) in augment.CASES.items()
         },
