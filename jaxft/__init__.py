@@ -23,8 +23,9 @@ from jaxft.labels import FROZEN, combine, label, partition, paths, summary
 from jaxft.linear_probe import LogisticRegression, logistic_regression
 from jaxft.optim import gradients, schedules
 from jaxft.optim.carry import carry
-from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
+from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
 from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.transform import multi_transform
 from jaxft.stage_plan import StagePlan, plan
 from jaxft.stages import Stage, Update
 

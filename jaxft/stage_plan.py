@@ -15,8 +15,9 @@ import optax
 
 from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Pattern, Tree, match, shallow, show, unflatten
-from jaxft.optim.optimizers import SGD, Rule, group_rate, group_transform, multi_transform
+from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.optim.transform import group_rate, group_transform, multi_transform
 from jaxft.stages import Resolved, Stage, check_stages
 
 

@@ -9,7 +9,7 @@ import jaxft
 
 LIGHT = [
     "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
-    "optim.carry", "optim.plateau", "optim.gradients",
+    "optim.carry", "optim.plateau", "optim.gradients", "optim.transform", "early_stopping",
 ]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",

@@ -10,7 +10,8 @@ import optax
 
 from jaxft.errors import LabelError
 from jaxft.labels import FROZEN
-from jaxft.optim.optimizers import GroupState, RMSpropState, SGDState
+from jaxft.optim.optimizers import RMSpropState, SGDState
+from jaxft.optim.transform import GroupState
 
 Leaves = dict[str, Any]
 """The leaves of a memory by their key path, `MaskedNode` where a parameter is another group's."""

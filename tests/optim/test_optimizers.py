@@ -8,8 +8,8 @@ import pytest
 
 import jaxft
 from jaxft import SGD, Adam, AdamW, RMSprop, Stage
-from jaxft.optim.optimizers import group_transform
 from jaxft.optim.schedules import Constant
+from jaxft.optim.transform import group_transform
 
 RATE, STEPS = 0.1, 6
 
