@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft import lost_process, rendezvous
@@ -35,6 +36,7 @@ LARGE = 2**18
 _BATCH = "batch"  # the mesh's one axis
 _PATIENCE = 50.0  # seconds for all processes to come; a minute with the start and end of Python
 _FOREVER = 10**6
+_ANSWER_BYTES = 4096  # of a string that process 0 sends to the others
 _SILENCE = 60  # seconds after which a process that sends no heartbeat counts as lost
 _PARTING = 20  # seconds that a process which ends waits for the others: after an error, in vain
 
@@ -131,6 +133,52 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
     lost_process.end_clearly()
     with suppress(RuntimeError):  # `check_devices` reports it
         jax.devices()  # needs all processes: now, before any of them can fail
+
+
+def is_main_process() -> bool:
+    """Returns True in process 0, which alone writes files and prints."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Returns True if `flag` is True in any process.
+
+    A collective: every process must call it at the same point of the program. It waits for the
+    devices; a run of one process returns at once.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has reached the barrier `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast_from_main(tree: T) -> T:
+    """Returns process 0's arrays in every process, as NumPy arrays. A collective."""
+    if jax.process_count() == 1:
+        return tree
+    return cast(T, jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree)))
+
+
+def ask_main_process(question: Callable[[], str]) -> str:
+    """Calls `question` in process 0 and returns its answer in every process. A collective.
+
+    Decisions on the file system go through here, so that all processes take the same branch: if
+    process 0 alone raised an error, the others would wait for it.
+
+    Args:
+      question: returns a string of at most 4096 bytes in UTF-8; longer ones are cut for the others.
+    """
+    answer = question() if is_main_process() else ""
+    if jax.process_count() == 1:
+        return answer
+    sent = np.frombuffer(answer.encode()[:_ANSWER_BYTES].ljust(_ANSWER_BYTES, b"\0"), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8)
+    return answer or received.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def _all_devices() -> Mesh:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from jaxft import SGD, Stage, distributed, models, partition, plan, processes
+from jaxft import SGD, Stage, distributed, models, partition, plan
 from jaxft.data import Preprocessing, train_batches
 from jaxft.distributed import Devices
 from jaxft.labels import combine
@@ -124,15 +124,18 @@ def main(out, *joining):
         cases["one"] = Devices(mesh=one)
     trained = {case: train(devices) for case, devices in cases.items()}
     seen = {case: seen for case, (_, seen) in trained.items()}
-    seen["agree"] = [processes.agree(False), processes.agree(processes.is_first())]
-    seen["first"] = processes.is_first()
+    seen["agree"] = [
+        distributed.any_process(False),
+        distributed.any_process(distributed.is_main_process()),
+    ]
+    seen["first"] = distributed.is_main_process()
     seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
     seen["shard"] = cases["fsdp"].shard
     if joining:
         distributed.start()  # does nothing
     os.kill(os.getpid(), signal.SIGTERM)
     seen["signals"] = signals
-    processes.barrier("end")
+    distributed.barrier("end")
     np.savez(f"{out}.npz", **{case: array for case, (array, _) in trained.items()})
     with open(f"{out}.json", "w") as file:
         json.dump(seen, file)

@@ -10,16 +10,16 @@ import pytest
 
 CHILD = """
 import os, sys
-from jaxft import lost_process, parallel, processes
+from jaxft import distributed, lost_process
 
-parallel._SILENCE = 5
-parallel.start(sys.argv[1], 2, int(sys.argv[2]))
+distributed._SILENCE = 5
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
 print("joined", flush=True)
 os.write(2, b"C++ may write to stderr\\n")
 try:
     with lost_process.translated():
         while True:
-            processes.agree(False)
+            distributed.any_process(False)
 except lost_process.LostProcessError as error:
     print(f"LostProcessError: {error}", file=sys.stderr)
     os._exit(lost_process.EXIT_CODE)
