@@ -15,7 +15,6 @@ from dataclasses import replace
 from math import inf
 from typing import Literal, TypedDict, Unpack
 
-from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.early_stopping import EarlyStop, Monitor, Plateau
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import Anchor
@@ -31,6 +30,7 @@ from jaxft.optim.schedules import (
     SlantedTriangular,
     Warmup,
 )
+from jaxft.stage_options import Augment, Balance, NormChoice
 from jaxft.stages import Stage
 
 Blocks = Sequence[Pattern | tuple[Pattern, ...]]

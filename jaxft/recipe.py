@@ -14,7 +14,6 @@ import pydantic
 import yaml
 
 from jaxft.checkpoint import atomic
-from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
@@ -23,6 +22,7 @@ from jaxft.errors import DataError, JaxftError, RecipeError
 from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim.optimizers import SGD, Optimizer
+from jaxft.stage_options import Augment, Balance
 from jaxft.stages import Stage, check_stages
 
 # But how fast a run is, what it may lose, and, by rounding, what more devices add up.

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import optax
 
-from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.dataclass_checks import checked
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
@@ -20,6 +19,7 @@ from jaxft.linear_probe import LogisticRegression
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
+from jaxft.stage_options import Augment, Balance, NormChoice
 
 _RATE = "each group in train has a rate of its own, train={'fc': 1e-3}"
 
@@ -84,7 +84,7 @@ class Stage:
         that of `until=EarlyStop(...)`, else the accuracy.
       steps: optimizer steps, at most.
       minutes: of training and validation, at most. What such a stage does depends on the machine.
-      norms: what the norm layers use, one of `jaxft.choices.NormChoice` for all of them or for
+      norms: what the norm layers use: a `jaxft.stage_options.NormChoice` for all of them or for
         those that each pattern selects (B for the rest): `{"layer4": "A", "*": "E"}`.
       clip_norm: gradients are scaled down to this norm over all that trains.
       accumulate: a batch is worked through in so many parts, one after another, for their memory.

@@ -1,4 +1,4 @@
-"""What test_parallel.py looks at, on virtual devices: three steps of training, and its layout.
+"""What test_distributed.py looks at, on virtual devices: three steps of training, and its layout.
 
     python tests/parallel_child.py OUT [COORDINATOR PROCESSES PROCESS]
 
@@ -124,11 +124,8 @@ def main(out, *joining):
         cases["one"] = Devices(mesh=one)
     trained = {case: train(devices) for case, devices in cases.items()}
     seen = {case: seen for case, (_, seen) in trained.items()}
-    seen["agree"] = [
-        distributed.any_process(False),
-        distributed.any_process(distributed.is_main_process()),
-    ]
     seen["first"] = distributed.is_main_process()
+    seen["any"] = [distributed.any_process(False), distributed.any_process(seen["first"])]
     seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
     seen["shard"] = cases["fsdp"].shard
     if joining:

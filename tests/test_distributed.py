@@ -99,7 +99,7 @@ def test_processes_know_of_each_other(runs):
     ):
         seen, _ = runs[process]
         assert (seen["first"], seen["shard"]) == (first, shard)
-        assert seen["agree"] == [False, True]  # the first's flag is True
+        assert seen["any"] == [False, True]  # the first's flag is True
         assert seen["signals"] == [15]  # the program's own handler, set before it joined
 
 
