@@ -18,7 +18,6 @@ from typing import Literal, TypedDict, Unpack
 from jaxft.early_stopping import EarlyStop, Monitor, Plateau
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import Anchor
-from jaxft.labels import Pattern, show
 from jaxft.linear_probe import LogisticRegression
 from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
@@ -30,6 +29,7 @@ from jaxft.optim.schedules import (
     SlantedTriangular,
     Warmup,
 )
+from jaxft.patterns import Pattern, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 from jaxft.stages import Stage
 
@@ -140,8 +140,8 @@ def surgical(
     order = _order("surgical", blocks, least=1)
     found = [patterns for patterns in order if block in patterns]
     if not found:
-        raise RecipeError(f"surgical: block {show(block)!r} is none of blocks {blocks!r}.")
-    return (Stage(show(block), dict.fromkeys(found[0], lr), epochs, **SURGICAL | fields),)
+        raise RecipeError(f"surgical: block {pattern_text(block)!r} is none of blocks {blocks!r}.")
+    return (Stage(pattern_text(block), dict.fromkeys(found[0], lr), epochs, **SURGICAL | fields),)
 
 
 def auto_rgn(
@@ -213,7 +213,7 @@ def gradual_unfreeze(
     stages = []
     for end in range(len(order), 0, -at_once):
         start = max(end - at_once, 0)
-        thawed = "+".join(show(pattern) for block in order[start:end] for pattern in block)
+        thawed = "+".join(pattern_text(pattern) for block in order[start:end] for pattern in block)
         stages.append(Stage(thawed, _rates(order[start:], lr, 1 / factor), epochs, **fields))
     return tuple(stages)
 
@@ -288,7 +288,7 @@ def _order(
     if len(order) < least or () in order:
         wrong.append(f"blocks is {blocks!r}; it must be {least} or more, each with a pattern")
     patterns = [pattern for block in order for pattern in block]
-    if twice := [show(p) for p in dict.fromkeys(patterns) if patterns.count(p) > 1]:
+    if twice := [pattern_text(p) for p in dict.fromkeys(patterns) if patterns.count(p) > 1]:
         wrong.append(f"blocks has {', '.join(map(repr, twice))} more than once")
     if wrong:
         raise RecipeError(f"{method}: {'; '.join(wrong)}.")

@@ -14,10 +14,11 @@ import numpy as np
 import optax
 
 from jaxft.errors import PatternError, RecipeError
-from jaxft.labels import FROZEN, Pattern, Tree, match, shallow, show, unflatten
+from jaxft.labels import FROZEN, Tree, match, paths, unflatten
 from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.transform import group_rate, group_transform, multi_transform
+from jaxft.patterns import Pattern, pattern_text, shallow_warnings
 from jaxft.stages import Resolved, Stage, check_stages
 
 
@@ -174,7 +175,7 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
     for k, stage in enumerate(stages):
         labels = [FROZEN if s[k] is None else groups[s] for s in signatures]
         park = _parked(stages, patterns, k)
-        remarks = tuple(shallow(params, list(stage.train)))
+        remarks = tuple(shallow_warnings(list(stage.train), paths(params)))
         for remark in remarks:
             warnings.warn(f"stage {stage.name!r}: {remark}", stacklevel=2)
         plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park, remarks))
@@ -202,7 +203,7 @@ def _name_groups(stages: Sequence[Stage], signatures: Sequence[Signature]) -> di
         patterns = [list(stage.train)[i] for stage, i in chosen if i is not None]
         if not patterns:
             continue
-        word = max(map(show, patterns), key=lambda word: len(word.replace("*", "")))
+        word = max(map(pattern_text, patterns), key=lambda word: len(word.replace("*", "")))
         taken = {FROZEN, *names.values()}
         numbered = (f"{word}#{i}" for i in range(2, len(taken) + 2))
         names[signature] = next(name for name in (word, *numbered) if name not in taken)

@@ -14,11 +14,11 @@ from jaxft.dataclass_checks import checked
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import Anchor
-from jaxft.labels import Pattern, show
 from jaxft.linear_probe import LogisticRegression
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
+from jaxft.patterns import Pattern, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 
 _RATE = "each group in train has a rate of its own, train={'fc': 1e-3}"
@@ -173,7 +173,7 @@ class Stage:
         if not self.train:
             wrong.append("it trains nothing; name a pattern and a rate in `train`")
         for pattern, update in self.updates.items():
-            name = show(pattern)
+            name = pattern_text(pattern)
             lr, rule, decay = update.lr, update.optimizer, update.weight_decay
             if not (_is_number(lr) and lr > 0):
                 wrong.append(
@@ -197,7 +197,8 @@ class Stage:
 
     def _schedules(self) -> dict[str, object]:
         own = {
-            f"the schedule of {show(p)!r}": update.schedule for p, update in self.updates.items()
+            f"the schedule of {pattern_text(p)!r}": update.schedule
+            for p, update in self.updates.items()
         }
         return {"its schedule": self.schedule, **own}
 
@@ -278,7 +279,7 @@ class Stage:
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
                 raise RecipeError(
-                    f"stage {self.name!r}: {show(pattern)!r} has a weight_decay, but its optimizer "
+                    f"stage {self.name!r}: {pattern_text(pattern)!r} has a weight_decay, but its optimizer "
                     "is an optax transform: put the decay into that."
                 )
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)

@@ -8,7 +8,7 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
+    "patterns", "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
     "optim.carry", "optim.plateau", "optim.gradients", "optim.transform", "early_stopping",
 ]  # fmt: skip
 HEAVY = {

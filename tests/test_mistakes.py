@@ -65,7 +65,7 @@ MISTAKES = {
     "None as the default label": (
         lambda: jaxft.label(PARAMS, {"fc": "head"}, default=None),
         LabelError,
-        "labels must be strings, not None for what no pattern matches",
+        "labels must be strings, not None for the default",
     ),
     "parameters in place of labels": (
         lambda: jaxft.partition(PARAMS, PARAMS),
