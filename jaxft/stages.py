@@ -279,8 +279,8 @@ class Stage:
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
                 raise RecipeError(
-                    f"stage {self.name!r}: {pattern_text(pattern)!r} has a weight_decay, but its optimizer "
-                    "is an optax transform: put the decay into that."
+                    f"stage {self.name!r}: {pattern_text(pattern)!r} has a weight_decay, but its "
+                    "optimizer is an optax transform: put the decay into that."
                 )
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
         schedule = update.schedule or self.schedule or Constant()
