@@ -65,7 +65,7 @@ no field 'momentun': did you mean 'momentum'?
     return decorate
 
 
-def unknown(cls: type, name: str) -> str:
+def unknown_field_message(cls: type, name: str) -> str:
     """Returns the complaint about a name that is no field of a checked dataclass."""
     said = f"no field {name!r}"
     if hint := _REPLACEMENTS[cls].get(name):
@@ -113,7 +113,7 @@ def _arguments(
         wrong.append(f"{counted}: {hint}" if hint else counted)
     given = dict(zip(ordered, args, strict=False))
     wrong += [f"is given {name!r} twice" for name in kwargs if name in given]
-    wrong += [f"has {unknown(cls, name)}" for name in kwargs if name not in names]
+    wrong += [f"has {unknown_field_message(cls, name)}" for name in kwargs if name not in names]
     given |= {name: value for name, value in kwargs.items() if name in names}
     given = {name: _plain(value) for name, value in given.items()}
     misfits = []

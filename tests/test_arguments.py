@@ -21,7 +21,7 @@ from jaxft import (
     RMSprop,
     Stage,
     Update,
-    recipe,
+    recipe_file,
 )
 from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, OneCycleLR, StepLR
 
@@ -44,7 +44,10 @@ MISTAKES = [
     (lambda: stage(model="x"), "has no field 'model': it is a field of Recipe."),
     (lambda: Stage("head", epochs=1), "Stage 'head': train must be given."),
     (lambda: Stage("head", {"fc": 1.0}, 1, name="x"), "Stage 'x' is given 'name' twice."),
-    (lambda: make(learning_rate=1e-3), "Recipe has no field 'learning_rate': rates belong to the"),
+    (
+        lambda: make(learning_rate=1e-3),
+        "Recipe has no field 'learning_rate': learning rates belong to the",
+    ),
     (lambda: make(batchsize=4), "Recipe has no field 'batchsize': did you mean 'batch_size'?"),
     (lambda: make(train={"fc": 1}), "Recipe has no field 'train': "),
     (
@@ -55,9 +58,18 @@ MISTAKES = [
     (lambda: EarlyStop(patients=3), "EarlyStop has no field 'patients': did you mean 'patience'?"),
     (lambda: Anchor(strength=1.0), "Anchor has no field 'strength'; its fields are body, head."),
     # names of other libraries
-    (lambda: SGD(lr=0.1), "SGD has no field 'lr': rates belong to the stages, Stage(..., train={'"),
-    (lambda: SGD(learning_rate=0.1), "SGD has no field 'learning_rate': rates belong to the stage"),
-    (lambda: Adam(lr=1, learning_rate=1), "'lr': rates .*; it has no field 'learning_rate': rates"),
+    (
+        lambda: SGD(lr=0.1),
+        "SGD has no field 'lr': learning rates belong to the stages, Stage(..., train={'",
+    ),
+    (
+        lambda: SGD(learning_rate=0.1),
+        "SGD has no field 'learning_rate': learning rates belong to the stage",
+    ),
+    (
+        lambda: Adam(lr=1, learning_rate=1),
+        "'lr': learning rates .*; it has no field 'learning_rate': learning",
+    ),
     (lambda: Adam(betas=(0.9, 0.99)), "Adam has no field 'betas': write b1=0.9, b2=0.999."),
     (lambda: Adam(beta1=0.9), "Adam has no field 'beta1': it is called b1."),
     (lambda: AdamW(epsilon=1e-6), "AdamW has no field 'epsilon': it is called eps."),
@@ -86,7 +98,10 @@ MISTAKES = [
     (lambda: EarlyStop(patience=2.5), "EarlyStop: patience is 2.5; it must be a whole number."),
     (lambda: MultiStepLR(3), "milestones is 3; it must be a tuple of whole numbers."),
     (lambda: LogisticRegression("1"), "c is '1'; it must be a tuple of numbers."),
-    (lambda: Adam(1e-3), "Adam takes no arguments without a name, not 1: rates belong to the "),
+    (
+        lambda: Adam(1e-3),
+        "Adam takes no arguments without a name, not 1: learning rates belong to the ",
+    ),
     (lambda: Stage("a", {"fc": 1.0}, 1, norms=None), "norms is None; it must be a letter or "),
     (lambda: Stage("a", {"fc": "1e-3"}, 1), "the rate of 'fc' is '1e-3'; it must be a positive"),
     # values, as torch refuses them
@@ -124,11 +139,11 @@ def test_lists_single_stages_and_numpy_numbers_are_accepted():
     assert stage(class_weights=np.ones(2)).class_weights == (1.0, 1.0)
     found = make(seed=np.int64(3), dropout=np.float32(0.5))
     assert (type(found.seed), type(found.dropout)) == (int, float)
-    recipe.resolve(found)
+    recipe_file.resolve(found)
     lr = np.float32(0.5)
     rates = make(stages=Stage("a", {"fc": lr, "layer4": Update(lr)}, 1))
     assert rates == make(stages=Stage("a", {"fc": 0.5, "layer4": Update(0.5)}, 1))
-    recipe.resolve(rates)
+    recipe_file.resolve(rates)
 
 
 def test_recipe_file_suggests_names(tmp_path):
@@ -143,11 +158,11 @@ def test_recipe_file_suggests_names(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(fields))
     with pytest.raises(RecipeError) as caught:
-        recipe.read(file)
+        recipe_file.read(file)
     for part in (
         "stages.0.epoch: Unexpected: no field 'epoch': did you mean 'epochs'?",
         "stages.0.until.EarlyStop.patient: Unexpected: no field 'patient': did you mean 'patience",
-        "learning_rate: Unexpected: no field 'learning_rate': rates belong to the stages",
+        "learning_rate: Unexpected: no field 'learning_rate': learning rates belong to the stages",
     ):
         assert part in str(caught.value)
 

@@ -38,8 +38,8 @@ from jaxft.optim.schedules import (
     StepLR,
     Warmup,
 )
-from jaxft.recipe import read, resolve, save
 from jaxft.recipe_differences import differences
+from jaxft.recipe_file import read, resolve, save
 
 RECIPE = Recipe(
     model="resnet18",
@@ -183,7 +183,7 @@ def test_unreadable_recipes(name, text, message, tmp_path):
             r"train_split: split 'train\[:80': .* write train, train\[:80%",
         ),
         ({"val_split": ""}, "val_split: split '': "),
-        ({"erasing": 1.1}, "erasing is 1.1; a chance lies"),
+        ({"erasing": 1.1}, "erasing is 1.1; a probability lies"),
         ({"erasing": math.nan}, "erasing is nan"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
         ({"mixup": -0.2}, r"mixup is -0.2; its alpha must be 0 \(off\) or positive"),
@@ -272,10 +272,10 @@ def test_a_stage_goes_before_the_recipe_in_what_it_says():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a chance"),
+        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a probability"),
         ({"batch_size": 0}, "stage 'a': batch_size must be at least 1"),
         ({"batch_size": 1, "mixup": 0.2}, "stage 'a': mixup mixes images of a batch"),
-        ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be worked through in 5 equal parts"),
+        ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be divided into 5 equal parts"),
         ({"batch_size": 8, "accumulate": 3}, "stage 'a': a batch of 8 cannot"),
     ],
     ids=str,
@@ -328,7 +328,7 @@ def test_images_that_are_not_scaled_have_the_inputs_size():
     ("fields", "said"),
     [
         ({"image_size": 8, "resize_size": 4}, "resize_size 4 is below image_size 8"),
-        ({"weights": None, "head": "keep"}, "keeps that of the weights"),
+        ({"weights": None, "head": "keep"}, "keeps the head of the weights"),
     ],
 )
 def test_fields_that_do_not_go_together(fields, said):

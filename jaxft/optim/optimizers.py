@@ -37,7 +37,7 @@ class RMSpropState(NamedTuple):
     """Momentum buffers."""
 
 
-_RATE = "rates belong to the stages, Stage(..., train={'fc': 1e-3})"
+_RATE = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 _DECAY = "it is called weight_decay"
 # Arguments of torch's, Keras' and optax's optimizers, and what to write here.
 _OF_OTHERS = {

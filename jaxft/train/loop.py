@@ -17,7 +17,8 @@ from jaxft.data.validate import without_warnings
 from jaxft.distributed import Devices, check_devices, is_main_process
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
-from jaxft.recipe import Recipe, resolve
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxft import data
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record

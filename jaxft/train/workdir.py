@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.checkpoint import checkpoints
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.data.folder import class_folders_of
