@@ -260,7 +260,7 @@ ERRORS = {
         lambda: discriminative(BLOCKS, epochs=1, head_epochs=0),
         "stage 'head': it has 0 epochs",
     ),
-    "rate": (lambda: gradual_unfreeze(BLOCKS, -1.0, epochs=1), "the rate of 'fc' is -1.0"),
+    "rate": (lambda: gradual_unfreeze(BLOCKS, -1.0, epochs=1), "the learning rate of 'fc' is -1.0"),
     "all at once": (
         lambda: layer_decay(["a", "a"], 1.0, 2, epochs=1),
         "layer_decay: decay is 2; it must be above 0 and at most 1; blocks has 'a' more than once.",

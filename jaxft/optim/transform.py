@@ -1,8 +1,11 @@
-"""One optax transform for all groups: an optimizer, a learning rate and a schedule per group."""
+"""The optimizer of a stage: one transform per group, joined by `multi_transform`.
+
+A group's transform applies its optimizer, its learning rate and its schedule.
+"""
 
 import reprlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +19,19 @@ from jaxft.optim.schedules import ClosedForm
 
 
 class GroupState(NamedTuple):
-    """The state of one group: what a next stage may carry on, and what begins with the stage."""
+    """Optimizer state of one group.
+
+    `carry` takes over `rule`; the other fields start with the stage.
+    """
 
     rule: optax.OptState
-    """Moments and their count."""
+    """State of the optimizer: moments and their count."""
     position: jax.Array
-    """Steps since the stage's start, int32."""
+    """Steps since the start of the stage, int32 []."""
     plateau: PlateauState | None
-    """Of a ReduceLROnPlateau only."""
+    """State of a ReduceLROnPlateau schedule; None for other schedules."""
     factors: Tree = None
-    """Of each tensor's rate, scalars; where rates are relative only."""
+    """Factor of each tensor's learning rate, [] each, for relative learning rates; else None."""
 
 
 def group_transform(
@@ -37,15 +43,19 @@ def group_transform(
     steps_per_epoch: int,
     relative: bool = False,
 ) -> optax.GradientTransformation:
-    """One group's transform: `rule`'s direction times minus the rate that `schedule` gives.
+    """Returns the transform of one group, with a `GroupState`.
 
-    `steps` is the stage's length, `steps_per_epoch` turns it into epochs for schedules by epoch.
-    If `relative`, each tensor's rate is also times its factor, which is 1 until `restart` sets it.
+    Its update is the optimizer's direction times minus the scheduled learning rate.
 
-    Rule and schedule keep states of their own, so that `carry` can take the one and leave the
-    other: a schedule starts with its stage.
+    Args:
+      rule: optimizer of the group.
+      lr: base learning rate.
+      schedule: changes the learning rate within the stage.
+      steps: length of the stage in steps.
+      steps_per_epoch: converts steps to epochs, for schedules by epoch.
+      relative: whether each tensor's learning rate is also multiplied by its entry of
+        `GroupState.factors`, which is 1 until `restart` sets it.
     """
-
     length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
     def direction(position: jax.Array | int) -> optax.GradientTransformation:
@@ -53,7 +63,7 @@ def group_transform(
             return rule
         if isinstance(schedule, ReduceLROnPlateau):
             return rule.direction()
-        return rule.direction(schedule.momentum(*_time(schedule, position, **length)))
+        return rule.direction(schedule.momentum(*_schedule_time(schedule, position, **length)))
 
     def init(params: Tree) -> GroupState:
         plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
@@ -68,11 +78,13 @@ def group_transform(
         gradients: Tree, state: GroupState, params: Tree | None = None
     ) -> tuple[Tree, GroupState]:
         updates, moments = direction(state.position).update(gradients, state.rule, params)
-        # A momentum that a schedule computes, as a wider array, must not widen them.
+        # A scheduled momentum may be of a wider type; it must not widen the moments.
         moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
-        rate = group_rate(lr, schedule, state, **length)
+        scheduled_lr = group_rate(lr, schedule, state, **length)
         factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
-        updates = jax.tree.map(lambda u, f: -(rate * f).astype(u.dtype) * u, updates, factors)
+        updates = jax.tree.map(
+            lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u, updates, factors
+        )
         return updates, state._replace(rule=moments, position=state.position + 1)
 
     return optax.GradientTransformation(init, update)
@@ -86,25 +98,25 @@ def group_rate(
     steps: int,
     steps_per_epoch: int,
 ) -> jax.Array:
-    """The learning rate of a group's next step."""
+    """Returns the learning rate of a group's next step, []. Arguments as `group_transform`."""
     if isinstance(schedule, ReduceLROnPlateau):
         assert state.plateau is not None
         return schedule.rate(lr, state.plateau)
-    time = _time(schedule, state.position, steps, steps_per_epoch)
-    return schedule.rate(lr, *time)
+    time, total = _schedule_time(schedule, state.position, steps, steps_per_epoch)
+    return schedule.rate(lr, time, total)
 
 
-def _time(
+def _schedule_time(
     schedule: ClosedForm, position: jax.Array | int, steps: int, steps_per_epoch: int
 ) -> tuple[jax.Array | int, int]:
-    """A position and the stage's length in the schedule's unit."""
+    """Returns a position and the length of the stage in the unit of the schedule."""
     if schedule.by == "epoch":
         return position // steps_per_epoch, -(-steps // steps_per_epoch)
     return position, steps
 
 
 def pass_step(opt_state: optax.OptState) -> optax.OptState:
-    """The state after a step that was not taken: moments stay, schedules go on."""
+    """Returns the state after a skipped step: schedules advance, moments do not."""
     return jax.tree.map(
         lambda x: x._replace(position=x.position + 1) if isinstance(x, GroupState) else x,
         opt_state,
@@ -113,44 +125,60 @@ def pass_step(opt_state: optax.OptState) -> optax.OptState:
 
 
 def restart(opt_state: optax.OptState, fresh: optax.OptState, factors: Tree) -> optax.OptState:
-    """The state with every rule as in `fresh` and rates of these factors; schedules go on.
+    """Resets the optimizer of every group and sets the factors of its learning rates.
 
-    Both states are a `StagePlan.transform`'s with relative rates. `factors` are scalars in the
-    structure of the parameters.
+    Schedules continue.
+
+    Args:
+      opt_state: state of a `StagePlan.transform` with relative learning rates.
+      fresh: initial state of the same transform.
+      factors: factor of each tensor, [] each, in the structure of the parameters.
+
+    Returns:
+      `opt_state` with the moments of `fresh` and the new factors.
     """
     states = dict(opt_state.inner_states)
     for group, state in states.items():
-        if group == FROZEN:  # what is parked there stays
+        if group == FROZEN:  # holds parked states, which stay
             continue
-        new = fresh.inner_states[group].inner_state
-        own = jax.tree.map(
-            lambda one, f: one if isinstance(one, optax.MaskedNode) else jnp.asarray(f, one.dtype),
-            new.factors,
+        fresh_state = fresh.inner_states[group].inner_state
+        group_factors = jax.tree.map(
+            lambda old, new: old if _is_masked(old) else jnp.asarray(new, old.dtype),
+            fresh_state.factors,
             factors,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            is_leaf=_is_masked,
         )
-        inner = state.inner_state._replace(rule=new.rule, factors=own)
-        states[group] = state._replace(inner_state=inner)
+        restarted = state.inner_state._replace(rule=fresh_state.rule, factors=group_factors)
+        states[group] = state._replace(inner_state=restarted)
     return opt_state._replace(inner_states=states)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def multi_transform(
     transforms: Mapping[str, optax.GradientTransformation], labels: Tree
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.multi_transform` that freezes what is labelled `frozen` and checks both sides.
+    """`optax.multi_transform` that freezes the label `frozen` and checks labels and transforms.
 
-    Initialise and update it with everything, or with the trainable half (`None` where frozen).
+    Initialise and update it with all parameters or with the trainable half (None where frozen).
+
+    Args:
+      transforms: a transform for each label except `frozen`.
+      labels: the label tree.
 
     Raises:
-      LabelError: a label without a transform, or a transform without a label; and from `init`,
-        parameters of another structure than the labels.
+      LabelError: a label has no transform, or a transform no label; from `init`: the parameters
+        have another structure than the labels.
 
-    >>> labels = {"body": "frozen", "head": "head"}
-    >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
-    >>> params = {"body": jnp.ones(()), "head": jnp.ones(())}
-    >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> {name: float(update) for name, update in updates.items()}
-    {'body': 0.0, 'head': -0.5}
+    Example:
+      >>> labels = {"body": "frozen", "head": "head"}
+      >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
+      >>> params = {"body": jnp.ones(()), "head": jnp.ones(())}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> {name: float(update) for name, update in updates.items()}
+      {'body': 0.0, 'head': -0.5}
     """
     leaves = jax.tree.leaves(labels)
     if wrong := [label for label in leaves if type(label) is not str]:
@@ -159,18 +187,20 @@ def multi_transform(
     missing = [label for label in used if label != FROZEN and label not in transforms]
     unused = [label for label in transforms if label not in used]
     if FROZEN in transforms:
-        raise LabelError(f"{FROZEN!r} is reserved: what it labels does not train. Rename it.")
+        raise LabelError(
+            f"{FROZEN!r} is reserved for parameters that do not train. Rename the label."
+        )
     if missing or unused:
         sides = {"labels without a transform": missing, "transforms without a label": unused}
-        wrong = [f"{what} {names}" for what, names in sides.items() if names]
-        raise LabelError(f"{'; '.join(wrong)}. Every label but {FROZEN!r} takes one transform.")
-    # A label tree can be callable (a module of strings), and optax would call it.
-    whole = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
-
-    half, _ = partition(labels, labels)
+        errors = [f"{side} {names}" for side, names in sides.items() if names]
+        raise LabelError(f"{'; '.join(errors)}. Every label but {FROZEN!r} takes one transform.")
+    # A label tree may be callable (a module of strings), and optax would call it.
+    transform = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
+    trainable_labels, _ = partition(labels, labels)
 
     def init(params: Tree) -> optax.OptState:
-        leaf_labels(params, half if same_structure(params, half) else labels)
-        return whole.init(params)
+        is_half = same_structure(params, trainable_labels)
+        leaf_labels(params, trainable_labels if is_half else labels)  # checks the structure
+        return transform.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, whole.update)
+    return optax.GradientTransformationExtraArgs(init, transform.update)
