@@ -36,7 +36,7 @@ def checked(*skip: str, **hints: str) -> Callable[[type[T]], type[T]]:
 
     Args:
       *skip: fields whose types the class checks itself.
-      **hints: argument names of other libraries, and what to write instead.
+      **hints: argument names of other libraries, each with its equivalent here.
 
     Example:
       >>> @checked(lr="learning rates belong to the stages, Stage(..., train={'fc': 1e-3})")

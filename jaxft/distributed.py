@@ -61,7 +61,7 @@ def start(
       process: index of this process, from 0.
 
     Raises:
-      ParallelError: the arguments are wrong or contradict those of another process, or not all
+      ParallelError: the arguments are wrong or contradict another process, or not all
         processes joined within a minute.
     """
     if processes == 1 or jax.distributed.is_initialized():

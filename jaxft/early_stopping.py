@@ -87,7 +87,7 @@ class EarlyStop:
 
         Args:
           score: metrics of the epoch.
-          reference: metrics of the last improvement, at first those of the stage's start.
+          reference: metrics of the last improvement; before the first, of the stage's start.
           waited: epochs since that improvement.
           epoch: number of the epoch within the stage, from 1.
 

@@ -60,10 +60,10 @@ class Recipe:
     none: train from scratch."""
     head: Literal["fresh", "zeros", "xavier", "keep"] = "fresh"
     """Initial head. fresh: drawn as torch draws a linear layer; zeros; xavier; keep: the head of
-    the pretrained weights, whose classes must match the data."""
+    the pretrained weights, see head_classes."""
     head_classes: Literal["match", "ignore"] = "match"
-    """For a head that is kept (head keep, or a fork). match: its class names must be those of the
-    data, and are reordered; ignore: output i is class i of the data."""
+    """For a head that is kept (head keep, or a fork). match: its class names must
+    match the data, and are reordered; ignore: output i is class i of the data."""
     optimizer: Optimizer = SGD(momentum=0.9)
     """Default optimizer of all stages; learning rates belong to the stages."""
     batch_size: int = 32
@@ -105,7 +105,7 @@ class Recipe:
     """Test-time augmentation for validation. flip: average the logits of an image and its mirror
     image."""
     image_size: int | None = None
-    """Side of the network's input images in pixels; none: that of the weights, or 224."""
+    """Side of the network's input images in pixels; none: as for the weights, or 224."""
     resize_size: int | None = None
     """Short side in pixels before the central crop of evaluation; none: in the same proportion to
     image_size as for the weights, or as 256 to 224."""

@@ -83,7 +83,9 @@ def _connect(
         try:
             connect_timeout = max(0.1, min(5, remaining))
             with socket.create_connection(address, timeout=connect_timeout) as connection:
-                connection.settimeout(max(0.1, remaining + 1))  # process 0 answers after its own
+                connection.settimeout(
+                    max(0.1, remaining + 1)
+                )  # process 0 answers at its own timeout
                 connection.sendall(line)
                 try:
                     answer = _read_line(connection)

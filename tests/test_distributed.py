@@ -74,10 +74,10 @@ def test_result_does_not_depend_on_the_devices(process, sharding, runs):
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
 def test_step_on_devices_compiles_once_and_donates_its_state(process, sharding, runs):
-    seen = runs[process][0][sharding]
-    assert (seen["rows"], seen["batch"]) == (16, "P('batch',)")  # for 10 images
-    assert (seen["programs"], seen["stable"], seen["donated"]) == (1, True, True)
-    assert (seen["divided"] > 0) == (sharding == "fsdp")
+    observed = runs[process][0][sharding]
+    assert (observed["rows"], observed["batch"]) == (16, "P('batch',)")  # for 10 images
+    assert (observed["programs"], observed["stable"], observed["donated"]) == (1, True, True)
+    assert (observed["divided"] > 0) == (sharding == "fsdp")
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -97,10 +97,10 @@ def test_collectives_of_processes(runs):
         ("first", True, [0, 2]),
         ("second", False, [1, 2]),
     ):
-        seen, _ = runs[process]
-        assert (seen["first"], seen["shard"]) == (first, shard)
-        assert seen["any"] == [False, True]  # process 0's flag is True
-        assert seen["signals"] == [15]  # the program's handler, set before it joined
+        observed, _ = runs[process]
+        assert (observed["first"], observed["shard"]) == (first, shard)
+        assert observed["any"] == [False, True]  # process 0's flag is True
+        assert observed["signals"] == [15]  # the program's handler, set before it joined
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ TORCH_HINTS = {
     "epochs": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
     "steps_per_epoch": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
 }
-"""Arguments of torch's schedulers, and what to write instead."""
+"""Arguments of torch's schedulers, each with its equivalent here."""
 
 
 class RangeChecked:

@@ -41,7 +41,7 @@ class RMSpropState(NamedTuple):
 
 _LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 _DECAY = "it is called weight_decay"
-# Arguments of torch's, Keras' and optax's optimizers, and what to write instead.
+# Argument names of torch, Keras and optax, each with its equivalent here.
 _HINTS = {
     "params": "stages select the parameters, Stage(..., train={'fc': 1e-3})",
     "lr": _LR,
