@@ -149,9 +149,9 @@ class Recipe:
     """A non-finite loss, gradient or validation score. stop: end the run; skip: leave out and count
     such steps, and never choose such an epoch as the best."""
     checkpoint_steps: int = 0
-    """Also save a checkpoint every this many steps; 0: only after each epoch."""
+    """Steps between additional checkpoints within an epoch; 0: save after each epoch only."""
     sync_steps: int = 10
-    """Fetch the losses from the device every this many steps."""
+    """Steps between two transfers of losses from the device to the host."""
     steps_per_execution: int = 1
     """Batches per call of the compiled program. Raise it where a step is shorter than Python's
     overhead. Changes results by rounding only. On CPU, convolutions of networks other than jaxft's

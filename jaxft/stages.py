@@ -227,7 +227,7 @@ class Stage:
             and any(self.class_weights)
         ):
             errors.append(
-                f"class_weights are {self.class_weights}; none may be negative, not all 0"
+                f"class_weights are {self.class_weights}; none may be negative, one must be above 0"
             )
         if isinstance(self.until, Plateau) and not any(
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()

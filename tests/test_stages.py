@@ -88,7 +88,7 @@ def test_plan_groups_partition_the_parameters_and_refine_every_stage(stages):
         ({"steps": 0, "accumulate": 0}, "it has 0 steps; .*; it has 0 accumulate"),
         ({"minutes": 0.0, "clip_norm": -1.0}, "minutes is 0.0; .*; clip_norm is -1.0"),
         ({"ema": 1.0}, "ema is 1.0; a decay lies between 0 and 1"),
-        ({"class_weights": (0.0, 0.0)}, "class_weights are .*not all are 0"),
+        ({"class_weights": (0.0, 0.0)}, "class_weights are .*one must be above 0"),
         ({"class_weights": (1.0, -1.0)}, "class_weights are .*none may be negative"),
         ({"norms": "F"}, "norms has 'F'; it must be one of A, B, C, D, E"),
         ({"norms": {"fc": "b"}}, "norms has 'b'"),
