@@ -1,7 +1,11 @@
-"""Staged fine-tuning for JAX: which layers train, at which rate, in each stage."""
+"""Staged fine-tuning for JAX: which layers train, at which learning rate, in each stage.
+
+The names in `__all__` and the documented contents of the modules among them are the public
+interface. Everything else may change without notice.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxft import methods
 from jaxft.early_stopping import EarlyStop, Plateau
@@ -23,69 +27,86 @@ from jaxft.labels import FROZEN, combine, label, partition, paths, summary
 from jaxft.linear_probe import LogisticRegression, logistic_regression
 from jaxft.optim import gradients, schedules
 from jaxft.optim.carry import carry
-from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
+from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
 from jaxft.optim.plateau import ReduceLROnPlateau
+from jaxft.optim.transform import multi_transform
 from jaxft.stage_plan import StagePlan, plan
 from jaxft.stages import Stage, Update
 
-# What labels a tree must not import what trains a ResNet: the rest comes when asked for.
+if TYPE_CHECKING:
+    from jaxft import data, models, weights
+    from jaxft.recipe import Recipe
+    from jaxft.report.console import Console
+    from jaxft.train import Result, finetune
+
+# Imported on first use: to label a tree, nobody should wait for Flax, Orbax and TFDS.
 _LAZY = {
     "Recipe": "jaxft.recipe",
     "finetune": "jaxft.train",
+    "Result": "jaxft.train",
+    "Console": "jaxft.report.console",
     "data": None,
     "models": None,
     "weights": None,
 }
 
-__all__ = [  # in the order in which one meets them
-    "label",
-    "partition",
-    "combine",
-    "paths",
-    "summary",
-    "multi_transform",
-    "carry",
+__all__ = [  # in the order of the documentation
     "FROZEN",
-    "Stage",
-    "Update",
-    "LogisticRegression",
-    "EarlyStop",
-    "Plateau",
-    "Anchor",
     "SGD",
     "Adam",
     "AdamW",
-    "RMSprop",
-    "ReduceLROnPlateau",
-    "plan",
-    "StagePlan",
-    "logistic_regression",
-    "JaxftError",
-    "PatternError",
-    "LabelError",
-    "RecipeError",
-    "ModelError",
-    "WeightsError",
-    "DataError",
+    "Anchor",
     "CheckpointError",
-    "NonFiniteError",
+    "Console",
+    "DataError",
+    "EarlyStop",
     "InterruptedRunError",
+    "JaxftError",
+    "LabelError",
+    "LogisticRegression",
+    "ModelError",
+    "NonFiniteError",
     "ParallelError",
+    "PatternError",
+    "Plateau",
+    "RMSprop",
+    "Recipe",
+    "RecipeError",
+    "ReduceLROnPlateau",
+    "Result",
+    "Stage",
+    "StagePlan",
+    "Update",
+    "WeightsError",
+    "carry",
+    "combine",
+    "data",
+    "finetune",
     "gradients",
+    "label",
+    "logistic_regression",
     "methods",
+    "models",
+    "multi_transform",
+    "partition",
+    "paths",
+    "plan",
     "schedules",
-    *_LAZY,
+    "summary",
+    "weights",
 ]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("jaxft")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _LAZY[name]
-    return (
-        import_module(f"jaxft.{name}") if module is None else getattr(import_module(module), name)
-    )
+    if module is None:
+        return import_module(f"jaxft.{name}")
+    return getattr(import_module(module), name)

@@ -13,7 +13,8 @@ import tyro
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.data.validate import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
-from jaxft.recipe import Recipe, read
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import read
 from jaxft.stages import Stage
 
 # 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what shells have for Ctrl-C.
@@ -84,7 +85,7 @@ def print_fields() -> None:
 def read_with(path: str | os.PathLike[str], options: Sequence[str]) -> Recipe:
     """The recipe in a file, with `options` such as `--batch-size 64` before its own fields.
 
-    Raises RecipeError as `jaxft.recipe.read`; what is no option, or no value of one, ends the
+    Raises RecipeError as `jaxft.recipe_file.read`; what is no option, or no value of one, ends the
     program, as `--help` does.
     """
     return tyro.cli(

@@ -40,7 +40,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torchvision import datasets, models, transforms
 
-from jaxft import Recipe, command_line, finetune, recipe
+from jaxft import Recipe, command_line, finetune, recipe_file
 from jaxft.report.console import Console
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -176,7 +176,7 @@ def main(given: list[str]) -> None:
     known = [json.loads(line) for line in rows.read_text().splitlines()]
     found = {(row["recipe"], row["by"], row["seed"]): row["accuracy"] for row in known}
     for name in RECIPES:
-        written = recipe.read(CONFIGS / f"{name}.py")
+        written = recipe_file.read(CONFIGS / f"{name}.py")
         for seed in range(args.seeds):
             runs = {
                 "PyTorch": lambda: pytorch(name, args, seed, written.batch_size),  # noqa: B023

@@ -19,7 +19,7 @@ import argparse
 import signal
 import sys
 
-from jaxft import InterruptedRunError, JaxftError, distributed, finetune, lost_process, processes
+from jaxft import InterruptedRunError, JaxftError, distributed, finetune, lost_process
 from jaxft.command_line import EXIT_CODES, leave, print_fields, read_with
 from jaxft.train import agreement
 from jaxft.train.compilation import keep_programs
@@ -78,10 +78,10 @@ def main(arguments: list[str]) -> None:
             signal.signal(number, signal.SIG_IGN)  # all is done
     try:
         with lost_process.translated():
-            processes.barrier("end")  # or the first to end would take the others along
+            distributed.barrier("end")  # or the first to end would take the others along
     except lost_process.LostProcessError as error:
         leave(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE)
-    if not processes.is_first():
+    if not distributed.is_main_process():
         return
     try:
         show(result)

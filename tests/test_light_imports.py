@@ -1,14 +1,17 @@
-"""Who labels trees must not pay for what trains ResNets."""
+"""What `import jaxft` loads, and the names that it exports."""
 
+import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import jaxft
 
 LIGHT = [
-    "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
+    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "methods",
+    "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
     "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip
 HEAVY = {
@@ -17,34 +20,51 @@ HEAVY = {
 }  # fmt: skip
 
 
-def imported(code):
-    """The packages of the modules that it prints."""
+def imported_packages(code):
+    """Runs code that prints module names; returns their top-level packages."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-def test_the_light_modules_import_jax_and_optax_alone():
+def test_light_modules_import_only_jax_and_optax():
     code = "; ".join(["import sys, jaxft", *(f"import jaxft.{name}" for name in LIGHT)])
-    roots = imported(f"{code}; print(*sys.modules)")
-    assert {"jax", "optax"} <= roots
-    assert roots & HEAVY == set()
+    packages = imported_packages(f"{code}; print(*sys.modules)")
+    assert {"jax", "optax"} <= packages
+    assert packages & HEAVY == set()
 
 
-def test_the_rest_comes_when_asked_for():
+def test_exported_names_exist():
     assert set(jaxft.__all__) <= set(dir(jaxft))
+    assert set(jaxft._LAZY) <= set(jaxft.__all__)
     for name in jaxft.__all__:
         assert getattr(jaxft, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'jaxft' has no attribute 'finetunes'"):
         _ = jaxft.finetunes
 
 
-def test_records_for_tensorboard_need_no_torch(tmp_path):
-    """Which tensorboardX imports where it can."""
+def test_version_is_that_of_the_distribution():
+    assert jaxft.__version__ == importlib.metadata.version("jaxft")
+
+
+def test_types_are_exported():
+    assert (Path(jaxft.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in jaxft.__all__ if name.endswith("Error")])
+def test_errors_of_input_are_value_errors(name):
+    error = getattr(jaxft, name)
+    assert issubclass(error, jaxft.JaxftError)
+    runtime = {"JaxftError", "CheckpointError", "NonFiniteError", "InterruptedRunError"}
+    assert issubclass(error, ValueError) == (name not in runtime | {"ParallelError"})
+
+
+def test_tensorboard_writer_does_not_import_torch(tmp_path):
+    """tensorboardX imports torch where it can."""
     code = (
         "import sys; from etils import epath; from jaxft.report.tensorboard import EventFile; "
         f"EventFile(epath.Path({str(tmp_path)!r}), purge_step=1); print(*sys.modules)"
     )
-    assert {"tensorboardX"} == imported(code) & {"tensorboardX", "torch"}
+    assert imported_packages(code) & {"tensorboardX", "torch"} == {"tensorboardX"}

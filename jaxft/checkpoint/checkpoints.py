@@ -25,9 +25,9 @@ from jaxft.checkpoint.orbax_adapter import (
     filter_logs,
     write_error_cause,
 )
+from jaxft.distributed import ask_main_process, is_main_process
 from jaxft.errors import CheckpointError, first_of
 from jaxft.labels import Tree
-from jaxft.processes import first_answers, is_first
 
 _OVERHEAD_BYTES = 2**20  # upper bound of a checkpoint's size without its arrays
 
@@ -82,9 +82,9 @@ class Checkpoints:
         """
         with self._write_errors():
             self._manager.close()
-        # Not by a reader, next to which a run may be writing. And without `first_answers`, because
-        # the other processes may have met an error and not arrive here.
-        if self._writing is not None and is_first():
+        # Not by a reader, next to which a run may be writing. And without `ask_main_process`,
+        # because the other processes may have met an error and not arrive here.
+        if self._writing is not None and is_main_process():
             self._clean_up()
 
     # Writing.
@@ -134,7 +134,7 @@ class Checkpoints:
         """Raises CheckpointError if the disk has no room for arrays of these shapes."""
         leaves = jax.tree.leaves(dict(arrays))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + _OVERHEAD_BYTES
-        if shortage := first_answers(lambda: self._disk_shortage(needed)):
+        if shortage := ask_main_process(lambda: self._disk_shortage(needed)):
             raise self._write_error(shortage)
 
     def drop(self, step: int) -> None:
@@ -217,7 +217,7 @@ class Checkpoints:
 
     def verify(self, step: int) -> None:
         """Raises CheckpointError if the checkpoint of `step` has changed since it was written."""
-        if damage := first_answers(partial(checksums.damage, self.path(step))):
+        if damage := ask_main_process(partial(checksums.damage, self.path(step))):
             raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
 
     def check(self, step: int, like: Mapping[str, Tree]) -> None:
@@ -272,7 +272,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the checksums. Orbax calls this in the background, before the final rename."""
-        if is_first() and not in_bucket(self.folder):  # a bucket verifies its objects itself
+        if is_main_process() and not in_bucket(self.folder):  # a bucket verifies its objects itself
             for unnamed in self.folder.glob(f"{self._writing}.*"):
                 # Orbax writes to the files directly in the folder once more afterwards.
                 checksums.seal(unnamed, subfolders_only=True)
@@ -284,7 +284,7 @@ class Checkpoints:
         return f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free"
 
     def _clean_up_and_reload(self) -> None:
-        first_answers(self._clean_up)
+        ask_main_process(self._clean_up)
         self._manager.reload()
 
     def _clean_up(self) -> str:
@@ -306,7 +306,7 @@ class Checkpoints:
             (self.folder / name).rename(target)
             return ""
 
-        first_answers(rename)
+        ask_main_process(rename)
         self._manager.reload()
 
     @contextmanager

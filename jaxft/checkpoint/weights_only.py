@@ -13,9 +13,9 @@ from jaxft.checkpoint import checksums
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.checkpoint.layout import complete_steps, read_progress
 from jaxft.checkpoint.orbax_adapter import absolute_path, filter_logs, write_error_cause
+from jaxft.distributed import is_main_process
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
-from jaxft.processes import is_first
 
 _ITEMS = ("params", "stats")
 
@@ -54,7 +54,7 @@ def save_weights(
     except Exception as error:  # Orbax has no exception type for failed writes
         cause = write_error_cause(error)
         raise CheckpointError(f"{path} could not be written: {cause}.") from error
-    if is_first() and not in_bucket(path):
+    if is_main_process() and not in_bucket(path):
         checksums.seal(path)
 
 

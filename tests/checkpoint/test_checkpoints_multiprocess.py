@@ -20,7 +20,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.processes import first_answers
+from jaxft.distributed import ask_main_process
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -44,7 +44,7 @@ with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(step, {}, {"params": {"x": sharded(step)}})
 if index == 0:
     (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
-assert first_answers(lambda: f"process {index}") == "process 0"
+assert ask_main_process(lambda: f"process {index}") == "process 0"
 with closing(Checkpoints(folder)) as checkpoints:
     for sharding, remarks in ((divided, 1), (replicated, 0)):
         checkpoint = restored(sharding)

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jaxft import distributed, processes
+from jaxft import distributed
 from jaxft.report.console import Bar
 from jaxft.train.program import Program
 
@@ -49,7 +49,7 @@ def main(lines, *joining):
 
     def weighed(program, shapes):
         compiled = compile(program, shapes)
-        if processes.is_first() and compiled.step:
+        if distributed.is_main_process() and compiled.step:
             held = compiled.step.memory_analysis().argument_size_in_bytes
             stage, sharding = program.plan.stage.name, program.devices.sharding
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)
