@@ -1,4 +1,4 @@
-"""What parity finds: nothing where nothing is, and each planted difference where it was planted."""
+"""`parity.compare` reports no difference in equal trainings, and finds each planted difference."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def batches():
     return [(rng.standard_normal((n, 32, 32, 3)), rng.integers(0, 3, n)) for n in (6, 4)]
 
 
-def head(module, _, make=torch.optim.SGD):
+def begin_head(module, _, make=torch.optim.SGD):
     module.train()
     for name, p in module.named_parameters():
         p.requires_grad = name.startswith("fc.")
@@ -53,22 +53,22 @@ def head(module, _, make=torch.optim.SGD):
     return make(module.fc.parameters(), lr=0.02)
 
 
-def body(module):
+def unfreeze_body(module):
     for p in module.parameters():
         p.requires_grad = True
     return [p for name, p in module.named_parameters() if not name.startswith("fc.")]
 
 
-def joined(module, optimizer):
-    optimizer.add_param_group({"params": body(module), "lr": 0.01})
+def extend_optimizer(module, optimizer):
+    optimizer.add_param_group({"params": unfreeze_body(module), "lr": 0.01})
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)
     optimizer.param_groups[0]["lr"] = 0.02
     return optimizer
 
 
-def renewed(module, _):
-    groups = [{"params": module.fc.parameters()}, {"params": body(module), "lr": 0.01}]
+def renew_optimizer(module, _):
+    groups = [{"params": module.fc.parameters()}, {"params": unfreeze_body(module), "lr": 0.01}]
     return torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=0.01)
 
 
@@ -78,16 +78,16 @@ def step_lr(optimizer):
 
 def late_step_lr(optimizer):
     scheduler = step_lr(optimizer)
-    optimizer.step()  # changes nothing yet, and spares us torch's warning
+    optimizer.step()  # changes nothing yet, and avoids torch's warning
     scheduler.step()
     return scheduler
 
 
-STAGES = [parity.TorchStage(head, scheduler=step_lr), parity.TorchStage(joined)]
+STAGES = [parity.TorchStage(begin_head, scheduler=step_lr), parity.TorchStage(extend_optimizer)]
 
 
 class BiasedNorm(nn.BatchNorm2d):
-    """Its running variance moves towards the biased one, as Flax's does."""
+    """Batch norm that updates the running variance with the biased variance, as Flax does."""
 
     def forward(self, x):
         if not self.training:
@@ -100,7 +100,7 @@ class BiasedNorm(nn.BatchNorm2d):
 
 
 class DecayAfterMomentum(torch.optim.Optimizer):
-    """SGD whose decay joins the update, not the momentum."""
+    """SGD that adds weight decay to the update instead of the gradient."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
@@ -134,75 +134,75 @@ class EpsInsideRoot(torch.optim.Optimizer):
 
 
 class SamePadding(nn.Conv2d):
-    """A strided convolution padded by TensorFlow's rule: not at all at the top and left."""
+    """Strided convolution with TensorFlow's SAME padding: none at the top and left."""
 
     def forward(self, x):
         x = functional.pad(x, (0, 1, 0, 1))
         return functional.conv2d(x, self.weight, None, self.stride)
 
 
-def biased_norms(module):
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.__class__ = BiasedNorm
+def use_biased_norms(module):
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.__class__ = BiasedNorm
 
 
-def same_padding(module):
+def use_same_padding(module):
     module.layer2[0].conv1.__class__ = SamePadding
 
 
-def by(make):
-    return [parity.TorchStage(lambda module, _: head(module, _, make), scheduler=step_lr)]
+def head_stage(make):
+    return [parity.TorchStage(lambda module, _: begin_head(module, _, make), scheduler=step_lr)]
 
 
-def nothing(module):
+def unchanged(module):
     pass
 
 
 PLANTED = {
-    # what is done to the module, the torch stages, the recipe:
-    # the part, stage and step where it shows first, its first name, and words of the hint
+    # ((change of the module, torch stages, recipe),
+    #  (part, stage and step of the first difference, its first array, words of the hint))
     "biased running variance": (
-        (biased_norms, STAGES, RECIPE),
+        (use_biased_norms, STAGES, RECIPE),
         ("stats", "head", 1, "bn1.running_var", "unbiased variance"),
     ),
     "decay after momentum": (
-        (nothing, by(DecayAfterMomentum), replace(RECIPE, stages=RECIPE.stages[:1])),
-        ("moments", "head", 1, "fc.weight, momentum", "whether decay joins the gradient"),
+        (unchanged, head_stage(DecayAfterMomentum), replace(RECIPE, stages=RECIPE.stages[:1])),
+        ("moments", "head", 1, "fc.weight, momentum", "whether weight decay is added to"),
     ),
     "eps inside the root": (
-        (nothing, by(EpsInsideRoot), ADAM),
-        ("params", "head", 1, "fc.weight", "eps in or outside the root"),
+        (unchanged, head_stage(EpsInsideRoot), ADAM),
+        ("params", "head", 1, "fc.weight", "eps inside or outside the root"),
     ),
     "schedule off by one": (
-        (nothing, [parity.TorchStage(head, scheduler=late_step_lr), STAGES[1]], RECIPE),
+        (unchanged, [parity.TorchStage(begin_head, scheduler=late_step_lr), STAGES[1]], RECIPE),
         ("rates", "head", 3, "fc.weight", "when the scheduler steps"),
     ),
     "SAME padding": (
-        (same_padding, STAGES, RECIPE),
+        (use_same_padding, STAGES, RECIPE),
         ("outputs", "head", 1, "layer2", "padding"),
     ),
     "state not carried": (
-        (nothing, [STAGES[0], parity.TorchStage(renewed)], RECIPE),
+        (unchanged, [STAGES[0], parity.TorchStage(renew_optimizer)], RECIPE),
         ("moments", "all", 1, "fc.weight, momentum", "carry='keep'"),
     ),
     "one more parameter trains": (
-        (nothing, STAGES, replace(RECIPE, stages=(RECIPE.stages[0], ALL_BUT_STEM))),
+        (unchanged, STAGES, replace(RECIPE, stages=(RECIPE.stages[0], ALL_BUT_STEM))),
         ("rates", "all", 1, "conv1.weight", "which parameters train"),
     ),
     "a summed loss": (
-        (nothing, STAGES, replace(RECIPE, reduction="sum")),
+        (unchanged, STAGES, replace(RECIPE, reduction="sum")),
         ("loss", "head", 1, "loss", "mean or sum"),
     ),
     "a penalty": (
         (
-            nothing,
+            unchanged,
             [replace(STAGES[0], penalty=lambda module: 0.1 * module.fc.weight.square().sum())],
             replace(RECIPE, stages=RECIPE.stages[:1]),
         ),
         ("grads", "head", 1, "fc.weight", "a penalty"),
     ),
-}  # fmt: skip
+}
 
 
 def compare(recipe, module, stages, **options):
@@ -218,13 +218,13 @@ def module():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_what_trains_the_same_agrees(dtype, module):
+def test_compare_equal_trainings_agree(dtype, module):
     before = {name: x.clone() for name, x in module.state_dict().items()}
     report = compare(RECIPE, module, STAGES, dtype=dtype)
     assert report.agree, report
     assert report.steps == (4, 2)
-    most = max(size for stage in report.largest.values() for size in stage.values())
-    assert most < {"float64": 1e-12, "float32": 1e-4}[dtype]
+    worst = max(size for stage in report.largest.values() for size in stage.values())
+    assert worst < {"float64": 1e-12, "float32": 1e-4}[dtype]
     assert min(report.largest["all"][part] for part in ("outputs", "grads", "moments")) > 0
     text = str(report)
     assert text.startswith("PyTorch and jaxft agree to ")
@@ -236,9 +236,9 @@ def test_what_trains_the_same_agrees(dtype, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_difference_is_named_where_it_is(planted, module):
-    (plant, stages, recipe), (part, stage, step, name, hint) = PLANTED[planted]
-    plant(module)
+def test_compare_reports_the_first_difference(planted, module):
+    (change, stages, recipe), (part, stage, step, name, hint) = PLANTED[planted]
+    change(module)
     report = compare(recipe, module, stages)
     assert (report.part, report.stage, report.step) == (part, stage, step)
     assert report.differences[0].name == name
@@ -247,22 +247,22 @@ def test_a_difference_is_named_where_it_is(planted, module):
     assert f"first in {part}:\n  {name}: " in text
     assert hint in text.replace("\n", " ")
     assert max(map(len, text.splitlines())) <= 80
-    earlier = parity.report.PARTS[: parity.report.PARTS.index(part)]
-    assert all(report.largest[stage][part] < 1e-12 for part in earlier)
+    earlier_parts = parity.report.PARTS[: parity.report.PARTS.index(part)]
+    assert all(report.largest[stage][part] < 1e-12 for part in earlier_parts)
 
 
 @pytest.mark.slow
-def test_the_two_values_are_told(module):
+def test_difference_holds_both_values(module):
     report = compare(replace(RECIPE, reduction="sum"), module, STAGES)
-    (found,) = report.differences
-    assert found.ours == pytest.approx(6 * found.torch, rel=1e-12)
-    assert found.size == pytest.approx(5, rel=1e-12)
+    (difference,) = report.differences
+    assert difference.ours == pytest.approx(6 * difference.torch, rel=1e-12)
+    assert difference.size == pytest.approx(5, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("recipe", "stages", "error", "message"),
     [
-        (RECIPE, STAGES[:1], RecipeError, "2 stages, PyTorch 1"),
+        (RECIPE, STAGES[:1], RecipeError, "2 stages, but `stages` has 1"),
         (replace(RECIPE, mixup=0.2, dropout=0.5), STAGES, RecipeError, "dropout, mixup"),
         (
             replace(RECIPE, stages=(Stage("probe", {"fc": LogisticRegression()}),)),
@@ -270,7 +270,7 @@ def test_the_two_values_are_told(module):
             RecipeError,
             "stage 'probe' is solved",
         ),
-        (replace(RECIPE, batch_size=4), STAGES, RecipeError, r"batches of 4, .* of \[6, 4\]"),
+        (replace(RECIPE, batch_size=4), STAGES, RecipeError, r"batches of 4, but .* of \[6, 4\]"),
         (replace(RECIPE, concat_pool=True), STAGES, WeightsError, "fc.0.bias, fc.0.running_mean"),
         (
             replace(
@@ -283,21 +283,21 @@ def test_the_two_values_are_told(module):
         ),
     ],
 )
-def test_what_cannot_be_compared_is_said(recipe, stages, error, message, module):
+def test_compare_rejects_recipes(recipe, stages, error, message, module):
     with pytest.raises(error, match=message):
         compare(recipe, module, stages)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("batches", "message"),
     [
-        ([], r"batches of 6, and those given are of \[\]"),
+        ([], r"batches of 6, but `batches` has batches of \[\]"),
         (
             [(np.zeros((6, 3, 32, 32)), np.zeros(6, int))],
             r"are \[6, 3, 32, 32\]; .* \[b h w 3\]",
         ),
     ],
 )
-def test_batches_that_are_none_are_said(given, message, module):
+def test_compare_rejects_batches(batches, message, module):
     with pytest.raises(RecipeError, match=message):
-        parity.compare(RECIPE, module, STAGES, given)
+        parity.compare(RECIPE, module, STAGES, batches)
