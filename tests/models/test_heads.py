@@ -173,11 +173,11 @@ def test_head_layers_in_a_recipe(tmp_path):
     recipe = Recipe(model=NAME, data="digits", stages=(Stage("all", {"*": 0.1}, 1),))
     options = ["--head-layers", "48", "relu", "32", "--binary", "True", "--reduction", "sum"]
     save(recipe, tmp_path / "plain.yaml")
-    changed = read_with(tmp_path / "plain.yaml", options)
-    assert (changed.head_layers, changed.binary, changed.reduction) == (LAYERS, True, "sum")
-    options = {"head_layers": LAYERS, "binary": True, "dtype": changed.dtype}
-    assert changed.network(2) == create(NAME, num_classes=2, **options)
-    save(changed, tmp_path / "recipe.yaml")
-    assert read(tmp_path / "recipe.yaml") == changed
+    named = read_with(tmp_path / "plain.yaml", options)
+    assert (named.head_layers, named.binary, named.reduction) == (LAYERS, True, "sum")
+    options = {"head_layers": LAYERS, "binary": True, "dtype": named.dtype}
+    assert named.network(2) == create(NAME, num_classes=2, **options)
+    save(named, tmp_path / "recipe.yaml")
+    assert read(tmp_path / "recipe.yaml") == named
     with pytest.raises(RecipeError, match="head_layers, binary shape jaxft's own networks"):
-        changed.check_own_network()
+        named.check_own_network()
