@@ -393,7 +393,7 @@ RECIPES = (
 
 
 def record(case):
-    """Trains a case in PyTorch and summarizes it; see `trajectories.summarize`."""
+    """Trains a case in PyTorch and summarises it; see `trajectories.summarize`."""
     config, norms, carry = CASES[case]
     (stages,) = (recipe(norms, carry) for recipe in RECIPES if recipe.__name__ == config)
     recipe = small_recipe(config, norms, carry)

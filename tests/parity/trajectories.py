@@ -122,7 +122,7 @@ def start(config, name, shape):
 
 
 def summarize(steps, lengths):
-    """Summarizes a training: loss and learning rates of each step, tensors after each stage.
+    """Summarises a training: loss and learning rates of each step, tensors after each stage.
 
     Each tensor is represented by its norm and by its product with a random tensor.
     """
@@ -149,7 +149,7 @@ def summaries(arrays):
 
 
 def train(case, dtype="float64", steps=None):
-    """Summarizes jaxft's training of a case; with `steps`, only of the stages needed for them."""
+    """Summarises jaxft's training of a case; with `steps`, only of the stages needed for them."""
     config, norms, carry = CASES[case]
     recipe = small_recipe(config, norms, carry)
     model = narrow_network(recipe)
