@@ -1,4 +1,4 @@
-"""Records the recipes of configs/ as PyTorch trains them, for tests/parity/test_recipes.py.
+"""Records PyTorch trainings of the recipes of configs/, for tests/parity/test_recipes.py.
 
     python tests/record_recipes.py
 
@@ -13,10 +13,10 @@ import numpy as np
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS / "parity")]
 
-from torch_recipes import recorded  # noqa: E402
+from torch_recipes import record  # noqa: E402
 from trajectories import CASES, GOLDEN  # noqa: E402
 
 if __name__ == "__main__":
-    told = {f"{case}/{name}": x for case in CASES for name, x in recorded(case).items()}
-    np.savez_compressed(GOLDEN, **told)
+    arrays = {f"{case}/{name}": x for case in CASES for name, x in record(case).items()}
+    np.savez_compressed(GOLDEN, **arrays)
     print(f"{len(CASES)} cases, {GOLDEN.stat().st_size >> 10} KiB")

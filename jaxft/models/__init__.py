@@ -1,4 +1,4 @@
-"""Networks as pure functions on plain trees: the registry's, and modules of the user's own."""
+"""Networks as pure functions on plain trees: registered networks and wrapped Flax modules."""
 
 from jaxft.models.model import Model, NormMode, Norms
 from jaxft.models.registry import create, names

@@ -1,4 +1,4 @@
-"""Batch normalisation as `torch.nn.BatchNorm2d` has it, with rows that can be left out."""
+"""Batch normalisation with torch's formulas and a mask for padding rows."""
 
 import math
 from functools import partial
@@ -11,14 +11,16 @@ from jaxft.models.context import Context
 
 
 class BatchNorm(nnx.Module):
-    """Normalises each channel, the last axis: `scale * (x - mean) / sqrt(var + eps) + bias`.
+    """Batch normalisation as in `torch.nn.BatchNorm2d`, over the last axis.
 
-    Flax's own differs from torch's: there the running variance is the biased one. Source:
-    Ioffe and Szegedy 2015 (arXiv:1502.03167); details as in `torch.nn.BatchNorm2d`.
+    Computes `scale * (x - mean) / sqrt(var + eps) + bias`. Unlike Flax's layer, which updates the
+    running variance with the biased variance, this one uses the unbiased variance, as torch does.
+
+    Reference: Ioffe and Szegedy 2015 (arXiv:1502.03167).
     """
 
     eps = 1e-5
-    momentum = 0.1  # torch's: the weight of the new batch, Flax's 0.9
+    momentum = 0.1  # the weight of the new batch, as in torch; Flax calls 0.9 the momentum
 
     def __init__(self, features: int):
         self.scale = nnx.Param(jnp.ones(features, jnp.float32))
@@ -27,13 +29,22 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`x` `[b ... c]` normalised as `context.mode` says, in its own dtype.
+        """Normalises `x` with the statistics that `context.mode` selects.
 
-        Batch statistics leave out the rows where `context.mask` `[b]` is False. With
-        `context.replicas` above 1, each of so many equal parts of the batch is normalised by its
-        own statistics and the first part's move the running ones, as in torch's
-        `DistributedDataParallel`. Raises ValueError for an unknown mode, for a batch that cannot
-        be so divided, and where there is no mask and only one value per channel, as torch does.
+        With `context.replicas` above 1, the batch is split into that number of equal parts. Each
+        part is normalised with its statistics, and the statistics of the first part update the
+        running ones, as in torch's `DistributedDataParallel`.
+
+        Args:
+          x: `[b ... c]`.
+          context: batch statistics leave out the rows where `context.mask` `[b]` is False.
+
+        Returns:
+          `[b ... c]`, in the dtype of `x`.
+
+        Raises:
+          ValueError: if the mode is unknown, if `replicas` does not divide the batch, or, without a
+            mask, if there is only one value per channel.
         """
         mode = context.mode
         if mode not in ("running", "batch", "batch_fixed"):
@@ -41,7 +52,7 @@ class BatchNorm(nnx.Module):
         scale, bias = self.scale[...], self.bias[...]
         if mode == "running":
             factor = jax.lax.rsqrt(self.var[...] + self.eps) * scale
-            return ((_wide(x) - self.mean[...]) * factor + bias).astype(x.dtype)
+            return ((_at_least_float32(x) - self.mean[...]) * factor + bias).astype(x.dtype)
         b, n = x.shape[0], context.replicas
         if b % n:
             raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
@@ -53,86 +64,93 @@ class BatchNorm(nnx.Module):
         mask = jnp.ones(b, bool) if context.mask is None else jnp.asarray(context.mask)
         y, (mean, var, count) = _normalize(parts, mask.reshape(n, -1), scale, bias, self.eps)
         if mode == "batch":
-            self._learn(mean[0], var[0], count[0])
+            self._update_running(mean[0], var[0], count[0])
         return y.reshape(x.shape)
 
-    def _learn(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
-        """Moves the running statistics towards those of `count` values."""
+    def _update_running(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
+        """Updates the running statistics with the statistics of `count` values per channel."""
         unbiased = var * (count / jnp.maximum(count - 1, 1))
-        # A batch of padding has no statistics, and one value has no variance: learn nothing.
-        rate = jnp.where(count > 1, self.momentum, 0.0).astype(mean.dtype)
+        # A batch of padding has no statistics, and a single value has no variance.
+        momentum = jnp.where(count > 1, self.momentum, 0.0).astype(mean.dtype)
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             old = running[...]
-            running[...] = ((1 - rate) * old + rate * new).astype(old.dtype)
+            running[...] = ((1 - momentum) * old + momentum * new).astype(old.dtype)
 
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array]
-"""Mean, biased variance and count of each part, `[n c]`, `[n c]` and `[n 1]`."""
+"""Mean `[n c]`, biased variance `[n c]` and number of values `[n 1]` of each part."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _normalize(
-    x: jax.Array, rows: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+    x: jax.Array, mask: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[jax.Array, Statistics]:
-    """Each part of `x` `[n b ... c]`, by the statistics of its `rows` `[n b]`, and these.
+    """Normalises each part of `x` `[n b ... c]` with the statistics of its rows in `mask` `[n b]`.
 
-    The gradient is written out: what `jax.grad` would keep for it besides is a third of the memory
-    that a ResNet-50's step then takes, and it goes over the batch more often.
+    The gradient is written by hand, because it keeps only the input: the residuals that `jax.grad`
+    would add are a third of the memory of a ResNet-50 step, and it reads the batch more often.
     """
-    return _forward(x, rows, scale, bias, eps)[0]
+    return _forward(x, mask, scale, bias, eps)[0]
 
 
 def _forward(
-    x: jax.Array, rows: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+    x: jax.Array, mask: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[tuple[jax.Array, Statistics], tuple[jax.Array, ...]]:
-    wide = _wide(x)
-    count = rows.sum(1, wide.dtype, keepdims=True) * math.prod(x.shape[2:-1])
+    wide = _at_least_float32(x)
+    count = mask.sum(1, wide.dtype, keepdims=True) * math.prod(x.shape[2:-1])
 
     def average(values: jax.Array) -> jax.Array:
-        # Rows are left out as sums: to mask all their values takes XLA longer than to add them up.
-        return jnp.where(rows[..., None], _row_sums(values), 0).sum(1) / jnp.maximum(count, 1)
+        # XLA masks the sums of the rows faster than it masks all of their values.
+        return jnp.where(mask[..., None], _row_sums(values), 0).sum(1) / jnp.maximum(count, 1)
 
     mean = average(wide)
-    centred = wide - _spread(mean, x)
+    centred = wide - _broadcast(mean, x)
     var = average(jnp.square(centred))
-    factor = jax.lax.rsqrt(var + eps)
-    y = centred * _spread(factor * scale, x) + bias
-    return (y.astype(x.dtype), (mean, var, count)), (x, rows, scale, mean, factor, count)
+    inverse_std = jax.lax.rsqrt(var + eps)
+    y = centred * _broadcast(inverse_std * scale, x) + bias
+    return (y.astype(x.dtype), (mean, var, count)), (x, mask, scale, mean, inverse_std, count)
 
 
 def _backward(
-    eps: float, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, Statistics]
+    eps: float, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[jax.Array | None, ...]:
-    x, rows, scale, mean, factor, count = saved
-    g, (of_mean, of_var, _) = gradients
-    wide, centred = _wide(g), _wide(x) - _spread(mean, x)
+    x, mask, scale, mean, inverse_std, count = residuals
+    grad_y, (grad_mean, grad_var, _) = cotangents
+    wide, centred = _at_least_float32(grad_y), _at_least_float32(x) - _broadcast(mean, x)
     sums, products = _row_sums(wide), _row_sums(wide * centred)
-    # All rows were normalised by the statistics; only some of them have made these.
-    of_mean = of_mean - sums.sum(1) * factor * scale
-    of_var = of_var - products.sum(1) * factor**3 * scale / 2
-    made = rows.reshape(*rows.shape, *(1 for _ in x.shape[2:]))
-    shift, slope = (_spread(of / jnp.maximum(count, 1), x) for of in (of_mean, 2 * of_var))
-    of_x = wide * _spread(factor * scale, x) + made * (shift + centred * slope)
-    # From the rows' sums, not their sum: XLA would go over the batch once more for it, after all
-    # other layers.
-    of_scale = (products * factor[:, None]).sum((0, 1))
-    of_bias = sums.sum((0, 1))
-    return of_x.astype(x.dtype), None, *(of.astype(scale.dtype) for of in (of_scale, of_bias))
+    # The statistics normalise all rows, but only the rows of the mask contribute to them.
+    grad_mean = grad_mean - sums.sum(1) * inverse_std * scale
+    grad_var = grad_var - products.sum(1) * inverse_std**3 * scale / 2
+    contributes = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+    shift, slope = (
+        _broadcast(grad / jnp.maximum(count, 1), x) for grad in (grad_mean, 2 * grad_var)
+    )
+    grad_x = wide * _broadcast(inverse_std * scale, x) + contributes * (shift + centred * slope)
+    # Each row's sums are scaled before they are added up: for their total XLA would read the batch
+    # once more, after all other layers.
+    grad_scale = (products * inverse_std[:, None]).sum((0, 1))
+    grad_bias = sums.sum((0, 1))
+    return (
+        grad_x.astype(x.dtype),
+        None,
+        grad_scale.astype(scale.dtype),
+        grad_bias.astype(scale.dtype),
+    )
 
 
 _normalize.defvjp(_forward, _backward)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    """float32 for half precision; float64 stays float64."""
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    """Casts half precision to float32; float64 stays float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
-    """`[n b ... c]` to `[n b c]`."""
+    """Sums each row: `[n b ... c]` to `[n b c]`."""
     return x.sum(tuple(range(2, x.ndim - 1)))
 
 
-def _spread(of_parts: jax.Array, x: jax.Array) -> jax.Array:
-    """`[n c]` beside `x` `[n b ... c]`."""
-    return of_parts.reshape(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)
+def _broadcast(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes `values` `[n c]` so that they broadcast against `x` `[n b ... c]`."""
+    return values.reshape(x.shape[0], *(1 for _ in x.shape[1:-1]), -1)

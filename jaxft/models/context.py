@@ -1,4 +1,4 @@
-"""How one call of a network runs, as its parts see it."""
+"""The settings of one call of a network, as its layers receive them."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -11,10 +11,11 @@ from jaxft.models.model import NormMode, Norms
 
 @dataclass(frozen=True)
 class Context:
-    """What the part at `path` must know of the call.
+    """Settings of one call of a network, for the submodule at `path`.
 
-    norms, mask, replicas, key: as in `Model.apply`.
-    path: the part's own, dotted; empty for the whole network.
+    Attributes:
+      norms, mask, replicas, key: as in `Model.apply`.
+      path: dotted path of the submodule; empty for the whole network.
     """
 
     norms: Norms
@@ -23,20 +24,19 @@ class Context:
     key: jax.Array | None = None
     path: str = ""
 
-    def below(self, name: str) -> "Context":
-        """The context of the part called `name` within this one."""
+    def child(self, name: str) -> "Context":
+        """Returns the context of the submodule called `name`."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
     @property
     def mode(self) -> NormMode:
-        """The mode of the norm layer at `path`."""
+        """Mode of the norm layer at `path`."""
         return self.norms if isinstance(self.norms, str) else self.norms[self.path]
 
-    def draw(self) -> jax.Array | None:
-        """This part's own random key; None where nothing is random."""
-        # By path: a block draws the same in a part of the network as in the whole.
-        return (
-            None
-            if self.key is None
-            else jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))
-        )
+    def make_rng(self) -> jax.Array | None:
+        """Returns the random key of this submodule; None if the call has no key."""
+        if self.key is None:
+            return None
+        # The key depends on the path alone, so that a single block draws the same numbers as in the
+        # whole network.
+        return jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))

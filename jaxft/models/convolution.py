@@ -1,8 +1,9 @@
-"""Convolutions, in the forms and with the gradients that are fastest on each platform.
+"""Convolutions in the form, and with the gradients, that run fastest on each platform.
 
-All are `(x, kernel) -> y`: `[b h w i]` and `[size size i o]`, odd sizes, to `[b h/stride w/stride
-o]`, sizes rounded up; padded by half the kernel's size, without bias. Gradients are written out:
-`jax.grad` works, forward mode (`jax.jvp`) does not.
+Each function maps `x` `[b h w i]` and a kernel `[size size i o]` of odd size to
+`[b h/stride w/stride o]`, sizes rounded up. The padding is half the kernel's size on all sides;
+there is no bias. Gradients are written by hand: reverse mode (`jax.grad`) works, forward mode
+(`jax.jvp`) does not.
 """
 
 from functools import partial
@@ -10,136 +11,146 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-_ORDER = ("NHWC", "HWIO", "NHWC")
-_Saved = tuple[jax.Array, jax.Array]
-# Of an output of XLA's on CPU, see `in_one_row`.
-_ONE_THREAD = 64  # channels
-_NARROW = 2  # columns
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_Pair = tuple[jax.Array, jax.Array]
+"""An input and a kernel, or their gradients."""
+
+# XLA on CPU is slow where an output has at most this many channels, or columns; see
+# `side_by_side_conv`.
+_SLOW_CHANNELS = 64
+_SLOW_COLUMNS = 2
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """The convolution; of `groups`, each sees its own part of the input's channels."""
+    """Computes a convolution, grouped if `groups` is above 1."""
     if kernel.shape[0] == 1 and groups == 1:
-        return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
-    return dense(x, kernel, stride) if groups == 1 else grouped(x, kernel, stride, groups)
+        return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
+    return dense_conv(x, kernel, stride) if groups == 1 else grouped_conv(x, kernel, stride, groups)
 
 
 @jax.custom_vjp
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 1x1 convolution as a matrix product, whose gradients XLA has up to six times sooner on CPU.
+def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Computes a 1x1 convolution with a kernel `[i o]` as a matrix product.
 
-    `kernel` is `[i o]`.
+    On CPU its gradients are up to six times as fast as XLA's convolution gradients.
     """
     return x @ kernel
 
 
-def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Saved]:
+def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return x @ kernel, (x, kernel)
 
 
-def _pointwise_backward(saved: _Saved, g: jax.Array) -> _Saved:
-    x, kernel = saved
+def _pointwise_backward(residuals: _Pair, grad_y: jax.Array) -> _Pair:
+    x, kernel = residuals
     rows = tuple(range(x.ndim - 1))
     product = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
-    # On CPU the first factor is transposed, and all that it is made of computed again for that:
-    # let it be the narrower one.
-    of_kernel = product(x, g) if x.shape[-1] <= g.shape[-1] else product(g, x).T
-    return g @ kernel.T, of_kernel
+    # XLA on CPU transposes the first factor and recomputes the operations fused into it, so the
+    # narrower array comes first.
+    narrow_input = x.shape[-1] <= grad_y.shape[-1]
+    grad_kernel = product(x, grad_y) if narrow_input else product(grad_y, x).T
+    return grad_y @ kernel.T, grad_kernel
 
 
-pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """XLA's convolution, on all cores of a CPU, and with gradients that are as fast in loops there.
+def dense_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Computes an ungrouped convolution on all cores of a CPU, with gradients fast in loops.
 
-    What `jax.grad` makes of one has another order of axes, which XLA does away with in the
-    outermost computation only: in the body of a `jax.lax.scan` the kernel's gradient takes 160
-    times as long (3x3, 128 channels, 28 px).
+    The gradients of `jax.grad` have another order of axes, which XLA on CPU optimises only in the
+    outermost computation: in the body of a `jax.lax.scan` the kernel's gradient takes 160 times as
+    long (3x3, 128 channels, 28 px).
     """
-    slow = kernel.shape[-1] <= _ONE_THREAD or x.shape[2] <= stride * _NARROW
-    on_cpu = in_one_row if slow else by_xla
-    found: jax.Array = jax.lax.platform_dependent(
+    slow = kernel.shape[-1] <= _SLOW_CHANNELS or x.shape[2] <= stride * _SLOW_COLUMNS
+    cpu_conv = side_by_side_conv if slow else xla_conv
+    y: jax.Array = jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=partial(on_cpu, stride=stride, groups=1),
-        default=partial(by_xla, stride=stride, groups=1),
+        cpu=partial(cpu_conv, stride=stride, groups=1),
+        default=partial(xla_conv, stride=stride, groups=1),
     )
-    return found
+    return y
 
 
-def _dense_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Saved]:
-    return dense(x, kernel, stride), (x, kernel)
+def _dense_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
+    return dense_conv(x, kernel, stride), (x, kernel)
 
 
-def _dense_backward(stride: int, saved: _Saved, g: jax.Array) -> _Saved:
-    def of_xla(x: jax.Array, kernel: jax.Array, g: jax.Array) -> _Saved:
-        of_both: _Saved = jax.vjp(partial(by_xla, stride=stride, groups=1), x, kernel)[1](g)
-        return of_both
+def _dense_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
+    def xla_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array) -> _Pair:
+        vjp = jax.vjp(partial(xla_conv, stride=stride, groups=1), x, kernel)[1]
+        gradients: _Pair = vjp(grad_y)
+        return gradients
 
-    found: _Saved = jax.lax.platform_dependent(
-        *saved, g, cpu=partial(_gradients, stride=stride), default=of_xla
+    gradients: _Pair = jax.lax.platform_dependent(
+        *residuals, grad_y, cpu=partial(_cpu_gradients, stride=stride), default=xla_gradients
     )
-    return found
+    return gradients
 
 
-def _gradients(x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int) -> _Saved:
-    """The same as those of `by_xla`, of one group, as convolutions of the usual order of axes."""
+def _cpu_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array, stride: int) -> _Pair:
+    """Computes the gradients of an ungrouped `xla_conv` as convolutions in the usual axis order."""
     size, _, c_in, c_out = kernel.shape
     side = size // 2
-    # Of g with zeros between its pixels, and what stride 1 would have had besides, at the end.
-    spread = [stride * (pixels - 1) + 1 for pixels in g.shape[1:3]]
-    besides = [pixels - wide for pixels, wide in zip(x.shape[1:3], spread, strict=True)]
-    far = size - 1 - side
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    far_side = size - 1 - side
+    # The gradients need `grad_y` with `stride - 1` zeros between its pixels. With `missing` more
+    # zeros at its end it has the size of `x`, as if the stride were 1.
+    dilated_sizes = [stride * (pixels - 1) + 1 for pixels in grad_y.shape[1:3]]
+    missing = [full - dilated for full, dilated in zip(x.shape[1:3], dilated_sizes, strict=True)]
+    rotated_kernel = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
-    def of_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
+    def kernel_gradient(x: jax.Array, grad_y: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
             x.transpose(3, 1, 2, 0),
-            g.transpose(1, 2, 0, 3),
+            grad_y.transpose(1, 2, 0, 3),
             window_strides=(1, 1),
-            padding=[(side, far - more) for more in besides],
+            padding=[(side, far_side - zeros) for zeros in missing],
             rhs_dilation=(stride, stride),
-            dimension_numbers=_ORDER,
+            dimension_numbers=_DIMENSIONS,
         ).transpose(1, 2, 0, 3)
 
-    if g.shape[2] <= _NARROW or (stride == 1 and c_in <= _ONE_THREAD):
-        zeros = [(0, more, stride - 1) for more in besides]
-        of_stride_1 = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
-        of_x = in_one_row(of_stride_1, turned, 1, 1)
+    if grad_y.shape[2] <= _SLOW_COLUMNS or (stride == 1 and c_in <= _SLOW_CHANNELS):
+        padding = [(0, 0, 0), *((0, zeros, stride - 1) for zeros in missing), (0, 0, 0)]
+        dilated = jax.lax.pad(grad_y, jnp.zeros((), grad_y.dtype), padding)
+        grad_x = side_by_side_conv(dilated, rotated_kernel, 1, 1)
     else:
-        of_x = jax.lax.conv_general_dilated(
-            g,
-            turned,
+        grad_x = jax.lax.conv_general_dilated(
+            grad_y,
+            rotated_kernel,
             window_strides=(1, 1),
-            padding=[(far, side + more) for more in besides],
+            padding=[(far_side, side + zeros) for zeros in missing],
             lhs_dilation=(stride, stride),
-            dimension_numbers=_ORDER,
+            dimension_numbers=_DIMENSIONS,
         )
-    if c_out > _ONE_THREAD or len(x) % 2:
-        return of_x, of_kernel(x, g)
-    # Of every other image, twice: two programs, that a thread each can run.
-    x, g = (array.reshape(-1, 2, *array.shape[1:]) for array in (x, g))
-    return of_x, of_kernel(x[:, 0], g[:, 0]) + of_kernel(x[:, 1], g[:, 1])
+    if c_out > _SLOW_CHANNELS or len(x) % 2:
+        return grad_x, kernel_gradient(x, grad_y)
+    # Two convolutions, each over every other image, run on two threads.
+    x, grad_y = (array.reshape(-1, 2, *array.shape[1:]) for array in (x, grad_y))
+    first, second = (kernel_gradient(x[:, i], grad_y[:, i]) for i in (0, 1))
+    return grad_x, first + second
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+dense_conv.defvjp(_dense_forward, _dense_backward)
 
 
 @partial(jax.jit, static_argnames=("stride", "groups"))
-def grouped(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """A grouped convolution; on CPU by taps: XLA's gradient there takes 60 to 180 times as long."""
+def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """Computes a grouped convolution, on CPU by `tap_conv`.
+
+    On CPU the gradient of XLA's grouped convolution takes 60 to 180 times as long.
+    """
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=partial(by_taps, stride=stride, groups=groups),
-        default=partial(by_xla, stride=stride, groups=groups),
+        cpu=partial(tap_conv, stride=stride, groups=groups),
+        default=partial(xla_conv, stride=stride, groups=groups),
     )
 
 
-def by_xla(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """XLA's convolution."""
+def xla_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """Computes XLA's convolution."""
     # Not "SAME": with stride 2 it pads (0, 1) where torch pads (1, 1).
     side = kernel.shape[0] // 2
     return jax.lax.conv_general_dilated(
@@ -147,31 +158,32 @@ def by_xla(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Arr
         kernel,
         window_strides=(stride, stride),
         padding=((side, side), (side, side)),
-        dimension_numbers=_ORDER,
+        dimension_numbers=_DIMENSIONS,
         feature_group_count=groups,
     )
 
 
-def in_one_row(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """The same as `by_xla`, of the batch's images side by side, with zeros between them.
+def side_by_side_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """Computes the result of `xla_conv` with the batch's images side by side, as one wide image.
 
-    XLA on CPU shares an output's columns and channels out among threads, and neither rows nor
-    images: 64 channels, 56 px wide, are left to one thread. At 2x2 px, with 512 channels, it takes
-    40 times as long without.
+    XLA on CPU distributes an output's columns and channels among threads, but neither rows nor
+    images: an output of 64 channels, 56 px wide, runs on one thread. At 2x2 px and 512 channels,
+    `xla_conv` takes 40 times as long.
     """
     b, _, w, _ = x.shape
-    pitch = -(-(w + kernel.shape[0] // 2) // stride) * stride
+    pitch = -(-(w + kernel.shape[0] // 2) // stride) * stride  # an image and the zeros after it
     x = jnp.pad(x, ((0, 0), (0, 0), (0, pitch - w), (0, 0)))
     x = jax.lax.collapse(x.transpose(1, 0, 2, 3), 1, 3)
-    y = by_xla(x[None], kernel, stride, groups)[0]
+    y = xla_conv(x[None], kernel, stride, groups)[0]
     y = y.reshape(len(y), b, pitch // stride, y.shape[-1])
     return y[:, :, : -(-w // stride)].transpose(1, 0, 2, 3)
 
 
-def by_taps(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """The same as `by_xla`: a sum over the kernel's pixels of a matrix product a group.
+def tap_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """Computes the result of `xla_conv` as a sum over the kernel's pixels (taps).
 
-    The sum is in float32 at least, as that within a convolution is.
+    Each tap is one matrix product per group. The sum is in float32 at least, as within XLA's
+    convolution.
     """
     size, _, c_in, c_out = kernel.shape
     b, h, w, _ = x.shape
@@ -179,10 +191,10 @@ def by_taps(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Ar
     x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
     x = x.reshape(*x.shape[:3], groups, c_in)
     kernel = kernel.reshape(size, size, c_in, groups, c_out // groups)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.zeros((), wide)
+    sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.zeros((), sum_dtype)
     for i in range(size):
         for j in range(size):
             tap = x[:, i : i + h : stride, j : j + w : stride]
-            y += jnp.einsum("bhwgi,igo->bhwgo", tap, kernel[i, j], preferred_element_type=wide)
+            y += jnp.einsum("bhwgi,igo->bhwgo", tap, kernel[i, j], preferred_element_type=sum_dtype)
     return y.astype(x.dtype).reshape(b, rows, columns, c_out)

@@ -1,6 +1,6 @@
-"""The layers of a ResNet beside its norms, with torch's arithmetic and initialisation.
+"""Layers with torch's arithmetic and initialisation; `BatchNorm` is in `batch_norm.py`.
 
-Each is called as `layer(x, context)`. Activations are `[b h w c]`, kernels `hwio`.
+Each layer is called as `layer(x, context)`. Activations are `[b h w c]`, kernels `[h w i o]`.
 """
 
 import math
@@ -12,11 +12,31 @@ from flax import nnx
 
 from jaxft.models.context import Context
 from jaxft.models.convolution import convolve
-from jaxft.models.rngs import Rngs
+
+
+class Rngs:
+    """Random keys for a network's parameters, the same as from `flax.nnx.Rngs(key)`.
+
+    Flax counts the keys in an array. When a network is traced for its shapes, that takes as long
+    as all other work, so this class counts in Python.
+    """
+
+    def __init__(self, key: jax.Array) -> None:
+        self._key = key
+        self._count = 0
+
+    def params(self) -> jax.Array:
+        """Returns the next key."""
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
 
 
 class Conv(nnx.Module):
-    """A convolution without bias, padded alike on all sides so that stride 1 keeps the size."""
+    """Convolution without bias, padded equally on all sides so that stride 1 keeps the size.
+
+    The kernel is drawn as by `torch.nn.init.kaiming_normal_` with `mode="fan_out"`.
+    """
 
     def __init__(
         self,
@@ -35,12 +55,12 @@ class Conv(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b h w c_in]` to `[b h/stride w/stride c_out]`, sizes rounded up."""
+        """Maps `[b h w c_in]` to `[b h/stride w/stride c_out]`, sizes rounded up."""
         return convolve(x, self.kernel[...].astype(x.dtype), self.stride, self.groups)
 
 
 class Linear(nnx.Module):
-    """`torch.nn.Linear`, with its initialisation or with He's."""
+    """`torch.nn.Linear`; `he` draws the kernel as by `torch.nn.init.kaiming_normal_`."""
 
     def __init__(self, c_in: int, c_out: int, *, bias: bool = True, he: bool = False, rngs: Rngs):
         bound = 1 / math.sqrt(c_in)
@@ -56,15 +76,15 @@ class Linear(nnx.Module):
             )
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b c_in]` to `[b c_out]`, in the wider dtype of input and parameters."""
+        """Maps `[b c_in]` to `[b c_out]`, in the wider dtype of input and parameters."""
         y = x @ self.kernel[...]
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """Computes torch's ReLU, which keeps NaN, of any shape.
+    """Computes torch's ReLU, which keeps NaN, for any shape.
 
-    XLA on CPU makes zeros of NaN where it fuses `jax.nn.relu`, a maximum, with a sum.
+    XLA on CPU turns NaN into zero where it fuses `jax.nn.relu`, a maximum, with a sum.
     """
     return jnp.where(x <= 0, 0, x)
 
@@ -73,14 +93,14 @@ class Relu(nnx.Module):
     """`torch.nn.ReLU`."""
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Any shape."""
+        """Applies `relu` to an array of any shape."""
         return relu(x)
 
 
 class Dropout(nnx.Module):
-    """`torch.nn.Dropout`, or with `rows` whole examples at once (stochastic depth).
+    """`torch.nn.Dropout`; with `rows` it drops whole examples (stochastic depth).
 
-    Source: Srivastava et al. 2014; Huang et al. 2016 (arXiv:1603.09382).
+    References: Srivastava et al. 2014; Huang et al. 2016 (arXiv:1603.09382).
     """
 
     def __init__(self, rate: float, *, rows: bool = False):
@@ -88,8 +108,11 @@ class Dropout(nnx.Module):
         self.rows = rows
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Zeros with probability `rate`, the rest scaled up; unchanged without a key."""
-        key = context.draw()
+        """Zeroes values with probability `rate` and scales up the others.
+
+        Returns `x` unchanged if the context has no key.
+        """
+        key = context.make_rng()
         if key is None or not self.rate:
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1) if self.rows else x.shape
@@ -98,38 +121,39 @@ class Dropout(nnx.Module):
 
 
 class MaxPool(nnx.Module):
-    """3x3, stride 2, padded by 1 with -inf: `torch.nn.MaxPool2d(3, 2, 1)`."""
+    """`torch.nn.MaxPool2d(3, 2, 1)`: 3x3, stride 2, padded by 1 with -inf."""
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b h w c]` to `[b h/2 w/2 c]`, sizes rounded up."""
-        return jax.lax.platform_dependent(x, cpu=_maxima_of_views, default=_maxima)
+        """Maps `[b h w c]` to `[b h/2 w/2 c]`, sizes rounded up."""
+        return jax.lax.platform_dependent(x, cpu=_max_of_slices, default=_max_of_windows)
 
 
-def _maxima(x: jax.Array) -> jax.Array:
+def _max_of_windows(x: jax.Array) -> jax.Array:
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
-def _maxima_of_views(x: jax.Array) -> jax.Array:
-    """The same; on CPU XLA's own gradient takes five times as long and seven times the memory.
+def _max_of_slices(x: jax.Array) -> jax.Array:
+    """Computes `_max_of_windows` as the maximum of nine strided slices.
 
-    Among equals the first counts, and NaN counts for more than all, as in torch.
+    On CPU the gradient of XLA's window maximum takes five times as long and seven times the memory.
+    The gradient goes to the first of equal values, and NaN exceeds all values, as in torch.
     """
     _, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    views = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
-    return reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), views)
+    slices = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+    return reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), slices)
 
 
 class AveragePool(nnx.Module):
-    """2x2, stride 2; at an odd edge over what is there.
+    """`torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)`.
 
-    `torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)`.
+    At an odd edge it averages the pixels that exist.
     """
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b h w c]` to `[b h/2 w/2 c]`, sizes rounded up."""
-        # The edge once more is the mean of what is there.
+        """Maps `[b h w c]` to `[b h/2 w/2 c]`, sizes rounded up."""
+        # A repeated edge does not change the mean of the edge pixels.
         _, h, w, _ = x.shape
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
         return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
@@ -139,15 +163,15 @@ class Identity(nnx.Module):
     """`torch.nn.Identity`."""
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Any shape."""
+        """Returns `x`."""
         return x
 
 
 class Sequential(nnx.List):
-    """`torch.nn.Sequential`: the layers' paths are their numbers."""
+    """`torch.nn.Sequential`: the name of each layer is its number."""
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """One layer after another."""
+        """Applies the layers in order."""
         for i, layer in enumerate(self):
-            x = layer(x, context.below(str(i)))
+            x = layer(x, context.child(str(i)))
         return x

@@ -1,4 +1,4 @@
-"""The boundary between a network and everything else: pure functions on plain trees."""
+"""The `Model` protocol: a network as pure functions on plain trees."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -10,10 +10,13 @@ Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
 
 NormMode = Literal["running", "batch", "batch_fixed"]
-"""`running`: normalise with the running statistics and leave them as they are.
-`batch`: normalise with the batch's statistics and move the running ones towards them.
-`batch_fixed`: normalise with the batch's statistics and leave the running ones as they are.
-Whether a layer's scale and bias train is its label's business; five combinations are in use:
+"""The statistics that a norm layer uses.
+
+`running`: normalises with the running statistics and leaves them unchanged.
+`batch`: normalises with batch statistics and updates the running statistics.
+`batch_fixed`: normalises with batch statistics and leaves the running statistics unchanged.
+
+A layer's label, not its mode, decides whether its scale and bias train. Five combinations are used:
 
 | scale, bias | mode          | used by                                                       |
 |-------------|---------------|---------------------------------------------------------------|
@@ -27,28 +30,28 @@ Whether a layer's scale and bias train is its label's business; five combination
 OPTIONS = (
     "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
 )  # fmt: skip
-"""Keyword arguments of `jaxft.models.create` that shape a network, beside `num_classes`."""
+"""Keyword arguments of `jaxft.models.create` that define a network, besides `num_classes`."""
 
 Norms = NormMode | Mapping[str, NormMode]
-"""One mode for the whole network, or one for each norm layer by its path (`layer4.0.bn1`)."""
+"""One mode for all norm layers, or a mode per norm layer by its path (`layer4.0.bn1`)."""
 
 
-class Outline(Protocol):
-    """What is known of a network without any array."""
+class Architecture(Protocol):
+    """Structure of a network, known before any array exists."""
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The network's steps, from input to output; the last one is the head."""
+        """Names of the blocks, from input to output; the last one is the head."""
         ...
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """The patterns that select each block's parameters, in the order of `blocks`."""
+        """Patterns that select the parameters of each block, in the order of `blocks`."""
         ...
 
     @property
     def head(self) -> str:
-        """The path of the classifier's parameters, e.g. `fc`."""
+        """Path of the classifier's parameters, such as `fc`."""
         ...
 
     @property
@@ -57,32 +60,32 @@ class Outline(Protocol):
         ...
 
 
-class Model(Outline, Protocol):
-    """A network as the trainer sees it.
+class Model(Architecture, Protocol):
+    """A network that jaxft can train.
 
-    `params` are what a gradient can reach; `stats` are the running statistics of the norm
-    layers. Both are nested dicts with string keys whose dotted paths name the network's
-    parts; ours do as PyTorch does, down to the module (`layer4.0.conv1.kernel`). `Linen` and
-    `NNX` make such a network of a module of the user's own.
+    `params` holds the arrays that gradients can update; `stats` holds the running statistics of the
+    norm layers. Both are nested dicts with string keys; dotted paths name their leaves. Networks of
+    the registry use PyTorch's names down to the module (`layer4.0.conv1.kernel`). `Linen` and `NNX`
+    turn a Flax module into a `Model`.
     """
 
     @property
     def name(self) -> str:
-        """What the registry, or the user, calls this network."""
+        """Name of the network in the registry, or its class name."""
         ...
 
     @property
     def torch_named(self) -> bool:
-        """Whether weights files have torch's names and layouts for it, or just its own paths."""
+        """Whether weights files use torch's names and layouts; otherwise they use the paths."""
         ...
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The options that build this network from its name; weights files record them."""
+        """Arguments of `create` that build this network; weights files record them."""
         ...
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Returns fresh `(params, stats)`. Their dtypes are those of every run of this network."""
+        """Returns fresh `(params, stats)`, in the dtypes that every run of this network uses."""
         ...
 
     def apply(
@@ -98,14 +101,21 @@ class Model(Outline, Protocol):
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
-        """Runs the blocks `first` to `last` (inclusive; all of them by default).
+        """Applies the blocks from `first` to `last`, both included; by default all blocks.
 
-        `inputs` are images `[b h w c]`, RGB and normalised, or the output of the block before
-        `first`. Rows where `mask` `[b]` is False are padding: they enter no statistics. Batch
-        statistics are of the whole batch, or with `replicas` of so many equal parts of it. `key`
-        draws dropout and stochastic depth; without one, nothing is dropped.
-        Returns the output of `last` (logits `[b k]` for the head; of the block before it the
-        features `[b d]`) and the new `stats`, which are `stats` itself wherever `norms` does not
-        say `batch`.
+        Args:
+          params: all parameters of the network.
+          stats: all running statistics of the network.
+          inputs: normalised RGB images `[b h w c]`, or the output of the block before `first`.
+          norms: the mode of each norm layer.
+          mask: `[b]`, False for padding rows, which batch statistics leave out.
+          replicas: number of equal parts of the batch with separate batch statistics.
+          key: random key for dropout and stochastic depth; None disables both.
+          first: the first block to apply.
+          last: the last block to apply.
+
+        Returns:
+          `(output, stats)`. The output is logits `[b k]` after the head, and features `[b d]` after
+          the block before it. Statistics of layers whose mode is not `batch` are unchanged.
         """
         ...

@@ -1,7 +1,7 @@
-"""A Flax NNX module as a `Model`: plain nested dicts outside, the module only inside `apply`.
+"""A Flax NNX module as a `Model`: nested dicts outside, the module only within `apply`.
 
-Of NNX this uses `split`, `merge`, `state`, `eval_shape` and `to_pure_dict`. Its own jit, grad
-and optimizers are never needed, because every jax transform sees arrays in dicts.
+Uses NNX's `split`, `merge`, `state`, `eval_shape` and `to_pure_dict`. NNX's jit, grad and
+optimizers are not needed, because every JAX transform sees arrays in dicts.
 """
 
 from dataclasses import dataclass
@@ -13,29 +13,56 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxft.models.context import Context
-from jaxft.models.model import OPTIONS, Norms, Outline, Tree
-from jaxft.models.nnx_trees import inside, outside
+from jaxft.models.layers import Rngs
+from jaxft.models.model import OPTIONS, Architecture, Norms, Tree
 from jaxft.models.norm_modes import layer_modes, norm_layers
-from jaxft.models.rngs import Rngs
 
 
-class Config(Outline, Protocol):
-    """What an `NNXModel` needs to know of its module."""
+def variables(module: nnx.Module, kind: type[nnx.Variable[Any]]) -> Tree:
+    """Returns the module's variables of one kind as nested dicts.
+
+    All keys are strings; list indices are converted.
+    """
+    return _with_string_keys(nnx.to_pure_dict(nnx.state(module, kind)))
+
+
+def _with_string_keys(tree: Tree) -> Tree:
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _with_string_keys(value) for key, value in tree.items()}
+
+
+def with_nnx_keys(tree: Tree, template: Tree) -> Tree:
+    """Replaces the string keys of `tree` by the keys of `template`, the inverse of `variables`.
+
+    `template` has the structure that `nnx.to_pure_dict` returns.
+    """
+    if not isinstance(template, dict):
+        return tree
+    return {key: with_nnx_keys(tree[str(key)], value) for key, value in template.items()}
+
+
+class Config(Architecture, Protocol):
+    """The configuration of a module for `NNXModel`."""
 
     @property
     def param_dtype(self) -> str:
-        """The dtype of parameters and statistics."""
+        """Dtype of parameters and statistics."""
         ...
 
 
 @dataclass(frozen=True)
 class NNXModel:
-    """The `Model` whose network is `module(config, rngs=Rngs(key))`.
+    """A `Model` that wraps the module `module(config, rngs=Rngs(key))`.
 
-    The module's parameters are `nnx.Param`, its running statistics `nnx.BatchStat` called `mean`
-    and `var`, and its call is `module(x, context, blocks)`, where `blocks` is the run of
-    `config.blocks` to apply. `config` is hashable, and equal models have equal hashes: a
-    model can be a static argument.
+    The module's parameters are `nnx.Param`, and its running statistics are `nnx.BatchStat` called
+    `mean` and `var`. It is called as `module(x, context, blocks)`, where `blocks` are consecutive
+    entries of `config.blocks`.
+
+    Attributes:
+      name: name of the network.
+      module: class of the module.
+      config: its configuration, hashable, so that the model can be a static argument of `jax.jit`.
     """
 
     name: str
@@ -44,17 +71,17 @@ class NNXModel:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The network's steps, from input to output."""
+        """Names of the blocks, from input to output."""
         return self.config.blocks
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """The patterns that select each block's parameters."""
+        """Patterns that select the parameters of each block."""
         return self.config.block_patterns
 
     @property
     def head(self) -> str:
-        """The path of the classifier's parameters."""
+        """Path of the classifier's parameters."""
         return self.config.head
 
     @property
@@ -64,18 +91,18 @@ class NNXModel:
 
     @property
     def torch_named(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `jaxft.models.create` that the configuration has."""
+        """Arguments of `jaxft.models.create` that the configuration has."""
         return {name: getattr(self.config, name) for name in OPTIONS if hasattr(self.config, name)}
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Returns fresh `(params, stats)` in `config.param_dtype`, drawn in float32."""
+        """Returns fresh `(params, stats)`, drawn in float32 and cast to `config.param_dtype`."""
         module = self._build(key)
-        trees = outside(module, nnx.Param), outside(module, nnx.BatchStat)
+        trees = variables(module, nnx.Param), variables(module, nnx.BatchStat)
         return jax.tree.map(lambda x: x.astype(self.config.param_dtype), trees)
 
     def apply(
@@ -91,22 +118,27 @@ class NNXModel:
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
-        """See `Model.apply`. `params` and `stats` are whole, also for a run of few blocks.
+        """Applies the blocks from `first` to `last`; see `Model.apply`.
 
-        Raises ValueError for a run of blocks that does not exist, and for `norms` that leave out
-        a norm layer or name one that does not exist.
+        `params` and `stats` are the whole trees, also for a few blocks.
+
+        Raises:
+          ValueError: if `first` or `last` is no block, if `last` comes before `first`, or if
+            `norms` leaves out a norm layer or names one that does not exist.
         """
-        blocks = self._run(first, last)
-        graph, like_params, like_stats, layers = _abstract(self)
+        blocks = self._blocks_between(first, last)
+        graph, param_template, stat_template, layers = _split_shapes(self)
         modes = layer_modes(self.name, layers, norms)
-        module: Any = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats))
+        module: Any = nnx.merge(
+            graph, with_nnx_keys(params, param_template), with_nnx_keys(stats, stat_template)
+        )
         output = module(inputs, Context(modes, mask, replicas, key), blocks)
-        return output, outside(module, nnx.BatchStat) if "batch" in modes.values() else stats
+        return output, variables(module, nnx.BatchStat) if "batch" in modes.values() else stats
 
     def _build(self, key: jax.Array) -> nnx.Module:
         return self.module(self.config, rngs=Rngs(key))  # type: ignore[call-arg]
 
-    def _run(self, first: str | None, last: str | None) -> tuple[str, ...]:
+    def _blocks_between(self, first: str | None, last: str | None) -> tuple[str, ...]:
         try:
             start = 0 if first is None else self.blocks.index(first)
             end = len(self.blocks) if last is None else self.blocks.index(last) + 1
@@ -114,16 +146,16 @@ class NNXModel:
             start = end = 0
         if start >= end:
             raise ValueError(
-                f"no run of blocks from {first!r} to {last!r} in {self.name}; "
+                f"{self.name} has no blocks from {first!r} to {last!r}; "
                 f"its blocks are, in order: {', '.join(self.blocks)}"
             )
         return self.blocks[start:end]
 
 
 @lru_cache(maxsize=16)
-def _abstract(model: NNXModel) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[str]]:
-    """The module without its arrays, their shapes, and the paths of its norm layers."""
+def _split_shapes(model: NNXModel) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[str]]:
+    """Returns the graph, the shapes of params and stats, and the paths of the norm layers."""
     module = nnx.eval_shape(lambda: model._build(jax.random.key(0)))
     graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
     params, stats = map(nnx.to_pure_dict, states)
-    return graph, params, stats, norm_layers(outside(module, nnx.BatchStat))
+    return graph, params, stats, norm_layers(variables(module, nnx.BatchStat))

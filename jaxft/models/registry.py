@@ -1,4 +1,4 @@
-"""The networks by name: torchvision's and timm's names, and the CIFAR ones of He et al."""
+"""Creates networks by name: torchvision's and timm's names, and the CIFAR networks of He et al."""
 
 import difflib
 from dataclasses import replace
@@ -21,7 +21,7 @@ def _bottleneck(*depths: int, groups: int = 1, base_width: int = 64) -> ResNetCo
 
 
 Dtype = Literal["float32", "bfloat16", "float64"]
-"""What a network computes in."""
+"""Compute dtype of a network."""
 
 _PLAIN = {
     "resnet10": _basic(1, 1, 1, 1),
@@ -40,7 +40,7 @@ _PLAIN = {
     "wide_resnet50_2": _bottleneck(3, 4, 6, 3, base_width=128),
     "wide_resnet101_2": _bottleneck(3, 4, 23, 3, base_width=128),
 }
-# timm's letters: the widths of the stem, and whether shortcuts average.
+# timm's letters: (widths of the stem, whether shortcuts average).
 _VARIANTS = {
     "c": ((32, 32), False),
     "d": ((32, 32), True),
@@ -74,7 +74,7 @@ _CONFIGS = {
 
 
 def names() -> tuple[str, ...]:
-    """The names `create` knows."""
+    """Returns the names that `create` accepts."""
     return tuple(_CONFIGS)
 
 
@@ -90,63 +90,70 @@ def create(
     drop_path: float = 0.0,
     dtype: Dtype | None = None,
 ) -> Model:
-    """The network called `name`, without any arrays yet.
+    """Creates the network called `name`; its arrays come from `Model.init` or a weights file.
 
-    stride_in_1x1: for weights of the original ResNet-50, 101 and 152 (He et al., Caffe, Keras),
-      whose bottlenecks stride on their first 1x1 convolution; torchvision's do not.
-    concat_pool: fastai's head, the maximum and mean of each channel and two linear layers.
-    head_layers: the widths of linear layers before the last one, and `relu`: (256, "relu", 32).
-    binary: two classes with one logit z, parameters of one output: `apply` gives (0, z), whose
-      cross entropy is torch's `BCEWithLogitsLoss` of z.
-    dropout: of the features before the head (concat_pool: before its last linear layer, and half
-      of it before the first).
-    drop_path: stochastic depth, for each example, of the last residual block; linear in depth.
-    dtype: of the computation; parameters, statistics and logits are float32, or with `float64`
-      (which needs `jax_enable_x64`) float64. None: the images'.
+    Args:
+      name: one of `names()`.
+      num_classes: number of classes.
+      stride_in_1x1: put the stride of bottlenecks on their first 1x1 convolution, as weights of the
+        original ResNet-50, 101 and 152 need it (He et al., Caffe, Keras); torchvision's do not.
+      concat_pool: use fastai's head, the maximum and mean of each channel and two linear layers.
+      head_layers: layers before the last linear layer: widths of linear layers and "relu", such as
+        `(256, "relu", 32)`.
+      binary: predict two classes with one logit z. The last layer has one output and `apply`
+        returns the logits (0, z); their cross entropy is torch's `BCEWithLogitsLoss` of z.
+      dropout: dropout rate of the features before the head. With `concat_pool`, the rate before the
+        last linear layer; the rate before the first is half of it.
+      drop_path: stochastic depth rate of the last residual block, drawn for each example. The rate
+        grows linearly with depth.
+      dtype: compute dtype; None uses the dtype of the images. Parameters, statistics and logits are
+        float32. With "float64", which needs `jax_enable_x64`, they are float64.
 
-    Raises RecipeError for an unknown name, or options that do not fit the network.
+    Raises:
+      RecipeError: if the name is unknown or an option does not fit the network.
 
+    Example:
         model = create("resnet18", num_classes=2)
         params, stats = model.init(jax.random.key(0))
         logits, stats = model.apply(params, stats, images, norms="running")
     """
     if name not in _CONFIGS:
-        near = difflib.get_close_matches(name, _CONFIGS, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        similar = difflib.get_close_matches(name, _CONFIGS, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
         raise RecipeError(
             f"no model is called {name!r}.{hint}\n  Models: {', '.join(_CONFIGS)}\n"
-            "A network of your own is given as model=... in Python, also to go on with its run or "
-            "to export it; or a recipe names its factory, model='my_module:build'."
+            "To train, resume or export your own network, pass it as model=... in Python, or name "
+            "a function that builds it in the recipe: model='my_module:build'."
         )
     if num_classes < 1:
         raise RecipeError(f"{name}: num_classes is {num_classes}; it must be at least 1")
     for option, rate in (("dropout", dropout), ("drop_path", drop_path)):
         if not 0 <= rate < 1:
             raise RecipeError(f"{name}: {option} is {rate}; it must be at least 0 and below 1")
-    if wrong := [x for x in head_layers if x != "relu" and not (isinstance(x, int) and x >= 1)]:
+    if invalid := [x for x in head_layers if x != "relu" and not (isinstance(x, int) and x >= 1)]:
         raise RecipeError(
-            f"{name}: head_layers has {wrong[0]!r}; each must be a width of at least 1 or 'relu'"
+            f"{name}: head_layers has {invalid[0]!r}; each must be a width of at least 1 or 'relu'"
         )
     if head_layers and concat_pool:
-        raise RecipeError(f"{name}: concat_pool is a head of two layers; head_layers is another")
-    if binary and num_classes != 2:
         raise RecipeError(
-            f"{name}: binary is one logit for two classes, not for {num_classes}; leave it out"
+            f"{name}: concat_pool and head_layers define two different heads; leave one out"
         )
+    if binary and num_classes != 2:
+        raise RecipeError(f"{name}: binary needs two classes, not {num_classes}; leave it out")
     if dtype not in (None, *get_args(Dtype)):
         choices = ", ".join(get_args(Dtype))
         raise RecipeError(f"{name}: dtype is {dtype!r}; it must be one of {choices}, or None")
     if dtype == "float64" and jax.dtypes.canonicalize_dtype(float) != "float64":
         raise RecipeError(
-            "dtype is float64, and JAX computes in float32 here. Turn float64 on: set the "
-            "environment variable JAX_ENABLE_X64=1, or call "
-            "jax.config.update('jax_enable_x64', True) before any array is made."
+            "dtype is 'float64', but JAX computes in float32. Turn float64 on: set the environment "
+            "variable JAX_ENABLE_X64=1, or call jax.config.update('jax_enable_x64', True) before "
+            "any array is created."
         )
     config = _CONFIGS[name]
     if stride_in_1x1 and not config.bottleneck:
         raise RecipeError(
-            f"{name} has no bottlenecks, so stride_in_1x1 means nothing to it; it is for networks "
-            "that have, such as resnet50"
+            f"{name} has no bottlenecks, so stride_in_1x1 does not apply to it; use it with a "
+            "network that has bottlenecks, such as resnet50"
         )
     config = replace(
         config,

@@ -1,8 +1,9 @@
 """Residual networks in Flax NNX, with torchvision's and timm's names and torch's arithmetic.
 
-Two layouts: ImageNet's (He et al. 2015, arXiv:1512.03385, as in `torchvision.models.resnet` and
-`timm.models.resnet`) and the thinner CIFAR one of the same paper's section 4.2. Activations are
-`[b h w c]`. Parameters are drawn in float32, whatever the compute dtype.
+There are two layouts: the one for ImageNet (He et al. 2015, arXiv:1512.03385, as in
+`torchvision.models.resnet` and `timm.models.resnet`) and the thinner one for CIFAR (section 4.2 of
+the same paper). Activations are `[b h w c]`. Parameters are drawn in float32, whatever the compute
+dtype.
 """
 
 from collections.abc import Sequence
@@ -23,82 +24,86 @@ from jaxft.models.layers import (
     Linear,
     MaxPool,
     Relu,
+    Rngs,
     Sequential,
     relu,
 )
-from jaxft.models.rngs import Rngs
 
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """What tells one ResNet from another."""
+    """Configuration of a `ResNet`."""
 
     layout: Literal["imagenet", "cifar"]
+    """`imagenet`: a 7x7 stem, max pooling and 1x1 shortcuts. `cifar`: a 3x3 stem and shortcuts
+    without parameters."""
     depths: tuple[int, ...]
-    """Residual blocks in each of `layer1`, `layer2`, ..."""
+    """Number of residual blocks in each of `layer1`, `layer2`, ..."""
     bottleneck: bool = False
+    """Use `Bottleneck` blocks instead of `BasicBlock`."""
     groups: int = 1
-    """Of the bottlenecks' 3x3 convolutions (ResNeXt, arXiv:1611.05431)."""
+    """Groups of the bottlenecks' 3x3 convolutions (ResNeXt, arXiv:1611.05431)."""
     base_width: int = 64
-    """Channels of a group where the layer has 64; 128 with one group is a wide ResNet."""
+    """Channels per group in a layer of width 64; 128 with one group is a wide ResNet."""
     stem: tuple[int, int] | None = None
-    """Three 3x3 convolutions instead of one 7x7, the first two of these widths: (32, 32) is
-    timm's `d` (arXiv:1812.01187), (24, 32) its `t`, (64, 64) its `s`."""
+    """Widths of the first two of three 3x3 convolutions that replace the 7x7 convolution: (32, 32)
+    is timm's `d` (arXiv:1812.01187), (24, 32) its `t`, (64, 64) its `s`."""
     average_shortcut: bool = False
-    """Shortcuts average 2x2 pixels before a 1x1 convolution that no longer strides (`d`, `t`)."""
+    """Average 2x2 pixels before a shortcut's 1x1 convolution, which has stride 1 (`d`, `t`)."""
     stride_in_1x1: bool = False
-    """Where a down-sampling bottleneck strides: on its first 1x1 convolution (He et al., Caffe,
-    Keras) or on its 3x3 (torchvision, known as v1.5). The parameters are the same."""
+    """Put a bottleneck's stride on its first 1x1 convolution (He et al., Caffe, Keras) instead of
+    its 3x3 convolution (torchvision, known as v1.5). The parameters are the same."""
     num_classes: int = 1000
+    """Number of logits."""
     concat_pool: bool = False
-    """fastai's head: maximum and mean of each channel, then two linear layers."""
+    """Use fastai's head: maximum and mean of each channel, then two linear layers."""
     head_layers: tuple[int | Literal["relu"], ...] = ()
-    """Before the last linear layer: the widths of others, and ReLU."""
+    """Layers of the head before the last linear layer: widths of linear layers, and "relu"."""
     binary: bool = False
-    """Two classes with one logit z: the last layer has one output, the network's is (0, z)."""
+    """Predict two classes with one logit z: the last layer has one output; logits are (0, z)."""
     dropout: float = 0.0
-    """Before the head; with `concat_pool` before the last linear layer, half of it before the
-    first."""
+    """Dropout rate before the head. With `concat_pool`, the rate before the last linear layer; the
+    rate before the first is half of it."""
     drop_path: float = 0.0
-    """Stochastic depth of the last residual block; it grows linearly from 0 in the first."""
+    """Stochastic depth rate of the last residual block; it grows linearly from 0 in the first."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Of all between stem and head; None: that of the images. With float64, parameters and
-    statistics are float64 too."""
+    """Compute dtype of all blocks before the head; None uses the dtype of the images. With
+    "float64" parameters and statistics are float64 too."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each layer's 3x3 convolutions in a network of one 64-wide group."""
+        """Channels of each layer's 3x3 convolutions, for `base_width` 64 and one group."""
         first = 64 if self.layout == "imagenet" else 16
         return tuple(first * 2**i for i in range(len(self.depths)))
 
     @property
     def stem_width(self) -> int:
-        """Channels that the stem hands to `layer1`."""
+        """Number of channels of the stem's output."""
         return self.widths[0] if self.stem is None else 2 * self.stem[1]
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """`stem`, `layer1`, ..., `head`."""
+        """Names of the blocks: `stem`, `layer1`, ..., `head`."""
         return ("stem", *(f"layer{i + 1}" for i in range(len(self.depths))), "head")
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """The patterns that select each block's parameters, in the order of `blocks`."""
+        """Patterns that select the parameters of each block, in the order of `blocks`."""
         return (("conv1", "bn1"), *((layer,) for layer in self.blocks[1:-1]), (self.head,))
 
     @property
     def head(self) -> str:
-        """The path of the classifier."""
+        """Path of the classifier."""
         return "fc"
 
     @property
     def param_dtype(self) -> str:
-        """The dtype of parameters and statistics; half precision is for computing only."""
+        """Dtype of parameters and statistics, never half precision."""
         return "float64" if self.dtype == "float64" else "float32"
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Residual block of two 3x3 convolutions."""
 
     expansion = 1
 
@@ -117,22 +122,22 @@ class BasicBlock(nnx.Module):
         self.bn2 = BatchNorm(width)
         self.drop_path = Dropout(drop_path, rows=True)
         if config.layout == "imagenet" and (stride != 1 or c_in != width):
-            self.downsample = projection(c_in, width, stride, config, rngs)
+            self.downsample = projection_shortcut(c_in, width, stride, config, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b h w c_in]` to `[b h/stride w/stride width]`."""
-        at = context.below
-        y = relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
-        y = self.bn2(self.conv2(y, at("conv2")), at("bn2"))
+        """Maps `[b h w c_in]` to `[b h/stride w/stride width]`."""
+        child = context.child
+        y = relu(self.bn1(self.conv1(x, child("conv1")), child("bn1")))
+        y = self.bn2(self.conv2(y, child("conv2")), child("bn2"))
         if hasattr(self, "downsample"):
-            x = self.downsample(x, at("downsample"))
+            x = self.downsample(x, child("downsample"))
         elif x.shape != y.shape:
-            x = subsample(x, y.shape[-1])
+            x = padded_shortcut(x, y.shape[-1])
         return relu(self.drop_path(y, context) + x)
 
 
 class Bottleneck(nnx.Module):
-    """A 3x3 convolution between two 1x1, beside a shortcut; four times as wide outside."""
+    """Residual block of a 1x1, a 3x3 and a 1x1 convolution, with `4 * width` output channels."""
 
     expansion = 4
 
@@ -156,21 +161,21 @@ class Bottleneck(nnx.Module):
         self.bn3 = BatchNorm(c_out)
         self.drop_path = Dropout(drop_path, rows=True)
         if stride != 1 or c_in != c_out:
-            self.downsample = projection(c_in, c_out, stride, config, rngs)
+            self.downsample = projection_shortcut(c_in, c_out, stride, config, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """`[b h w c_in]` to `[b h/stride w/stride 4*width]`."""
-        at = context.below
-        y = relu(self.bn1(self.conv1(x, at("conv1")), at("bn1")))
-        y = relu(self.bn2(self.conv2(y, at("conv2")), at("bn2")))
-        y = self.bn3(self.conv3(y, at("conv3")), at("bn3"))
+        """Maps `[b h w c_in]` to `[b h/stride w/stride 4*width]`."""
+        child = context.child
+        y = relu(self.bn1(self.conv1(x, child("conv1")), child("bn1")))
+        y = relu(self.bn2(self.conv2(y, child("conv2")), child("bn2")))
+        y = self.bn3(self.conv3(y, child("conv3")), child("bn3"))
         if hasattr(self, "downsample"):
-            x = self.downsample(x, at("downsample"))
+            x = self.downsample(x, child("downsample"))
         return relu(self.drop_path(y, context) + x)
 
 
 class ResNet(nnx.Module):
-    """The network; `blocks` of its call are a run of `ResNetConfig.blocks`."""
+    """Residual network whose blocks can be applied separately."""
 
     def __init__(self, config: ResNetConfig, *, rngs: Rngs):
         c = config.stem_width
@@ -179,28 +184,33 @@ class ResNet(nnx.Module):
         self.concat_pool = config.concat_pool
         self.last_layer = config.blocks[-2]
         self.binary = config.binary
-        self.conv1 = stem(config, rngs)
+        self.conv1 = build_stem(config, rngs)
         self.bn1 = BatchNorm(c)
         self.maxpool = MaxPool()
         block = Bottleneck if config.bottleneck else BasicBlock
-        number, last = 0, max(1, sum(config.depths) - 1)
+        index, last_index = 0, max(1, sum(config.depths) - 1)
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             layer = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                layer.append(
-                    block(c, width, stride, config.drop_path * number / last, config, rngs)
-                )
-                c, number = block.expansion * width, number + 1
+                drop_path = config.drop_path * index / last_index
+                layer.append(block(c, width, stride, drop_path, config, rngs))
+                c, index = block.expansion * width, index + 1
             setattr(self, f"layer{i + 1}", Sequential(layer))
         self.dropout = Dropout(0.0 if config.concat_pool else config.dropout)
-        self.fc = head(c, config, rngs)
+        self.fc = build_head(c, config, rngs)
 
     def __call__(self, x: jax.Array, context: Context, blocks: Sequence[str]) -> jax.Array:
-        """The output of the last of `blocks`, given the input `x` of the first.
+        """Applies consecutive `blocks` of `ResNetConfig.blocks`.
 
-        Images are `[b h w 3]`; the last layer hands features `[b c]` to the head; logits `[b k]`
-        have the wider dtype of features and parameters.
+        Args:
+          x: images `[b h w 3]`, or the output of the block before the first one.
+          context: settings of the call.
+          blocks: names of the blocks to apply.
+
+        Returns:
+          Activations `[b h w c]`, features `[b c]` after the last layer, or logits `[b k]` in the
+          wider dtype of features and parameters.
         """
         for name in blocks:
             if name == "stem":
@@ -208,36 +218,36 @@ class ResNet(nnx.Module):
             elif name == "head":
                 x = self._head(x, context)
             else:
-                x = getattr(self, name)(x, context.below(name))
+                x = getattr(self, name)(x, context.child(name))
                 x = self._pool(x) if name == self.last_layer else x
         return x
 
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
         x = x if self.dtype is None else x.astype(self.dtype)
-        x = self.conv1(x, context.below("conv1"))
-        x = relu(self.bn1(x, context.below("bn1")))
+        x = self.conv1(x, context.child("conv1"))
+        x = relu(self.bn1(x, context.child("bn1")))
         return self.maxpool(x, context) if self.imagenet else x
 
     def _pool(self, x: jax.Array) -> jax.Array:
-        """`[b h w c]` to `[b c]`, with `concat_pool` to `[b 2c]`."""
+        """Maps `[b h w c]` to `[b c]`, with `concat_pool` to `[b 2c]`."""
         mean = x.mean((1, 2))
         if not self.concat_pool:
             return mean
-        # Not x.max: its gradient looks for the maximum by equality, and XLA may compute x once more
-        # for that, by other roundings; then it is found nowhere, and the gradient is NaN.
+        # Not x.max: its gradient compares x with the maximum. XLA may recompute x with other
+        # rounding for that; then no value is equal, and the gradient is NaN.
         pixels = x.reshape(x.shape[0], -1, x.shape[-1])
-        where = pixels.argmax(1, keepdims=True)
-        maximum = jnp.take_along_axis(pixels, where, 1)[:, 0]
+        indices = pixels.argmax(1, keepdims=True)
+        maximum = jnp.take_along_axis(pixels, indices, 1)[:, 0]
         return jnp.concatenate([maximum, mean], -1)
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
-        dropped = self.dropout(features, context.below("dropout"))
-        logits = self.fc(dropped, context.below("fc"))
+        dropped = self.dropout(features, context.child("dropout"))
+        logits = self.fc(dropped, context.child("fc"))
         return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
 
 
-def stem(config: ResNetConfig, rngs: Rngs) -> Conv | Sequential:
-    """The convolutions before the first norm; ImageNet's stride, CIFAR's does not."""
+def build_stem(config: ResNetConfig, rngs: Rngs) -> Conv | Sequential:
+    """Builds the convolutions before `bn1`; they have stride 2 for ImageNet and 1 for CIFAR."""
     c = config.stem_width
     if config.layout == "cifar":
         return Conv(3, c, 3, rngs=rngs)
@@ -253,26 +263,31 @@ def stem(config: ResNetConfig, rngs: Rngs) -> Conv | Sequential:
     )
 
 
-def projection(c_in: int, c_out: int, stride: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
-    """Shortcut B of He et al.: a 1x1 convolution and its norm."""
+def projection_shortcut(
+    c_in: int, c_out: int, stride: int, config: ResNetConfig, rngs: Rngs
+) -> Sequential:
+    """Builds shortcut B of He et al.: a 1x1 convolution and a norm layer."""
     if not config.average_shortcut:
         return Sequential([Conv(c_in, c_out, 1, stride, rngs=rngs), BatchNorm(c_out)])
     pool = AveragePool() if stride == 2 else Identity()
     return Sequential([pool, Conv(c_in, c_out, 1, rngs=rngs), BatchNorm(c_out)])
 
 
-def subsample(x: jax.Array, c_out: int) -> jax.Array:
-    """Shortcut A of He et al.: every other pixel, and zero channels, half of them on each side."""
+def padded_shortcut(x: jax.Array, c_out: int) -> jax.Array:
+    """Computes shortcut A of He et al.: every other pixel, zero-padded to `c_out` channels.
+
+    Half of the zero channels come before the others, half after them.
+    """
     x = x[:, ::2, ::2]
     extra = c_out - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-def head(c: int, config: ResNetConfig, rngs: Rngs) -> Linear | Sequential:
-    """What makes logits of `c` channels: one linear layer, or numbered as in `nn.Sequential`."""
+def build_head(c: int, config: ResNetConfig, rngs: Rngs) -> Linear | Sequential:
+    """Builds the classifier for features of `c` channels: a linear layer or a `Sequential`."""
     outputs = 1 if config.binary else config.num_classes
     if config.concat_pool:
-        return two_layers(c, outputs, config, rngs)
+        return fastai_head(c, outputs, config, rngs)
     layers: list[nnx.Module] = []
     for width in config.head_layers:
         if width == "relu":
@@ -284,8 +299,11 @@ def head(c: int, config: ResNetConfig, rngs: Rngs) -> Linear | Sequential:
     return Sequential([*layers, last]) if layers else last
 
 
-def two_layers(c: int, outputs: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
-    """fastai's `create_head` after the pooling: norm, dropout, linear, twice; He's weights."""
+def fastai_head(c: int, outputs: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
+    """Builds fastai's `create_head` without its pooling: norm, dropout and linear layer, twice.
+
+    The linear layers have no bias and start from He's initialisation, as in fastai.
+    """
     hidden = 512
     return Sequential(
         [

@@ -1,4 +1,4 @@
-"""A Flax Linen module of the user's own as a `Model`."""
+"""A Flax Linen module as a `Model`."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,53 +12,58 @@ from jax.typing import ArrayLike
 
 from jaxft.errors import ModelError
 from jaxft.models.model import NormMode, Tree
-from jaxft.models.user_model import OwnModel, check_values, rows_of
+from jaxft.models.user_model import UserModel, check_batch_statistics, statistics_mask
 
 _COLLECTIONS = {"params", "batch_stats"}
 
 
 @dataclass(frozen=True)
-class Linen(OwnModel):
-    """A Linen module as a network; see `OwnModel` for what else to say.
+class Linen(UserModel):
+    """Wraps a Linen module as a network; `UserModel` describes the other arguments.
 
+    `params` and `stats` are the module's collections `params` and `batch_stats`, with the module's
+    paths, such as `Conv_0.kernel`.
+
+    Attributes:
+      module: the module.
+
+    Raises:
+      ModelError: if the module has other collections, keeps running statistics elsewhere than in
+        `nn.BatchNorm`, or does not return logits.
+
+    Example:
         model = Linen(CNN(), shape=(32, 32, 3), head="Dense_1")
-        params, stats = model.init(jax.random.key(0))  # or those of your variables
-
-    `params` and `stats` are the module's collections `params` and `batch_stats`, with the paths
-    that the module gives them: `Conv_0.kernel`.
-
-    Raises ModelError for a module that has other collections, that keeps running statistics
-    elsewhere than in `nn.BatchNorm`, or whose output is not logits.
+        params, stats = model.init(jax.random.key(0))
     """
 
-    module: nn.Module = field(hash=False)  # a module whose fields cannot be hashed serves as well
+    module: nn.Module = field(hash=False)  # so that its fields need not be hashable
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
-            given = self.module.__name__ if isinstance(self.module, type) else None
-            kind = f"the class {given}" if given else f"a {type(self.module).__name__}"
-            call = f": call it, {given}(...)" if given else ""
-            raise ModelError(f"Linen takes a flax.linen module, not {kind}{call}.")
+            class_name = self.module.__name__ if isinstance(self.module, type) else None
+            kind = f"the class {class_name}" if class_name else f"a {type(self.module).__name__}"
+            hint = f": create an instance, {class_name}(...)" if class_name else ""
+            raise ModelError(f"Linen takes a flax.linen module, not {kind}{hint}.")
         super().__post_init__()
 
     @property
     def name(self) -> str:
-        """The module's class."""
+        """Name of the module's class."""
         return type(self.module).__name__
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`, bit for bit those of `module.init(key, ...)`."""
-        return self._init(key, _Governor({}, None, None))
+        """Returns fresh `(params, stats)`, bit-identical to `module.init(key, ...)`."""
+        return self._init(key, _Interceptor({}, None, None))
 
-    def _init(self, key: jax.Array, governor: "_Governor") -> tuple[Tree, Tree]:
+    def _init(self, key: jax.Array, interceptor: "_Interceptor") -> tuple[Tree, Tree]:
         images = jnp.zeros((1, *self.shape))
-        with nn.intercept_methods(governor):
-            variables = self.module.init(key, images, method=self._method(trains=False))
+        with nn.intercept_methods(interceptor):
+            variables = self.module.init(key, images, method=self._method(is_training=False))
         if others := sorted(variables.keys() - _COLLECTIONS):
             raise ModelError(
                 f"{self.name} also has the collections {', '.join(others)}: only params and "
-                "batch_stats are trained, saved and resumed. Without others (caches, losses that "
-                "are sown) it can serve."
+                "batch_stats are trained, saved and resumed. Remove the other collections "
+                "(caches, sown losses) from the module."
             )
         variables = nn.meta.unbox(variables)
         return variables.get("params", {}), variables.get("batch_stats", {})
@@ -72,60 +77,65 @@ class Linen(OwnModel):
         mask: ArrayLike | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
-        # Streams of other names than dropout fall back on that of `params`.
+        # Flax draws from the stream `params` if a module asks for a stream that is not given.
         rngs = {} if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
-        with nn.intercept_methods(_Governor(modes, mask, key)):
-            logits, moved = self.module.apply(
+        with nn.intercept_methods(_Interceptor(modes, mask, key)):
+            logits, updated = self.module.apply(
                 {"params": params, "batch_stats": stats},
                 images,
                 rngs=rngs,
                 mutable=["batch_stats"],
-                method=self._method(trains=key is not None),
+                method=self._method(is_training=key is not None),
             )
-        return logits, moved.get("batch_stats", {})
+        return logits, updated.get("batch_stats", {})
 
     def _batch_norms(self) -> set[str]:
-        governor = _Governor({}, None, None)
-        jax.eval_shape(lambda key: self._init(key, governor), jax.random.key(0))
-        return governor.seen
+        interceptor = _Interceptor({}, None, None)
+        jax.eval_shape(lambda key: self._init(key, interceptor), jax.random.key(0))
+        return interceptor.batch_norms
 
-    def _method(self, *, trains: bool) -> Callable[[nn.Module, jax.Array], jax.Array]:
-        return lambda module, images: self.call(module, images, trains)
+    def _method(self, *, is_training: bool) -> Callable[[nn.Module, jax.Array], jax.Array]:
+        return lambda module, images: self.call(module, images, is_training)
 
 
-class _Governor:
-    """Intercepts the calls of batch norms and dropouts: which statistics, which rows, whether.
+class _Interceptor:
+    """Intercepts calls of batch norm and dropout layers, for `nn.intercept_methods`.
 
-    A layer whose mode is not given uses the running statistics. `seen` are the norms' paths.
+    Sets the statistics and the mask of each batch norm layer, and disables dropout if there is no
+    key. A batch norm layer without a mode uses its running statistics.
+
+    Attributes:
+      batch_norms: paths of the batch norm layers that were called.
     """
 
     def __init__(
         self, modes: Mapping[str, NormMode], mask: ArrayLike | None, key: jax.Array | None
     ) -> None:
         self.modes, self.mask, self.key = modes, mask, key
-        self.seen: set[str] = set()
+        self.batch_norms: set[str] = set()
 
     def __call__(
         self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        """As `nn.intercept_methods` calls it."""
-        layer, takes = context.module, inspect.signature(context.orig_method).parameters
-        # A subclass that has a call of its own comes by again when that calls its base's.
+        """Calls a layer's method, with other arguments if it is a batch norm or a dropout."""
+        layer, parameters = context.module, inspect.signature(context.orig_method).parameters
         if context.method_name != "__call__":
             return method(*args, **kwargs)
-        if isinstance(layer, nn.BatchNorm) and "mask" in takes:
+        # The call of a subclass may lack the parameter tested below. It is left alone: the call
+        # of its base class is intercepted.
+        if isinstance(layer, nn.BatchNorm) and "mask" in parameters:
             path = ".".join(layer.path)
-            self.seen.add(path)
-            # What the layer says of itself must not contradict what it is told. It is bound to
-            # this one call, so that nobody else sees it changed.
+            self.batch_norms.add(path)
+            # The layer's field must not contradict the argument. The layer is bound to this one
+            # call, so nothing else sees the change.
             object.__setattr__(layer, "use_running_average", None)
-            return self._normalize(path, method, *args, **kwargs)
-        if isinstance(layer, nn.Dropout) and "deterministic" in takes and self.key is None:
+            return self._batch_norm(path, method, *args, **kwargs)
+        if isinstance(layer, nn.Dropout) and "deterministic" in parameters and self.key is None:
             object.__setattr__(layer, "deterministic", None)
             return method(*args[:1], **{**kwargs, "deterministic": True})
         return method(*args, **kwargs)
 
-    def _normalize(
+    def _batch_norm(
         self,
         path: str,
         method: Any,
@@ -134,7 +144,7 @@ class _Governor:
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        running = self.modes.get(path, "running") == "running"
-        if not running:
-            check_values(path, x)
-        return method(x, running, mask=rows_of(path, x, self.mask, mask))
+        use_running = self.modes.get(path, "running") == "running"
+        if not use_running:
+            check_batch_statistics(path, x)
+        return method(x, use_running, mask=statistics_mask(path, x, self.mask, mask))

@@ -1,4 +1,4 @@
-"""A module of the user's own as a `Model`: what those of Linen and of NNX have in common."""
+"""The part of a `Model` that Linen and NNX modules share."""
 
 import difflib
 import inspect
@@ -18,10 +18,10 @@ from jaxft.models.model import NormMode, Norms, Tree
 from jaxft.models.norm_modes import dotted, layer_modes, norm_layers
 
 Call = Callable[[Any, jax.Array, bool], jax.Array]
-"""`(module, images, trains) -> logits`: how a module is called, and told whether it trains."""
+"""`(module, images, is_training) -> logits`: calls a module."""
 
-# What modules call the flag, and its value in training.
-_FLAGS = {
+# Usual names of the flag, and its value in training.
+_TRAINING_FLAGS = {
     "train": True,
     "training": True,
     "is_training": True,
@@ -30,33 +30,39 @@ _FLAGS = {
 }
 
 
-def usual_call(module: Any, images: jax.Array, trains: bool) -> jax.Array:
-    """`module(images)`, with each of the usual flags that the module's signature has."""
-    told = inspect.signature(module.__call__).parameters
-    return module(images, **{flag: v is trains for flag, v in _FLAGS.items() if flag in told})
+def default_call(module: Any, images: jax.Array, is_training: bool) -> jax.Array:
+    """Calls `module(images)` with each usual training flag that its signature has."""
+    parameters = inspect.signature(module.__call__).parameters
+    flags = {
+        flag: in_training is is_training
+        for flag, in_training in _TRAINING_FLAGS.items()
+        if flag in parameters
+    }
+    return module(images, **flags)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnModel(ABC):
-    """The part of a `Model` that needs no framework; `Linen` and `NNX` add the rest.
+class UserModel(ABC):
+    """The framework-independent part of `Linen` and `NNX`.
 
-    shape: of an image, `(h, w, c)`.
-    head: the path of the classifier's parameters, such as `Dense_0` or `classifier.out`.
-    call: how the module is called. By default with the images, and with such of `train`,
-      `training`, `is_training`, `deterministic` and `use_running_average` as it takes.
+    The network is a single block. Its batch norm layers must be of the framework's class or a
+    subclass. `norms` alone selects their statistics; flags of the module's code have no effect.
 
-    The network is one block. Its batch norms must be the framework's own or subclasses: each
-    is told its statistics by `norms`, whatever the module tells it.
+    Attributes:
+      shape: shape of an image, `(h, w, c)`.
+      head: path of the classifier's parameters, such as `Dense_0` or `classifier.out`.
+      call: function that calls the module. The default passes the images, and each of `train`,
+        `training`, `is_training`, `deterministic` and `use_running_average` that the module takes.
     """
 
     shape: tuple[int, int, int]
     head: str
-    call: Call = usual_call
+    call: Call = default_call
 
     def __post_init__(self) -> None:
-        if not _is_shape(self.shape):
+        if not _is_image_shape(self.shape):
             raise ModelError(
-                f"shape is {self.shape!r}; it must be that of an image, (h, w, c), such as "
+                f"shape is {self.shape!r}; it must be the shape of an image, (h, w, c), such as "
                 "(224, 224, 3)."
             )
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
@@ -65,44 +71,44 @@ class OwnModel(ABC):
         except TypeError as error:
             raise ModelError(
                 f"{self.call!r} cannot be hashed, and a network must be a static argument of a "
-                "compiled step: let call be a function."
+                "compiled step: pass a function as call."
             ) from error
-        _check_head(self.name, self.head, self._trees[0])
-        if ungoverned := sorted(self._layers ^ self._batch_norms()):
+        _check_head(self.name, self.head, self._shapes[0])
+        if uncontrolled := sorted(self._norm_layers ^ self._batch_norms()):
             raise ModelError(
-                f"{self.name} keeps running statistics in {', '.join(ungoverned)}, which are no "
-                "flax BatchNorm: a stage could not say which statistics they use."
+                f"{self.name} keeps running statistics in {', '.join(uncontrolled)}, which are not "
+                "Flax BatchNorm layers: a stage could not select their statistics."
             )
         if not (hasattr(self._logits, "shape") and self._logits.shape[:-1] == (2,)):
             shapes = jax.tree.map(lambda x: list(x.shape), self._logits)
             raise ModelError(
-                f"{self.name} makes {shapes} of images {[2, *self.shape]}; it must be logits "
-                "[2 k]. Say which they are with call=lambda module, images, trains: ..."
+                f"{self.name} returns {shapes} for images {[2, *self.shape]}; it must return "
+                "logits [2 k]. Select them with call=lambda module, images, is_training: ..."
             )
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """One: where such a network can be cut is not known."""
+        """One block, because the places where the network could be cut are unknown."""
         return ("network",)
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """Of the one block: everything."""
+        """Pattern of the single block; it selects all parameters."""
         return (("*",),)
 
     @property
     def num_classes(self) -> int:
-        """Number of logits, as the module makes them."""
+        """Number of logits."""
         return int(self._logits.shape[-1])
 
     @property
     def torch_named(self) -> bool:
-        """Never: weights keep the module's own names and layouts."""
+        """Always False: weights files use the module's names and layouts."""
         return False
 
     @property
     def options(self) -> dict[str, Any]:
-        """None: the module's own fields are not jaxft's to know."""
+        """Empty, because `create` does not build the module."""
         return {}
 
     def apply(
@@ -118,47 +124,51 @@ class OwnModel(ABC):
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[jax.Array, Tree]:
-        """See `Model.apply`. Half-precision logits become float32.
+        """Applies the module; see `Model.apply`.
 
-        The module is told that it trains if there is a `key`. Raises ModelError for images of
-        another shape, for a part of the network and for more than one replica, ValueError for
-        `norms` that leave out a norm layer or name one that does not exist.
+        With a `key` the module is called in training mode. Half-precision logits are cast to
+        float32.
+
+        Raises:
+          ModelError: if the images have another shape than `shape`, if `first` or `last` is
+            another block, or if `replicas` is above 1 and the module has norm layers.
+          ValueError: if `norms` leaves out a norm layer or names one that does not exist.
         """
         if not {first, last} <= {None, *self.blocks}:
             raise ModelError(
-                f"{self.name} is one block, {self.blocks[0]!r}: there is no run of blocks from "
-                f"{first!r} to {last!r}"
+                f"{self.name} is one block, {self.blocks[0]!r}: it has no blocks from {first!r} to "
+                f"{last!r}"
             )
         if inputs.shape[1:] != self.shape:
             raise ModelError(
                 f"{self.name} was declared for images {['b', *self.shape]}, and got "
-                f"{list(inputs.shape)}: they must agree (the recipe's image_size says what a run "
-                "feeds it)"
+                f"{list(inputs.shape)}: they must agree (the recipe's image_size sets the size of "
+                "a run's images)"
             )
-        if replicas != 1 and self._layers:
+        if replicas != 1 and self._norm_layers:
             raise ModelError(
-                f"flax's BatchNorm in {self.name} takes the statistics of the whole batch: "
+                f"Flax's BatchNorm in {self.name} takes the statistics of the whole batch: "
                 f"replicas must be 1, not {replicas}"
             )
-        modes = layer_modes(self.name, self._layers, norms)
-        logits, moved = self._run(params, stats, inputs, modes, mask, key)
+        modes = layer_modes(self.name, self._norm_layers, norms)
+        logits, updated = self._run(params, stats, inputs, modes, mask, key)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if "batch" not in modes.values():
             return logits, stats
 
-        def kept(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+        def select(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:
             return new.astype(old.dtype) if modes[dotted(path[:-1])] == "batch" else old
 
-        return logits, jax.tree_util.tree_map_with_path(kept, stats, moved)
+        return logits, jax.tree_util.tree_map_with_path(select, stats, updated)
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the user calls this network."""
+        """Name of the network."""
 
     @abstractmethod
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`, as the module draws them."""
+        """Returns fresh `(params, stats)`, drawn by the module."""
 
     @abstractmethod
     def _run(
@@ -170,31 +180,34 @@ class OwnModel(ABC):
         mask: ArrayLike | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
-        """What the module makes of the images, and its statistics after that."""
+        """Returns the module's output for the images, and its statistics after the call."""
 
     @abstractmethod
     def _batch_norms(self) -> set[str]:
-        """The paths of the batch norms that `_run` tells their modes."""
+        """Returns the paths of the batch norm layers whose modes `_run` controls."""
 
     @cached_property
-    def _trees(self) -> tuple[Tree, Tree]:
-        trees: tuple[Tree, Tree] = self._traced(self.init, jax.random.key(0))
-        return trees
+    def _shapes(self) -> tuple[Tree, Tree]:
+        """Shapes of params and stats."""
+        shapes: tuple[Tree, Tree] = self._eval_shape(self.init, jax.random.key(0))
+        return shapes
 
     @cached_property
-    def _layers(self) -> frozenset[str]:
-        return norm_layers(self._trees[1])
+    def _norm_layers(self) -> frozenset[str]:
+        return norm_layers(self._shapes[1])
 
     @cached_property
     def _logits(self) -> Any:
+        """Shape of the module's output for two images."""
+
         def run(params: Tree, stats: Tree, images: jax.Array) -> Any:
-            modes = layer_modes(self.name, self._layers, "running")
+            modes = layer_modes(self.name, self._norm_layers, "running")
             return self._run(params, stats, images, modes, None, None)[0]
 
-        return self._traced(run, *self._trees, jnp.zeros((2, *self.shape)))
+        return self._eval_shape(run, *self._shapes, jnp.zeros((2, *self.shape)))
 
-    def _traced(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The shapes that a function returns; ModelError where the module fails in it."""
+    def _eval_shape(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns the shapes of a function's results; raises ModelError if the module fails."""
         try:
             return jax.eval_shape(function, *arguments)
         except ModelError:
@@ -202,49 +215,60 @@ class OwnModel(ABC):
         except Exception as error:
             raise ModelError(
                 f"{self.name} fails on images of shape {self.shape}: "
-                f"{type(error).__name__}: {error}\nIf it was built for another size, say so in "
-                "shape=(h, w, c); how it is called, in call=lambda module, images, trains: ..."
+                f"{type(error).__name__}: {error}\nIf it was built for another size, set "
+                "shape=(h, w, c); if it is called with other arguments, set "
+                "call=lambda module, images, is_training: ..."
             ) from error
 
 
-def _is_shape(shape: Any) -> bool:
+def _is_image_shape(shape: Any) -> bool:
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
         return False
     return all(isinstance(side, numbers.Integral) and int(side) > 0 for side in shape)
 
 
-def rows_of(
-    layer: str, x: jax.Array, mask: ArrayLike | None, own: jax.Array | None
+def statistics_mask(
+    layer: str, x: jax.Array, mask: ArrayLike | None, layer_mask: jax.Array | None
 ) -> jax.Array | None:
-    """The values of a norm layer's input `[b ...]` that enter its statistics; None: all do.
+    """Returns the mask of the values that contribute to a norm layer's batch statistics.
 
-    Those of the rows of `mask` `[b]`, and of them those of the mask that the module gives itself.
+    Args:
+      layer: path of the layer.
+      x: its input `[b ...]`.
+      mask: `[b]`, False for padding rows; None if there are none.
+      layer_mask: the mask that the module passes to the layer, broadcastable to `x`.
+
+    Returns:
+      A mask broadcastable to `x`; None if all values contribute.
+
+    Raises:
+      ValueError: if the layer's input does not have the batch as its first axis.
     """
     if mask is None:
-        return own
+        return layer_mask
     rows = jnp.asarray(mask, bool)
     if x.shape[0] != len(rows):
         raise ValueError(
-            f"{layer} is given {list(x.shape)} in a batch of {len(rows)}: which of its rows are "
-            "padding is not known. Keep the batch its first axis, or pass no mask."
+            f"the input of {layer} is {list(x.shape)} in a batch of {len(rows)}: its padding rows "
+            "are unknown. Keep the batch as its first axis, or pass no mask."
         )
     rows = rows.reshape(-1, *(1 for _ in x.shape[1:]))
-    return rows if own is None else rows & own
+    return rows if layer_mask is None else rows & layer_mask
 
 
-def check_values(layer: str, x: jax.Array) -> None:
-    """Raises ValueError if batch statistics of a norm layer's input would be of single values."""
+def check_batch_statistics(layer: str, x: jax.Array) -> None:
+    """Raises ValueError if a norm layer's input has only one value per channel."""
     if x.size <= x.shape[-1]:
         raise ValueError(f"batch statistics of {layer} need more than one value per channel")
 
 
 def _check_head(name: str, head: str, params: Tree) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    parts = sorted({dotted(path[:-1]) for path, _ in flat})
-    if not any(f"{part}.".startswith(f"{head}.") for part in parts):
-        near = difflib.get_close_matches(head, parts, n=1)
-        guess = f"Did you mean {near[0]!r}?  " if near else ""
+    layers = sorted({dotted(path[:-1]) for path, _ in flat})
+    if not any(f"{layer}.".startswith(f"{head}.") for layer in layers):
+        similar = difflib.get_close_matches(head, layers, n=1)
+        hint = f"Did you mean {similar[0]!r}?  " if similar else ""
         raise ModelError(
-            f"{name} has no parameters at its head, {head!r}.\n  {guess}It has parameters at: "
-            f"{', '.join(parts)}"
+            f"{name} has no parameters at its head, {head!r}.\n  {hint}It has parameters at: "
+            f"{', '.join(layers)}"
         )

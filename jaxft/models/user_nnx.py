@@ -1,4 +1,4 @@
-"""A Flax NNX module of the user's own as a `Model`."""
+"""A Flax NNX module as a `Model`."""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,59 +13,64 @@ from jax.typing import ArrayLike
 
 from jaxft.errors import ModelError
 from jaxft.models.model import NormMode, Tree
-from jaxft.models.nnx_trees import inside, outside
+from jaxft.models.nnx_adapter import variables, with_nnx_keys
 from jaxft.models.norm_modes import dotted
-from jaxft.models.user_model import OwnModel, check_values, rows_of
+from jaxft.models.user_model import UserModel, check_batch_statistics, statistics_mask
 
 _KINDS = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
 
 @dataclass(frozen=True)
-class NNX(OwnModel):
-    """An NNX module as a network; see `OwnModel` for what else to say.
+class NNX(UserModel):
+    """Wraps an NNX module as a network; `UserModel` describes the other arguments.
 
+    The module is switched to `train()` if `apply` receives a key, and to `eval()` otherwise.
+
+    Attributes:
+      build: class or function that returns the module when called as `build(rngs=nnx.Rngs(key))`.
+        Models with the same `build` and arguments are equal.
+
+    Raises:
+      ModelError: if the module has other variables than `nnx.Param`, `nnx.BatchStat` and its random
+        streams, keeps running statistics elsewhere than in `nnx.BatchNorm`, or does not return
+        logits.
+
+    Example:
         model = NNX(CNN, shape=(32, 32, 3), head="fc")  # or functools.partial(CNN, width=8)
         params, stats = model.init(jax.random.key(0))
-        params, stats = model.trees(module)  # of one that is there
-
-    build: called as `build(rngs=nnx.Rngs(key))`. Models are equal where their `build` is.
-
-    The module is put in its `train()` mode if there is a key, else in `eval()`.
-
-    Raises ModelError for a module with other variables than `nnx.Param`, `nnx.BatchStat` and those
-    of its random streams, one that keeps running statistics elsewhere than in `nnx.BatchNorm`,
-    and one whose output is not logits.
+        params, stats = model.trees(module)  # the arrays of an existing module
     """
 
     build: Callable[..., nnx.Module]
 
     def __post_init__(self) -> None:
         if isinstance(self.build, nnx.Module):
-            kind = type(self.build).__name__
+            class_name = type(self.build).__name__
             raise ModelError(
-                f"NNX takes what builds a module, and got a {kind} that is built: give the class, "
-                f"model = NNX({kind}, ...), or functools.partial({kind}, ...) with its arguments. "
-                "Its weights are start=model.trees(module)."
+                f"NNX takes a class or function that builds a module, not an instance of "
+                f"{class_name}: pass the class, model = NNX({class_name}, ...), or "
+                f"functools.partial({class_name}, ...) with its arguments. To start from the "
+                "instance's weights, pass start=model.trees(module)."
             )
         if not callable(self.build):
             raise ModelError(
-                f"NNX takes what builds a module, a class or function called with rngs=, not a "
+                f"NNX takes a class or function that builds a module when called with rngs=, not a "
                 f"{type(self.build).__name__}."
             )
         super().__post_init__()
 
     @property
     def name(self) -> str:
-        """The module's class."""
+        """Name of the module's class."""
         return self._abstract.name
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`, bit for bit those of `build(rngs=nnx.Rngs(key))`."""
+        """Returns fresh `(params, stats)`, bit-identical to `build(rngs=nnx.Rngs(key))`."""
         return self.trees(self.build(rngs=nnx.Rngs(key)))
 
     def trees(self, module: nnx.Module) -> tuple[Tree, Tree]:
-        """The `(params, stats)` of a module such as `build` makes, for instance a trained one."""
-        return outside(module, nnx.Param), outside(module, nnx.BatchStat)
+        """Returns the `(params, stats)` of an existing module, such as a trained one."""
+        return variables(module, nnx.Param), variables(module, nnx.BatchStat)
 
     def _run(
         self,
@@ -76,63 +81,70 @@ class NNX(OwnModel):
         mask: ArrayLike | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
-        graph, _, _, (like_params, like_stats, like_streams) = self._abstract
+        graph, _, _, (param_template, stat_template, stream_template) = self._abstract
         streams = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _stream(dotted(path), leaf, key), like_streams
+            lambda path, leaf: _stream(dotted(path), leaf, key), stream_template
         )
-        module = nnx.merge(graph, inside(params, like_params), inside(stats, like_stats), streams)
+        module = nnx.merge(
+            graph,
+            with_nnx_keys(params, param_template),
+            with_nnx_keys(stats, stat_template),
+            streams,
+        )
         module.eval() if key is None else module.train()
-        for path, layer in _norms(module).items():
-            object.__setattr__(layer, "__class__", _governed(layer.__class__))
+        for path, layer in _batch_norm_layers(module).items():
+            object.__setattr__(layer, "__class__", _controlled(layer.__class__))
             layer.jaxft_path, layer.jaxft_mode, layer.jaxft_mask = path, modes[path], mask
         logits = self.call(module, images, key is not None)
-        return logits, outside(module, nnx.BatchStat)
+        return logits, variables(module, nnx.BatchStat)
 
     def _batch_norms(self) -> set[str]:
-        return self._abstract.norms
+        return self._abstract.batch_norms
 
     @cached_property
-    def _abstract(self) -> "_Abstract":
-        found = []
+    def _abstract(self) -> "_AbstractModule":
+        static = []
 
         def trace(key: jax.Array) -> list[Tree]:
             module = self.build(rngs=nnx.Rngs(key))
             graph, *states = nnx.split(module, *_KINDS, ...)
-            others = {*map(_dotted, nnx.to_flat_state(states.pop()).paths), *_arrays(module)}
-            found.append((graph, type(module).__name__, {*_norms(module)}, others))
+            others = {*map(_dotted, nnx.to_flat_state(states.pop()).paths), *_raw_arrays(module)}
+            static.append((graph, type(module).__name__, {*_batch_norm_layers(module)}, others))
             return [nnx.to_pure_dict(state) for state in states]
 
         shapes = jax.eval_shape(trace, jax.random.key(0))
-        graph, name, norms, others = found[0]
+        graph, name, batch_norms, others = static[0]
         if others:
             raise ModelError(
                 f"{name} has state at {', '.join(sorted(others))} that is neither nnx.Param nor "
-                "nnx.BatchStat nor of a random stream: only those are trained, saved and resumed. "
-                "Constants can be made in the call, or be numpy's."
+                "nnx.BatchStat nor a random stream: only those are trained, saved and resumed. "
+                "Create constants in the module's call, or as NumPy arrays."
             )
-        return _Abstract(graph, name, norms, shapes)
+        return _AbstractModule(graph, name, batch_norms, shapes)
 
 
-class _Abstract(NamedTuple):
-    """A module without its arrays: the paths of its batch norms, the shapes of each of `_KINDS`."""
+class _AbstractModule(NamedTuple):
+    """A module without its arrays."""
 
     graph: nnx.GraphDef
     name: str
-    norms: set[str]
+    batch_norms: set[str]
+    """Paths of the batch norm layers."""
     shapes: list[Tree]
+    """Shapes of the variables of each of `_KINDS`."""
 
 
-def _norms(module: nnx.Module) -> dict[str, Any]:
-    found = ((path, x) for path, x in nnx.iter_modules(module) if isinstance(x, nnx.BatchNorm))
-    return {_dotted(path): x for path, x in found}
+def _batch_norm_layers(module: nnx.Module) -> dict[str, Any]:
+    modules = nnx.iter_modules(module)
+    return {_dotted(path): x for path, x in modules if isinstance(x, nnx.BatchNorm)}
 
 
-def _arrays(module: nnx.Module) -> set[str]:
-    """Where a module keeps arrays as they are: while it is traced NNX takes them for static."""
+def _raw_arrays(module: nnx.Module) -> set[str]:
+    """Returns the paths of arrays that are no variables; NNX treats them as static in a trace."""
     return {
         _dotted((*path, name))
-        for path, part in nnx.iter_modules(module)
-        for name, value in vars(part).items()
+        for path, submodule in nnx.iter_modules(module)
+        for name, value in vars(submodule).items()
         if isinstance(value, jax.Array)
     }
 
@@ -141,8 +153,8 @@ def _dotted(path: Iterable[Any]) -> str:
     return ".".join(map(str, path))
 
 
-class _Governed(nnx.BatchNorm):
-    """A batch norm whose statistics and rows are told beforehand, whatever its call says."""
+class _ControlledBatchNorm(nnx.BatchNorm):
+    """Batch norm layer that ignores its caller's flag and uses `jaxft_mode` and `jaxft_mask`."""
 
     jaxft_path: str
     jaxft_mode: NormMode
@@ -151,23 +163,31 @@ class _Governed(nnx.BatchNorm):
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
     ) -> jax.Array:
-        if self.jaxft_mode != "running":
-            check_values(self.jaxft_path, x)
-        rows = rows_of(self.jaxft_path, x, self.jaxft_mask, mask)
-        return super().__call__(x, self.jaxft_mode == "running", mask=rows)
+        use_running = self.jaxft_mode == "running"
+        if not use_running:
+            check_batch_statistics(self.jaxft_path, x)
+        mask = statistics_mask(self.jaxft_path, x, self.jaxft_mask, mask)
+        return super().__call__(x, use_running, mask=mask)
 
 
 @cache
-def _governed(kind: type[nnx.BatchNorm]) -> type[_Governed]:
-    """The class to which a layer of that kind can change, in the merged copy that a call makes."""
-    # Last but for its base: a subclass with a call of its own comes to it by super().
-    return type(kind.__name__, (kind, _Governed), {}) if kind is not nnx.BatchNorm else _Governed
+def _controlled(layer_class: type[nnx.BatchNorm]) -> type[_ControlledBatchNorm]:
+    """Returns the controlled variant of a batch norm class.
+
+    A layer of the merged module can change to this class, because the module exists for one call.
+    """
+    if layer_class is nnx.BatchNorm:
+        return _ControlledBatchNorm
+    # The controlled class comes last, so that a subclass that overrides the call reaches it by
+    # super().
+    return type(layer_class.__name__, (layer_class, _ControlledBatchNorm), {})
 
 
 def _stream(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array | None) -> jax.Array:
-    """A random stream's key or count at the start of a call."""
+    """Returns the key or the counter of a random stream at the start of a call."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.zeros(leaf.shape, leaf.dtype)
-    # By path, so that no two layers draw the same; without a key nothing is drawn.
+    # The path enters the key, so that no two layers draw the same numbers. Without a key nothing
+    # is drawn, and any key serves.
     key = jax.random.key(0) if key is None else key
     return jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape)

@@ -1,6 +1,6 @@
-"""Proof that a PyTorch recipe trains the same here: both run, step by step, and are compared.
+"""Compares a staged PyTorch training with the same jaxft recipe, step by step.
 
-The only part of jaxft that needs torch: `pip install 'jaxft[torch]'`.
+Only `compare` and `TorchStage` need torch: `pip install 'jaxft[torch]'`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from jaxft.parity.report import Difference, Report
 
 if TYPE_CHECKING:
-    from jaxft.parity.side_by_side import compare
+    from jaxft.parity.comparison import compare
     from jaxft.parity.torch_steps import TorchStage
 
 __all__ = ["Difference", "Report", "TorchStage", "compare"]
 
 
 def __getattr__(name: str) -> Any:
-    # Our own steps, and what compares them, serve without torch too.
+    # Imported on first use: the other modules of this package work without torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jaxft.parity import side_by_side
+    from jaxft.parity import comparison
 
-    return getattr(side_by_side, name)
+    return getattr(comparison, name)

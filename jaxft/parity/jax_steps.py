@@ -1,4 +1,7 @@
-"""Our half: the very steps that a run takes, on the batches given."""
+"""Runs a recipe's training steps on given batches and records each step.
+
+The steps are compiled by the same code as in `finetune`.
+"""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -17,14 +20,14 @@ from jaxft.labels import FROZEN, Tree, combine, leaf_labels
 from jaxft.models import Model
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.norm_modes import dotted
-from jaxft.parity.step import Arrays, Rows, Step
+from jaxft.parity.step import Arrays, NumpyBatch, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.resume import next_state
 from jaxft.weights.key_maps import torch_tensors
 
-# What optax calls what it remembers of each parameter.
+# Fields of optax states that hold a moment of each parameter.
 _MOMENTS = {
     "trace": "momentum",
     "buffer": "momentum",
@@ -36,26 +39,31 @@ _MOMENTS = {
 def jax_steps(
     programs: Sequence[Program],
     start: tuple[Tree, Tree],
-    epoch: Sequence[Rows],
+    epoch: Sequence[NumpyBatch],
     *,
-    watch: bool = True,
+    record_outputs: bool = True,
 ) -> Iterator[Step]:
-    """Trains from `start` through all stages, `epoch` over and over.
+    """Trains from `start` through all stages and yields each step.
 
-    Each stage hands on its last step: there is no validation to choose by. Without `watch` there
-    are no outputs of blocks, which take a program of their own.
+    Each stage starts from the last step of the stage before it, because nothing is validated.
+
+    Args:
+      programs: the stages.
+      start: `(params, stats)`.
+      epoch: the batches of one epoch; every epoch is the same.
+      record_outputs: whether steps have the outputs of blocks, which need a separate program.
     """
     devices = programs[0].devices
-    at = Snapshot(*devices.put(start), None)
-    for stage in programs:
-        fresh = stage.transform.init(at.params)
-        state = next_state(stage, at.opt_state, fresh)[0] if stage.index else fresh
-        at = at._replace(opt_state=devices.put(state))
-        at = yield from _stage(stage, at, start[0], epoch, watch)
+    snapshot = Snapshot(*devices.put(start), None)
+    for program in programs:
+        fresh = program.transform.init(snapshot.params)
+        opt_state = next_state(program, snapshot.opt_state, fresh)[0] if program.index else fresh
+        snapshot = snapshot._replace(opt_state=devices.put(opt_state))
+        snapshot = yield from _stage_steps(program, snapshot, start[0], epoch, record_outputs)
 
 
 def network(recipe: Recipe, num_classes: int) -> Model:
-    """The recipe's network, computing in the dtype of its images, whatever the recipe says."""
+    """Builds the recipe's network without its compute dtype: it computes in the images' dtype."""
     model = recipe.network(num_classes)
     if not isinstance(model, NNXModel):
         return model
@@ -64,98 +72,111 @@ def network(recipe: Recipe, num_classes: int) -> Model:
 
 
 def programs(
-    recipe: Recipe, model: Model, start: tuple[Tree, Tree], epoch: Sequence[Rows]
+    recipe: Recipe, model: Model, start: tuple[Tree, Tree], epoch: Sequence[NumpyBatch]
 ) -> tuple[Program, ...]:
-    """The recipe's stages, over these batches."""
-    targets = np.concatenate([rows.targets for rows in epoch])
-    nothing = np.zeros((len(targets), 1, 1, 3), np.uint8)
-    source = data.arrays(nothing, targets, classes=[str(k) for k in range(model.num_classes)])
-    seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
-    return open_programs(seeing, model, Splits(source, source), Devices(), start)
+    """Builds the programs of the recipe's stages for an epoch of these batches."""
+    targets = np.concatenate([batch.targets for batch in epoch])
+    placeholders = np.zeros((len(targets), 1, 1, 3), np.uint8)
+    source = data.arrays(placeholders, targets, classes=[str(k) for k in range(model.num_classes)])
+    # One batch of images per step: no feature cache, no stacked batches.
+    recipe = replace(recipe, cache_mib=0, steps_per_execution=1)
+    return open_programs(recipe, model, Splits(source, source), Devices(), start)
 
 
-def _stage(
-    program: Program, at: Snapshot, anchor: Tree, epoch: Sequence[Rows], watch: bool
+def _stage_steps(
+    program: Program,
+    snapshot: Snapshot,
+    anchor: Tree,
+    epoch: Sequence[NumpyBatch],
+    record_outputs: bool,
 ) -> Generator[Step, None, Snapshot]:
-    of_params, of_stats = torch_tensors(at.params, at.stats)
-    labels = leaf_labels(at.params, program.plan.labels)
-    groups = {t.name: g for t, g in zip(jax.tree.leaves(of_params), labels, strict=True)}
-    train = jax.jit(program.train_step(keep_gradients=True), donate_argnums=0)
-    look = jax.jit(partial(_outputs, program))
-    state, frozen = program.state(at)
-    state = jax.tree.map(jnp.copy, state)  # the step donates it, and `at` may be the start itself
+    """Yields the steps of one stage and returns the arrays after the last one."""
+    param_tensors, stat_tensors = torch_tensors(snapshot.params, snapshot.stats)
+    labels = leaf_labels(snapshot.params, program.plan.labels)
+    groups = {t.name: g for t, g in zip(jax.tree.leaves(param_tensors), labels, strict=True)}
+    train_step = jax.jit(program.train_step(keep_gradients=True), donate_argnums=0)
+    block_outputs = jax.jit(partial(_block_outputs, program))
+    state, frozen = program.state(snapshot)
+    # The step donates the state, which may hold the arrays of the start.
+    state = jax.tree.map(jnp.copy, state)
     for position in range(program.steps):
         rows = epoch[position % len(epoch)]
-        batch, count = program.devices.batch(_padded(rows, program.rows)), len(rows.targets)
+        count = len(rows.targets)
+        batch = program.devices.batch(_padded(rows, program.rows))
         rates = program.plan.rates_at(state.opt_state, steps_per_epoch=program.steps_per_epoch)
         params = combine(state.trainable, frozen)
-        outputs = look(params, state.stats, batch) if watch else {}
-        state, record = train(state, frozen, batch, np.int32(position), anchor)
-        at = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
+        outputs = block_outputs(params, state.stats, batch) if record_outputs else {}
+        state, record = train_step(state, frozen, batch, np.int32(position), anchor)
+        snapshot = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
+        loss = _training_loss(program, record.tally.loss / count, rows)
         yield Step(
             rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},
             outputs={block: np.asarray(x)[:count] for block, x in outputs.items()},
-            loss={"loss": np.asarray(_minimised(program, record.tally.loss / count, rows))},
-            stats=_as_torch(of_stats, at.stats),
-            grads=_as_torch(of_params, record.gradients),
-            moments=_moments(of_params, at.opt_state),
-            params=_as_torch(of_params, at.params),
+            loss={"loss": np.asarray(loss)},
+            stats=_to_torch(stat_tensors, snapshot.stats),
+            grads=_to_torch(param_tensors, record.gradients),
+            moments=_moments(param_tensors, snapshot.opt_state),
+            params=_to_torch(param_tensors, snapshot.params),
         )
-    return at
+    return snapshot
 
 
-def _outputs(program: Program, params: Tree, stats: Tree, batch: Batch) -> dict[str, jax.Array]:
-    """Of each block; of the last, the logits."""
-    model, found = program.model, {}
+def _block_outputs(
+    program: Program, params: Tree, stats: Tree, batch: Batch
+) -> dict[str, jax.Array]:
+    """Computes the output of each block; the output of the last block is called `logits`."""
+    model, outputs = program.model, {}
     x = program.recipe.preprocessing.normalize(batch.image)
     for block in model.blocks:
         x, _ = model.apply(
             params, stats, x, norms=program.norms, mask=batch.mask, first=block, last=block
         )
-        found[block] = x
-    found["logits"] = found.pop(model.blocks[-1])
-    return found
+        outputs[block] = x
+    outputs["logits"] = outputs.pop(model.blocks[-1])
+    return outputs
 
 
-def _minimised(program: Program, mean: jax.Array, rows: Rows) -> jax.Array:
-    """The loss of a batch, of which a step tells the mean."""
+def _training_loss(program: Program, mean: jax.Array, batch: NumpyBatch) -> jax.Array:
+    """Computes the loss that the stage minimises from the mean loss of a batch."""
     weights = program.objective.class_weights
-    total = np.sum(np.asarray(weights)[rows.targets]) if weights else len(rows.targets)
+    total = np.sum(np.asarray(weights)[batch.targets]) if weights else len(batch.targets)
     return program.objective.reduced(mean, jnp.asarray(total))
 
 
-def _padded(rows: Rows, size: int) -> Batch:
-    spare = size - len(rows.targets)
-    image = np.pad(rows.images, ((0, spare), *[(0, 0)] * 3), constant_values=7.0)
-    target = np.pad(np.asarray(rows.targets, np.int32), (0, spare))
-    return Batch(image, target, np.arange(size) < size - spare)
+def _padded(batch: NumpyBatch, size: int) -> Batch:
+    """Pads a batch to `size` rows."""
+    padding = size - len(batch.targets)
+    # Not zeros, so that padding which enters a result changes it.
+    image = np.pad(batch.images, ((0, padding), *[(0, 0)] * 3), constant_values=7.0)
+    target = np.pad(np.asarray(batch.targets, np.int32), (0, padding))
+    return Batch(image, target, np.arange(size) < size - padding)
 
 
-def _as_torch(named: Tree, tree: Tree) -> Arrays:
-    """The arrays of a tree with torch's names and layouts; some leaves may be None."""
-    tensors = jax.tree.leaves(named)
+def _to_torch(tensors: Tree, tree: Tree) -> Arrays:
+    """Converts the arrays of a tree to torch's names and layouts; leaves out None."""
     arrays = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
-    pairs = zip(tensors, arrays, strict=True)
+    pairs = zip(jax.tree.leaves(tensors), arrays, strict=True)
     return {t.name: t.to_torch(np.asarray(x)) for t, x in pairs if x is not None}
 
 
-def _moments(named: Tree, opt_state: optax.OptState) -> Arrays:
-    """By torch's names, for whichever optimizer has them."""
-    tensors, _ = jax.tree_util.tree_flatten_with_path(named)
-    by_path = {dotted(path): tensor for path, tensor in tensors}
-    found: Arrays = {}
+def _moments(tensors: Tree, opt_state: optax.OptState) -> Arrays:
+    """Returns the moments of any optimizer, by torch's name of the parameter and the moment."""
+    by_path = {
+        dotted(path): tensor for path, tensor in jax.tree_util.tree_flatten_with_path(tensors)[0]
+    }
+    moments: Arrays = {}
     for group, state in opt_state.inner_states.items():
         if group == FROZEN:
             continue
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.inner_state.rule)[0]:
-            field, parameter = _of_parameter(path)
+            field, parameter = _field_and_parameter(path)
             if field in _MOMENTS:
                 tensor = by_path[parameter]
-                found[f"{tensor.name}, {_MOMENTS[field]}"] = tensor.to_torch(np.asarray(leaf))
-    return found
+                moments[f"{tensor.name}, {_MOMENTS[field]}"] = tensor.to_torch(np.asarray(leaf))
+    return moments
 
 
-def _of_parameter(path: tuple[Any, ...]) -> tuple[str, str]:
-    """The field of an optimizer's state that a leaf lies in, and the path of its parameter."""
-    names = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
-    return (path[names[-1]].name, dotted(path[names[-1] + 1 :])) if names else ("", "")
+def _field_and_parameter(path: tuple[Any, ...]) -> tuple[str, str]:
+    """Splits a leaf's path in an optimizer state into the field and the parameter's path."""
+    fields = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+    return (path[fields[-1]].name, dotted(path[fields[-1] + 1 :])) if fields else ("", "")

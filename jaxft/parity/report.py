@@ -1,4 +1,4 @@
-"""Where two trainings first differ, and by how much; or that they do not."""
+"""Compares recorded steps and reports the first difference, or that there is none."""
 
 import math
 import textwrap
@@ -12,34 +12,35 @@ from jaxft.parity.step import Arrays, Step
 
 PARTS = tuple(field.name for field in fields(Step))
 _CAUSES = {
-    "rates": "which parameters train, at which rates, and when the scheduler steps: epoch (or "
-    "step) t trains with its value at t",
-    "outputs": "the forward pass of that block: padding, strides, eps, and which statistics its "
-    "norm layers use (the stage's `norms`, torch's train() and eval())",
-    "loss": "the loss, as the logits agree: mean or sum, label smoothing, class weights",
-    "stats": "how running statistics move, as the outputs agree: of which layers, by 0.1, and "
-    "running_var towards the unbiased variance",
-    "grads": "what is differentiated, as the loss agrees: a penalty, or a detached part",
-    "moments": "what the optimizer makes of the gradients, as they agree: momentum, betas, "
-    "clipping, and whether decay joins the gradient before the moments",
-    "params": "what the optimizer makes of its moments, as they agree: eps in or outside the root, "
-    "bias correction, nesterov, decoupled decay",
+    "rates": "which parameters train, their learning rates, and when the scheduler steps: epoch "
+    "(or step) t uses the scheduler's value at t",
+    "outputs": "the forward pass of that block: padding, strides, eps, and the statistics that its "
+    "norm layers use (`norms` of the stage, train() and eval() in PyTorch)",
+    "loss": "the loss function: mean or sum, label smoothing, class weights",
+    "stats": "the update of the running statistics: the layers that it includes, its momentum of "
+    "0.1, and the unbiased variance in running_var",
+    "grads": "the differentiated function: a penalty, or a detached part",
+    "moments": "the optimizer's update of its moments: momentum, betas, clipping, and whether "
+    "weight decay is added to the gradient first",
+    "params": "the optimizer's update of the parameters: eps inside or outside the root, bias "
+    "correction, nesterov, decoupled weight decay",
 }
 _CARRIED = (
-    "what the optimizer brings along into this stage, as the gradients agree: with carry='keep' "
-    "all that it knows, as add_param_group leaves it; with 'reset' nothing, as in a new one"
+    "the optimizer state at the start of this stage: carry='keep' keeps the state of the stage "
+    "before, as add_param_group does; carry='reset' starts a new optimizer"
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One array that differs.
+    """An array that differs between PyTorch and jaxft.
 
     Attributes:
-      name: torch's, of a parameter or statistic; or a block's.
-      size: the largest difference, relative to the largest value of the array; infinite where
-        only one side has it.
-      torch, ours: the two values where they differ most.
+      name: torch's name of a parameter or statistic, or the name of a block.
+      size: largest difference, relative to the largest value of the array; infinite if only one
+        side has the array.
+      torch: PyTorch's value where the difference is largest.
+      ours: jaxft's value where the difference is largest.
     """
 
     name: str
@@ -50,17 +51,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` has found; its string is for reading.
+    """The result of `compare`; `print` it for a summary.
 
     Attributes:
-      stages: the names of the stages.
-      steps: how many steps of each stage were compared; the last one may differ.
-      largest: the largest difference of each part of a step (see `jaxft.parity.step.Step`), by
-        stage.
-      part: the part that differs first, in causal order; None if the two agree.
-      differences: of that part, in that step, in the network's order.
-      rtol: what is no difference yet.
-      dtype: what both have computed in.
+      stages: names of the stages.
+      steps: number of compared steps per stage.
+      largest: largest difference per stage and part of a step (see `jaxft.parity.step.Step`).
+      part: the first part that differs in the last compared step; None if all steps agree.
+      differences: the arrays of that part that differ, in the network's order.
+      rtol: tolerance of the comparison.
+      dtype: compute dtype of both sides.
     """
 
     stages: tuple[str, ...]
@@ -73,22 +73,22 @@ class Report:
 
     @property
     def agree(self) -> bool:
-        """Whether nothing differs by more than `rtol`."""
+        """Whether no difference exceeds `rtol`."""
         return self.part is None
 
     @property
     def stage(self) -> str:
-        """The stage that was compared last."""
+        """Name of the last compared stage."""
         return self.stages[len(self.steps) - 1]
 
     @property
     def step(self) -> int:
-        """The step of that stage that was compared last, counted from 1."""
+        """Number of the last compared step in its stage, from 1."""
         return self.steps[-1]
 
     def __str__(self) -> str:
-        found = self._first_difference() if self.part else self._agreement()
-        return "\n".join([*found, *self._table()])
+        summary = self._first_difference() if self.part else self._agreement()
+        return "\n".join([*summary, *self._table()])
 
     def _agreement(self) -> list[str]:
         steps = f"all {sum(self.steps)} steps"
@@ -96,21 +96,25 @@ class Report:
 
     def _first_difference(self) -> list[str]:
         assert self.part
-        number, of = len(self.steps), len(self.stages)
-        before = PARTS[: PARTS.index(self.part)]
-        carried = self.part in ("moments", "params") and number > 1 and self.step == 1
-        return [
-            f"PyTorch and jaxft differ in stage {self.stage!r} ({number} of {of}), step "
-            f"{self.step}, first in {self.part}:",
-            *(
-                f"  {found.name}: {found.torch:.7g} in PyTorch, {found.ours:.7g} here "
-                f"({found.size:.0e})"
-                for found in self.differences[:5]
-            ),
-            *([f"  and {len(self.differences) - 5} more"] if len(self.differences) > 5 else []),
-            *([textwrap.fill(f"In this step, {', '.join(before)} agree.", 80)] if before else []),
-            textwrap.fill(f"Look at {_CARRIED if carried else _CAUSES[self.part]}.", 80),
+        number, count = len(self.steps), len(self.stages)
+        earlier_parts = PARTS[: PARTS.index(self.part)]
+        is_stage_start = self.step == 1 and number > 1
+        is_carried = is_stage_start and self.part in ("moments", "params")
+        lines = [
+            f"PyTorch and jaxft differ in stage {self.stage!r} ({number} of {count}), step "
+            f"{self.step}, first in {self.part}:"
         ]
+        lines += [
+            f"  {difference.name}: PyTorch {difference.torch:.7g}, jaxft {difference.ours:.7g} "
+            f"(relative {difference.size:.0e})"
+            for difference in self.differences[:5]
+        ]
+        if len(self.differences) > 5:
+            lines.append(f"  and {len(self.differences) - 5} more")
+        if earlier_parts:
+            lines.append(textwrap.fill(f"In this step, {', '.join(earlier_parts)} agree.", 80))
+        cause = _CARRIED if is_carried else _CAUSES[self.part]
+        return [*lines, textwrap.fill(f"Check {cause}.", 80)]
 
     def _table(self) -> list[str]:
         width = min(18, max(5, *map(len, self.stages)))
@@ -122,33 +126,38 @@ class Report:
 
 
 def differences(torch: Arrays, ours: Arrays, floor: float = 1e-6) -> list[Difference]:
-    """How each array differs; sizes are relative to its largest value, or `floor` of all's largest.
+    """Returns the difference of each array.
 
-    The floor is for arrays that would be zero but for rounding.
+    Args:
+      torch: PyTorch's arrays by name.
+      ours: jaxft's arrays by name.
+      floor: smallest scale of an array, relative to the largest value of all arrays. Without it,
+        rounding errors in arrays of zeros would count as large differences.
     """
     scales = {name: float(np.abs(x).max(initial=0.0)) for name, x in torch.items()}
-    least = floor * max(scales.values(), default=0.0) or 1.0
-    found = []
+    smallest_scale = floor * max(scales.values(), default=0.0) or 1.0
+    result = []
     for name in dict.fromkeys((*torch, *ours)):
         if name not in ours or name not in torch or torch[name].shape != ours[name].shape:
-            found.append(Difference(name, math.inf, *_one_sided(name, torch, ours)))
+            result.append(Difference(name, math.inf, *_largest_values(name, torch, ours)))
             continue
         gap = np.abs(torch[name] - ours[name])
         gap = np.where(np.isnan(gap), math.inf, gap)
         worst = np.unravel_index(gap.argmax(), gap.shape)
-        size = float(gap[worst]) / max(scales[name], least)
-        found.append(Difference(name, size, float(torch[name][worst]), float(ours[name][worst])))
-    return found
+        size = float(gap[worst]) / max(scales[name], smallest_scale)
+        result.append(Difference(name, size, float(torch[name][worst]), float(ours[name][worst])))
+    return result
 
 
-def _one_sided(name: str, torch: Arrays, ours: Arrays) -> Sequence[float]:
+def _largest_values(name: str, torch: Arrays, ours: Arrays) -> Sequence[float]:
+    """Returns the largest value of an array on each side, NaN if the side does not have it."""
     return [
         float(np.max(side[name], initial=-math.inf)) if name in side else np.nan
         for side in (torch, ours)
     ]
 
 
-def follow(
+def compare_steps(
     torch: Iterable[Step],
     ours: Iterable[Step],
     *,
@@ -157,20 +166,31 @@ def follow(
     rtol: float,
     dtype: str,
 ) -> Report:
-    """Compares two trainings step by step and ends with the first step that differs."""
+    """Compares the steps of two trainings and stops at the first step that differs.
+
+    Args:
+      torch: PyTorch's steps.
+      ours: jaxft's steps.
+      stages: names of the stages.
+      lengths: number of steps of each stage.
+      rtol: tolerance, relative to the largest value of each array.
+      dtype: compute dtype, for the report.
+    """
     pairs = zip(torch, ours, strict=True)
     largest: dict[str, dict[str, float]] = {}
     steps: list[int] = []
     for stage, length in zip(stages, lengths, strict=True):
         largest[stage] = dict.fromkeys(PARTS, 0.0)
         steps.append(0)
-        for one, other in islice(pairs, length):
+        for torch_step, our_step in islice(pairs, length):
             steps[-1] += 1
             for part in PARTS:
-                found = differences(getattr(one, part), getattr(other, part))
-                worst = max((difference.size for difference in found), default=0.0)
+                part_differences = differences(getattr(torch_step, part), getattr(our_step, part))
+                worst = max((difference.size for difference in part_differences), default=0.0)
                 largest[stage][part] = max(largest[stage][part], worst)
                 if worst > rtol:
-                    beyond = tuple(d for d in found if d.size > rtol)
-                    return Report(tuple(stages), tuple(steps), largest, part, beyond, rtol, dtype)
+                    exceeding = tuple(d for d in part_differences if d.size > rtol)
+                    return Report(
+                        tuple(stages), tuple(steps), largest, part, exceeding, rtol, dtype
+                    )
     return Report(tuple(stages), tuple(steps), largest, None, (), rtol, dtype)

@@ -1,4 +1,4 @@
-"""What one training step tells of itself, on either side: plain arrays by torch's names."""
+"""The record of one training step, as NumPy arrays with torch's names."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,28 +8,28 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-class Rows(NamedTuple):
-    """A batch."""
+class NumpyBatch(NamedTuple):
+    """A batch of images."""
 
     images: np.ndarray
-    """Normalised floats, [b h w c]."""
+    """Normalised images `[b h w c]`, floats."""
     targets: np.ndarray
-    """Classes, int [b]."""
+    """Classes `[b]`, integers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step's parts in causal order: each follows from those before it.
+    """One training step; each field depends only on the fields before it.
 
-    Arrays of parameters and statistics are in torch's layouts.
+    Parameters and statistics have torch's layouts.
 
     Attributes:
-      rates: the learning rate of each parameter that trains.
-      outputs: of each block of the network, [b h w c] or [b k], before the step's update.
-      loss: what is minimised, without the penalty of an anchor.
-      stats: the norm layers' running statistics after the step.
-      grads: of each parameter that trains, before clipping.
-      moments: what the optimizer remembers of each element of a parameter, after the step.
+      rates: learning rate of each trained parameter.
+      outputs: output of each block before the step's update, `[b h w c]` or `[b k]`.
+      loss: the training loss, without an anchor's penalty.
+      stats: running statistics of the norm layers after the step.
+      grads: gradient of each trained parameter, before clipping.
+      moments: the optimizer's moments of each trained parameter, after the step.
       params: all parameters after the step.
     """
 

@@ -1,4 +1,4 @@
-"""The PyTorch half: a module trained in stages, as a script does it."""
+"""Trains a PyTorch module in stages, as a script does, and records each step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jaxft.parity.step import Arrays, Rows, Step
+from jaxft.parity.step import Arrays, NumpyBatch, Step
 
-# What torch's optimizers call what they remember of each parameter.
+# Keys of torch's optimizer states that hold a moment of each parameter.
 _MOMENTS = {
     "momentum_buffer": "momentum",
     "exp_avg": "mean",
@@ -24,24 +24,24 @@ _MOMENTS = {
 
 
 def mean_cross_entropy(module: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """The loss of most recipes."""
+    """Computes the mean cross entropy of a batch."""
     return cross_entropy(module(images), targets)
 
 
 @dataclass(frozen=True)
 class TorchStage:
-    """What a PyTorch script does in one stage.
+    """One stage of a PyTorch script.
 
     Attributes:
-      begin: `(module, optimizer) -> optimizer`, at the stage's start: sets `requires_grad`, calls
-        `train()` or `eval()`, and makes the stage's optimizer, or extends that of the stage
-        before (None in the first).
+      begin: `(module, optimizer) -> optimizer`, called at the start of the stage. It sets
+        `requires_grad`, calls `train()` or `eval()`, and returns the stage's optimizer: a new one,
+        or the given optimizer of the stage before (None in the first stage) with more parameters.
       loss: `(module, images [b c h w], targets [b]) -> loss`, a scalar.
-      penalty: `(module) -> penalty`, added to the loss, where the recipe has an `Anchor`.
-      scheduler: `(optimizer) -> scheduler`; none: rates are constant.
-      by: whether `scheduler.step()` follows each epoch, or each step.
-      before_update: called with the module between `backward()` and `optimizer.step()`, where
-        gradients are clipped.
+      penalty: `(module) -> penalty`, added to the loss; the counterpart of a recipe's `Anchor`.
+      scheduler: `(optimizer) -> scheduler`; None keeps learning rates constant.
+      by: whether `scheduler.step()` is called after each epoch or after each step.
+      before_update: `(module) -> None`, called between `backward()` and `optimizer.step()`, for
+        example to clip gradients.
     """
 
     begin: Callable[[nn.Module, Optimizer | None], Optimizer]
@@ -56,15 +56,20 @@ def torch_steps(
     module: nn.Module,
     stages: Sequence[TorchStage],
     lengths: Sequence[int],
-    epoch: Sequence[Rows],
-    cuts: Mapping[str, str],
+    epoch: Sequence[NumpyBatch],
+    next_modules: Mapping[str, str],
 ) -> Iterator[Step]:
-    """Trains `module` for `lengths` steps of each stage, `epoch` over and over.
+    """Trains `module` through all stages and yields each step.
 
-    `cuts` are the blocks by the submodule that takes their output; there is none for the last.
+    Args:
+      module: the module, which is trained in place.
+      stages: the stages.
+      lengths: number of steps of each stage.
+      epoch: the batches of one epoch; every epoch is the same.
+      next_modules: for each block whose output is recorded, the submodule that receives it.
     """
     dtype = next(module.parameters()).dtype
-    outputs = _watch(module, cuts)
+    outputs = _record_outputs(module, next_modules)
     optimizer: Optimizer | None = None
     for stage, length in zip(stages, lengths, strict=True):
         optimizer = stage.begin(module, optimizer)
@@ -79,11 +84,11 @@ def torch_steps(
                 torch.from_numpy(np.asarray(targets, np.int64)),
             )
             (loss + stage.penalty(module) if stage.penalty else loss).backward()
-            trains = _trains(module, optimizer)
-            grads = {name: _numpy(p.grad) for name, (p, _) in trains.items() if p.grad is not None}
+            trained = _trained_parameters(module, optimizer)
+            grads = {name: _numpy(p.grad) for name, (p, _) in trained.items() if p.grad is not None}
             if stage.before_update:
                 stage.before_update(module)
-            rates = {name: np.asarray(float(rate)) for name, (_, rate) in trains.items()}
+            rates = {name: np.asarray(float(lr)) for name, (_, lr) in trained.items()}
             optimizer.step()
             yield Step(
                 rates=rates,
@@ -91,43 +96,48 @@ def torch_steps(
                 loss={"loss": _numpy(loss)},
                 stats={n: _numpy(x) for n, x in module.named_buffers() if x.is_floating_point()},
                 grads=grads,
-                moments=_moments(optimizer, trains),
+                moments=_moments(optimizer, trained),
                 params={name: _numpy(p) for name, p in module.named_parameters()},
             )
             if scheduler and (stage.by == "step" or (position + 1) % len(epoch) == 0):
                 scheduler.step()
 
 
-def _trains(module: nn.Module, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, float]]:
-    """The parameters that a step would change, and their rates."""
-    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+def _trained_parameters(
+    module: nn.Module, optimizer: Optimizer
+) -> dict[str, tuple[nn.Parameter, float]]:
+    """Returns each parameter that a step can change, with its learning rate."""
+    lrs = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = module.named_parameters()
-    return {name: (p, rates[p]) for name, p in named if p.requires_grad and p in rates}
+    return {name: (p, lrs[p]) for name, p in named if p.requires_grad and p in lrs}
 
 
-def _moments(optimizer: Optimizer, trains: Mapping[str, tuple[nn.Parameter, float]]) -> Arrays:
+def _moments(optimizer: Optimizer, trained: Mapping[str, tuple[nn.Parameter, float]]) -> Arrays:
     return {
         f"{name}, {moment}": _numpy(optimizer.state[p][key])
-        for name, (p, _) in trains.items()
+        for name, (p, _) in trained.items()
         for key, moment in _MOMENTS.items()
         if optimizer.state.get(p, {}).get(key) is not None
     }
 
 
-def _watch(module: nn.Module, cuts: Mapping[str, str]) -> Arrays:
-    """The outputs of the blocks, each time the module is called; [b h w c] or [b k]."""
-    seen: Arrays = {}
+def _record_outputs(module: nn.Module, next_modules: Mapping[str, str]) -> Arrays:
+    """Registers hooks that store the output of each block in the returned dict.
 
-    def keep(block: str, output: Tensor) -> None:
+    Outputs are `[b h w c]` or `[b k]`; the module's output is called `logits`.
+    """
+    outputs: Arrays = {}
+
+    def store(block: str, output: Tensor) -> None:
         array = _numpy(output)
-        seen[block] = np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+        outputs[block] = np.moveaxis(array, 1, -1) if array.ndim == 4 else array
 
-    for block, name in cuts.items():
+    for block, name in next_modules.items():
         module.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, block=block: keep(block, inputs[0])
+            lambda _, inputs, block=block: store(block, inputs[0])
         )
-    module.register_forward_hook(lambda _, inputs, output: keep("logits", output))
-    return seen
+    module.register_forward_hook(lambda _, inputs, output: store("logits", output))
+    return outputs
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

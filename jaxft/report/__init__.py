@@ -1,1 +1,1 @@
-"""What a run shows and records."""
+"""Terminal output and records of a run."""

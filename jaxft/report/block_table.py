@@ -1,4 +1,4 @@
-"""A network's blocks as lines of a table, with a bar for each."""
+"""Formats gradient-to-weight ratios of a network's blocks as a table with bars."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,13 +6,19 @@ import jax
 
 from jaxft.labels import Tree
 
-_WIDTH = 32  # of the longest bar
+_MAX_BAR_WIDTH = 32
 
 
 def block_table(labels: Tree, params: Tree, ratios: Mapping[str, float]) -> Iterator[str]:
-    """Lines of at most 80 columns: of each block its parameters, ratio, and a bar as long as that.
+    """Yields the lines of a table of blocks, at most 80 columns wide.
 
-    `labels` name each parameter's block.
+    Args:
+      labels: the block of each parameter.
+      params: the parameters.
+      ratios: norm of the gradients divided by norm of the weights, per block.
+
+    Yields:
+      A header, and for each block its number of parameters, its ratio, and a bar of that length.
     """
     sizes = dict.fromkeys(ratios, 0)
     for block, leaf in zip(jax.tree.leaves(labels), jax.tree.leaves(params), strict=True):
@@ -21,5 +27,5 @@ def block_table(labels: Tree, params: Tree, ratios: Mapping[str, float]) -> Iter
     yield line.format("block", "parameters", "gradient / weights", "")
     largest = max(ratios.values())
     for block, ratio in ratios.items():
-        bar = "#" * round(_WIDTH * ratio / largest)
+        bar = "#" * round(_MAX_BAR_WIDTH * ratio / largest)
         yield line.format(block, f"{sizes[block]:,}", f"{ratio:.3g}", bar)

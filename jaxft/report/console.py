@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a table before each stage, a row an epoch, a sentence after."""
+"""Prints a run on the terminal: a table before each stage, a row per epoch, remarks between."""
 
 import math
 import sys
@@ -26,66 +26,59 @@ EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
 
 
 class _Output(Terminal):
-    """Standard output, whose loss does not end a run: a run is worth more than its lines."""
+    """Standard output; an error in writing to it stops the output, not the run."""
 
     def on_broken_pipe(self) -> None:
-        """Sends further lines nowhere; Rich would end the program besides."""
+        """Stops the output; Rich would also end the program."""
         with suppress(SystemExit, OSError):
             super().on_broken_pipe()
-        self.lost("its reader has gone")
+        self.stop("the reader of standard output has closed it")
 
-    def lost(self, reason: str) -> None:
-        """Prints nothing from here on, and says so on standard error."""
+    def stop(self, reason: str) -> None:
+        """Prints nothing from now on, and explains this on standard error."""
         self.quiet = True
-        with suppress(OSError, AttributeError):  # which may be closed, too
-            sys.stderr.write(f"Nothing more is printed, as {reason}; the run goes on.\n")
+        with suppress(OSError, AttributeError):  # standard error may be closed too
+            sys.stderr.write(f"Output stops: {reason}. The run continues.\n")
 
 
 class Console:
-    """Prints the story of a run. `quiet` prints nothing."""
+    """Prints a run; with `quiet`, nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        # What users name, such as folder:cat or a class [bold], is no markup and no emoji.
+        # Names that users choose, such as folder:cat or a class [bold], are no markup or emoji.
         self._out = _Output(quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prose, wrapped at the width of the terminal; its indented lines stay as they are."""
+        """Prints text, wrapped at the width of the terminal except for indented lines."""
         for line in text.split("\n"):
-            listed = line.startswith(" ")
-            self.row(line if listed else textwrap.fill(line, self._out.width), style)
+            is_indented = line.startswith(" ")
+            self.row(line if is_indented else textwrap.fill(line, self._out.width), style)
 
     def row(self, text: str, style: str | None = None) -> None:
-        """A line of a table, as wide as it is."""
-        # Paths may hold bytes that are not UTF-8, which a terminal of UTF-8 does not take.
+        """Prints a line of a table without wrapping it."""
+        # A path may contain bytes that are not UTF-8 and cannot be printed.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         try:
             self._out.print(text.rstrip(), style=style, soft_wrap=True)
         except OSError as error:
-            self._out.lost(f"standard output cannot be written: {error.strerror}")
+            self._out.stop(f"standard output cannot be written: {error.strerror}")
 
     def stage(
         self, plan: StagePlan, title: str, cost: str, params: Tree, norms: Mapping[str, str]
     ) -> None:
-        """The table of a stage: who trains, how fast, and the modes of its norm layers, by path."""
-        labels = leaf_labels(params, plan.labels)
-        sizes, modes, seen = Counter[str](), dict[str, Counter[str]](), set[str]()
-        for path, label, leaf in zip(paths(params), labels, jax.tree.leaves(params), strict=True):
-            sizes[label] += leaf.size
-            layer = path.rpartition(".")[0]
-            if layer in norms and layer not in seen:
-                modes.setdefault(label, Counter())[norms[layer]] += 1
-                seen.add(layer)
+        """Prints the table of a stage and the header of its epochs.
 
-        updates = plan.updates()
+        The table has a row per group: parameters, learning rate, schedule and norm modes.
+
+        Args:
+          plan: the stage.
+          title: heading of the table.
+          cost: text about the cost of a step.
+          params: all parameters.
+          norms: the mode of each norm layer, by path.
+        """
         rows = [("group", "parameters", "share", "rate", "schedule", "norm layers")]
-        for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
-            rate, schedule = "-" if group == FROZEN else "solved", "-"
-            if group in updates:
-                rate = f"{'up to ' * plan.stage.relative_rates}{updates[group].lr:g}"
-                schedule = type(updates[group].schedule).__name__
-            used = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
-            share = f"{sizes[group] / sizes.total():.1%}"
-            rows.append((group, f"{sizes[group]:,}", share, rate, schedule, used or "-"))
+        rows += _group_rows(plan, params, norms)
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         line = "  {:{}}  {:>{}}  {:>{}}  {:>{}}  {:{}}  {:{}}"
         self.row(f"\n{title}", style="bold")
@@ -94,12 +87,18 @@ class Console:
         for row in rows:
             cells = chain.from_iterable(zip(row, widths, strict=True))
             self.row(line.format(*cells), style="dim" if row[0] == FROZEN else None)
-        heads = ("epoch", "train loss", "val loss", "accuracy", "seconds", "")
-        self.row("\n" + EPOCH_ROW.format(*heads))
+        header = ("epoch", "train loss", "val loss", "accuracy", "seconds", "")
+        self.row("\n" + EPOCH_ROW.format(*header))
 
     @contextmanager
     def epoch(self, epoch: int, steps: int, done: int = 0) -> Iterator["Bar"]:
-        """A bar over the steps of an epoch, on a terminal only; it leaves nothing behind."""
+        """Shows a progress bar over the steps of an epoch, on a terminal only.
+
+        Args:
+          epoch: number of the epoch.
+          steps: its number of steps.
+          done: number of steps that are complete already.
+        """
         columns = (
             TextColumn("  epoch {task.description}"),
             BarColumn(bar_width=None),
@@ -107,8 +106,8 @@ class Console:
             TextColumn("loss {task.fields[loss]}"),
             TimeRemainingColumn(),
         )
-        shown = self._out.is_terminal and not self._out.quiet
-        with Progress(*columns, console=self._out, transient=True, disable=not shown) as progress:
+        hidden = self._out.quiet or not self._out.is_terminal
+        with Progress(*columns, console=self._out, transient=True, disable=hidden) as progress:
             task = progress.add_task(str(epoch), total=steps, completed=done, loss="-")
             yield Bar(progress, task)
 
@@ -121,11 +120,20 @@ class Console:
         seconds: float | None,
         remark: str = "",
     ) -> None:
-        """A row of the stage's growing table; epoch 0 is its start, a word a candidate's."""
+        """Prints one row of the stage's table of epochs.
+
+        Args:
+          epoch: number of the epoch, 0 for the start of the stage, or a word for a candidate.
+          train_loss: mean training loss of the epoch; None if there is none.
+          val_loss: validation loss.
+          accuracy: validation accuracy, 0 to 1.
+          seconds: duration of the epoch in seconds; None if unknown.
+          remark: text at the end of the row.
+        """
         cells = (
             epoch or "start",
-            "-" if train_loss is None else _loss(train_loss),
-            _loss(val_loss),
+            "-" if train_loss is None else _format_loss(train_loss),
+            _format_loss(val_loss),
             f"{accuracy:.4f}",
             "-" if seconds is None else f"{seconds:.1f}",
             remark,
@@ -133,17 +141,40 @@ class Console:
         self.row(EPOCH_ROW.format(*cells))
 
 
-def _loss(loss: float) -> str:
+def _group_rows(
+    plan: StagePlan, params: Tree, norms: Mapping[str, str]
+) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Yields the cells of a stage's table for each group; the frozen parameters come last."""
+    labels = leaf_labels(params, plan.labels)
+    sizes, modes, counted_layers = Counter[str](), dict[str, Counter[str]](), set[str]()
+    for path, label, leaf in zip(paths(params), labels, jax.tree.leaves(params), strict=True):
+        sizes[label] += leaf.size
+        layer = path.rpartition(".")[0]
+        if layer in norms and layer not in counted_layers:
+            modes.setdefault(label, Counter())[norms[layer]] += 1
+            counted_layers.add(layer)
+    updates = plan.updates()
+    for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
+        lr, schedule = "-" if group == FROZEN else "solved", "-"
+        if group in updates:
+            lr = f"{'up to ' * plan.stage.relative_rates}{updates[group].lr:g}"
+            schedule = type(updates[group].schedule).__name__
+        group_modes = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
+        share = f"{sizes[group] / sizes.total():.1%}"
+        yield group, f"{sizes[group]:,}", share, lr, schedule, group_modes or "-"
+
+
+def _format_loss(loss: float) -> str:
     return f"{loss:.4f}" if loss < 1e4 else f"{loss:.3e}"
 
 
 class Bar:
-    """The progress of one epoch."""
+    """Progress bar of one epoch."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, loss: float, steps: int) -> None:
-        """Moves on by a number of steps; the loss is NaN until it is known."""
-        shown = "-" if math.isnan(loss) else _loss(loss)
-        self._progress.update(self._task, advance=steps, loss=shown)
+        """Advances by a number of steps and shows the loss, which is NaN until it is known."""
+        text = "-" if math.isnan(loss) else _format_loss(loss)
+        self._progress.update(self._task, advance=steps, loss=text)

@@ -1,4 +1,4 @@
-"""What a run ran on, a record for each time that it was started."""
+"""Records versions, devices and the git commit at each start of a run."""
 
 import datetime
 import json
@@ -21,20 +21,24 @@ _PACKAGES = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 
 def append(workdir: str | PathLike[str]) -> None:
-    """Adds `current()` to the list in the run's `environment.json`: a resume may run elsewhere.
+    """Adds `current()` to the list in the run's `environment.json`.
 
-    For one process of a run. Raises OSError where the folder cannot be written.
+    The list has one entry per start, because a run may be resumed on another machine. Only one
+    process of a run should call this.
+
+    Raises:
+      OSError: if the folder cannot be written.
     """
     file = epath.Path(workdir) / "environment.json"
     try:
         starts = list(json.loads(file.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # none yet, or none that counts
+    except (FileNotFoundError, ValueError, TypeError):  # no file, or no list
         starts = []
     atomic.write(file, json.dumps([*starts, current()], indent=2) + "\n")
 
 
 def current() -> dict[str, Any]:
-    """Versions, devices, processes, the time (UTC), the command, and the git commit, if any."""
+    """Returns versions, devices, processes, time (UTC), command and git commit, None if unknown."""
     devices = jax.devices()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -53,12 +57,13 @@ def current() -> dict[str, Any]:
 
 
 def idle_accelerator() -> list[str]:
-    """Returns a remark where JAX runs on the CPU of a machine that has a GPU or TPU.
+    """Returns a remark if JAX runs on the CPU although the machine has a GPU or TPU.
 
-    None where the CPU was asked for: by JAX_PLATFORMS, or by a CUDA_VISIBLE_DEVICES without any.
+    Returns no remark if the user selected the CPU by JAX_PLATFORMS or hid all GPUs by
+    CUDA_VISIBLE_DEVICES.
     """
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
-    if asked or jax.default_backend() != "cpu":
+    selected = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if selected or jax.default_backend() != "cpu":
         return []
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
     if any(_DEV.glob("nvidia[0-9]*")) and not hidden:
@@ -68,28 +73,28 @@ def idle_accelerator() -> list[str]:
     else:
         return []
     return [
-        f"JAX runs on the CPU, and this machine has {kind}: pip install '.[{extra}]' lets JAX use "
-        "it. JAX_PLATFORMS=cpu says that the CPU is meant."
+        f"JAX runs on the CPU, but this machine has {kind}: pip install '.[{extra}]' lets JAX use "
+        "it. To use the CPU, set JAX_PLATFORMS=cpu."
     ]
 
 
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # a folder on the path, not installed
+    except PackageNotFoundError:  # not installed: imported from a folder on the path
         return None
 
 
 def _commit(folder: Path) -> dict[str, Any] | None:
-    """The commit that the folder's files are of; none where git is not, or does not know them."""
+    """Returns the commit of the folder's files; None without git, or if git does not track them."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return process.stdout.strip()
 
     try:
-        # Tracked there: a virtual environment within someone's repository is not of its commit.
+        # A virtual environment within a repository does not belong to the repository's commit.
         if not git("ls-files", "--", "."):
             return None
         return {

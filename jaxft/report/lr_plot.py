@@ -1,4 +1,4 @@
-"""A range test as a file of numbers, a picture, and a table of the rates that it suggests."""
+"""Saves a learning rate range test as CSV and as a plot, and formats its suggestions."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -11,29 +11,40 @@ from jaxft.train.range_test import Curve
 
 
 def write_curve(path: Path, curve: Curve) -> None:
-    """A row a step: its number, the highest group's rate, the batch's loss, the smoothed one."""
+    """Writes a CSV file with one row per step.
+
+    The columns are the step, the largest learning rate of all groups, the batch's loss and the
+    smoothed loss.
+    """
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("step", "rate", "loss", "smoothed"))
-        numbers = zip(curve.rates, curve.losses, curve.smoothed, strict=True)
-        table.writerows((step, *(f"{x:.9g}" for x in row)) for step, row in enumerate(numbers))
+        rows = zip(curve.rates, curve.losses, curve.smoothed, strict=True)
+        table.writerows((step, *(f"{x:.9g}" for x in row)) for step, row in enumerate(rows))
 
 
 def draw(path: Path, curve: Curve, suggestions: Mapping[str, float], title: str) -> None:
-    """Losses over rates, the latter on a logarithmic axis, with the suggestions marked on it."""
+    """Plots losses over learning rates, on a logarithmic axis, and marks the suggestions.
+
+    Args:
+      path: the picture to write.
+      curve: the range test.
+      suggestions: suggested learning rate per rule.
+      title: title of the plot.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    rates, smoothed = np.asarray(curve.rates), curve.smoothed
-    axes.plot(rates, curve.losses, ".", color="0.7", markersize=5, label="each batch")
-    axes.plot(rates, smoothed, color="black", linewidth=1.8, label="smoothed")
-    # Apart in lightness and in dashes too.
-    looks = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
-    for (rule, rate), (color, dashes) in zip(suggestions.items(), looks, strict=False):
-        axes.axvline(rate, color=color, linestyle=dashes, label=f"{rule}: {rate:.1e}")
+    lrs, smoothed = np.asarray(curve.rates), curve.smoothed
+    axes.plot(lrs, curve.losses, ".", color="0.7", markersize=5, label="each batch")
+    axes.plot(lrs, smoothed, color="black", linewidth=1.8, label="smoothed")
+    # Colours that also differ in lightness, and dashes, serve colour-blind readers.
+    styles = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
+    for (rule, lr), (color, dashes) in zip(suggestions.items(), styles, strict=False):
+        axes.axvline(lr, color=color, linestyle=dashes, label=f"{rule}: {lr:.1e}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate (of the highest group)")
     axes.set_ylabel("training loss")
-    # What comes after the loss has blown up would flatten all before.
+    # The limit cuts off a diverged loss, which would flatten the rest of the curve.
     finite = smoothed[np.isfinite(smoothed)]
     if len(finite):
         low, high = finite.min(), min(finite.max(), 2 * finite[0])
@@ -45,11 +56,19 @@ def draw(path: Path, curve: Curve, suggestions: Mapping[str, float], title: str)
 
 
 def rate_table(rates: Mapping[str, float], suggestions: Mapping[str, float]) -> Iterator[str]:
-    """Lines: each group's rate as the recipe has it, and by each rule in the same ratios."""
-    top = max(rates.values())
+    """Yields the lines of a table of learning rates.
+
+    Each line holds a group's learning rate in the recipe and by each rule. A rule scales all groups
+    by the same factor, so that the largest learning rate is the suggested one.
+
+    Args:
+      rates: learning rate of each group in the recipe.
+      suggestions: suggested learning rate per rule.
+    """
+    largest = max(rates.values())
     line = "  {:22}" + "  {:>12}" * (1 + len(suggestions))
     yield line.format("group", "recipe", *suggestions).rstrip()
-    for group, rate in rates.items():
-        scaled = (f"{suggestion * rate / top:.1e}" for suggestion in suggestions.values())
+    for group, lr in rates.items():
+        scaled = (f"{suggestion * lr / largest:.1e}" for suggestion in suggestions.values())
         name = group if len(group) <= 22 else group[:19] + "..."
-        yield line.format(name, f"{rate:.1e}", *scaled)
+        yield line.format(name, f"{lr:.1e}", *scaled)

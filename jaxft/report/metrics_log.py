@@ -1,4 +1,4 @@
-"""What a run records: a row an epoch in `metrics.jsonl`, the same numbers for TensorBoard."""
+"""Records one row of metrics per epoch, in `metrics.jsonl` and for TensorBoard."""
 
 import json
 import math
@@ -16,23 +16,27 @@ from jaxft.report.tensorboard import EventFile
 
 
 class MetricsLog:
-    """The records of one run, from where it begins.
+    """Metrics of one run.
 
-    Records are not worth a run. What cannot be written, as the disk is full, is kept and written
-    with the next row; what is still missing when the log is closed is a warning.
-
-    writes: of several processes the first alone; the others' rows go nowhere.
+    A full disk does not end the run. Rows that cannot be written are kept and written with the next
+    row. If rows are still missing when the log is closed, `close` emits a RuntimeWarning.
     """
 
     def __init__(self, workdir: str | PathLike[str], *, writes: bool = True) -> None:
+        """Creates a log; `begin` opens its files.
+
+        Args:
+          workdir: folder of the run.
+          writes: whether to write files; with several processes, only the first one should.
+        """
         self._workdir, self._writes, self._failure = epath.Path(workdir), writes, ""
         self.rows: list[Mapping[str, Any]] = []
-        """All rows of the run so far, as JSON; empty where the log does not write."""
+        """All rows of the run so far, as JSON values; empty if the log does not write."""
         self._path = self._workdir / "metrics.jsonl"
         self._events: EventFile | None = None
 
     def rows_until(self, step: int) -> list[Mapping[str, Any]]:
-        """Returns the rows of `metrics.jsonl` up to `step`, as far as it can be read."""
+        """Returns the rows of `metrics.jsonl` up to `step`, as far as the file is readable."""
         rows: list[Mapping[str, Any]] = []
         with suppress(OSError, ValueError, LookupError, TypeError):
             for line in self._path.read_text().splitlines():
@@ -41,10 +45,10 @@ class MetricsLog:
         return rows
 
     def begin(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Rewrites `metrics.jsonl` with `rows`, those of the checkpoint from which a run resumes.
+        """Opens the files and rewrites `metrics.jsonl` with the rows of the resumed checkpoint.
 
-        A file that was damaged or lost is thereby whole again, and an epoch whose row was written
-        before its checkpoint was whole does not appear twice.
+        This restores a damaged or lost file. It also removes rows that were written before their
+        checkpoint was complete, so that no epoch appears twice.
         """
         if not self._writes:
             return
@@ -54,7 +58,7 @@ class MetricsLog:
         self._flush()
 
     def close(self) -> None:
-        """Writes out what is missing, if it can."""
+        """Writes rows that are still missing; warns if that fails."""
         if self._failure:
             self._flush()
         if self._failure:
@@ -65,13 +69,14 @@ class MetricsLog:
             )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Adds one row: JSON, in which NaN and infinity become null.
+        """Adds one row.
 
-        TensorBoard gets its floats at `row["step"]`, and those of a group as `group/name`.
+        In `metrics.jsonl`, NaN and infinity become null. TensorBoard receives the floats at
+        `row["step"]`; a float in a nested mapping has the tag `mapping/name`.
         """
         if self._events is None:
             return
-        self.rows.append(_strict(row))
+        self.rows.append(_to_json(row))
         self._events.add(row["step"], dict(_floats(row)))
         self._flush()
 
@@ -79,7 +84,8 @@ class MetricsLog:
         self._failure = ""
         if self._events is None:
             return
-        # Whole: an object of a bucket cannot grow, and what a full disk cuts short is no row.
+        # The whole file is rewritten: an object in a bucket cannot be extended, and a full disk
+        # could cut off a row.
         rows = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
         for write in (partial(atomic.write, self._path, rows), self._events.flush):
             try:
@@ -96,7 +102,7 @@ def _floats(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield from _floats(value, f"{prefix}{name}/")
 
 
-def _strict(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _strict(inner) for name, inner in value.items()}
+        return {name: _to_json(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

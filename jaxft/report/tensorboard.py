@@ -1,4 +1,4 @@
-"""TensorBoard's event file, on a disk or in a bucket."""
+"""Writes TensorBoard event files, on a disk or in a bucket."""
 
 import os
 import socket
@@ -15,25 +15,26 @@ from jaxft.checkpoint.atomic import in_bucket
 
 
 class EventFile:
-    """An event file in `folder`; TensorBoard hides what older ones hold from `purge_step` on.
+    """An event file in `folder`.
 
-    Not tensorboardX's `SummaryWriter`: its thread dies of a full disk and takes no more, and for a
-    bucket it wants another client library.
+    Replaces tensorboardX's `SummaryWriter`, whose thread ends at the first full disk, and which
+    needs another client library for buckets.
     """
 
     def __init__(self, folder: epath.Path, *, purge_step: int) -> None:
+        """Starts a file; TensorBoard hides values of older files from `purge_step` on."""
         with _without_torch():
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
-        self._records, self._written = bytearray(), 0
+        self._records, self._bytes_written = bytearray(), 0
         start = SessionLog(status=SessionLog.START)
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._append(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes scalars by their tags, for the next flush."""
+        """Adds scalars by tag; the next `flush` writes them."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -41,15 +42,18 @@ class EventFile:
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def flush(self) -> None:
-        """Writes what is not written yet; after an OSError the next call goes on from there."""
-        if in_bucket(self._path):  # an object cannot grow
+        """Writes all records added since the last flush.
+
+        After an OSError the next call continues at the first byte that was not written.
+        """
+        if in_bucket(self._path):  # an object cannot be extended
             self._path.write_bytes(bytes(self._records))
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
         try:
-            while missing := self._records[self._written :]:
-                self._written += os.pwrite(file, missing, self._written)
+            while unwritten := self._records[self._bytes_written :]:
+                self._bytes_written += os.pwrite(file, unwritten, self._bytes_written)
         finally:
             os.close(file)
 
@@ -64,9 +68,9 @@ class EventFile:
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """No import finds torch, unless it is there already.
+    """Hides torch from imports, unless it is imported already.
 
-    tensorboardX imports it, where it is installed, for an annotation: a second or two.
+    tensorboardX imports torch, if installed, for an annotation; that takes a second or two.
     """
     if "torch" in sys.modules:
         yield

@@ -1,9 +1,9 @@
-"""Records what PyTorch computes with random weights, for test_resnet.py to hold us to.
+"""Records outputs of PyTorch's networks with random weights, for test_resnet.py.
 
     python tests/models/record_golden.py
 
-Needs torch, torchvision and timm. Weights and images follow from seeds on both sides (`weights`,
-`images`), so that the files in tests/golden hold outputs only.
+Needs torch, torchvision and timm. Both sides draw weights and images from seeds (`weights`,
+`images`), so the files in tests/golden hold outputs only.
 """
 
 import importlib
@@ -24,56 +24,57 @@ _TORCHVISION = (
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
 _TIMM = ("resnet26t", *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101, 152)))
-_RELATIVES = (
+_TIMM_TRAIN_ONLY = (
     *("resnet10t", "resnet14t", "resnet26", "resnet50t", "resnet200", "resnet200d"),
     *(f"resnet{depth}{letter}" for depth in (50, 101, 152) for letter in "cs"),
     *("resnext50d_32x4d", "resnext101_32x4d"),
 )
 _CIFAR = tuple(f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110))
-# case: (network, options of `create`)
+# case: (name of the network, options of `create`)
 CASES = {
-    **{name: (name, {}) for name in (*_TORCHVISION, *_TIMM, *_RELATIVES, *_CIFAR)},
+    **{name: (name, {}) for name in (*_TORCHVISION, *_TIMM, *_TIMM_TRAIN_ONLY, *_CIFAR)},
     **{
         f"{name}_stride_in_1x1": (name, {"stride_in_1x1": True})
         for name in ("resnet50", "resnet101", "resnet152")
     },
     "resnet18_concat_pool": ("resnet18", {"concat_pool": True}),
 }
-_KINDS = (
+_REPRESENTATIVES = (
     *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
     *("resnet26t", "resnet18d", "resnet50d", "cifar_resnet8", "cifar_resnet20"),
 )
-LIVE = tuple(case for case, (network, _) in CASES.items() if network in _KINDS)
-"""One at least of each kind of stem, block and shortcut, held to torch itself and at all sizes.
+LIVE = tuple(case for case, (network, _) in CASES.items() if network in _REPRESENTATIVES)
+"""Cases that are compared with torch itself and at all image sizes.
 
-The others consist of what these consist of: a recorded step of training is enough for them."""
+They cover every kind of stem, block and shortcut. The other networks consist of the same parts, so
+a recorded training step is enough for them."""
 
 
 def originals_are_here() -> bool:
-    """Whether `record` can run."""
+    """Whether the packages that `record` needs are installed."""
     return all(map(importlib.util.find_spec, ("torch", "torchvision", "timm")))
 
 
 def sides(network: str) -> tuple[int, ...]:
-    """Of the images in eval mode: even, odd and full size, of one network of each kind."""
-    if network not in _KINDS:
+    """Image sizes in eval mode, in pixels: even, odd and full size."""
+    if network not in _REPRESENTATIVES:
         return ()
     return (32, 33) if network in _CIFAR else (64, 65, 224)
 
 
 def train_side(network: str) -> int:
-    """Of the images of the training step, through which all weights and statistics go."""
+    """Image size of the training step, which uses all weights and statistics."""
     even = sides(network)
     return even[0] if even else 33 if network in _CIFAR else 65
 
 
 def images(side: int, batch: int = 2) -> np.ndarray:
-    """Random images `[b c h w]`, as if normalised."""
+    """Normalised random images `[b c h w]`."""
     return np.random.default_rng(side).standard_normal((batch, 3, side, side), np.float32)
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Random tensors for a torch state dict, each a function of its name and shape alone."""
+    """Random tensors for a torch state dict; each depends on its name and shape alone."""
     return {name: _weight(name, shape) for name, shape in shapes.items()}
 
 
@@ -83,8 +84,8 @@ def _pool() -> np.ndarray:
 
 
 def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    # From a pool, over and over: drawing a hundred million numbers would take longer than all
-    # the rest.
+    # The numbers repeat a pool, because drawing a hundred million of them would take longer than
+    # all other work.
     start = zlib.crc32(name.encode()) % 2**19
     normal = np.resize(_pool()[start:], shape)
     uniform = 1 + normal.clip(-2, 2) / 4  # between a half and one and a half
@@ -99,7 +100,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def digest(logits: np.ndarray, running: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A training step's logits and, of each running statistic, its size and where it points."""
+    """The logits of a training step, and L1 norm and a projection of each running statistic."""
     vectors = [running[name].astype(np.float64) for name in sorted(running)]
     sizes = np.array([np.abs(vector).sum() for vector in vectors])
     signs = [np.sign(np.resize(_pool(), vector.shape)) for vector in vectors]
@@ -108,15 +109,16 @@ def digest(logits: np.ndarray, running: Mapping[str, np.ndarray]) -> dict[str, n
 
 
 def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What torch computes for a case: logits in eval mode by image side and of a training step.
+    """Computes a case in torch.
 
-    Also returns the running statistics after that step, by name. The step is in float64: through
-    a hundred norms of a few values each, float32 rounding grows to 1e-4 in torch as in ours.
+    Returns the logits in eval mode by image size and of a training step, and the running statistics
+    after the step by name. The step is in float64: in a hundred norm layers with few values each,
+    float32 rounding errors grow to 1e-4 in torch as well as in jaxft.
     """
     import torch
 
     network, options = CASES[case]
-    with torch.device("meta"):  # no time lost on weights that are replaced
+    with torch.device("meta"):  # saves the initialisation of weights that are replaced
         module = torch_network(network, **options)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     counters = {name for name in shapes if name.endswith("num_batches_tracked")}
@@ -135,11 +137,11 @@ def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def torch_network(name: str, stride_in_1x1: bool = False, concat_pool: bool = False):
-    """The network in torch, with `NUM_CLASSES` classes."""
+    """Builds the network in torch, with `NUM_CLASSES` classes."""
     if name in _CIFAR:
         return _cifar_resnet((int(name.removeprefix("cifar_resnet")) - 2) // 6)
     torchvision = import_torchvision()
-    if name in _TIMM + _RELATIVES:
+    if name in _TIMM + _TIMM_TRAIN_ONLY:
         return importlib.import_module("timm").create_model(name, num_classes=NUM_CLASSES)
     module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     if stride_in_1x1:
@@ -152,7 +154,7 @@ def torch_network(name: str, stride_in_1x1: bool = False, concat_pool: bool = Fa
 
 
 def _replace_head(module) -> None:
-    """fastai's: `AdaptiveConcatPool2d` and `create_head(2 * 512, n)`, dropout left out."""
+    """Sets fastai's `AdaptiveConcatPool2d` and `create_head(2 * 512, n)`, without dropout."""
     import torch
     from torch import nn
 
@@ -171,7 +173,7 @@ def _replace_head(module) -> None:
 
 @cache
 def import_torchvision():
-    """torchvision, also where its compiled operators do not load; no classifier needs them."""
+    """Imports torchvision, even if its compiled operators, unused here, do not load."""
     import torch
 
     try:
@@ -186,7 +188,7 @@ def import_torchvision():
 
 
 def _cifar_resnet(n: int):
-    """He et al. 2015, section 4.2, with shortcuts without parameters (option A)."""
+    """Builds the network of He et al. 2015, section 4.2, with shortcuts without parameters."""
     import torch
     from torch import nn
     from torch.nn import functional

@@ -1,4 +1,4 @@
-"""BatchNorm against torch's formulas, written out in float64 numpy."""
+"""`BatchNorm` against torch's formulas in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ def norm(dtype=jnp.float32) -> BatchNorm:
 
 
 def expected(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output, running mean and running variance, by torch's documentation."""
-    kept = x[rows].reshape(-1, x.shape[-1])
-    mean, biased, n = kept.mean(0), kept.var(0), len(kept)
+    """Output, running mean and running variance, as in torch's documentation."""
+    values = x[rows].reshape(-1, x.shape[-1])
+    mean, biased, n = values.mean(0), values.var(0), len(values)
     y = SCALE * (x - mean) / np.sqrt(biased + 1e-5) + BIAS
     return y, 0.9 * MEAN + 0.1 * mean, 0.9 * VAR + 0.1 * biased * n / (n - 1)
 
@@ -41,13 +41,13 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_batch_mode_is_torchs(mask, jit):
+def test_batch_norm_batch_mode_equals_torch(mask, jit):
     def run(x, mask):
         layer = norm()
         return layer(x, Context("batch", mask)), layer.mean[...], layer.var[...]
 
     rows = np.ones(4, bool) if mask is None else np.array(mask)
-    x = np.where(rows[:, None, None, None], X, 1e6)  # what padding holds must not matter
+    x = np.where(rows[:, None, None, None], X, 1e6)  # padding values must not matter
     run = jax.jit(run) if jit else run
     y, mean, var = run(jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(rows))
     y_, mean_, var_ = expected(x, rows)
@@ -56,7 +56,7 @@ def test_batch_mode_is_torchs(mask, jit):
     np.testing.assert_allclose(var, var_, rtol=1e-6)
 
 
-def test_running_mode_is_torchs_and_touches_nothing():
+def test_batch_norm_running_mode_equals_torch_and_keeps_statistics():
     layer = norm()
     before = layer.mean[...], layer.var[...]
     y = layer(jnp.asarray(X, jnp.float32), Context("running"))
@@ -67,16 +67,16 @@ def test_running_mode_is_torchs_and_touches_nothing():
     assert layer.var[...] is before[1]
 
 
-def test_batch_fixed_mode_is_batch_mode_that_touches_nothing():
-    learning, fixed, x = norm(), norm(), jnp.asarray(X, jnp.float32)
+def test_batch_norm_batch_fixed_mode_keeps_statistics():
+    updating, fixed, x = norm(), norm(), jnp.asarray(X, jnp.float32)
     before = fixed.mean[...], fixed.var[...]
     y = fixed(x, Context("batch_fixed"))
-    np.testing.assert_array_equal(y, learning(x, Context("batch")))
+    np.testing.assert_array_equal(y, updating(x, Context("batch")))
     assert fixed.mean[...] is before[0]
     assert fixed.var[...] is before[1]
 
 
-def test_vectors_are_normalised_as_in_batch_norm_1d():
+def test_batch_norm_of_vectors_equals_batch_norm_1d():
     layer, x = norm(), X[:, 0, 0]
     y = layer(jnp.asarray(x, jnp.float32), Context("batch"))
     y_, mean_, var_ = expected(x, np.ones(4, bool))
@@ -86,7 +86,7 @@ def test_vectors_are_normalised_as_in_batch_norm_1d():
 
 
 @pytest.mark.parametrize("rows", [[True] * 4, [True, True, True, False]], ids=["whole", "padded"])
-def test_replicas_have_their_own_statistics_and_the_first_one_keeps_them(rows):
+def test_batch_norm_replicas_have_separate_statistics_and_the_first_updates_running_ones(rows):
     rows, layer = np.array(rows), norm()
     mask = None if rows.all() else jnp.asarray(rows)
     y = layer(jnp.asarray(X, jnp.float32), Context("batch", mask, replicas=2))
@@ -99,7 +99,7 @@ def test_replicas_have_their_own_statistics_and_the_first_one_keeps_them(rows):
 
 
 @pytest.mark.parametrize("rows", [[False] * 4, [True, False, False, False]], ids=["none", "one"])
-def test_too_few_values_teach_nothing(rows):
+def test_batch_norm_keeps_statistics_with_fewer_than_two_values(rows):
     layer = norm()
     x = jnp.asarray(X, jnp.float32)[:, :1, :1]  # one value a row
     y = layer(x, Context("batch", jnp.array(rows)))
@@ -109,7 +109,7 @@ def test_too_few_values_teach_nothing(rows):
 
 
 @pytest.mark.slow
-def test_gradients_ignore_padding():
+def test_batch_norm_gradients_ignore_padding():
     def loss(x, mask):
         y = norm()(x, Context("batch", mask))
         return jnp.where(mask[:, None, None, None], jnp.sin(y), 0).sum()
@@ -117,52 +117,52 @@ def test_gradients_ignore_padding():
     mask = jnp.array([True, True, True, False])
     x = jnp.asarray(X, jnp.float32)
     gradient = jax.grad(loss)(x, mask)
-    alone = jax.grad(loss)(x[:3], mask[:3])
-    np.testing.assert_allclose(gradient[:3], alone, atol=1e-6)
+    unpadded = jax.grad(loss)(x[:3], mask[:3])
+    np.testing.assert_allclose(gradient[:3], unpadded, atol=1e-6)
     np.testing.assert_array_equal(gradient[3], 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
-def test_gradients_are_those_of_the_formula(rows, replicas):
-    """By way of mean and variance too, of what padding is weighed with, of running statistics."""
-    kept, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
+def test_batch_norm_gradients_equal_the_formulas(rows, replicas):
+    """Includes the gradients through batch statistics, padding rows and running statistics."""
+    mask, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
 
     def ours(x, scale, bias):
         layer = norm(jnp.float64)
         layer.scale[...], layer.bias[...] = scale, bias
-        y = layer(x, Context("batch", jnp.asarray(kept), replicas=replicas))
-        return (jnp.sin(y) * weights).sum() + moved(layer.mean[...], layer.var[...])
+        y = layer(x, Context("batch", jnp.asarray(mask), replicas=replicas))
+        return (jnp.sin(y) * weights).sum() + running_loss(layer.mean[...], layer.var[...])
 
-    def moved(mean, var):
+    def running_loss(mean, var):
         return 10 * (jnp.sin(mean) - jnp.cos(var)).sum()
 
     def formula(x, scale, bias):
-        seen = x[: 4 // replicas][kept[: 4 // replicas]].reshape(-1, SHAPE[-1])
-        unbiased = seen.var(0, ddof=1)
-        total = moved(0.9 * MEAN + 0.1 * seen.mean(0), 0.9 * VAR + 0.1 * unbiased)
+        values = x[: 4 // replicas][mask[: 4 // replicas]].reshape(-1, SHAPE[-1])
+        unbiased = values.var(0, ddof=1)
+        total = running_loss(0.9 * MEAN + 0.1 * values.mean(0), 0.9 * VAR + 0.1 * unbiased)
         for part in np.split(np.arange(4), replicas):
-            seen = x[part[kept[part]]].reshape(-1, SHAPE[-1])
-            y = (x[part] - seen.mean(0)) / jnp.sqrt(seen.var(0) + 1e-5) * scale + bias
+            values = x[part[mask[part]]].reshape(-1, SHAPE[-1])
+            y = (x[part] - values.mean(0)) / jnp.sqrt(values.var(0) + 1e-5) * scale + bias
             total += (jnp.sin(y) * weights[part]).sum()
         return total
 
     with jax.enable_x64(True):
         arguments = tuple(map(jnp.asarray, (X, SCALE, BIAS)))
-        found, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (ours, formula))
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+        actual, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (ours, formula))
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
-def test_what_is_kept_for_the_gradient_is_the_input_alone(monkeypatch):
-    """Of the whole step's memory; the rest is what convolutions and ReLU keep."""
+def test_batch_norm_gradient_saves_memory(monkeypatch):
+    """Compares the memory of a whole training step with and without the custom gradient."""
     model = create("cifar_resnet8", num_classes=2)
     trees = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
 
-    def temporary():
+    def step_memory():
         def loss(params, stats, images):
             return model.apply(params, stats, images, norms="batch")[0].sum()
 
@@ -172,12 +172,12 @@ def test_what_is_kept_for_the_gradient_is_the_input_alone(monkeypatch):
     def plain(*args):
         return jaxft.models.batch_norm._forward(*args)[0]
 
-    written_out = temporary()
+    custom_gradient = step_memory()
     monkeypatch.setattr(jaxft.models.batch_norm, "_normalize", plain)
-    assert written_out < 0.75 * temporary()
+    assert custom_gradient < 0.75 * step_memory()
 
 
-def test_half_precision_inputs_keep_float32_statistics():
+def test_batch_norm_half_precision_input_keeps_float32_statistics():
     layer = norm()
     x = jnp.asarray(X, jnp.bfloat16)
     y = layer(x, Context("batch"))
@@ -188,7 +188,7 @@ def test_half_precision_inputs_keep_float32_statistics():
     np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
 
 
-def test_float64_is_not_narrowed():
+def test_batch_norm_float64():
     with jax.enable_x64(True):
         layer = norm(jnp.float64)
         y = layer(jnp.asarray(X), Context("batch"))
@@ -199,7 +199,7 @@ def test_float64_is_not_narrowed():
             np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
-BAD = {
+ERRORS = {
     "unknown mode": (X, Context("eval"), "'running', 'batch' or 'batch_fixed', not 'eval'"),
     "one value per channel": (X[:1, :1, :1], Context("batch"), "more than one value"),
     "one in each replica": (X[:, :1, :1], Context("batch", replicas=4), "more than one value"),
@@ -207,7 +207,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("x", "context", "message"), BAD.values(), ids=BAD)
-def test_errors(x, context, message):
+@pytest.mark.parametrize(("x", "context", "message"), ERRORS.values(), ids=ERRORS)
+def test_batch_norm_errors(x, context, message):
     with pytest.raises(ValueError, match=message):
         norm()(jnp.asarray(x, jnp.float32), context)

@@ -1,4 +1,4 @@
-"""Heads of several layers, and of one logit for two classes, against torch's arithmetic."""
+"""Heads of several layers, and binary heads, against torch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
 
 
 def shapes(model):
-    """Of the head, by torch's names."""
+    """Shapes of the head's tensors, by torch's names."""
     tensors = jax.tree.leaves(torch_tensors(*jax.eval_shape(model.init, KEY)))
     return {t.name: t.shape for t in tensors if t.name.startswith(model.head)}
 
@@ -48,12 +48,12 @@ def shapes(model):
         ({"binary": True}, {"fc.weight": (1, 64), "fc.bias": (1,)}),
     ],
 )  # fmt: skip
-def test_names_and_shapes_are_torchs(options, expected):
+def test_head_layers_names_and_shapes_equal_torchs(options, expected):
     assert shapes(create(NAME, num_classes=2, **options)) == expected
 
 
 @pytest.mark.slow
-def test_concat_pool_can_be_binary():
+def test_binary_concat_pool_head():
     model = create(NAME, num_classes=2, concat_pool=True, binary=True)
     assert shapes(model)["fc.6.weight"] == (1, 512)
     logits, _ = model.apply(*model.init(KEY), IMAGES, norms="running")
@@ -61,12 +61,12 @@ def test_concat_pool_can_be_binary():
 
 
 @pytest.mark.slow
-def test_layer_follows_layer():
-    """By hand, from the features that a head which is the identity lets through."""
+def test_head_layers_output():
+    """Computes the head by hand; a network with an identity head returns the features."""
     params, stats = LIGHTNING.init(KEY)
     identity = {"kernel": jnp.eye(64), "bias": jnp.zeros(64)}
-    whole = create(NAME, num_classes=64)
-    features, _ = whole.apply(params | {"fc": identity}, stats, IMAGES, norms="running")
+    backbone = create(NAME, num_classes=64)
+    features, _ = backbone.apply(params | {"fc": identity}, stats, IMAGES, norms="running")
     x = np.asarray(features, np.float64)
     for layer in ("0", "2", "3"):
         x = x @ np.asarray(params["fc"][layer]["kernel"]) + np.asarray(params["fc"][layer]["bias"])
@@ -77,7 +77,7 @@ def test_layer_follows_layer():
     np.testing.assert_allclose(logits[:, 1:], x, rtol=1e-5)
 
 
-def test_each_layer_starts_as_torchs_linear():
+def test_head_layers_initialisation_equals_torchs_linear():
     head = new_head(LIGHTNING, "fresh", KEY)
     for layer, inputs in (("0", 64), ("2", 48), ("3", 32)):
         for leaf in jax.tree.leaves(head[layer]):
@@ -85,16 +85,16 @@ def test_each_layer_starts_as_torchs_linear():
 
 
 @pytest.mark.parametrize("start", ["zeros", "xavier"])
-def test_other_starts_are_of_the_last_layer(start):
+def test_head_initialisation_option_applies_to_the_last_layer(start):
     head, fresh = new_head(LIGHTNING, start, KEY), new_head(LIGHTNING, "fresh", KEY)
     for layer in ("0", "2"):
         jax.tree.map(np.testing.assert_array_equal, head[layer], fresh[layer])
-    bound = {"zeros": 0, "xavier": (6 / 33) ** 0.5}[start]  # of 32 inputs, 1 output
-    found = float(jnp.abs(head["3"]["kernel"]).max())
-    assert 0.8 * bound <= found <= bound
+    bound = {"zeros": 0, "xavier": (6 / 33) ** 0.5}[start]  # for 32 inputs and 1 output
+    largest = float(jnp.abs(head["3"]["kernel"]).max())
+    assert 0.8 * bound <= largest <= bound
 
 
-def test_a_file_keeps_or_replaces_it(tmp_path):
+def test_head_layers_in_a_weights_file(tmp_path):
     trees = LIGHTNING.init(KEY)
     save_weights(tmp_path / "w", LIGHTNING, *trees)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "w", LIGHTNING), trees)
@@ -107,11 +107,11 @@ def test_a_file_keeps_or_replaces_it(tmp_path):
 Z = np.array([-40.0, -3.0, -0.5, 0.0, 0.5, 3.0, 40.0], np.float32)
 Y = np.array([0, 1, 1, 1, 0, 0, 1], np.int32)
 # torch 2.13.0, BCEWithLogitsLoss(reduction="none") and its gradient, in float64
-RECORDED = [
+LOSSES = [
     0.0, 3.048587351573742, 0.9740769841801067, 0.6931471805599453,
     0.9740769841801067, 3.048587351573742, 4.248354255291589e-18,
 ]  # fmt: skip
-GRADIENT = [
+GRADIENTS = [
     4.248354255291589e-18, -0.9525741268224333, -0.6224593312018546, -0.5,
     0.6224593312018546, 0.9525741268224334, 0.0,
 ]  # fmt: skip
@@ -123,50 +123,53 @@ def losses(z, targets, **fields):
 
 
 @pytest.mark.parametrize("targets", [Y, jax.nn.one_hot(Y, 2)], ids=["classes", "one-hot"])
-def test_its_loss_is_bce_with_logits(targets):
+def test_binary_loss_equals_bce_with_logits(targets):
     targets = jnp.asarray(targets)
-    np.testing.assert_allclose(losses(Z, targets), RECORDED, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(losses(Z, targets), LOSSES, rtol=1e-6, atol=1e-7)
     gradient = jax.grad(lambda z: jnp.sum(losses(z, targets)))(jnp.asarray(Z))
-    np.testing.assert_allclose(gradient, GRADIENT, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, GRADIENTS, rtol=1e-5, atol=1e-7)
 
 
-def test_soft_targets_too():
+def test_binary_loss_with_soft_targets_equals_bce_with_logits():
     torch = pytest.importorskip("torch")
     soft = 0.9 * Y + 0.05
-    theirs = torch.tensor(Z, requires_grad=True)
-    expected = torch.nn.BCEWithLogitsLoss(reduction="none")(theirs, torch.tensor(soft).float())
+    torch_z = torch.tensor(Z, requires_grad=True)
+    expected = torch.nn.BCEWithLogitsLoss(reduction="none")(torch_z, torch.tensor(soft).float())
     expected.sum().backward()
     onehot = jax.nn.one_hot(Y, 2)
-    ours = losses(Z, onehot, label_smoothing=0.1)
-    np.testing.assert_allclose(ours, expected.detach().numpy(), rtol=1e-6)
+    actual = losses(Z, onehot, label_smoothing=0.1)
+    np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=1e-6)
     gradient = jax.grad(lambda z: jnp.sum(losses(z, onehot, label_smoothing=0.1)))(jnp.asarray(Z))
-    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, torch_z.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_recording_is_torchs():
+def test_recorded_bce_with_logits_equals_torchs():
     torch = pytest.importorskip("torch")
     z = torch.tensor(Z, dtype=torch.float64, requires_grad=True)
     loss = torch.nn.BCEWithLogitsLoss(reduction="none")(z, torch.tensor(Y).double())
     loss.sum().backward()
-    np.testing.assert_allclose(RECORDED, loss.detach().numpy(), rtol=1e-12)
-    np.testing.assert_allclose(GRADIENT, z.grad.numpy(), rtol=1e-12, atol=1e-16)
+    np.testing.assert_allclose(LOSSES, loss.detach().numpy(), rtol=1e-12)
+    np.testing.assert_allclose(GRADIENTS, z.grad.numpy(), rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"binary": True}, "cifar_resnet8: binary is one logit for two classes, not for 3"),
+        ({"binary": True}, "cifar_resnet8: binary needs two classes, not 3"),
         ({"head_layers": (0,)}, "head_layers has 0; each must be a width of at least 1 or 'relu'"),
         ({"head_layers": ("gelu",)}, "head_layers has 'gelu'; each must be"),
-        ({"head_layers": (8,), "concat_pool": True}, "concat_pool is a head of two layers"),
+        (
+            {"head_layers": (8,), "concat_pool": True},
+            "concat_pool and head_layers define two different heads",
+        ),
     ],
 )
-def test_heads_that_cannot_be(options, message):
+def test_head_option_errors(options, message):
     with pytest.raises(RecipeError, match=message):
         create(NAME, num_classes=3, **options)
 
 
-def test_a_recipe_names_it(tmp_path):
+def test_head_layers_in_a_recipe(tmp_path):
     recipe = Recipe(model=NAME, data="digits", stages=(Stage("all", {"*": 0.1}, 1),))
     options = ["--head-layers", "48", "relu", "32", "--binary", "True", "--reduction", "sum"]
     save(recipe, tmp_path / "plain.yaml")

@@ -1,4 +1,4 @@
-"""The functional boundary: runs of blocks, modes of norms, and what stays as it is."""
+"""`NNXModel`: paths, single blocks, norm modes and statistics that must not change."""
 
 from functools import partial
 
@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxft.models import create
-from jaxft.models.rngs import Rngs
 
 MODEL = create("cifar_resnet8", num_classes=5)
 NORMS = (
@@ -43,7 +41,7 @@ def paths(tree) -> set[str]:
 
 
 def changed(before, after) -> set[str]:
-    """Paths of the norms with a leaf that is another object."""
+    """Paths of the norm layers with a leaf that is another object."""
     differs = jax.tree.map(lambda a, b: a is not b, before, after)
     flat, _ = jax.tree_util.tree_flatten_with_path(differs)
     return {
@@ -52,7 +50,7 @@ def changed(before, after) -> set[str]:
 
 
 @pytest.mark.slow
-def test_paths_are_torchs_with_string_keys(trees):
+def test_nnx_model_paths_are_torchs_with_string_keys(trees):
     params, stats = trees
     assert paths(params) >= {"conv1.kernel", "layer3.0.bn2.scale", "fc.kernel", "fc.bias"}
     assert paths(stats) == {f"{norm}.{leaf}" for norm in NORMS for leaf in ("mean", "var")}
@@ -61,7 +59,7 @@ def test_paths_are_torchs_with_string_keys(trees):
     assert "layer1.0.downsample.1.mean" in paths(stats)
 
 
-def test_init_is_abstract_and_a_function_of_the_key(trees):
+def test_nnx_model_init_traces_and_depends_on_the_key_alone(trees):
     abstract = jax.eval_shape(MODEL.init, jax.random.key(0))
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), trees)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == shapes
@@ -70,7 +68,7 @@ def test_init_is_abstract_and_a_function_of_the_key(trees):
     assert not np.array_equal(other["conv1"]["kernel"], trees[0]["conv1"]["kernel"])
 
 
-def test_equal_models_are_one_static_argument():
+def test_nnx_model_equality_and_hash():
     assert create("resnet18") == create("resnet18")
     assert hash(create("resnet18")) == hash(create("resnet18"))
     assert create("resnet18") != create("resnet18", num_classes=2)
@@ -80,28 +78,28 @@ def test_equal_models_are_one_static_argument():
 @pytest.mark.parametrize("norms", ["running", "batch"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("cut", range(1, 5), ids=lambda i: f"before {MODEL.blocks[i]}")
-def test_two_runs_of_blocks_are_one(trees, images, norms, jit, cut):
+def test_nnx_model_blocks_applied_separately_equal_the_whole(trees, images, norms, jit, cut):
     def apply(**blocks):
-        whole = partial(MODEL.apply, norms=norms, **blocks)
-        return jax.jit(whole) if jit else whole
+        function = partial(MODEL.apply, norms=norms, **blocks)
+        return jax.jit(function) if jit else function
 
     params, stats = trees
     whole = apply()(params, stats, images)
-    middle, halfway = apply(last=MODEL.blocks[cut - 1])(params, stats, images)
-    assert_identical(apply(first=MODEL.blocks[cut])(params, halfway, middle), whole)
+    activations, new_stats = apply(last=MODEL.blocks[cut - 1])(params, stats, images)
+    assert_identical(apply(first=MODEL.blocks[cut])(params, new_stats, activations), whole)
 
 
-def test_a_run_moves_its_own_statistics_only(trees, images):
+def test_nnx_model_updates_statistics_of_the_applied_blocks_only(trees, images):
     _, stats = run(trees, images, norms="batch", last="layer1")
     assert changed(trees[1], stats) == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
 
 
-def test_running_statistics_are_returned_as_they_are(trees, images):
+def test_nnx_model_running_mode_returns_the_same_statistics(trees, images):
     for norms in ("running", dict.fromkeys(NORMS, "running")):
         assert run(trees, images, norms=norms)[1] is trees[1]
 
 
-def test_each_norm_has_its_own_mode(trees, images):
+def test_nnx_model_norm_mode_per_layer(trees, images):
     batch = run(trees, images, norms="batch")
     assert_identical(run(trees, images, norms=dict.fromkeys(NORMS, "batch")), batch)
     norms = dict.fromkeys(NORMS, "running") | {"layer2.0.bn2": "batch"}
@@ -111,17 +109,18 @@ def test_each_norm_has_its_own_mode(trees, images):
 
 
 @pytest.mark.slow
-def test_padding_changes_nothing(trees, images):
-    logits, stats = run(trees, images[:3], norms="batch")
+def test_nnx_model_mask_leaves_out_padding(trees, images):
+    expected, expected_stats = run(trees, images[:3], norms="batch")
     padded = images.at[3].set(1e3)
     mask = jnp.array([True, True, True, False])
-    logits_, stats_ = run(trees, padded, norms="batch", mask=mask)
-    np.testing.assert_allclose(logits_[:3], logits, atol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), stats_, stats)
+    logits, stats = run(trees, padded, norms="batch", mask=mask)
+    np.testing.assert_allclose(logits[:3], expected, atol=1e-5)
+    assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(assert_close, stats, expected_stats)
 
 
 @pytest.mark.slow
-def test_gradients_and_statistics_cross_jit(trees, images):
+def test_nnx_model_gradients_and_statistics_under_jit(trees, images):
     params, stats = trees
 
     @jax.jit
@@ -137,24 +136,20 @@ def test_gradients_and_statistics_cross_jit(trees, images):
     assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(gradients))
 
 
-BAD = {
+ERRORS = {
     "unknown first": ({"norms": "batch", "first": "layer9"}, "'layer9'.*stem, layer1"),
     "unknown last": ({"norms": "batch", "last": "fc"}, "'fc'.*layer3, head"),
-    "backwards": ({"norms": "batch", "first": "layer2", "last": "stem"}, "'layer2' to 'stem'"),
+    "reversed blocks": (
+        {"norms": "batch", "first": "layer2", "last": "stem"},
+        "'layer2' to 'stem'",
+    ),
     "unknown mode": ({"norms": "eval"}, "not 'eval'"),
-    "norm left out": ({"norms": {"bn1": "batch"}}, "missing or unknown: layer1.0.bn1, "),
-    "no such norm": ({"norms": dict.fromkeys((*NORMS, "bn9"), "batch")}, "unknown: bn9$"),
+    "missing norm": ({"norms": {"bn1": "batch"}}, "missing or unknown: layer1.0.bn1, "),
+    "unknown norm": ({"norms": dict.fromkeys((*NORMS, "bn9"), "batch")}, "unknown: bn9$"),
 }
 
 
-@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_errors(trees, images, options, message):
+@pytest.mark.parametrize(("options", "message"), ERRORS.values(), ids=ERRORS)
+def test_nnx_model_apply_errors(trees, images, options, message):
     with pytest.raises(ValueError, match=message):
         run(trees, images, **options)
-
-
-def test_keys_are_those_of_flax():
-    key = jax.random.key(7)
-    ours, flax = Rngs(key), nnx.Rngs(key)
-    for _ in range(3):
-        assert jnp.array_equal(*(jax.random.key_data(rngs.params()) for rngs in (ours, flax)))

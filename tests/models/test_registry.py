@@ -1,3 +1,5 @@
+"""Creating networks by name."""
+
 import pytest
 
 from jaxft.errors import RecipeError
@@ -5,16 +7,16 @@ from jaxft.models import create, names
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_name_is_a_model(name):
+def test_create_every_registered_name(name):
     model = create(name, num_classes=3)
     layers = 3 if name.startswith("cifar") else 4
     assert model.blocks == ("stem", *(f"layer{i + 1}" for i in range(layers)), "head")
     assert (model.name, model.head, model.num_classes) == (name, "fc", 3)
 
 
-BAD = {
-    "near miss": ("resnet5O", {}, "'resnet5O'. Did you mean 'resnet50'"),
-    "far miss": ("vgg", {}, "'vgg'.\n  Models: resnet18, .*cifar_resnet56"),
+ERRORS = {
+    "misspelt name": ("resnet5O", {}, "'resnet5O'. Did you mean 'resnet50'"),
+    "unknown name": ("vgg", {}, "'vgg'.\n  Models: resnet18, .*cifar_resnet56"),
     "no bottlenecks": (
         "resnet34",
         {"stride_in_1x1": True},
@@ -24,7 +26,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "options", "message"), BAD.values(), ids=BAD)
-def test_errors(name, options, message):
+@pytest.mark.parametrize(("name", "options", "message"), ERRORS.values(), ids=ERRORS)
+def test_create_errors(name, options, message):
     with pytest.raises(RecipeError, match=message):
         create(name, **options)

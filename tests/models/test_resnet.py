@@ -1,4 +1,4 @@
-"""The networks against torch's: recorded outputs always, torch itself where it is installed."""
+"""Networks against PyTorch: recorded outputs always, PyTorch itself if it is installed."""
 
 import ctypes
 import gc
@@ -15,13 +15,13 @@ from record_golden import CASES, GOLDEN, NUM_CLASSES
 from jaxft.models import create, names
 from jaxft.weights.key_maps import torch_tensors
 
-# Relative to the largest value of each array. The training step is in float64 on both sides.
+# Relative to the largest value of each array. Both sides compute the training step in float64.
 TOLERANCE = {"eval": 1e-5, "train": 1e-9}
-STATISTICS = 1e-9
+STATISTICS_TOLERANCE = 1e-9
 
 
-def seeded(model):
-    """The recorder's weights as our trees."""
+def seeded_trees(model):
+    """The weights of `record_golden` as `(params, stats)`."""
     tensors = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
     arrays = record_golden.weights({t.name: t.shape for t in jax.tree.leaves(tensors)})
     return jax.tree.map(lambda t: jax.device_put(t.from_torch(arrays[t.name])), tensors)
@@ -31,14 +31,14 @@ def images(side: int, batch: int = 2) -> jax.Array:
     return jnp.asarray(record_golden.images(side, batch).transpose(0, 2, 3, 1))
 
 
-def ours(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `record_golden.record` gives, from our network, operation by operation.
+def evaluate(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Computes the results of `record_golden.record` with jaxft's network, without `jax.jit`.
 
-    That is faster than to compile 150 programs: most networks consist of the same operations.
+    This is faster than compiling 150 programs, because the networks share most operations.
     """
     network, options = CASES[case]
     model = create(network, num_classes=NUM_CLASSES, **options)
-    params, stats = seeded(model)
+    params, stats = seeded_trees(model)
     outputs = {}
     for side in record_golden.sides(network):
         outputs[f"eval_{side}"], _ = model.apply(params, stats, images(side), norms="running")
@@ -50,25 +50,27 @@ def ours(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def running(stats) -> dict[str, np.ndarray]:
-    """The statistics by torch's names."""
+    """The running statistics by torch's names."""
     tensors = jax.tree.leaves(torch_tensors({}, stats))
     arrays = map(np.asarray, jax.tree.leaves(stats))
     return dict(zip((t.name for t in tensors), arrays, strict=True))
 
 
-def assert_agree(actual: Mapping, desired: Mapping):
-    for name in desired:
-        atol = np.abs(desired[name]).max() * TOLERANCE.get(name.split("_")[0], STATISTICS)
-        np.testing.assert_allclose(actual[name], desired[name], rtol=0, atol=atol, err_msg=name)
+def assert_agree(actual: Mapping, expected: Mapping):
+    for name in expected:
+        atol = np.abs(expected[name]).max() * TOLERANCE.get(
+            name.split("_")[0], STATISTICS_TOLERANCE
+        )
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=atol, err_msg=name)
 
 
-def test_every_name_is_held_to_torch():
+def test_every_registered_name_has_a_recorded_case():
     assert {network for network, _ in CASES.values()} == set(names())
 
 
 @pytest.fixture
-def freed():
-    """Gives back what weights have left: glibc would keep gigabytes for this process."""
+def release_memory():
+    """Returns freed memory to the system after a test; glibc would keep gigabytes."""
     yield
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -77,18 +79,16 @@ def freed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_torchs(case, freed):
-    """Random weights, random statistics, a step of training and all statistics after it.
-
-    Recorded always, and beside torch itself where it is installed.
-    """
-    outputs, statistics = ours(case)
+@pytest.mark.usefixtures("release_memory")
+def test_resnet_outputs_and_statistics_equal_torchs(case):
+    """Compares logits in eval mode, and logits and statistics of a training step."""
+    outputs, statistics = evaluate(case)
     with np.load(GOLDEN / f"{case}.npz") as golden:
         recorded = dict(golden)
     digest = record_golden.digest(outputs["train"], statistics)
-    np.testing.assert_allclose(digest["sizes"], recorded.pop("sizes"), rtol=STATISTICS)
+    np.testing.assert_allclose(digest["sizes"], recorded.pop("sizes"), rtol=STATISTICS_TOLERANCE)
     directions = recorded.pop("directions")
-    np.testing.assert_allclose(digest["directions"], directions, rtol=0, atol=STATISTICS)
+    np.testing.assert_allclose(digest["directions"], directions, rtol=0, atol=STATISTICS_TOLERANCE)
     assert outputs.keys() == recorded.keys()
     assert_agree(outputs, recorded)
     if case in record_golden.LIVE and record_golden.originals_are_here():
@@ -100,11 +100,11 @@ def test_outputs_are_torchs(case, freed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["resnet18", "resnet26t", "cifar_resnet20"])
-def test_compiled_float32_training_is_torchs(case):
+def test_resnet_compiled_float32_training_equals_torchs(case):
     network, options = CASES[case]
     model = create(network, num_classes=NUM_CLASSES, **options)
     batch = images(record_golden.train_side(network), batch=4)
-    logits, stats = jax.jit(partial(model.apply, norms="batch"))(*seeded(model), batch)
+    logits, stats = jax.jit(partial(model.apply, norms="batch"))(*seeded_trees(model), batch)
     with np.load(GOLDEN / f"{case}.npz") as golden:
         scale = np.abs(golden["train"]).max()
         np.testing.assert_allclose(logits, golden["train"], rtol=0, atol=1e-4 * scale)
@@ -113,7 +113,7 @@ def test_compiled_float32_training_is_torchs(case):
         np.testing.assert_allclose(digest["directions"], golden["directions"], rtol=0, atol=1e-5)
 
 
-# torchvision's documented counts; He et al. 2015, table 6, rounds the others.
+# torchvision documents these counts; table 6 of He et al. 2015 rounds the CIFAR ones.
 SIZES = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
@@ -128,13 +128,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items(), ids=SIZES)
-def test_number_of_parameters(name, size):
+def test_resnet_number_of_parameters(name, size):
     model = create(name, num_classes=10 if name.startswith("cifar") else 1000)
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
-def test_initialisation_is_torchvisions():
+def test_resnet_initialisation_equals_torchvisions():
     params, stats = create("cifar_resnet56", num_classes=500).init(jax.random.key(0))
     conv = params["layer3"]["4"]["conv1"]["kernel"]
     assert float(conv.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
@@ -154,9 +154,9 @@ def test_initialisation_is_torchvisions():
     [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float64, jnp.float64)],
     ids=["bfloat16", "float16", "float64"],
 )
-def test_images_choose_the_compute_dtype(images_dtype, logits_dtype):
+def test_resnet_computes_in_the_dtype_of_the_images(images_dtype, logits_dtype):
     model = create("cifar_resnet8", num_classes=10)
-    params, stats = seeded(model)
+    params, stats = seeded_trees(model)
     exact, _ = jax.jit(partial(model.apply, norms="batch"))(params, stats, images(32))
     with jax.enable_x64(images_dtype == jnp.float64):
         run = jax.jit(partial(model.apply, norms="batch"), static_argnames="last")

@@ -1,4 +1,4 @@
-"""A recipe that names the factory of a network: `model="my_module:build"`."""
+"""Recipes that name the factory of their network: `model="my_module:build"`."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ recipe = Recipe(
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, request):
-    """Has a module of a name of its own, which a process imports once, and a recipe beside it."""
+    """A folder with a module, whose name is unique in the process, and a recipe that names it."""
     module = "".join(c for c in request.node.name if c.isalnum())
     (tmp_path / f"{module}.py").write_text(MODULE)
     (tmp_path / "that.py").write_text(RECIPE.format(module=module))
@@ -65,94 +65,102 @@ def folder(tmp_path, monkeypatch, request):
 
 def command(script, *arguments, cwd):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *arguments],
         cwd=cwd, env=env, capture_output=True, text=True,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return process.returncode, process.stdout + process.stderr
 
 
 @pytest.mark.slow
-def test_factory_serves_the_command_line_resume_and_export(folder, tmp_path_factory, monkeypatch):
-    here, module = folder
+def test_factory_on_the_command_line_in_resume_and_export(folder, tmp_path_factory, monkeypatch):
+    recipe_folder, module = folder
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    code, said = command("finetune.py", here / "that.py", "--workdir", "run", cwd=elsewhere)
-    assert code == 0, said
+    code, output = command(
+        "finetune.py", recipe_folder / "that.py", "--workdir", "run", cwd=elsewhere
+    )
+    assert code == 0, output
     run = elsewhere / "run"
     assert read(run / "recipe.yaml").model == f"{module}:build"
     assert json.loads((run / "model.json").read_text())["model"] == f"{module}:build"
     weights = (run / "model.safetensors").read_bytes()
-    monkeypatch.chdir(here)
-    again = finetune(read(run / "recipe.yaml"), run, console=QUIET)
-    assert again.weights.read_bytes() == weights
-    path, score = export(run, here / "out", platforms=("cpu",))
-    assert (path.read_bytes(), score) == (weights, again.score)
-    code, said = command("export.py", run, cwd=elsewhere)
+    monkeypatch.chdir(recipe_folder)
+    resumed = finetune(read(run / "recipe.yaml"), run, console=QUIET)
+    assert resumed.weights.read_bytes() == weights
+    path, score = export(run, recipe_folder / "out", platforms=("cpu",))
+    assert (path.read_bytes(), score) == (weights, resumed.score)
+    code, output = command("export.py", run, cwd=elsewhere)
     assert code == 1
-    assert f"there is no module '{module}'" in said
-    assert "name its folder in PYTHONPATH" in said
-    assert "Traceback" not in said
+    assert f"there is no module '{module}'" in output
+    assert "add its folder to PYTHONPATH" in output
+    assert "Traceback" not in output
 
 
-def test_factory_beside_a_recipe_is_found(folder):
-    here, _ = folder
-    model = read(here / "that.py").network(4)
+def test_factory_is_found_in_the_recipes_folder(folder):
+    recipe_folder, _ = folder
+    model = read(recipe_folder / "that.py").network(4)
     assert (model.num_classes, model.name) == (4, "Net")
 
 
-WRONG = {
-    "no module": ("nowhere_at_all:build", "there is no module 'nowhere_at_all'. It is searched"),
-    "no function": ("{}:biuld", r".py has no 'biuld'"),
-    "no call": ("{}:number", "that is no function but a int"),
-    "no name": ("{}:", "a factory is written MODULE:FUNCTION"),
-    "a path": ("./{}.py:build", "a factory is written MODULE:FUNCTION"),
-    "a module of Flax": ("{}:bare", r"returned Net, which is no network yet: .*models.Linen\("),
-    "an error within": ("{}:broken", r"broken\(5\) fails: OSError: no file \(.*.py:\d+\)"),
-}  # fmt: skip
+FAILURES = {
+    "unknown module": (
+        "nowhere_at_all:build",
+        "there is no module 'nowhere_at_all'. It is searched",
+    ),
+    "unknown function": ("{}:biuld", r".py has no 'biuld'"),
+    "not callable": ("{}:number", "is not a function but of type int"),
+    "no function name": ("{}:", "a factory is written MODULE:FUNCTION"),
+    "file path": ("./{}.py:build", "a factory is written MODULE:FUNCTION"),
+    "unwrapped Flax module": (
+        "{}:bare",
+        r"returned Net, which is not a jaxft network: .*models.Linen\(",
+    ),
+    "factory that raises": ("{}:broken", r"broken\(5\) fails: OSError: no file \(.*.py:\d+\)"),
+}
 
 
-@pytest.mark.parametrize(("name", "message"), WRONG.values(), ids=WRONG)
-def test_factory_that_fails_is_one_error(name, message, folder):
-    here, module = folder
-    recipe = dataclasses.replace(read(here / "that.py"), model=name.format(module))
+@pytest.mark.parametrize(("name", "message"), FAILURES.values(), ids=FAILURES)
+def test_factory_failure_is_a_model_error(name, message, folder):
+    recipe_folder, module = folder
+    recipe = dataclasses.replace(read(recipe_folder / "that.py"), model=name.format(module))
     with pytest.raises(ModelError, match=message):
-        finetune(recipe, here / "run", console=QUIET)
-    assert not (here / "run").exists()
+        finetune(recipe, recipe_folder / "run", console=QUIET)
+    assert not (recipe_folder / "run").exists()
 
 
-def test_factory_whose_import_fails_is_named(folder):
-    here, module = folder
-    (here / f"{module}x.py").write_text("import torhc\n")
-    recipe = dataclasses.replace(read(here / "that.py"), model=f"{module}x:build")
+def test_factory_import_error_is_reported(folder):
+    recipe_folder, module = folder
+    (recipe_folder / f"{module}x.py").write_text("import torhc\n")
+    recipe = dataclasses.replace(read(recipe_folder / "that.py"), model=f"{module}x:build")
     with pytest.raises(ModelError, match=r"No module named 'torhc' \(.*x.py:1\)"):
         recipe.network(2)
 
 
-def test_factory_goes_without_fields_of_registry_networks(folder):
-    here, _ = folder
-    recipe = dataclasses.replace(read(here / "that.py"), dropout=0.5)
+def test_factory_rejects_options_of_registry_networks(folder):
+    recipe_folder, _ = folder
+    recipe = dataclasses.replace(read(recipe_folder / "that.py"), dropout=0.5)
     with pytest.raises(RecipeError, match="dropout shape jaxft's own networks"):
-        finetune(recipe, here / "run", console=QUIET)
-    assert resolve(read(here / "that.py")) == read(here / "that.py")
+        finetune(recipe, recipe_folder / "run", console=QUIET)
+    assert resolve(read(recipe_folder / "that.py")) == read(recipe_folder / "that.py")
 
 
-def test_module_for_a_network_is_one_error(tmp_path):
+def test_model_argument_rejects_a_class(tmp_path):
     recipe = Recipe(model="net", data="digits", stages=(Stage("all", {"*": 1e-3}, 1),))
-    with pytest.raises(ModelError, match="model is the class Linen, which is no network yet"):
+    with pytest.raises(ModelError, match="model is the class Linen, which is not a jaxft network"):
         finetune(recipe, tmp_path / "run", model=models.Linen, console=QUIET)
 
 
-def test_network_by_hand_that_lacks_a_member_is_refused_before_training(tmp_path):
+def test_model_argument_without_a_protocol_member_is_rejected(tmp_path):
     recipe = Recipe(model="net", data="digits", stages=(Stage("all", {"*": 1e-3}, 1),))
-    whole = models.create("cifar_resnet8", num_classes=10)
+    complete = models.create("cifar_resnet8", num_classes=10)
     members = ("blocks", "block_patterns", "head", "num_classes", "name", "torch_named")
-    fields = {name: getattr(whole, name) for name in (*members, "init", "apply")}
-    with pytest.raises(ModelError, match=r"model is a ByHand, which has no options: see"):
-        finetune(recipe, tmp_path / "run", model=type("ByHand", (), fields)(), console=QUIET)
+    fields = {name: getattr(complete, name) for name in (*members, "init", "apply")}
+    with pytest.raises(ModelError, match=r"model is a Incomplete, which has no options: see"):
+        finetune(recipe, tmp_path / "run", model=type("Incomplete", (), fields)(), console=QUIET)
 
 
-def test_name_of_a_network_that_was_given_says_how_to_give_it_again():
+def test_create_with_unknown_name_explains_user_networks():
     with pytest.raises(
-        RecipeError, match=r"(?s)no model is called 'cnn'.*names its factory, model='my_"
+        RecipeError, match=r"(?s)no model is called 'cnn'.*builds it in the recipe: model='my_"
     ):
         models.create("cnn")

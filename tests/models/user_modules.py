@@ -1,4 +1,4 @@
-"""Somebody's modules, in the styles that people write them in."""
+"""Flax modules in the styles that users write."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 
 
 class Block(nn.Module):
-    """Built in setup, without any flag; its norm says otherwise than what it will be told."""
+    """Uses `setup` and takes no flag; its norm layer always asks for batch statistics."""
 
     def setup(self):
         self.conv = nn.Conv(4, (3, 3), use_bias=False)
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 
 class Compact(nn.Module):
-    """As in Flax's examples; the last norm is built inside another module."""
+    """Style of Flax's examples, with the flag `train`."""
 
     dropout: float = 0.0
 
@@ -32,7 +32,7 @@ class Compact(nn.Module):
 
 
 class Nested(nn.Module):
-    """Norms without parameters, a dropout that is always on, a module as a field."""
+    """Norm without parameters, dropout that is always on, a module as a field."""
 
     out: nn.Module = nn.Dense(5)
     dropout: float = 0.0
@@ -43,28 +43,28 @@ class Nested(nn.Module):
         return self.out(nn.Dropout(self.dropout, deterministic=False)(x))
 
 
-class Quiet(nn.BatchNorm):
-    """A subclass with a call of its own."""
+class RunningBatchNorm(nn.BatchNorm):
+    """A subclass that overrides the call."""
 
     @nn.compact
     def __call__(self, x):
         return super().__call__(x, use_running_average=True)
 
 
-class Odd(nn.Module):
-    """Half precision, a subclassed norm, and stochastic depth on a stream of its own."""
+class BFloat16(nn.Module):
+    """Half precision, a subclassed norm, and stochastic depth with a separate random stream."""
 
     @nn.compact
     def __call__(self, x, deterministic=True):
         x = nn.Conv(3, (2, 2), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(x)
-        x = Quiet(dtype=jnp.bfloat16)(x)
+        x = RunningBatchNorm(dtype=jnp.bfloat16)(x)
         if not deterministic:
             x = x * jax.random.uniform(self.make_rng("drop_path"), (), x.dtype)
         return nn.Dense(5, dtype=jnp.bfloat16, name="head")(x.mean((1, 2)))
 
 
 class Attention(nn.Module):
-    """No norm with statistics, and kernels of every rank."""
+    """Norms without statistics, and kernels of every rank."""
 
     @nn.compact
     def __call__(self, x):
@@ -75,8 +75,8 @@ class Attention(nn.Module):
         return nn.Dense(5, name="head")(x.mean(1))
 
 
-class Told(nnx.Module):
-    """Its call says whether it trains, in its norms' and dropouts' calls too."""
+class TrainingArgument(nnx.Module):
+    """Passes the argument `training` to its norm and dropout."""
 
     def __init__(self, width=4, dropout=0.0, *, rngs):
         self.conv = nnx.Conv(3, width, (3, 3), strides=2, rngs=rngs)
@@ -89,19 +89,21 @@ class Told(nnx.Module):
         return self.fc(self.drop(nnx.relu(x).mean((1, 2)), deterministic=not training))
 
 
-class QuietNNX(nnx.BatchNorm):
-    """A subclass with a call of its own."""
+class PlainCallBatchNorm(nnx.BatchNorm):
+    """A subclass that overrides the call."""
 
     def __call__(self, x, **_):
         return super().__call__(x)
 
 
-class Viewed(nnx.Module):
-    """Nothing but train() and eval() tells it; a norm without parameters and a subclassed one."""
+class ModeFlag(nnx.Module):
+    """Depends on `train()` and `eval()` alone; one norm has no parameters, one is a subclass."""
 
     def __init__(self, dropout=0.0, *, rngs):
         self.norm = nnx.BatchNorm(3, use_scale=False, use_bias=False, rngs=rngs)
-        self.body = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), QuietNNX(4, rngs=rngs), nnx.relu)
+        self.body = nnx.Sequential(
+            nnx.Linear(3, 4, rngs=rngs), PlainCallBatchNorm(4, rngs=rngs), nnx.relu
+        )
         self.drop = nnx.Dropout(dropout, rngs=rngs)
         self.head = nnx.Dict(out=nnx.Linear(4, 5, rngs=rngs))
 

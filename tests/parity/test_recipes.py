@@ -1,6 +1,7 @@
-"""Every recipe's training against PyTorch's, recorded in float64: losses, rates, weights, moments.
+"""Every recipe's training against a recorded float64 training in PyTorch.
 
-The bounds are relative to the norm of each tensor.
+Compares losses, learning rates, weights, statistics and moments. Tolerances are relative to the
+norm of each tensor.
 """
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from trajectories import CASES, CONFIGS, GOLDEN, VARIANTS, train
 
 RTOL = {"loss": 1e-9, "rates": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
-# Not a training in steps, or one whose steps have tests of their own.
-ELSEWHERE = {"quickstart", "hymenoptera_resnet50", "auto_rgn"}
+# These do not train in steps, or their steps are tested elsewhere.
+TESTED_ELSEWHERE = {"quickstart", "hymenoptera_resnet50", "auto_rgn"}
 
 
 @pytest.fixture(scope="module")
@@ -18,58 +19,60 @@ def golden():
         return dict(recorded)
 
 
-def of_case(golden, case):
+def case_arrays(golden, case):
     return {name[len(case) + 1 :]: x for name, x in golden.items() if name.startswith(f"{case}/")}
 
 
-def assert_as_recorded(told, recorded):
-    assert told.keys() == recorded.keys()
+def assert_as_recorded(actual, recorded):
+    assert actual.keys() == recorded.keys()
     for name, expected in recorded.items():
         part = name.rpartition("/")[2]
         scale = expected if part in ("loss", "rates") else expected[:, :1]
-        worst = np.abs(told[name] - expected) / np.maximum(np.abs(scale), 1e-12)
-        assert told[name].shape == expected.shape, name
+        worst = np.abs(actual[name] - expected) / np.maximum(np.abs(scale), 1e-12)
+        assert actual[name].shape == expected.shape, name
         assert worst.max(initial=0.0) <= RTOL[part], (name, worst.max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_it_trains_as_in_pytorch(case, golden):
-    recorded = of_case(golden, case)
+def test_recipe_trains_as_in_pytorch(case, golden):
+    recorded = case_arrays(golden, case)
     assert_as_recorded(train(case), recorded)
     assert all(len(x) >= 10 for name, x in recorded.items() if name.endswith("/loss"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", VARIANTS)
-def test_in_float32_its_losses_are_close(config, golden):
+def test_recipe_losses_in_float32_are_close_to_pytorchs(config, golden):
     case = next(case for case in CASES if CASES[case][0] == config)
-    recorded = of_case(golden, case)
-    told = train(case, "float32", steps=20)
-    stages = sorted({name.split("/")[0] for name in told})
+    recorded = case_arrays(golden, case)
+    actual = train(case, "float32", steps=20)
+    stages = sorted({name.split("/")[0] for name in actual})
     losses, expected = (
-        np.concatenate([x[f"{stage}/loss"] for stage in stages]) for x in (told, recorded)
+        np.concatenate([x[f"{stage}/loss"] for stage in stages]) for x in (actual, recorded)
     )
     assert len(expected) >= 20
     np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)
 
 
-def test_no_recipe_is_left_out():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == VARIANTS.keys() | ELSEWHERE
+def test_every_recipe_is_compared_with_pytorch():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == VARIANTS.keys() | TESTED_ELSEWHERE
 
 
-def test_all_that_varies_differs(golden):
-    """Modes and carrying change what is recorded: no test of one passes by the other's."""
+def test_recorded_variants_of_a_recipe_differ(golden):
+    """Norm modes and carry change the training, so each case tests its variant."""
     for config, variants in VARIANTS.items():
         cases = [case for case in CASES if CASES[case][0] == config]
-        last = [of_case(golden, case) for case in cases]
-        ends = {x[max(x)].tobytes() + x[max(x).replace("stats", "params")].tobytes() for x in last}
+        trainings = [case_arrays(golden, case) for case in cases]
+        ends = {
+            x[max(x)].tobytes() + x[max(x).replace("stats", "params")].tobytes() for x in trainings
+        }
         assert len(ends) == len(variants), config
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_recording_is_pytorchs(case, golden):
+def test_recorded_trainings_equal_pytorchs(case, golden):
     pytest.importorskip("torch")
-    from torch_recipes import recorded
+    from torch_recipes import record
 
-    assert_as_recorded(recorded(case), of_case(golden, case))
+    assert_as_recorded(record(case), case_arrays(golden, case))

@@ -1,7 +1,7 @@
-"""The recipes of `trajectories`, in PyTorch: numbers and order as their sources have them.
+"""The recipes of `trajectories.py` in PyTorch, with the hyperparameters of their sources.
 
-Each parameter has a group of its own, which changes nothing for torch's optimizers and lets one
-stage group them otherwise than the last.
+Each parameter is one group. This changes nothing for torch's optimizers, and lets each stage group
+the parameters differently.
 """
 
 import math
@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch_network import ResNet
-from trajectories import ALONE, CASES, EPOCHS, epoch, shrunk, start, told
+from trajectories import CASES, EPOCHS, SINGLE_STAGE_EPOCHS, epoch, small_recipe, start, summarize
 
 from jaxft.parity.torch_steps import TorchStage, torch_steps
 
 
 def network(config):
-    """The recipe's, with the weights it starts from; float64."""
+    """The recipe's network with its initial weights, in float64."""
     module = NETWORKS.get(config, ResNet)().double()
     for name, tensor in module.state_dict().items():
         if tensor.ndim:  # num_batches_tracked has no dimension
@@ -52,10 +52,10 @@ NETWORKS = {
 
 
 def stage(rates, make, *, norms, carry="reset", **rest):
-    """A stage in which each parameter has the options (or rate) that `rates(name)` gives, or none.
+    """A stage that trains the parameters for which `rates(name)` returns options, or the rate.
 
-    `make(groups)` is its optimizer; with `carry="keep"` the one before goes on with the groups
-    that are new.
+    `make(groups)` creates its optimizer. With `carry="keep"` it extends the optimizer of the stage
+    before by the new groups.
     """
 
     def begin(module, optimizer):
@@ -82,17 +82,17 @@ def stage(rates, make, *, norms, carry="reset", **rest):
 
 
 def set_norms(module, mode):
-    """`train()` and `eval()`, and Lightning's `track_running_stats`, for one of the five modes.
+    """Calls `train()` or `eval()` and sets `track_running_stats` (as Lightning does) for a mode.
 
-    Or by layer: `(name) -> mode`.
+    `mode` is one of the five letters, or a function `(name of the layer) -> letter`.
     """
     module.train()
     for name, layer in module.named_modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            own = mode if isinstance(mode, str) else mode(name)
+            layer_mode = mode if isinstance(mode, str) else mode(name)
             trains = any(p.requires_grad for p in layer.parameters())
-            layer.train(not (own == "E" or (own == "B" and not trains)))
-            layer.track_running_stats = not (own == "D" and not trains)
+            layer.train(not (layer_mode == "E" or (layer_mode == "B" and not trains)))
+            layer.track_running_stats = not (layer_mode == "D" and not trains)
 
 
 def sgd(**options):
@@ -162,7 +162,7 @@ def lightning_milestones(norms, carry):
             return 1e-5
         return 1e-6 if convolutions(name) else None
 
-    # Norms never train; a layer that has been thawed has its statistics tracked again.
+    # Norm layers never train; the statistics of an unfrozen layer are updated.
     modes = ["D", lambda name: "A" if name.startswith("layer") else "D", "A"]
     carry = carry or "keep"
     return [
@@ -208,19 +208,19 @@ def fastai_fine_tune(norms, carry):
 
 
 class ByFormula:
-    """A scheduler whose values are set by hand: those of step t before it is taken."""
+    """A scheduler that sets the optimizer's values for step t before the step."""
 
     total = 2 * EPOCHS
 
     def __init__(self, optimizer):
         self.optimizer, self.t = optimizer, 0
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.place()
+        self.set_values()
 
     def step(self):
-        """On to the next."""
+        """Advances to the next step."""
         self.t += 1
-        self.place()
+        self.set_values()
 
 
 class FastaiOneCycle(ByFormula):
@@ -228,7 +228,7 @@ class FastaiOneCycle(ByFormula):
         self.pct, self.div = pct, div
         super().__init__(optimizer)
 
-    def place(self):
+    def set_values(self):
         x = self.t / self.total
         rises = x <= self.pct
         done = x / self.pct if rises else (x - self.pct) / (1 - self.pct)
@@ -241,7 +241,7 @@ class FastaiOneCycle(ByFormula):
 
 
 class SlantedTriangular(ByFormula):
-    def place(self):
+    def set_values(self):
         cut = int(self.total * 0.1)
         t = self.t
         p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / 0.1 - 1))
@@ -262,7 +262,7 @@ def keras_guide(norms, carry):
 def ulmfit(norms, carry):
     order = ["fc", "layer4", "layer3", "layer2", "layer1", "stem"]
 
-    def thawed(count):
+    def unfrozen_blocks(count):
         def rates(name):
             part = name.split(".")[0]
             depth = order.index("stem" if part in ("conv1", "bn1") else part)
@@ -275,7 +275,7 @@ def ulmfit(norms, carry):
 
     return [
         stage(
-            thawed(count), adam, norms=norms or "B", carry=carry or "keep",
+            unfrozen_blocks(count), adam, norms=norms or "B", carry=carry or "keep",
             scheduler=SlantedTriangular, by="step",
         )
         for count in range(1, 7)
@@ -284,7 +284,7 @@ def ulmfit(norms, carry):
 
 def lp_ft(norms, carry):
     def cosine(optimizer):
-        return lr_scheduler.CosineAnnealingLR(optimizer, ALONE)
+        return lr_scheduler.CosineAnnealingLR(optimizer, SINGLE_STAGE_EPOCHS)
 
     return [stage(lambda name: 1e-4, sgd(), norms=norms or "E", scheduler=cosine)]
 
@@ -297,7 +297,7 @@ def surgical(norms, carry):
 
 
 def bit(norms, carry):
-    def rule(optimizer):  # the authors' get_lr, with shorter supports
+    def schedule(optimizer):  # the authors' get_lr with shorter supports
         def factor(step):
             if step < 4:
                 return step / 4
@@ -306,7 +306,7 @@ def bit(norms, carry):
         return lr_scheduler.LambdaLR(optimizer, factor)
 
     rates = [lambda name: 0.003, sgd()]
-    return [stage(*rates, norms=norms or "C", scheduler=rule, by="step")]
+    return [stage(*rates, norms=norms or "C", scheduler=schedule, by="step")]
 
 
 def l2_sp(norms, carry):
@@ -330,7 +330,7 @@ def l2_sp(norms, carry):
 
 
 def warm_cosine(epochs):
-    """Of torchvision's reference training."""
+    """The schedule of torchvision's reference training."""
 
     def scheduler(optimizer):
         rise = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=2)
@@ -355,7 +355,11 @@ def layer_decay(norms, carry):
 
     return [
         stage(
-            options, AdamW, norms=norms or "C", loss=smoothed, scheduler=warm_cosine(epochs=ALONE)
+            options,
+            AdamW,
+            norms=norms or "C",
+            loss=smoothed,
+            scheduler=warm_cosine(epochs=SINGLE_STAGE_EPOCHS),
         )
     ]
 
@@ -370,7 +374,15 @@ def torchvision_reference_v2(norms, carry):
         norm = "bn" in name or "downsample.1" in name
         return {"lr": 0.5 / 128, "weight_decay": 0.0 if norm else 2e-5}
 
-    return [stage(options, sgd(), norms="C", loss=smoothed, scheduler=warm_cosine(epochs=ALONE))]
+    return [
+        stage(
+            options,
+            sgd(),
+            norms="C",
+            loss=smoothed,
+            scheduler=warm_cosine(epochs=SINGLE_STAGE_EPOCHS),
+        )
+    ]
 
 
 RECIPES = (
@@ -380,11 +392,11 @@ RECIPES = (
 )  # fmt: skip
 
 
-def recorded(case):
-    """What PyTorch's training of a case tells; see `trajectories.told`."""
+def record(case):
+    """Trains a case in PyTorch and summarises it; see `trajectories.summarize`."""
     config, norms, carry = CASES[case]
     (stages,) = (recipe(norms, carry) for recipe in RECIPES if recipe.__name__ == config)
-    recipe = shrunk(config, norms, carry)
+    recipe = small_recipe(config, norms, carry)
     lengths = [2 * stage.epochs for stage in recipe.stages]
-    steps = torch_steps(network(config), stages, lengths, epoch(recipe), cuts={})
-    return dict(told(steps, lengths))
+    steps = torch_steps(network(config), stages, lengths, epoch(recipe), next_modules={})
+    return dict(summarize(steps, lengths))

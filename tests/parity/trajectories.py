@@ -1,6 +1,6 @@
-"""The recipes of configs/, shrunk to a dozen convolutions and ten steps a stage, in float64.
+"""The recipes of configs/ with a dozen convolutions and ten steps per stage, in float64.
 
-`PYTORCH` in tests/record_recipes.py has the same, written in PyTorch.
+`torch_recipes.py` has the same recipes in PyTorch.
 """
 
 from dataclasses import replace
@@ -16,15 +16,16 @@ from narrow import narrowed
 from jaxft import recipe_file as recipes
 from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
 from jaxft.parity.jax_steps import jax_steps, network, programs
-from jaxft.parity.step import Rows
+from jaxft.parity.step import NumpyBatch
 from jaxft.weights.key_maps import torch_tensors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes.npz"
-SIDE, ROWS, LAST = 33, 8, 5  # pixels, images of a batch, of an epoch's last batch
-EPOCHS, ALONE = 5, 10  # of two batches: where there are several stages, and of the only one
+SIDE = 33  # pixels
+BATCH_SIZE, LAST_BATCH_SIZE = 8, 5
+EPOCHS, SINGLE_STAGE_EPOCHS = 5, 10  # of two batches each
 
-# config: (norms: None is its own, carry: None is its own) of each variant
+# config: (norms, carry) of each variant; None keeps the recipe's value
 VARIANTS = {
     "seed": [(norms, carry) for norms in "ABDE" for carry in ("reset", "keep")],
     "pytorch_tutorial_finetune": [(None, None), ("E", None)],
@@ -47,7 +48,7 @@ CASES = {
     for name, variants in VARIANTS.items()
     for norms, carry in variants
 }
-# Shorter, for the number of steps is.
+# Shorter schedules, because the stages are shorter.
 SCHEDULES = {
     "bit": Warmup(4, then=MultiStepLR((1, 4, 7), by="step"), start_factor=0.0),
     "l2_sp": MultiStepLR((8,), by="step"),
@@ -56,74 +57,74 @@ SCHEDULES = {
     "layer_decay": Warmup(2, then=CosineAnnealingLR(), start_factor=0.01),
 }
 
-# Rates in proportion to the batch, where those of a large one would leave eight images no course.
-PROPORTIONS = {
+# Factors for learning rates that would make a batch of eight images diverge.
+LR_FACTORS = {
     "l2_sp": 1 / 8,
     "torchvision_reference": 1 / 32,
     "torchvision_reference_v2": 1 / 128,
 }
 
 
-def shrunk(config, norms=None, carry=None):
-    """A config's recipe over small batches, with norm modes and carrying of another's."""
+def small_recipe(config, norms=None, carry=None):
+    """A config's recipe with small batches, and with these norm modes and carry if given."""
     recipe = recipes.read(CONFIGS / f"{config}.py")
     stages = [stage for stage in recipe.stages if not stage.solver]
-    epochs = EPOCHS if len(stages) > 1 else ALONE
+    epochs = EPOCHS if len(stages) > 1 else SINGLE_STAGE_EPOCHS
     schedule = SCHEDULES.get(config)
 
-    def short(stage):
+    def small_stage(stage):
         train = {
-            pattern: replace(update, lr=update.lr * PROPORTIONS.get(config, 1))
+            pattern: replace(update, lr=update.lr * LR_FACTORS.get(config, 1))
             for pattern, update in stage.updates.items()
         }
-        own = {"schedule": schedule} if schedule else {}
-        own |= {"norms": norms} if norms else {}
-        own |= {"carry": carry} if carry else {}
-        own |= {"epochs": epochs, "steps": None, "batch_size": None, "mixup": None, "ema": None}
-        return replace(stage, train=train, **own)
+        changes = {"schedule": schedule} if schedule else {}
+        changes |= {"norms": norms} if norms else {}
+        changes |= {"carry": carry} if carry else {}
+        changes |= {"epochs": epochs, "steps": None, "batch_size": None, "mixup": None, "ema": None}
+        return replace(stage, train=train, **changes)
 
     return replace(
         recipe,
         weights=None,
         head="fresh",
         stride_in_1x1=False,
-        batch_size=ROWS,
+        batch_size=BATCH_SIZE,
         dropout=0.0,
         mixup=0.0,
         cutmix=0.0,
         erasing=0.0,
-        stages=tuple(map(short, stages)),
+        stages=tuple(map(small_stage, stages)),
     )
 
 
 def epoch(recipe):
-    """Two batches, float64."""
+    """The two batches of an epoch, in float64."""
     rng = np.random.default_rng(0)
     classes = 2 if recipe.binary else 3
-    # Of low contrast: the drawn statistics fit no images, and would make large activations of
-    # others, with which float32 soon goes ways of its own.
+    # Low contrast: the random statistics do not fit the images, and with large activations float32
+    # soon diverges from float64.
     return [
-        Rows(rng.standard_normal((count, SIDE, SIDE, 3)) / 2, rng.integers(0, classes, count))
-        for count in (ROWS, LAST)
+        NumpyBatch(rng.standard_normal((count, SIDE, SIDE, 3)) / 2, rng.integers(0, classes, count))
+        for count in (BATCH_SIZE, LAST_BATCH_SIZE)
     ]
 
 
 def narrow_network(recipe):
-    """The recipe's network, narrow."""
+    """The recipe's network with few channels."""
     with narrowed(recipe.stages):
         return network(recipe, 2 if recipe.binary else 3)
 
 
 def start(config, name, shape):
-    """A tensor of the network at the start, in torch's layout."""
-    zero = config == "bit" and name.startswith("fc.")  # that recipe's head starts there
+    """An initial tensor of the network, in torch's layout."""
+    zero = config == "bit" and name.startswith("fc.")  # that recipe's head starts from zeros
     return np.zeros(shape) if zero else weight(name, shape)
 
 
-def told(steps, lengths):
-    """A training in few numbers: each step's loss and rates, and each stage's end.
+def summarize(steps, lengths):
+    """Summarises a training: loss and learning rates of each step, tensors after each stage.
 
-    Each tensor counts by its norm and by its product with a random one of its size.
+    Each tensor is represented by its norm and by its product with a random tensor.
     """
     steps = iter(steps)
     for index, length in enumerate(lengths):
@@ -138,7 +139,7 @@ def told(steps, lengths):
 
 
 def summaries(arrays):
-    """[tensor, 2], in the order of their names."""
+    """Norm and random projection of each array, `[array, 2]`, sorted by name."""
     rows = []
     for name in sorted(arrays):
         array = arrays[name].astype(np.float64).ravel()
@@ -148,17 +149,17 @@ def summaries(arrays):
 
 
 def train(case, dtype="float64", steps=None):
-    """What our half tells of a case; of its first stages, if so many steps are enough."""
+    """Summarises jaxft's training of a case; with `steps`, only of the stages needed for them."""
     config, norms, carry = CASES[case]
-    recipe = shrunk(config, norms, carry)
+    recipe = small_recipe(config, norms, carry)
     model = narrow_network(recipe)
     with jax.enable_x64(dtype == "float64"):
-        named = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
-        begin = jax.tree.map(
-            lambda t: jnp.asarray(t.from_torch(start(config, t.name, t.shape)), dtype), named
+        tensors = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
+        initial = jax.tree.map(
+            lambda t: jnp.asarray(t.from_torch(start(config, t.name, t.shape)), dtype), tensors
         )
-        rows = [Rows(x.images.astype(dtype), x.targets) for x in epoch(recipe)]
-        stages = programs(recipe, model, begin, rows)
+        batches = [NumpyBatch(x.images.astype(dtype), x.targets) for x in epoch(recipe)]
+        stages = programs(recipe, model, initial, batches)
         lengths = [stage.steps for stage in stages]
-        enough = [n for i, n in enumerate(lengths) if steps is None or sum(lengths[:i]) < steps]
-        return dict(told(jax_steps(stages, begin, rows, watch=False), enough))
+        needed = [n for i, n in enumerate(lengths) if steps is None or sum(lengths[:i]) < steps]
+        return dict(summarize(jax_steps(stages, initial, batches, record_outputs=False), needed))

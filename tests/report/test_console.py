@@ -1,4 +1,4 @@
-"""What a terminal and a pipe show."""
+"""Output on a terminal and in a pipe."""
 
 import errno
 import os
@@ -13,59 +13,59 @@ from jaxft import Stage
 from jaxft.report import environment
 from jaxft.report.console import Console
 
-ODD = "folder:cat at [bold]red[/bold] and [/] :smile:"
+MARKUP = "folder:cat at [bold]red[/bold] and [/] :smile:"
 
 
-def test_names_are_neither_markup_nor_emoji(capsys):
+def test_console_prints_markup_and_emoji_literally(capsys):
     console = Console()
-    console.say(ODD)
-    console.row(ODD, style="bold")
+    console.say(MARKUP)
+    console.row(MARKUP, style="bold")
     (plan,) = jaxft.plan([Stage("[red]s", {":cat:": 1e-3}, 1)], {":cat:": {"w": jnp.ones(2)}})
     console.stage(
         plan, f"Stage 1 of 1: {plan.stage.name}", "[b]", {":cat:": {"w": jnp.ones(2)}}, {}
     )
     console.epoch_row("[i]x", None, 1.0, 0.5, None, ":cat:")
-    said = capsys.readouterr().out
-    assert said.count(ODD) == 2
-    assert "Stage 1 of 1: [red]s\n[b]\n" in said
-    assert "  :cat:           2" in said
-    assert "[i]x" in said
+    output = capsys.readouterr().out
+    assert output.count(MARKUP) == 2
+    assert "Stage 1 of 1: [red]s\n[b]\n" in output
+    assert "  :cat:           2" in output
+    assert "[i]x" in output
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
-def test_output_that_cannot_be_written_does_not_end_a_run(number, monkeypatch, capsys):
-    def refuse(text):
+def test_console_continues_without_standard_output(number, monkeypatch, capsys):
+    def fail(text):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("sys.stdout.write", refuse)
+    monkeypatch.setattr("sys.stdout.write", fail)
     console = Console()
     for _ in range(2):
         console.row("text")
-    assert capsys.readouterr().err.count("Nothing more is printed, as ") == 1
+    assert capsys.readouterr().err.count("Output stops: ") == 1
 
 
 @pytest.mark.parametrize(("loss", "text"), [(float("nan"), "loss - "), (1.25, "loss 1.2500")])
-def test_bar_shows_a_loss_once_there_is_one(loss, text, monkeypatch, capsys):
+def test_console_bar_hides_an_unknown_loss(loss, text, monkeypatch, capsys):
     for name, value in {"TERM": "xterm", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}.items():
         monkeypatch.setenv(name, value)
     with Console().epoch(1, 4) as bar:
         bar.advance(loss, 1)
-    said = capsys.readouterr().out
-    assert text in said
-    assert "nan" not in said
+    output = capsys.readouterr().out
+    assert text in output
+    assert "nan" not in output
 
 
 CASES = {
     "a GPU": (["nvidia0", "nvidiactl"], {}, r"has an NVIDIA GPU: pip install '.\[cuda\]'"),
     "a TPU": (["accel0"], {}, r"has a TPU: pip install '.\[tpu\]'"),
     "nothing": (["null", "accel", "nvidiactl"], {}, None),
-    "the CPU on purpose": (["nvidia0"], {"platforms": "cpu"}, None),
+    "CPU selected by the user": (["nvidia0"], {"platforms": "cpu"}, None),
     "hidden GPUs": (["nvidia0"], {"CUDA_VISIBLE_DEVICES": ""}, None),
 }
 
 
 @pytest.mark.parametrize(("files", "settings", "message"), CASES.values(), ids=CASES)
-def test_idle_accelerator_is_named(files, settings, message, tmp_path, monkeypatch):
+def test_idle_accelerator_remark(files, settings, message, tmp_path, monkeypatch):
     for file in files:
         (tmp_path / file).touch()
     monkeypatch.setattr(environment, "_DEV", tmp_path)

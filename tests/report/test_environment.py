@@ -1,4 +1,4 @@
-"""What a run ran on, at each of its starts."""
+"""The record of versions, devices and commit at each start of a run."""
 
 import json
 import subprocess
@@ -11,12 +11,12 @@ from jaxft.report import environment
 
 
 def git(folder, *arguments):
-    who = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
-    command = ["git", "-C", folder, *who, *arguments]
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+    command = ["git", "-C", folder, *identity, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_each_start_is_added(tmp_path, monkeypatch):
+def test_environment_appends_each_start(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune.py", "configs/that.py"])
     environment.append(tmp_path)
     monkeypatch.setattr(sys, "argv", ["finetune.py", "configs/that.py", "--workers", "4"])
@@ -32,15 +32,15 @@ def test_each_start_is_added(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", '{"versions": ', "3"])
-def test_an_unreadable_list_is_begun_anew(content, tmp_path):
+def test_environment_replaces_an_unreadable_file(content, tmp_path):
     (tmp_path / "environment.json").write_text(content)
     environment.append(tmp_path)
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
 
 
-def test_the_commit_that_the_code_is_of(tmp_path, monkeypatch):
+def test_environment_commit_of_the_code(tmp_path, monkeypatch):
     commit = environment._commit
-    assert commit(tmp_path) is None  # nobody's
+    assert commit(tmp_path) is None  # no repository
     git(tmp_path, "init", "-q")
     (tmp_path / "train.py").write_text("")
     (tmp_path / "venv").mkdir()

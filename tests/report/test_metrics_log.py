@@ -1,4 +1,4 @@
-"""The records of a run: strict JSON, the same numbers for TensorBoard, and a full disk."""
+"""`MetricsLog`: strict JSON, the same numbers for TensorBoard, and a full disk."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxft.report.metrics_log import MetricsLog
 
 
-def begun(workdir, earlier=(), **options):
+def open_log(workdir, earlier=(), **options):
     log = MetricsLog(workdir, **options)
     log.begin(earlier)
     return log
@@ -31,8 +31,8 @@ def rows(workdir):
 
 
 def events(workdir):
-    """(step, tag, value) of all event files, oldest first, their framing checked."""
-    found = []
+    """(step, tag, value) of all event files, oldest first; checks the records' checksums."""
+    values = []
     for file in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime):
         content = file.read_bytes()
         while content:
@@ -45,12 +45,12 @@ def events(workdir):
             assert check == masked_crc32c(data)
             event, content = Event.FromString(data), content[16 + length :]
             if event.HasField("session_log"):
-                found.append((event.step, "purged", None))
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return found
+                values.append((event.step, "purged", None))
+            values += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return values
 
 
-def test_a_row_in_both(tmp_path):
+def test_metrics_log_writes_a_row_as_json_and_for_tensorboard(tmp_path):
     written = row(
         7,
         val_loss=float("nan"),
@@ -58,11 +58,11 @@ def test_a_row_in_both(tmp_path):
         gradient_norms={"fc": {"mean": 2.0}},
         improved=True,
     )
-    with closing(begun(tmp_path)) as log:
+    with closing(open_log(tmp_path)) as log:
         log.write(written)
     assert rows(tmp_path) == [
         {**written, "val_loss": None, "rates": {"fc": 0.5, "layer4": None}}
-    ]  # nothing but numbers is changed
+    ]  # only non-finite numbers change
     (purged, *scalars) = events(tmp_path)
     assert purged == (1, "purged", None)
     tags = {tag: value for step, tag, value in scalars if step == 7}
@@ -71,9 +71,9 @@ def test_a_row_in_both(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["none", "cut", "changed", "missing"])
-def test_metrics_of_a_resumed_run_are_the_rows_of_its_checkpoint(damage, tmp_path):
+def test_metrics_log_of_a_resumed_run_starts_with_the_rows_of_its_checkpoint(damage, tmp_path):
     file = tmp_path / "metrics.jsonl"
-    with closing(begun(tmp_path)) as log:
+    with closing(open_log(tmp_path)) as log:
         for step in (10, 20):
             log.write(row(step))
         earlier = list(log.rows)
@@ -85,20 +85,20 @@ def test_metrics_of_a_resumed_run_are_the_rows_of_its_checkpoint(damage, tmp_pat
         file.write_bytes(content.replace(b"0.5", b"0.7"))
     elif damage == "missing":
         file.unlink()
-    with closing(begun(tmp_path, earlier)) as log:
+    with closing(open_log(tmp_path, earlier)) as log:
         log.write(row(30, val_loss=0.25))
     assert rows(tmp_path) == [row(10), row(20), row(30, val_loss=0.25)]
     assert events(tmp_path)[-2:] == [(21, "purged", None), (30, "val_loss", 0.25)]
 
 
-def test_another_process_than_the_first_writes_nothing(tmp_path):
-    with closing(begun(tmp_path, writes=False)) as log:
+def test_metrics_log_of_other_processes_writes_nothing(tmp_path):
+    with closing(open_log(tmp_path, writes=False)) as log:
         log.write(row(1))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
-    log = begun(disk.folder)
+def test_metrics_log_writes_missing_rows_after_a_full_disk(disk):
+    log = open_log(disk.folder)
     log.write(row(1))
     disk.fill(but=0)
     long = {f"layer{n}": 0.5 for n in range(1000)}
@@ -108,13 +108,13 @@ def test_what_a_full_disk_does_not_take_comes_with_the_next_row(disk):
     disk.free()
     log.write(row(4))
     log.close()
-    assert [kept["step"] for kept in rows(disk.folder)] == [1, 2, 3, 4]
+    assert [written["step"] for written in rows(disk.folder)] == [1, 2, 3, 4]
     assert [step for step, tag, _ in events(disk.folder) if tag == "val_loss"] == [1, 2, 3, 4]
     assert len(events(disk.folder)) == 1 + 4 + 1000
 
 
-def test_what_a_full_disk_never_takes_is_a_warning(disk):
-    log = begun(disk.folder)
+def test_metrics_log_warns_about_rows_lost_to_a_full_disk(disk):
+    log = open_log(disk.folder)
     disk.fill(but=0)
     log.write(row(2, rates={f"layer{n}": 0.5 for n in range(1000)}))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl, or .* are missing: .*No space left"):

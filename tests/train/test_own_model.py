@@ -15,7 +15,7 @@ from jaxft import RecipeError, Stage, WeightsError, finetune, weights
 from jaxft.models import NNX, Linen
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from user_modules import Compact, Told
+from user_modules import Compact, TrainingArgument
 
 LINEN = Linen(Compact(dropout=0.1), shape=(8, 8, 3), head="head")
 STAGES = (
@@ -84,7 +84,7 @@ def test_weights_of_a_run_start_another(unbroken, tmp_path):
 
 @pytest.mark.slow
 def test_an_nnx_module_trains(tmp_path):
-    model = NNX(Told, shape=(8, 8, 3), head="fc")
+    model = NNX(TrainingArgument, shape=(8, 8, 3), head="fc")
     recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, hand_on="last"),))
     start = model.init(jax.random.key(OWN.seed))
     result = finetune(recipe, tmp_path / "run", model=model, console=QUIET)

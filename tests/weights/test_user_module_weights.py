@@ -17,15 +17,15 @@ from jaxft.models import NNX, Linen
 from jaxft.weights import load, save
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from user_modules import Attention, Compact, Nested, Odd, Viewed
+from user_modules import Attention, BFloat16, Compact, ModeFlag, Nested
 
 SHAPE = (6, 6, 3)
 MODELS = {
     # In another file, its layer `linear` would be renamed to `fc`.
     "attention": Linen(Attention(), shape=SHAPE, head="head"),
     "nested": Linen(Nested(), shape=SHAPE, head="out"),
-    "bfloat16": Linen(Odd(), shape=SHAPE, head="head"),
-    "nnx": NNX(Viewed, shape=SHAPE, head="head.out"),
+    "bfloat16": Linen(BFloat16(), shape=SHAPE, head="head"),
+    "nnx": NNX(ModeFlag, shape=SHAPE, head="head.out"),
 }
 KEY = jax.random.key(3)
 
