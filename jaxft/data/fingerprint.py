@@ -78,8 +78,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             lines.append(f"{split}: {_count_changes(new_classes, *counts)}")
         elif old_classes == new_classes and all(digests) and digests[0] != digests[1]:
             lines.append(
-                f"{split}: as many images of each class, but some are others: names, sizes, "
-                "contents or their order differ"
+                f"{split}: as many images of each class, but some are different (name, size, "
+                "content or order)"
             )
     return lines
 

@@ -119,15 +119,17 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_augment_equals_torchvision_recorded(case):
-    ours, _, arguments = CASES[case]
-    assert digest(*ours(*arguments)) == recorded("transforms_augment.npz")[case]
+    function, _, arguments = CASES[case]
+    assert digest(*function(*arguments)) == recorded("transforms_augment.npz")[case]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_augment_equals_torchvision_live(case):
-    ours, torchvisions, arguments = CASES[case]
-    for actual, expected in zip(ours(*arguments), torchvisions(*arguments), strict=True):
+    function, torchvision_function, arguments = CASES[case]
+    for actual, expected in zip(
+        function(*arguments), torchvision_function(*arguments), strict=True
+    ):
         np.testing.assert_array_equal(actual, expected)
 
 

@@ -131,8 +131,8 @@ def record_of(root):
         (
             "renamed",
             [
-                "train: as many images of each class, but some are others: names, sizes, contents "
-                "or their order differ"
+                "train: as many images of each class, but some are different (name, size, content "
+                "or order)"
             ],
         ),
     ],
