@@ -18,7 +18,8 @@ from flax import nnx
 from narrow import narrowed
 
 import jaxft
-from jaxft.recipe import Recipe, read
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.report.lr_plot import rate_table
