@@ -1,43 +1,66 @@
-"""Staged fine-tuning for JAX: which layers train, at which rate, in each stage."""
+"""Staged fine-tuning for JAX: which layers train, at which learning rate, in each stage."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxft import methods
-from jaxft.early_stopping import EarlyStop, Plateau
-from jaxft.errors import (
-    CheckpointError,
-    DataError,
-    InterruptedRunError,
-    JaxftError,
-    LabelError,
-    ModelError,
-    NonFiniteError,
-    ParallelError,
-    PatternError,
-    RecipeError,
-    WeightsError,
-)
-from jaxft.l2_sp import Anchor
-from jaxft.labels import FROZEN, combine, label, partition, paths, summary
-from jaxft.linear_probe import LogisticRegression, logistic_regression
-from jaxft.optim import gradients, schedules
-from jaxft.optim.carry import carry
-from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
-from jaxft.optim.plateau import ReduceLROnPlateau
-from jaxft.stage_plan import StagePlan, plan
-from jaxft.stages import Stage, Update
+if TYPE_CHECKING:
+    from jaxft import data, methods, models, weights
+    from jaxft.early_stopping import EarlyStop, Plateau
+    from jaxft.errors import (
+        CheckpointError,
+        DataError,
+        InterruptedRunError,
+        JaxftError,
+        LabelError,
+        ModelError,
+        NonFiniteError,
+        ParallelError,
+        PatternError,
+        RecipeError,
+        WeightsError,
+    )
+    from jaxft.l2_sp import Anchor
+    from jaxft.labels import FROZEN, combine, label, partition, paths, summary
+    from jaxft.linear_probe import LogisticRegression, logistic_regression
+    from jaxft.optim import gradients, schedules
+    from jaxft.optim.carry import carry
+    from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
+    from jaxft.optim.plateau import ReduceLROnPlateau
+    from jaxft.recipe import Recipe
+    from jaxft.stage_plan import StagePlan, plan
+    from jaxft.stages import Stage, Update
+    from jaxft.train import finetune
 
-# What labels a tree must not import what trains a ResNet: the rest comes when asked for.
-_LAZY = {
-    "Recipe": "jaxft.recipe",
-    "finetune": "jaxft.train",
-    "data": None,
-    "models": None,
-    "weights": None,
+# Module of each public name. Names are imported when they are first used: the `jaxft` program must
+# handle signals before it imports jax, and labelling a tree must not import Flax or Orbax.
+_MODULES = {
+    name: module
+    for module, names in {
+        "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
+        "optim.optimizers": ["multi_transform", "SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.carry": ["carry"],
+        "optim.plateau": ["ReduceLROnPlateau"],
+        "stages": ["Stage", "Update"],
+        "linear_probe": ["LogisticRegression", "logistic_regression"],
+        "early_stopping": ["EarlyStop", "Plateau"],
+        "l2_sp": ["Anchor"],
+        "stage_plan": ["plan", "StagePlan"],
+        "errors": [
+            "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
+            "DataError", "CheckpointError", "NonFiniteError", "InterruptedRunError",
+            "ParallelError",
+        ],
+        "recipe": ["Recipe"],
+        "train": ["finetune"],
+    }.items()
+    for name in names
+}  # fmt: skip
+_SUBMODULES = {
+    path.rpartition(".")[2]: path
+    for path in ("data", "methods", "models", "weights", "optim.gradients", "optim.schedules")
 }
 
-__all__ = [  # in the order in which one meets them
+__all__ = [  # noqa: RUF022 (in the order in which a user meets them)
     "label",
     "partition",
     "combine",
@@ -74,7 +97,11 @@ __all__ = [  # in the order in which one meets them
     "gradients",
     "methods",
     "schedules",
-    *_LAZY,
+    "Recipe",
+    "finetune",
+    "data",
+    "models",
+    "weights",
 ]
 
 
@@ -83,9 +110,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _SUBMODULES:
+        value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
+    elif name in _MODULES:
+        value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _LAZY[name]
-    return (
-        import_module(f"jaxft.{name}") if module is None else getattr(import_module(module), name)
-    )
+    globals()[name] = value
+    return value
