@@ -2,10 +2,10 @@
 
     jaxft find-lr CONFIG --out DIR [--stage NAME] [any field of the recipe as an option]
 
-CONFIG is a recipe as for `jaxft finetune`. The steps are those of the stage: same trained layers,
-norm layers, loss and optimizer. They start from the weights of the recipe, also for a later stage;
-to start from the end of an earlier run, add `--weights RUN --head keep`. All learning rates of the
-stage rise together; the highest one covers the given range. Writes DIR/curve.csv and
+CONFIG is a recipe as for `jaxft finetune`. The steps are steps of the stage, with its trained
+layers, norm layers, loss and optimizer. They start from the weights of the recipe, also for a later
+stage; to start from the end of an earlier run, add `--weights RUN --head keep`. All learning rates
+of the stage rise together; the highest one covers the given range. Writes DIR/curve.csv and
 DIR/rates.png.
 """
 
