@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tomllib
 from io import StringIO
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_help_fits_on_one_screen_and_lists_commands(capsys):
 def test_program_without_command_prints_help_and_fails(capsys):
     assert cli.main([]) == 2
     assert "usage: jaxft COMMAND" in capsys.readouterr().err
+
+
+def test_package_installs_program():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"jaxft": "jaxft.cli:main"}
+
+
+def test_python_m_jaxft_runs_program():
+    done = subprocess.run([sys.executable, "-m", "jaxft", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: python -m jaxft COMMAND" in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
