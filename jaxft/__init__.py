@@ -7,47 +7,65 @@ interface. Everything else may change without notice.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxft import methods
-from jaxft.early_stopping import EarlyStop, Plateau
-from jaxft.errors import (
-    CheckpointError,
-    DataError,
-    InterruptedRunError,
-    JaxftError,
-    LabelError,
-    ModelError,
-    NonFiniteError,
-    ParallelError,
-    PatternError,
-    RecipeError,
-    WeightsError,
-)
-from jaxft.l2_sp import Anchor
-from jaxft.labels import FROZEN, combine, label, partition, paths, summary
-from jaxft.linear_probe import LogisticRegression, logistic_regression
-from jaxft.optim import gradients, schedules
-from jaxft.optim.carry import carry
-from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
-from jaxft.optim.plateau import ReduceLROnPlateau
-from jaxft.optim.transform import multi_transform
-from jaxft.stage_plan import StagePlan, plan
-from jaxft.stages import Stage, Update
-
 if TYPE_CHECKING:
-    from jaxft import data, models, weights
+    from jaxft import data, methods, models, weights
+    from jaxft.early_stopping import EarlyStop, Plateau
+    from jaxft.errors import (
+        CheckpointError,
+        DataError,
+        InterruptedRunError,
+        JaxftError,
+        LabelError,
+        ModelError,
+        NonFiniteError,
+        ParallelError,
+        PatternError,
+        RecipeError,
+        WeightsError,
+    )
+    from jaxft.l2_sp import Anchor
+    from jaxft.labels import FROZEN, combine, label, partition, paths, summary
+    from jaxft.linear_probe import LogisticRegression, logistic_regression
+    from jaxft.optim import gradients, schedules
+    from jaxft.optim.carry import carry
+    from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
+    from jaxft.optim.plateau import ReduceLROnPlateau
+    from jaxft.optim.transform import multi_transform
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
+    from jaxft.stage_plan import StagePlan, plan
+    from jaxft.stages import Stage, Update
     from jaxft.train import Result, finetune
 
-# Imported on first use: to label a tree, nobody should wait for Flax, Orbax and TFDS.
-_LAZY = {
-    "Recipe": "jaxft.recipe",
-    "finetune": "jaxft.train",
-    "Result": "jaxft.train",
-    "Console": "jaxft.report.console",
-    "data": None,
-    "models": None,
-    "weights": None,
+# Module of each public name. Names are imported when they are first used: the `jaxft` program must
+# handle signals before it imports jax, and labelling a tree must not import Flax or Orbax.
+_MODULES = {
+    name: module
+    for module, names in {
+        "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
+        "optim.transform": ["multi_transform"],
+        "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.carry": ["carry"],
+        "optim.plateau": ["ReduceLROnPlateau"],
+        "stages": ["Stage", "Update"],
+        "linear_probe": ["LogisticRegression", "logistic_regression"],
+        "early_stopping": ["EarlyStop", "Plateau"],
+        "l2_sp": ["Anchor"],
+        "stage_plan": ["plan", "StagePlan"],
+        "errors": [
+            "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
+            "DataError", "CheckpointError", "NonFiniteError", "InterruptedRunError",
+            "ParallelError",
+        ],
+        "recipe": ["Recipe"],
+        "train": ["finetune", "Result"],
+        "report.console": ["Console"],
+    }.items()
+    for name in names
+}  # fmt: skip
+_SUBMODULES = {
+    path.rpartition(".")[2]: path
+    for path in ("data", "methods", "models", "weights", "optim.gradients", "optim.schedules")
 }
 
 __all__ = [  # in the order of the documentation
@@ -98,15 +116,17 @@ __all__ = [  # in the order of the documentation
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("jaxft")
-    if name not in _LAZY:
+    if name in _SUBMODULES:
+        value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
+    elif name in _MODULES:
+        value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _LAZY[name]
-    if module is None:
-        return import_module(f"jaxft.{name}")
-    return getattr(import_module(module), name)
+    globals()[name] = value
+    return value

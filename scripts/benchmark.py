@@ -1,14 +1,16 @@
-"""The seed's three stages here and as a plain PyTorch script: steps, whole runs, FLOPs, memory.
+"""Benchmarks the seed's three stages in jaxft and in plain PyTorch: time, FLOPs, memory.
 
     python scripts/benchmark.py data/hymenoptera resnet50.safetensors --stride-in-1x1
 
-The head for five epochs, layer4 with it for five, everything for two; batches of 16, no
-augmentation, frozen layers with running statistics. Weights and batches are the same on both sides
-and losses are compared before anything is timed. Rounds of steps alternate; shown are medians, the
-range, and how many times as long eager PyTorch takes, in the faster of its two layouts. Whole runs
-are processes of their own, ours with all it does (validation of the start, checkpoints,
-compilation), PyTorch's by `scripts/plain_pytorch.py`; it is left out where torch and torchvision
-are not installed. `--device gpu` runs all in bfloat16.
+Trains the head for five epochs, then layer4 with it for five, then everything for two, in batches
+of 16 without augmentation; frozen layers use running statistics. Both sides start from the same
+weights and see the same batches, and their losses are compared before any step is timed.
+
+Steps of both sides alternate in rounds. The tables show medians, ranges, and the time of eager
+PyTorch, in the faster of its two memory layouts, divided by the time of the row. A whole run is
+timed in a separate process. The run of jaxft includes compilation, the validation of the start and
+checkpoints; the PyTorch run is `scripts/plain_pytorch.py`. Without torch and torchvision only jaxft
+is measured. `--device gpu` runs everything in bfloat16.
 """
 
 import argparse
@@ -39,16 +41,17 @@ from jaxft.train.trial import Trial, trial
 from jaxft.weights.key_maps import torch_tensors
 
 Steps = Callable[[], list[float]]
-"""Takes a step of training, or a few in one call, and returns their losses, once they are there."""
+"""Runs one call of training, of one or several steps; returns the losses when they are computed."""
 
 EAGER = {"torch": False, "torch, channels_last": True}
-"""PyTorch's layouts."""
+"""Names of the eager PyTorch rows: whether their memory layout is channels_last."""
 
-A_CALL = 4
-"""Steps in one call of ours: XLA on CPU has the kernel clear its temporaries anew for each."""
+STEPS_PER_CALL = 4
+"""`steps_per_execution` of jaxft. On CPU the kernel clears XLA's temporary memory in each call."""
 
 
 def the_recipe(args: argparse.Namespace) -> Recipe:
+    """Returns the recipe of the benchmark."""
     stages = zip(RATES.items(), args.epochs, strict=True)
     return Recipe(
         model=args.model,
@@ -60,14 +63,14 @@ def the_recipe(args: argparse.Namespace) -> Recipe:
         image_size=args.image_size,
         resize_size=args.image_size * 256 // 224,
         stride_in_1x1=args.stride_in_1x1,
-        steps_per_execution=A_CALL,
+        steps_per_execution=STEPS_PER_CALL,
         dtype="bfloat16" if args.device == "gpu" else "float32",
         stages=tuple(Stage(name, rates, epochs) for (name, rates), epochs in stages),
     )
 
 
 def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
-    """A step on the trial's first batch, or a few of them, over and over; and what was compiled."""
+    """Returns a function that trains on the trial's first batch, and the compiled programs."""
     compiled, state, frozen = dataclasses.replace(trial, program=program).compile()
     (batch,) = trial.batches(1)
     rows = batch.image
@@ -88,7 +91,7 @@ def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
 def torch_step(
     trial: Trial, args: argparse.Namespace, *, channels_last: bool, compiled: bool = False
 ) -> Steps:
-    """The same in PyTorch."""
+    """Returns a function that trains on the trial's first batch in PyTorch."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -121,7 +124,7 @@ def torch_step(
 
 
 def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each stage: milliseconds of a step by each side, FLOPs and memory of ours."""
+    """Measures the steps of each stage: milliseconds by each side, FLOPs and memory of jaxft."""
     rows = []
     for stage in the_recipe(args).stages:
         tried = trial(the_recipe(args), stage)
@@ -130,10 +133,10 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             whole, recipe=dataclasses.replace(whole.recipe, cache_mib=2**20)
         )
         (kept,) = keeping([roomy], tried.params, tried.stats, images=(1, 1))
-        several = dataclasses.replace(whole.recipe, steps_per_execution=A_CALL)
+        several = dataclasses.replace(whole.recipe, steps_per_execution=STEPS_PER_CALL)
         programs = {
             "ours": whole,
-            f"ours, {A_CALL} a call": dataclasses.replace(whole, recipe=several),
+            f"ours, {STEPS_PER_CALL} a call": dataclasses.replace(whole, recipe=several),
             "ours, kept": kept,
         }
         sides: dict[str, Steps] = {}
@@ -152,19 +155,19 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 )
         losses: dict[str, list[float]] = {name: [] for name in sides}
         for name, step in sides.items():
-            while len(losses[name]) < A_CALL:
+            while len(losses[name]) < STEPS_PER_CALL:
                 losses[name] += step()
         bound = 2e-2 if args.device == "gpu" else 1e-3
-        for name, found in losses.items():
-            if not np.allclose(found, losses["ours"], rtol=bound):
-                sys.exit(f"stage {stage.name!r}: unequal losses, {name} {found}, {losses}")
+        for name, values in losses.items():
+            if not np.allclose(values, losses["ours"], rtol=bound):
+                sys.exit(f"stage {stage.name!r}: unequal losses, {name} {values}, {losses}")
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(args.rounds):
             for name, step in sides.items():
-                began, taken = time.perf_counter(), 0
-                while taken < args.steps:
-                    taken += len(step())
-                times[name].append(1e3 * (time.perf_counter() - began) / taken)
+                start, count = time.perf_counter(), 0
+                while count < args.steps:
+                    count += len(step())
+                times[name].append(1e3 * (time.perf_counter() - start) / count)
         rows.append(
             {"stage": stage.name, "ms": times, "temp_mib": memory, "flops": flops, "loss": losses}
         )
@@ -173,6 +176,7 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show_steps(row: dict[str, Any]) -> None:
+    """Prints the steps of a stage as rows of a Markdown table."""
     medians = {name: statistics.median(times) for name, times in row["ms"].items()}
     eager = min((medians[name] for name in EAGER if name in medians), default=None)
     for name, times in row["ms"].items():
@@ -185,50 +189,53 @@ def show_steps(row: dict[str, Any]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-class Ends(Console):
-    """A console that shows nothing and notes when stages end."""
+class StageClock(Console):
+    """A console that prints nothing and records when stages end."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
-        self.at: list[float] = []
+        self.ends: list[float] = []
 
     def say(self, text: str) -> None:
-        """Takes note of the sentence that ends a stage."""
+        """Records the time of the sentence that ends a stage."""
         if text.startswith("Stage "):
-            self.at.append(time.perf_counter())
+            self.ends.append(time.perf_counter())
 
 
 def our_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each stage, the first with all before it, and the accuracy."""
-    console, began = Ends(), time.perf_counter()
+    """Runs the recipe; returns its accuracy and the seconds of each stage.
+
+    The first stage includes the time before it.
+    """
+    console, start = StageClock(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         score = finetune(the_recipe(args), Path(folder) / "run", console=console).score
-    ends = [began, *console.at]
+    ends = [start, *console.ends]
     seconds, peak = np.diff(ends).tolist(), plain_pytorch.peak_mib()
     return {"seconds": seconds, "accuracy": score.accuracy, "peak_mib": peak}
 
 
 def scaling(args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of a step of everything, over all devices that there are."""
+    """Measures images per second of the last stage's steps on all devices."""
     tried = trial(the_recipe(args), the_recipe(args).stages[-1])
     step, _ = our_step(tried, tried.program)
     step()
     times = []
     for _ in range(args.rounds):
-        began = time.perf_counter()
+        start = time.perf_counter()
         step()
-        times.append(args.batch_size / (time.perf_counter() - began))
+        times.append(args.batch_size / (time.perf_counter() - start))
     return {"devices": jax.device_count(), "images_per_second": times}
 
 
 CHILDREN = {"jaxft": our_run, "PyTorch": plain_pytorch.train, "scaling": scaling}
 
 
-def child(which: str, arguments: list[str], devices: int = 1) -> dict[str, Any]:
-    """What one of `CHILDREN` finds, in a process of its own."""
+def child(name: str, arguments: list[str], devices: int = 1) -> dict[str, Any]:
+    """Runs one of `CHILDREN` in a separate process and returns its results."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--child", which],
+        [sys.executable, __file__, *arguments, "--child", name],
         env={**os.environ, "XLA_FLAGS": flags} if devices > 1 else None,
         stdout=subprocess.PIPE,
         text=True,
@@ -238,58 +245,63 @@ def child(which: str, arguments: list[str], devices: int = 1) -> dict[str, Any]:
 
 
 def have_torch() -> bool:
+    """Returns whether torch and torchvision are installed."""
     return all(map(importlib.util.find_spec, ("torch", "torchvision")))
 
 
 def compare_runs(args: argparse.Namespace, arguments: list[str]) -> list[dict[str, Any]]:
+    """Times whole runs of both sides and prints them as rows of a Markdown table."""
     sides = ["jaxft", "PyTorch"] if have_torch() else ["jaxft"]
-    found = []
+    rows = []
     for _ in range(args.runs):
         for side in sides:
-            found.append({"by": side, **child(side, arguments)})
-            row = found[-1]
+            row = {"by": side, **child(side, arguments)}
+            rows.append(row)
             cells = [f"{seconds:.1f}" for seconds in (*row["seconds"], sum(row["seconds"]))]
             print(
                 f"| {side} | {' | '.join(cells)} | {row['accuracy']:.3f} | {row['peak_mib']:.0f} |",
                 flush=True,
             )
-    return found
+    return rows
 
 
 def table(*columns: str) -> None:
+    """Prints the head of a Markdown table."""
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
     parser = plain_pytorch.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of steps")
-    parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of steps")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each side in a round")
     parser.add_argument(
         "--compiled",
         action="store_true",
-        help="PyTorch's step by torch.compile too (takes minutes)",
+        help="also measure torch.compile (takes minutes)",
     )
-    parser.add_argument("--runs", type=int, default=1, help="of the whole recipe by each side")
-    parser.add_argument("--devices", type=int, nargs="*", default=[], help="virtual ones, to scale")
-    parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
+    parser.add_argument("--runs", type=int, default=1, help="whole runs of each side")
+    parser.add_argument(
+        "--devices", type=int, nargs="*", default=[], help="numbers of virtual devices to measure"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for all measurements")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
         print(json.dumps(CHILDREN[args.child](args)))
         return
-    found: dict[str, Any] = {"model": args.model, "image_size": args.image_size}
+    results: dict[str, Any] = {"model": args.model, "image_size": args.image_size}
     table("stage", "by", "ms a step", "PyTorch / it", "GFLOP", "temporary MiB")
-    found["steps"] = compare_steps(args)
+    results["steps"] = compare_steps(args)
     if args.runs:
         table("by", *(f"{name}, s" for name in RATES), "in all, s", "accuracy", "peak MiB")
-        found["runs"] = compare_runs(args, arguments)
+        results["runs"] = compare_runs(args, arguments)
     if args.devices:
         table("devices", "images a second")
-        found["scaling"] = [child("scaling", arguments, devices) for devices in args.devices]
-        for row in found["scaling"]:
+        results["scaling"] = [child("scaling", arguments, devices) for devices in args.devices]
+        for row in results["scaling"]:
             print(f"| {row['devices']} | {statistics.median(row['images_per_second']):.1f} |")
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

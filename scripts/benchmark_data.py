@@ -1,15 +1,15 @@
-"""Images per second: our batches beside torch's DataLoader, of one folder, in one run.
+"""Measures images per second of jaxft's batches and of torch's DataLoader on one folder.
 
     python scripts/benchmark_data.py data/hymenoptera
 
-Both read PATH/train/<class>/*, crop at random to 224 pixels, flip, and shuffle into batches. Each
-round starts every pipeline anew; the rounds interleave, and the medians are shown, with the range
-and the ratios to torch's. The first epoch includes the start of threads or processes. On a machine
-that others use too, the processor time per image is the steadier measure.
+All pipelines read PATH/train/<class>/*, take random crops of 224 pixels, flip, and shuffle into
+batches. Each round runs every pipeline from its start. The tables show medians and ranges over the
+rounds, and ratios to torch. The first epoch includes the start of threads or processes. If other
+programs use the machine too, the processor time per image varies less than images per second.
 
-torch gives float32 that is normalised on the host, as its recipes do, or uint8, which is what ours
-sends to the device; ours are also shown made by processes instead of threads, and with the decoded
-images in memory. torch is left out where it is not installed.
+torch produces either float32 images, normalised on the host as in its recipes, or uint8 images, as
+jaxft does. jaxft is also measured with processes in place of threads, and with decoded images in
+memory. Without torch only jaxft is measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jaxft.data import Preprocessing, Source, open_source, train_batches
 from jaxft.data.image_cache import Cached
 
 Epochs = Callable[[], Iterable[int]]
-"""Starts a pipeline; it gives the number of images in each batch of its epochs."""
+"""Starts a pipeline, which yields the number of images in each batch of its epochs."""
 
 EPOCHS = 4
 SIZE = 224
@@ -45,17 +45,19 @@ crops = partial(
 
 
 def ours(source: Source, batch_size: int, workers: int, epochs: int = EPOCHS) -> Iterator[int]:
+    """Yields the sizes of jaxft's batches, made by threads."""
     batches = crops(source, batch_size=batch_size, epochs=epochs, workers=workers)
     for batch in batches:
         yield int(batch.mask.sum())
 
 
 def ours_cached(source: Source, batch_size: int, workers: int) -> Iterator[int]:
+    """Yields the sizes of jaxft's batches from decoded images in memory."""
     return ours(Cached(source, 2**34), batch_size, workers)
 
 
 def ours_by_processes(source: Source, batch_size: int, workers: int) -> Iterator[int]:
-    """Each process makes every `workers`-th batch and sends it, pickled, as it would have to."""
+    """Yields the sizes of jaxft's batches, made and pickled by processes."""
     steps = EPOCHS * -(-len(source) // batch_size)
     make = partial(_one_batch, source, batch_size)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
@@ -78,15 +80,15 @@ def _one_batch(source: Source, batch_size: int, step: int) -> tuple[np.ndarray, 
     return batch.image, batch.mask
 
 
-def torchs(data: Path, batch_size: int, workers: int) -> dict[str, Epochs]:
-    """torch's DataLoaders by name; none where torch is not installed."""
+def torch_pipelines(data: Path, batch_size: int, workers: int) -> dict[str, Epochs]:
+    """Returns torch's pipelines by name; none if torch is not installed."""
     try:
         import torch
     except ImportError:
         return {}
     try:
         from torchvision import datasets, transforms
-    except RuntimeError:  # beside a CPU build of torch: operators that no transform uses
+    except RuntimeError:  # a CPU build of torch lacks two operators that no transform uses
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
@@ -115,19 +117,23 @@ def torchs(data: Path, batch_size: int, workers: int) -> dict[str, Epochs]:
 
 
 class Rates(NamedTuple):
-    """Of one pipeline in one round."""
+    """Rates of one pipeline in one round.
+
+    Attributes:
+      first: images per second in the first epoch.
+      later: images per second in the later epochs.
+      cpu: milliseconds of processor time per image, over all epochs.
+    """
 
     first: float
-    """Images per second in the first epoch."""
     later: float
-    """Images per second in the epochs after it."""
     cpu: float
-    """Milliseconds of all processors per image, over all epochs."""
 
 
 def rates(start: Epochs, images: int) -> Rates:
-    gc.collect()  # the processes of the pipeline before have ended
-    seen, ends, busy = 0, [time.perf_counter()], _busy()
+    """Runs a pipeline over `images` images an epoch and returns its rates."""
+    gc.collect()  # ends the processes of the previous pipeline
+    seen, ends, cpu_start = 0, [time.perf_counter()], _cpu_seconds()
     for count in start():
         seen += count
         if seen == images * len(ends):
@@ -135,11 +141,11 @@ def rates(start: Epochs, images: int) -> Rates:
     assert len(ends) == EPOCHS + 1
     gc.collect()
     first, later = images / (ends[1] - ends[0]), images * (EPOCHS - 1) / (ends[-1] - ends[1])
-    return Rates(first, later, 1000 * (_busy() - busy) / seen)
+    return Rates(first, later, 1000 * (_cpu_seconds() - cpu_start) / seen)
 
 
-def _busy() -> float:
-    """Seconds that processors have spent on this process and on those that it has ended."""
+def _cpu_seconds() -> float:
+    """Returns the processor seconds of this process and of its ended children."""
     return sum(os.times()[:4])
 
 
@@ -152,20 +158,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside JAX's threads
+    warnings.simplefilter("ignore", DeprecationWarning)  # JAX warns of a fork
 
-    source = open_source(f"folder:{options.data}").train  # reads all files once: the disk is warm
+    source = open_source(f"folder:{options.data}").train  # reads all files into the page cache
     arguments = source, options.batch_size, options.workers
     pipelines: dict[str, Epochs] = {
-        **torchs(options.data, options.batch_size, options.workers),
+        **torch_pipelines(options.data, options.batch_size, options.workers),
         "ours, processes": partial(ours_by_processes, *arguments),
         "ours": partial(ours, *arguments),
         "ours, cached": partial(ours_cached, *arguments),
     }
-    made: dict[str, list[Rates]] = {name: [] for name in pipelines}
+    measured: dict[str, list[Rates]] = {name: [] for name in pipelines}
     for _ in range(options.rounds):
         for name, start in pipelines.items():
-            made[name].append(rates(start, len(source)))
+            measured[name].append(rates(start, len(source)))
 
     print(
         f"{len(source)} images, {EPOCHS} epochs in batches of {options.batch_size}, "
@@ -173,18 +179,19 @@ def main() -> None:
     )
     titles = {"first": "images/s, epoch 1", "later": "images/s, later", "cpu": "CPU ms/image"}
     for field, title in titles.items():
-        show(title, {name: [getattr(r, field) for r in rounds] for name, rounds in made.items()})
+        values = {name: [getattr(r, field) for r in rounds] for name, rounds in measured.items()}
+        show(title, values)
 
 
-def show(title: str, made: dict[str, list[float]]) -> None:
-    """Medians, ranges, and the median ratio to each of torch's within a round."""
-    baselines = [name for name in made if name.startswith("torch")]
+def show(title: str, measured: dict[str, list[float]]) -> None:
+    """Prints medians, ranges, and the median ratio to each torch pipeline within a round."""
+    baselines = [name for name in measured if name.startswith("torch")]
     print(f"\n{title:20}{'median':>9}{'range':>18}" + "".join(f"{b:>16}" for b in baselines))
-    for name, values in made.items():
+    for name, values in measured.items():
         span = f"{min(values):.4g} - {max(values):.4g}"
         row = f"{name:20}{statistics.median(values):>9.4g}{span:>18}"
         for base in baselines:
-            ratios = [a / b for a, b in zip(values, made[base], strict=True)]
+            ratios = [a / b for a, b in zip(values, measured[base], strict=True)]
             row += f"{statistics.median(ratios):>15.2f}x"
         print(row)
 

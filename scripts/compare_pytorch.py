@@ -1,12 +1,11 @@
-"""The same recipe here and as a plain PyTorch script: accuracies over seeds, side by side.
+"""Compares accuracies of recipes in jaxft and in plain PyTorch, over seeds.
 
     python scripts/compare_pytorch.py data/hymenoptera resnet50.safetensors --out runs/compared
 
-Runs three recipes of `configs/` with a ResNet-50, from the same weights, on the same images, each
-for a few epochs: the seed's and both of PyTorch's transfer-learning tutorial. The PyTorch half is
-written as the tutorial is: `ImageFolder`, `DataLoader`, `train_model`. Each row is written as soon
-as it is there; called again, the script goes on with those that are missing. Needs torch and
-torchvision.
+Runs three recipes of `configs/` for a few epochs with a ResNet-50: the seed's and both recipes of
+PyTorch's transfer-learning tutorial. Both sides use the same weights and images. The PyTorch side
+follows the tutorial: `ImageFolder`, `DataLoader`, `train_model`. Each result is written when it is
+known; the same command runs only the missing ones. Needs torch and torchvision.
 """
 
 import argparse
@@ -14,25 +13,27 @@ import copy
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="a folder with train/<class> and val/<class>")
-    parser.add_argument("weights", type=Path, help="of a ResNet-50, with torch's names")
+    parser.add_argument("data", type=Path, help="folder with train/<class> and val/<class>")
+    parser.add_argument("weights", type=Path, help="torch-named file of a ResNet-50")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3, help="of each stage")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each stage")
     parser.add_argument("--image-size", type=int, default=224, help="in pixels")
-    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights want it")
+    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights need it")
     return parser
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # a mistake, or --help, needs no torch
+    parser().parse_args()  # --help and wrong options need no torch
 
 import torch
 from safetensors.torch import load_file
@@ -40,14 +41,17 @@ from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torchvision import datasets, models, transforms
 
-from jaxft import Recipe, command_line, finetune, recipe_file
+from jaxft import Recipe, finetune, recipe
+from jaxft.cli.command import check_writable, run_until_signal
+from jaxft.cli.process import exit_process
 from jaxft.report.console import Console
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def views(size: int) -> dict[str, transforms.Compose]:
+def transforms_by_split(size: int) -> dict[str, transforms.Compose]:
+    """Returns the tutorial's transforms for images of `size` pixels."""
     normalized = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     centre = [transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)]
@@ -58,14 +62,14 @@ def views(size: int) -> dict[str, transforms.Compose]:
 
 
 def pytorch(name: str, args: argparse.Namespace, seed: int, batch_size: int) -> float:
-    """The best accuracy of the last stage, by PyTorch."""
+    """Trains in PyTorch; returns the best accuracy of the last stage."""
     torch.manual_seed(seed)
     images = {
         part: datasets.ImageFolder(args.data / part, view)
-        for part, view in views(args.image_size).items()
+        for part, view in transforms_by_split(args.image_size).items()
     }
     loaders = {
-        # No workers: they would fork, which JAX, in this same process, does not survive.
+        # No workers: JAX, in the same process, does not survive their fork.
         part: torch.utils.data.DataLoader(images[part], batch_size, shuffle=part == "train")
         for part in images
     }
@@ -83,17 +87,20 @@ Stages = Iterator[tuple[Optimizer, lr_scheduler.LRScheduler | None]]
 
 
 def tutorial_finetune(model: nn.Module) -> Stages:
+    """Yields the stage of the tutorial that trains everything."""
     optimizer = SGD(model.parameters(), lr=0.001, momentum=0.9)
     yield optimizer, lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
 
 
 def tutorial_extractor(model: nn.Module) -> Stages:
+    """Yields the stage of the tutorial that trains the head only."""
     freeze(model, "fc")
     optimizer = SGD(model.fc.parameters(), lr=0.001, momentum=0.9)
     yield optimizer, lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
 
 
 def seed_recipe(model: nn.Module) -> Stages:
+    """Yields the three stages of the seed."""
     freeze(model, "fc")
     yield SGD(model.fc.parameters(), lr=1e-3, momentum=0.9), None
     freeze(model, "fc", "layer4")
@@ -114,9 +121,10 @@ RECIPES: dict[str, Callable[[nn.Module], Stages]] = {
 }
 
 
-def freeze(model: nn.Module, *but: str) -> None:
+def freeze(model: nn.Module, *trainable: str) -> None:
+    """Freezes all parameters except those with one of these prefixes."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(but)
+        parameter.requires_grad = name.startswith(trainable)
 
 
 def train_model(
@@ -126,7 +134,7 @@ def train_model(
     scheduler: lr_scheduler.LRScheduler | None,
     epochs: int,
 ) -> float:
-    """Leaves the model with the weights of its best epoch, of which it returns the accuracy."""
+    """Trains the model, restores its best epoch, and returns that epoch's accuracy."""
     criterion, best, best_weights = nn.CrossEntropyLoss(), 0.0, model.state_dict()
     for _ in range(epochs):
         model.train()
@@ -147,12 +155,13 @@ def train_model(
 
 
 def move_strides(model: models.ResNet) -> None:
+    """Moves the strides of each layer to its first 1x1 convolution."""
     for layer in (model.layer2, model.layer3, model.layer4):
         layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
 
 
 def ours(name: str, args: argparse.Namespace, seed: int, recipe: Recipe) -> float:
-    """The same by jaxft."""
+    """Trains in jaxft; returns the best accuracy of the last stage."""
     recipe = dataclasses.replace(
         recipe,
         model="resnet50",
@@ -167,44 +176,45 @@ def ours(name: str, args: argparse.Namespace, seed: int, recipe: Recipe) -> floa
     return finetune(recipe, args.out / f"{name}_{seed}", console=Console(quiet=True)).score.accuracy
 
 
-def main(given: list[str]) -> None:
-    args = parser().parse_args(given)
-    command_line.check_folder(args.out)
+def main(arguments: list[str]) -> None:
+    args = parser().parse_args(arguments)
+    check_writable(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = args.out / "accuracies.jsonl"
     rows.touch()
-    known = [json.loads(line) for line in rows.read_text().splitlines()]
-    found = {(row["recipe"], row["by"], row["seed"]): row["accuracy"] for row in known}
+    earlier = [json.loads(line) for line in rows.read_text().splitlines()]
+    accuracies = {(row["recipe"], row["by"], row["seed"]): row["accuracy"] for row in earlier}
     for name in RECIPES:
-        written = recipe_file.read(CONFIGS / f"{name}.py")
+        written = recipe.read(CONFIGS / f"{name}.py")
         for seed in range(args.seeds):
             runs = {
                 "PyTorch": lambda: pytorch(name, args, seed, written.batch_size),  # noqa: B023
                 "jaxft": lambda: ours(name, args, seed, written),  # noqa: B023
             }
             for by, run in runs.items():
-                if (name, by, seed) in found:
+                if (name, by, seed) in accuracies:
                     continue
-                began = time.perf_counter()
-                found[name, by, seed] = accuracy = run()
+                start = time.perf_counter()
+                accuracies[name, by, seed] = accuracy = run()
                 row = {"recipe": name, "by": by, "seed": seed, "accuracy": accuracy}
-                row["seconds"] = round(time.perf_counter() - began, 1)
+                row["seconds"] = round(time.perf_counter() - start, 1)
                 with rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
     print("\n| recipe | PyTorch | jaxft |\n|---|---|---|")
     for name in RECIPES:
         cells = [
-            spread([found[name, by, seed] for seed in range(args.seeds)])
+            spread([accuracies[name, by, seed] for seed in range(args.seeds)])
             for by in ("PyTorch", "jaxft")
         ]
         print(f"| `{name}` | {' | '.join(cells)} |")
 
 
 def spread(accuracies: list[float]) -> str:
+    """Returns the mean and the range as text."""
     low, high = min(accuracies), max(accuracies)
     return f"{statistics.mean(accuracies):.3f} ({low:.3f}-{high:.3f})"
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    exit_process(run_until_signal(lambda: main(sys.argv[1:])))

@@ -1,9 +1,10 @@
-"""Damages files of an interrupted run and counts how its resumption ends; used by `soak.py`.
+"""Damages files of an interrupted run and counts how the resumed run ends; used by `soak.py`.
 
 A tiny network trains in two stages, with an anchor and averaged weights, until SIGTERM stops it
-within an epoch. Each trial copies the folder and damages one file of the newest checkpoint, in
-every third trial one file of each checkpoint, or one file outside the checkpoints. Then it resumes
-the run, and after an error once more: some errors announce that the next start trains from scratch.
+within an epoch. Each trial copies the run's folder and damages a file: one of the newest
+checkpoint, in every third trial one of each checkpoint, or one outside the checkpoints. Then it
+resumes the run, and once more after an error, because some errors announce that the next start
+trains from scratch.
 """
 
 import itertools
@@ -77,14 +78,14 @@ class Tiny(nn.Module):
 
 
 class Stopping(Console):
-    """Prints nothing; sends SIGTERM to this process after `epochs` epochs, 0: never."""
+    """Prints nothing; sends SIGTERM to this process after `epochs` epochs (0: never)."""
 
     def __init__(self, epochs: int = 0) -> None:
         super().__init__(quiet=True)
         self._left = epochs
 
     def epoch_row(self, epoch: int | str, *_: Any) -> None:
-        """Counts the epoch; 0 is a stage's start."""
+        """Counts the epoch; epoch 0 is the start of a stage."""
         self._left -= epoch != 0
         if epoch and self._left == 0:
             signal.raise_signal(signal.SIGTERM)
@@ -99,7 +100,7 @@ def train(workdir: Path, stop_after: int = 0) -> None:
 
 @cache
 def opened() -> tuple[models.Model, data.Source, Any]:
-    """Returns the network, the images, which are noise, and the parameters at the start."""
+    """Returns the network, images of noise, and the initial parameters."""
     model = models.Linen(Tiny(), shape=(8, 8, 3), head="head")
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), np.uint8)
     source = data.arrays(images, np.arange(32) % 3, classes=["a", "b", "c"])
@@ -133,15 +134,15 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes] | None] = {
 
 
 def damage(run: Path, kind: str, how: str, each: bool, chance: random.Random) -> list[Path]:
-    """Damages one file of a kind, or one in `each` checkpoint; returns those files."""
+    """Damages one file of a kind, with `each` one in each checkpoint; returns the damaged files."""
     folders = [run]
     if kind in IN_CHECKPOINT:
         steps = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
         folders = steps if each else steps[-1:]
     files = []
     for folder in folders:
-        found = {*itertools.chain.from_iterable(map(folder.glob, FILES[kind]))}
-        file = chance.choice(sorted(path for path in found if path.is_file()))
+        paths = {*itertools.chain.from_iterable(map(folder.glob, FILES[kind]))}
+        file = chance.choice(sorted(path for path in paths if path.is_file()))
         change = DAMAGES[how]
         if change is None:
             file.unlink()
@@ -152,7 +153,7 @@ def damage(run: Path, kind: str, how: str, each: bool, chance: random.Random) ->
 
 
 def outcome(run: Path, files: list[Path], whole: Path) -> tuple[str, str]:
-    """Starts the run in a damaged folder; returns the outcome, and a line about it."""
+    """Resumes a damaged run; returns its outcome, and a message about it."""
     refusals = []
     for _ in range(2):
         try:
@@ -171,15 +172,15 @@ def outcome(run: Path, files: list[Path], whole: Path) -> tuple[str, str]:
 
 
 def trials(count: int, seed: int) -> Counter[tuple[str, str]]:
-    """Runs the trials; returns how often each kind of file, and of damage, met which outcome.
+    """Runs the trials; returns counts of (kind of file, outcome) and (kind of damage, outcome).
 
     Prints each trial that ends neither identically nor with an error that names the file.
     """
     keep_programs()
-    chance, met = random.Random(seed), Counter[tuple[str, str]]()
+    chance, counts = random.Random(seed), Counter[tuple[str, str]]()
     kinds = list(itertools.product(FILES, DAMAGES))
     chance.shuffle(kinds)
-    # In memory, where there is such a folder: checkpoints wait for the disk.
+    # In memory if possible, because checkpoints wait for the disk.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         whole, stopped, trial = (Path(name) / run for run in ("whole", "stopped", "trial"))
@@ -189,17 +190,17 @@ def trials(count: int, seed: int) -> Counter[tuple[str, str]]:
         for index, (kind, how) in zip(range(count), itertools.cycle(kinds), strict=False):
             shutil.copytree(stopped, trial)
             files = damage(trial, kind, how, index % 3 == 2, chance)
-            found, message = outcome(trial, files, whole)
-            met.update([(kind, found), (how, found)])
-            if found in FAILED:
+            end, message = outcome(trial, files, whole)
+            counts.update([(kind, end), (how, end)])
+            if end in FAILED:
                 names = ", ".join(str(file.relative_to(trial)) for file in files)
-                print(f"{how}: {names}\n  {found}: {message}", flush=True)
+                print(f"{how}: {names}\n  {end}: {message}", flush=True)
             shutil.rmtree(trial)
-    return met
+    return counts
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:
-    """Yields the names of what differs at the ends of two runs."""
+    """Yields the differing parts of two ended runs."""
     if (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes():
         yield "model.safetensors"
     for ours, theirs in itertools.zip_longest(rows(one), rows(other)):
@@ -217,11 +218,13 @@ def differences(one: Path, other: Path) -> Iterator[str]:
 
 
 def rows(run: Path) -> list[dict[str, object]]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: x for name, x in row.items() if name not in MEASURED} for row in found]
+    """Returns the rows of `metrics.jsonl` without timings and memory."""
+    recorded = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in recorded]
 
 
 def arrays(run: Path, item: str) -> object:
+    """Reads one tree of arrays of the last checkpoint."""
     last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(run / "checkpoints" / str(last) / item)

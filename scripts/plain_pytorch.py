@@ -1,10 +1,10 @@
-"""The seed's three stages as a plain PyTorch script, the peer of `scripts/benchmark.py`.
+"""Trains the seed's three stages in plain PyTorch, for comparison in `scripts/benchmark.py`.
 
     python scripts/plain_pytorch.py data/hymenoptera resnet50.safetensors --stride-in-1x1
 
-The head, then layer4 with it, then everything, each with a new SGD; no augmentation, and frozen
-layers use running statistics. Prints the seconds of each stage and the accuracy, as JSON. Needs
-torch and torchvision.
+Trains the head, then layer4 with it, then everything, each with a new SGD and without augmentation;
+frozen layers use running statistics. Prints the seconds of each stage and the accuracy as JSON.
+Needs torch and torchvision.
 """
 
 import argparse
@@ -23,14 +23,14 @@ RATES = {
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that both scripts have."""
+    """Returns a parser with the options that both scripts share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="a folder with train/<class> and val/<class>")
-    parser.add_argument("weights", type=Path, help="of the network, with torch's names")
+    parser.add_argument("data", type=Path, help="folder with train/<class> and val/<class>")
+    parser.add_argument("weights", type=Path, help="torch-named file of the network")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights want it")
+    parser.add_argument("--stride-in-1x1", action="store_true", help="the weights need it")
     parser.add_argument("--image-size", type=int, default=224, help="in pixels")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, nargs=3, default=[5, 5, 2], help="of each stage")
@@ -39,6 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def network(model: str, stride_in_1x1: bool) -> Any:
+    """Returns torchvision's network of this name."""
     from torchvision import models
 
     module = models.get_model(model)
@@ -49,22 +50,23 @@ def network(model: str, stride_in_1x1: bool) -> Any:
 
 
 def begin(module: Any, stage: str) -> Any:
-    """Freezes all but what the stage trains, whose optimizer it returns."""
+    """Freezes the layers that the stage does not train; returns the optimizer of the others."""
     import torch
 
     module.requires_grad_(False)
     groups: list[dict[str, Any]] = []
     for name, rate in RATES[stage].items():
-        taken = {id(p) for group in groups for p in group["params"]}
+        grouped = {id(p) for group in groups for p in group["params"]}
         part = module if name == "*" else getattr(module, name)
-        groups.append({"params": [p for p in part.parameters() if id(p) not in taken], "lr": rate})
+        params = [p for p in part.parameters() if id(p) not in grouped]
+        groups.append({"params": params, "lr": rate})
         part.requires_grad_(True)
     set_to_train(module)
     return torch.optim.SGD(groups, momentum=0.9)
 
 
 def set_to_train(module: Any) -> None:
-    """But that frozen norm layers use running statistics."""
+    """Switches to training mode, except for frozen norm layers."""
     import torch
 
     module.train()
@@ -74,6 +76,7 @@ def set_to_train(module: Any) -> None:
 
 
 def loaders(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the DataLoaders of `train` and `val`."""
     import torch
     from torchvision import datasets, transforms
 
@@ -97,7 +100,7 @@ def loaders(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each stage, the last validation's accuracy, the process's memory."""
+    """Trains all stages; returns their seconds, the last accuracy and the peak memory."""
     import torch
     from safetensors.torch import load_file
     from torch.nn.functional import cross_entropy
@@ -132,8 +135,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """Of this process's resident memory, on Linux."""
-    # Not getrusage, which begins with what the parent had at the fork.
+    """Returns the peak resident memory of this process, on Linux."""
+    # Not getrusage: its peak includes the memory of the parent at the fork.
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     return int(line.split()[1]) / 2**10
 

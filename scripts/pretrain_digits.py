@@ -2,10 +2,9 @@
 
     python scripts/pretrain_digits.py
 
-Five classes alone would leave features that tell five things apart and little else, so the
-network tells 40: each digit in its eight orientations (quarter turns and mirror images). Writes
-jaxft/assets/digits_0to4.safetensors (torch's names, float32). Seeded; deterministic on one
-machine.
+The network learns 40 classes, each digit in its eight orientations (quarter turns and mirror
+images): features of five classes alone would transfer worse. Writes
+jaxft/assets/digits_0to4.safetensors (torch's names, float32). Seeded; deterministic on one machine.
 """
 
 import shutil
@@ -17,7 +16,7 @@ from PIL import Image
 import jaxft
 from jaxft import SGD, Recipe, Stage, data, finetune
 
-ORIENTATIONS = [None, *Image.Transpose]  # as it is, and Pillow's seven others
+ORIENTATIONS = [None, *Image.Transpose]  # unchanged, and Pillow's seven others
 
 
 def write_orientations(folder: Path) -> None:
@@ -26,10 +25,10 @@ def write_orientations(folder: Path) -> None:
         for index in range(len(source)):
             image, target = source[index]
             for number, orientation in enumerate(ORIENTATIONS):
-                place = folder / split / f"{source.classes[target]}_{number}"
-                place.mkdir(parents=True, exist_ok=True)
+                class_folder = folder / split / f"{source.classes[target]}_{number}"
+                class_folder.mkdir(parents=True, exist_ok=True)
                 view = image if orientation is None else image.transpose(orientation)
-                view.save(place / f"{index}.png")
+                view.save(class_folder / f"{index}.png")
 
 
 def main() -> None:

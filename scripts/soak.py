@@ -1,16 +1,17 @@
-"""Kills runs at random moments and corrupts their files; compares their ends with undisturbed ones.
+"""Kills runs at random moments and corrupts their files; compares them with undisturbed runs.
 
     python scripts/soak.py [--kills 40] [--corruptions 160] [--seed 0] [--devices 1]
 
 The protocol follows crash-consistency tests of training checkpoints (arXiv:2511.18323). Prints a
-Markdown table of outcomes; exits with 1 after a wrong result or an error that names no file. For
-corruptions see `corruption.py`; they run at the same time as the kills, in a second process.
+Markdown table of outcomes; exits with 1 after a wrong result or an error that names no file. Kills
+and corruptions run at the same time, in two processes; `corruption.py` describes the latter.
 
-Kills: three short stages on the digits, with dropout, a checkpoint every third step, optimizer
-state that is kept, averaged weights, and an end within an epoch. SIGKILL comes at random moments:
-while a checkpoint is written, as a stage ends, in the first epoch of the next; now and then SIGTERM
-instead. A kill counts if that start had begun a checkpoint or ended a stage. At the end, weights,
-records and last arrays must be those of an undisturbed run, timings excepted.
+The killed run has three short stages on the digits, with dropout, a checkpoint at every third step,
+optimizer state carried between stages, averaged weights, and a stage that ends within an epoch.
+SIGKILL, or sometimes SIGTERM, arrives at random moments: while a checkpoint is written, at the end
+of a stage, in the first epoch of the next. A kill counts if this start of the run had begun a
+checkpoint or ended a stage. At the end, weights, records (except timings) and last arrays must
+be identical to an undisturbed run.
 """
 
 import argparse
@@ -49,7 +50,12 @@ MOMENTS = (*COUNT, "before a save", "in start-up", "SIGTERM")
 
 
 class Start:
-    """One start of the run: what it says and writes, and how it ends."""
+    """One start of the run as a child process, with its output and its checkpoints.
+
+    Attributes:
+      lines: the output so far, after an empty line.
+      checkpoints: the folder of the run's checkpoints.
+    """
 
     def __init__(self, folder: Path, name: str, devices: int) -> None:
         self.checkpoints, self.began, self.lines = folder / name / "checkpoints", time.time(), [""]
@@ -64,34 +70,34 @@ class Start:
         self.reader.start()
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Waits for a moment, or until it ends by itself."""
+        """Waits until `until()` is true or the process has ended."""
         while self.process.poll() is None and not until():
             time.sleep(0.001)
 
     def end(self, expected: int, send: signal.Signals | None = None) -> None:
-        """Ends it by a signal, or waits; the exit code must be the expected one."""
+        """Sends a signal, if given, and waits for the end; exits if the exit code is unexpected."""
         if send:
             self.process.send_signal(send)
         code = self.process.wait()
         self.reader.join()
         if code != expected:
-            sys.exit(f"{''.join(self.lines)}\nIt ended with {code}, not with {expected}.")
+            sys.exit(f"{''.join(self.lines)}\nThe run exited with {code} instead of {expected}.")
 
     def last(self, words: str) -> int:
-        """The number of the last line that has these words; 0: there is none."""
+        """Returns the index of the last line that contains these words, or 0."""
         return max(i for i, line in enumerate([*self.lines]) if words in line or not i)
 
     def trains(self) -> bool:
-        """Whether it has come to its first step in this start."""
+        """Returns whether this start has trained a step."""
         return self.last("train loss") > 0
 
     def saving(self) -> bool:
-        """Whether a checkpoint is half written, or half replaced."""
+        """Returns whether a checkpoint is partly written or replaced."""
         names = [path.name for path in self.checkpoints.glob("*")]
         return any(name.endswith("-tmp") or name.startswith("replaced-") for name in names)
 
     def moment(self) -> str:
-        """Where it was killed."""
+        """Returns the moment of the kill, one of `MOMENTS`."""
         written = any(path.stat().st_ctime > self.began for path in self.checkpoints.glob("*"))
         if not self.trains():
             return "in start-up"
@@ -104,8 +110,8 @@ class Start:
         return SAVE if self.saving() else WITHIN
 
 
-def aims(chance: random.Random, kills: int) -> Iterator[tuple[int, str]]:
-    """A stage's index and what to aim at in it, from the first stage to the last; endless."""
+def targets(chance: random.Random, kills: int) -> Iterator[tuple[int, str]]:
+    """Yields a stage's index and a moment for each kill, from the first stage on, without end."""
     for index in range(len(STAGES) - 1):
         inner = [*(WITHIN, SAVE) * max(1, kills // 6 - 2), "in start-up", "SIGTERM"]
         yield from ((index, aim) for aim in chance.sample(inner, len(inner)))
@@ -115,20 +121,20 @@ def aims(chance: random.Random, kills: int) -> Iterator[tuple[int, str]]:
 
 
 def strike(start: Start, aim: str, chance: random.Random) -> None:
-    """Waits for the moment to aim at, and a random time after it, and ends the run there."""
+    """Ends the run a random time after the moment `aim`."""
     moments = {
         "in start-up": (lambda: True, 4.0),
         "SIGTERM": (start.trains, 0.6),
         WITHIN: (start.trains, 0.6),
         SAVE: (lambda: start.trains() and start.saving(), 0.02),
-        # The run says of a stage that it "ended" also where it goes on from there.
+        # A resumed run also prints " ended" for the stages before it.
         END: (lambda: start.last(" ended") > 0, 0.005),
         FIRST: (lambda: start.last("train loss") > start.last(" ended") > 0, 0.6),
     }
     moment, seconds = moments[aim]
     start.wait(moment)
-    late = time.monotonic() + chance.uniform(0, seconds)
-    start.wait(lambda: time.monotonic() > late)
+    deadline = time.monotonic() + chance.uniform(0, seconds)
+    start.wait(lambda: time.monotonic() > deadline)
     if aim == "SIGTERM":
         start.end(75, signal.SIGTERM)
     else:
@@ -136,7 +142,7 @@ def strike(start: Start, aim: str, chance: random.Random) -> None:
 
 
 def kill(folder: Path, known: argparse.Namespace) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Runs the recipe alone and killed again and again; returns the kills, and what differs."""
+    """Runs the recipe once undisturbed, once with kills; returns the kills and the differences."""
     if not known.kills:
         return Counter(), []
     save(RECIPE, folder / "recipe.yaml")
@@ -147,16 +153,16 @@ def kill(folder: Path, known: argparse.Namespace) -> tuple[Counter[tuple[str, st
 
 
 def strike_often(folder: Path, known: argparse.Namespace) -> Counter[tuple[str, str]]:
-    """Starts the run until enough kills count; returns how often what was met in which stage."""
-    chance, met, at = random.Random(known.seed), Counter[tuple[str, str]](), 0
-    for index, aim in aims(chance, known.kills):
-        if index < at:
-            continue  # that stage is over
+    """Starts the run until enough kills count; returns the counts of (moment, stage)."""
+    chance, met, current = random.Random(known.seed), Counter[tuple[str, str]](), 0
+    for index, aim in targets(chance, known.kills):
+        if index < current:
+            continue  # this stage has ended
         start = Start(folder, "killed", known.devices)
         strike(start, aim, chance)
         title = start.lines[start.last(f" of {len(STAGES)}: ")]
         stage = title.partition(": ")[2].partition(",")[0] or "-"
-        at = max(at, STAGES.index(stage)) if stage in STAGES else at
+        current = max(current, STAGES.index(stage)) if stage in STAGES else current
         moment = aim if aim == "SIGTERM" else start.moment()
         met[moment, stage] += 1
         print(f"  aimed {aim:18}  met {moment:18}  {stage}", flush=True)
@@ -168,7 +174,7 @@ def strike_often(folder: Path, known: argparse.Namespace) -> Counter[tuple[str, 
 def outcome_table(
     kills: Counter[tuple[str, str]], same: bool, corruptions: Counter[tuple[str, str]]
 ) -> Iterator[str]:
-    """Yields the lines of a Markdown table: how many trials of each kind met which outcome."""
+    """Yields the lines of a Markdown table with the number of trials per kind and outcome."""
     kinds = {"killed": MOMENTS, "damaged": corruption.FILES, "damage": corruption.DAMAGES}
     ends = Counter(corruptions)
     for (moment, _), n in kills.items():
@@ -186,24 +192,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=40, help="that count")
-    parser.add_argument("--corruptions", type=int, default=160, help="of files")
-    parser.add_argument("--seed", type=int, default=0, help="of moments, files and damages")
-    parser.add_argument("--devices", type=int, default=1, help="virtual ones")
+    parser.add_argument("--kills", type=int, default=40, help="number of counted kills")
+    parser.add_argument("--corruptions", type=int, default=160, help="number of corrupted runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments, files and damages")
+    parser.add_argument("--devices", type=int, default=1, help="number of virtual devices")
     known = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")  # a fork would share jax's threads
+    spawn = multiprocessing.get_context("spawn")  # jax does not survive a fork
     with TemporaryDirectory() as name, ProcessPoolExecutor(1, mp_context=spawn) as pool:
         trials = pool.submit(corruption.trials, known.corruptions, known.seed)
-        met, wrong = kill(Path(name), known)
+        met, differences = kill(Path(name), known)
         corruptions = trials.result()
     print(f"\n{'':20}" + "".join(f"{stage:>8}" for stage in (*STAGES, "-")))
     for moment in MOMENTS:
         print(f"{moment:20}" + "".join(f"{met[moment, stage]:8}" for stage in (*STAGES, "-")))
-    print(f"{sum(met.values())} starts, of which {known.kills} kills count.")
-    print(f"Different: {', '.join(wrong)}" if wrong else "The same to the last bit.")
-    print("", *outcome_table(met, not wrong, corruptions), sep="\n")
+    print(f"{sum(met.values())} starts; {known.kills} kills count.")
+    print(f"Different: {', '.join(differences)}" if differences else "Identical to the last bit.")
+    print("", *outcome_table(met, not differences, corruptions), sep="\n")
     failed = any(n for (_, end), n in corruptions.items() if end in corruption.FAILED)
-    sys.exit(bool(wrong) or failed)
+    sys.exit(bool(differences) or failed)
 
 
 if __name__ == "__main__":

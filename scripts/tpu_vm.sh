@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# jaxft on the workers of a Cloud TPU VM; one program on all of them, jax finds them by itself.
+# Runs jaxft on all workers of a Cloud TPU VM; jax joins the processes by itself.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Sets up a TPU VM, runs a recipe on all its workers, and brings home what they wrote.
+Sets up a TPU VM, runs a recipe on all its workers, and copies the results.
 
     scripts/tpu_vm.sh setup   NAME ZONE
     scripts/tpu_vm.sh run     NAME ZONE CONFIG --workdir gs://BUCKET/RUN [options of finetune.py]
     scripts/tpu_vm.sh collect NAME ZONE REMOTE LOCAL
 
-setup    Copies this checkout to each worker's ~/jaxft and installs it with its extras tpu and gcs.
-         To be run again after a change.
-run      Starts scripts/finetune.py on each worker and shows the first one's log until it ends.
-         The run goes on if the connection does not: the same command shows it again, or, once it
-         has ended or been preempted, goes on from its last checkpoint.
-collect  Copies a gs:// folder, or REMOTE of each worker (its log: jaxft.log), below LOCAL.
+setup    Copies this checkout to ~/jaxft on each worker and installs it with the extras tpu and gcs.
+         Repeat it after a change.
+run      Starts scripts/finetune.py on each worker and shows the log of the first one until it ends.
+         The run survives a lost connection: the same command shows its log again. After the run has
+         ended or been preempted, the same command resumes it from its last checkpoint.
+collect  Copies a gs:// folder, or REMOTE of each worker (log: jaxft.log), to LOCAL.
 
-It needs gcloud, logged in, with a project set.
+Needs gcloud, logged in, with a project set.
 TEXT
 }
 
@@ -26,12 +26,12 @@ fail() {
     exit 2
 }
 
-say() { echo "+ $*" >&2; }
+log() { echo "+ $*" >&2; }
 
 # Runs a command on one worker, or on all.
-on() {
+on_worker() {
     local worker=$1 command=$2
-    say "worker $worker: $command"
+    log "worker $worker: $command"
     gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$worker" --command="$command"
 }
 
@@ -40,12 +40,12 @@ setup() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     archive=$(mktemp -d) # not local: the trap outlives the function
     trap 'rm -rf "$archive"' EXIT
-    # What git knows, as it lies here: changes too, but neither runs nor environments.
+    # Tracked files with their local changes; no runs, no environments.
     (cd "$root" && git ls-files -z | tar czf "$archive/jaxft.tgz" --null -T -)
-    say "copies $root to all workers"
+    log "copies $root to all workers"
     gcloud compute tpus tpu-vm scp "$archive/jaxft.tgz" "$name:jaxft.tgz" \
         --zone="$zone" --worker=all
-    on all "$(
+    on_worker all "$(
         cat <<'REMOTE'
 set -e
 rm -rf ~/jaxft && mkdir ~/jaxft && tar xzf ~/jaxft.tgz -C ~/jaxft
@@ -62,10 +62,10 @@ run() {
     [[ " $* " == *" --workdir gs://"* || " $* " == *" --workdir=gs://"* ]] ||
         fail "run needs --workdir gs://BUCKET/RUN, which all workers can reach."
     [[ $1 == /* || -f $(dirname "${BASH_SOURCE[0]}")/../$1 ]] ||
-        fail "there is no $1 in this checkout, which is what setup copies."
+        fail "there is no $1 in this checkout; setup copies only the checkout."
     arguments=$(printf ' %q' "$@")
-    # setsid, so that nothing of it ends with the connection; one run a worker at a time.
-    on all "$(
+    # setsid keeps the run alive without the connection; each worker runs one at a time.
+    on_worker all "$(
         cat <<REMOTE
 cd ~/jaxft
 if [ -f ~/jaxft.pid ] && kill -0 "\$(cat ~/jaxft.pid)" 2> /dev/null; then
@@ -78,15 +78,15 @@ else
 fi
 REMOTE
     )"
-    # tail ends with the run; its exit status is then ours: 75 if it was preempted.
-    on 0 'tail -n +1 -F --pid="$(cat ~/jaxft.pid)" ~/jaxft.log; exit "$(cat ~/jaxft.status)"'
+    # tail ends with the run; return the run's exit status, 75 if it was preempted.
+    on_worker 0 'tail -n +1 -F --pid="$(cat ~/jaxft.pid)" ~/jaxft.log; exit "$(cat ~/jaxft.status)"'
 }
 
 collect() {
     local remote=$1 local=$2 count
     mkdir -p "$local"
     if [[ $remote == gs://* ]]; then
-        say "copies $remote to $local"
+        log "copies $remote to $local"
         gcloud storage cp --recursive "$remote" "$local"
         return
     fi
@@ -94,7 +94,7 @@ collect() {
         --format='value(networkEndpoints.len())')
     for ((worker = 0; worker < count; worker++)); do
         mkdir -p "$local/worker$worker"
-        say "copies $remote of worker $worker to $local/worker$worker"
+        log "copies $remote of worker $worker to $local/worker$worker"
         gcloud compute tpus tpu-vm scp --recurse "$name:$remote" "$local/worker$worker" \
             --zone="$zone" --worker="$worker"
     done
@@ -113,7 +113,7 @@ case ${1:-} in
         exit 2
         ;;
 esac
-(($# >= least && $# <= most)) || fail "$1 has other arguments; --help shows them."
+(($# >= least && $# <= most)) || fail "wrong arguments for $1; --help shows them."
 command -v gcloud > /dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk."
 command=$1 name=$2 zone=$3
 shift 3

@@ -180,7 +180,7 @@ def test_recipe_file_errors_suggest_names(tmp_path):
 def test_recipe_file_error_is_one_line_on_the_command_line(tmp_path):
     file = tmp_path / "config.py"
     file.write_text("from jaxft import *\nrecipe = Recipe(stages=Stage('a', {'fc': 1}, epoch=5))\n")
-    code = f"from jaxft.command_line import read_with; read_with({str(file)!r}, [])"
+    code = f"from jaxft.cli.recipe_options import read_recipe; read_recipe({str(file)!r}, [])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.endswith("RecipeError: Stage 'a' has no field 'epoch': did you mean 'epochs'?")

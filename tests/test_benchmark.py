@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py`, shrunk: it compares equal work, and tells where it is not."""
+"""`scripts/benchmark.py` with a small network: it measures equal work and detects unequal work."""
 
 import dataclasses
 import json
@@ -42,8 +42,8 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_steps_are_compared_and_timed(files, tmp_path, capsys, monkeypatch):
-    """But those of everything, which compile the longest."""
+def test_benchmark_compares_and_times_steps(files, tmp_path, capsys, monkeypatch):
+    """Leaves out the last stage, which compiles the longest."""
     real, out = benchmark.the_recipe, tmp_path / "found.json"
 
     def shorter(args):
@@ -64,7 +64,7 @@ def test_steps_are_compared_and_timed(files, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unequal_work_is_not_timed(files, monkeypatch):
+def test_benchmark_refuses_unequal_work(files, monkeypatch):
     real = benchmark.our_step
 
     def other(trial, program):
@@ -78,7 +78,7 @@ def test_unequal_work_is_not_timed(files, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_whole_run_tells_its_stages(files):
+def test_benchmark_run_measures_each_stage(files):
     args = benchmark.plain_pytorch.parser("").parse_args([*files, *SMALL[:6], "--epochs", *"211"])
     found = benchmark.our_run(args)
     assert len(found["seconds"]) == 3

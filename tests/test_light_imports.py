@@ -1,8 +1,10 @@
 """What `import jaxft` loads, and the names that it exports."""
 
+import ast
 import importlib.metadata
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,27 @@ def test_light_modules_import_only_jax_and_optax():
     assert packages & HEAVY == set()
 
 
+def test_importing_jaxft_imports_no_jax():
+    """The `jaxft` program handles signals before jax is imported."""
+    code = "import sys, jaxft; print(*sys.modules)"
+    assert imported_packages(code) & {"jax", "numpy", "optax"} == set()
+
+
+def test_exported_names_are_those_of_the_type_checker():
+    """The imports under TYPE_CHECKING, the table of modules and `__all__` agree."""
+    tree = ast.parse(Path(jaxft.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    homes = {alias.name: statement.module for statement in block.body for alias in statement.names}
+    assert sorted(jaxft.__all__) == sorted(homes)
+    for name, module in homes.items():
+        path = f"{module}.{name}"
+        expected = sys.modules.get(path) or getattr(import_module(module), name)
+        assert getattr(jaxft, name) is expected, name
+
+
 def test_exported_names_exist():
     assert set(jaxft.__all__) <= set(dir(jaxft))
-    assert set(jaxft._LAZY) <= set(jaxft.__all__)
+    assert {*jaxft._MODULES, *jaxft._SUBMODULES} == set(jaxft.__all__)
     for name in jaxft.__all__:
         assert getattr(jaxft, name) is not None
 

@@ -23,7 +23,7 @@ from jaxft import (
     Update,
     models,
 )
-from jaxft.command_line import read_with
+from jaxft.cli.recipe_options import read_recipe
 from jaxft.data import Preprocessing
 from jaxft.optim.schedules import (
     Constant,
@@ -134,7 +134,7 @@ def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
 def test_command_line_overrides_the_strengths_of_a_solver(tmp_path):
     stage = Stage("probe", train={"fc": LogisticRegression()})
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
-    recipe = read_with(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
     assert recipe.stages[0].solver == LogisticRegression((0.5, 2.0))
 
 

@@ -1,4 +1,4 @@
-"""`scripts/soak.py`: a few of its corruptions, and its table; for kills see `test_kills.py`."""
+"""`scripts/soak.py`: a few corruptions and the table of outcomes; for kills see `test_kills.py`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""scripts/tpu_vm.sh with a gcloud of two workers that are folders here."""
+"""scripts/tpu_vm.sh with a fake gcloud, whose two workers are local folders."""
 
 import os
 import subprocess
@@ -66,7 +66,7 @@ def calls(cloud):
     return (cloud / "calls").read_text() if (cloud / "calls").exists() else ""
 
 
-def test_set_up_run_and_collect(cloud):
+def test_tpu_vm_setup_run_and_collect(cloud):
     done = tpu_vm(cloud, "setup", "vm", "zone")
     assert done.returncode == 0, done.stderr
     for worker in "01":
@@ -99,8 +99,8 @@ def test_set_up_run_and_collect(cloud):
     [
         ((), "setup   NAME ZONE"),
         (("stop", "vm", "zone"), "setup   NAME ZONE"),
-        (("setup", "vm"), "setup has other arguments"),
-        (("collect", "vm", "zone", "jaxft.log"), "collect has other arguments"),
+        (("setup", "vm"), "wrong arguments for setup"),
+        (("collect", "vm", "zone", "jaxft.log"), "wrong arguments for collect"),
         (("run", "vm", "zone", "configs/quickstart.py"), "run needs --workdir gs://"),
         (
             ("run", "vm", "zone", "configs/quickstart.py", "--workdir", "x"),
@@ -109,11 +109,11 @@ def test_set_up_run_and_collect(cloud):
         (("run", "vm", "zone", "nowhere.py", "--workdir", "gs://b/r"), "there is no nowhere.py"),
     ],
 )
-def test_mistakes_reach_no_worker(arguments, expected, cloud):
+def test_tpu_vm_checks_arguments_before_calling_gcloud(arguments, expected, cloud):
     done = tpu_vm(cloud, *arguments)
     assert (done.returncode, expected in done.stderr, calls(cloud)) == (2, True, ""), done.stderr
 
 
-def test_without_gcloud(cloud):
+def test_tpu_vm_without_gcloud(cloud):
     done = tpu_vm(cloud, "setup", "vm", "zone", path=str(cloud))
     assert (done.returncode, "gcloud is not installed" in done.stderr) == (2, True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft import Recipe, RecipeError, Stage, WeightsError
-from jaxft.command_line import read_with
+from jaxft.cli.recipe_options import read_recipe
 from jaxft.models import create
 from jaxft.recipe_file import read, save
 from jaxft.train.objective import Objective
@@ -173,7 +173,7 @@ def test_head_layers_in_a_recipe(tmp_path):
     recipe = Recipe(model=NAME, data="digits", stages=(Stage("all", {"*": 0.1}, 1),))
     options = ["--head-layers", "48", "relu", "32", "--binary", "True", "--reduction", "sum"]
     save(recipe, tmp_path / "plain.yaml")
-    named = read_with(tmp_path / "plain.yaml", options)
+    named = read_recipe(tmp_path / "plain.yaml", options)
     assert (named.head_layers, named.binary, named.reduction) == (LAYERS, True, "sum")
     options = {"head_layers": LAYERS, "binary": True, "dtype": named.dtype}
     assert named.network(2) == create(NAME, num_classes=2, **options)

@@ -9,30 +9,19 @@ ends its line alone. What a device holds of a step's arguments is printed.
 
 import json
 import os
-import runpy
 import signal
 import sys
-from pathlib import Path
 
 from jaxft import distributed
+from jaxft.cli.finetune import run
+from jaxft.cli.process import exit_process
 from jaxft.report.console import Bar
 from jaxft.train.program import Program
-
-SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 
 
 def main(lines, *joining):
     options = ("--coordinator", "--processes", "--process")
     joining = [text for pair in zip(options, joining, strict=False) for text in pair]
-    finetune = runpy.run_path(str(SCRIPT))["main"]
-    leave = finetune.__globals__["leave"]
-
-    def leave_if_stopped(message, code):
-        if code == 1:  # an error: on to the next command line
-            sys.exit(message)
-        leave(message, code)
-
-    finetune.__globals__["leave"] = leave_if_stopped
     distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     distributed._PARTING = 2  # of 20 seconds
     advance, steps = Bar.advance, 0
@@ -56,14 +45,12 @@ def main(lines, *joining):
         return compiled
 
     Program.compile = weighed
-    code = 0
+    codes = []
     for arguments, steps in json.loads(lines):  # noqa: B007
-        try:
-            finetune([*arguments, *(joining or ("--processes", "1"))])
-        except SystemExit as error:
-            print(error, file=sys.stderr)
-            code = 1
-    sys.exit(code)
+        codes.append(run([*arguments, *(joining or ("--processes", "1"))]))
+        if codes[-1] > 1:  # stopped; after an error the next command line runs
+            exit_process(codes[-1])
+    sys.exit(max(codes))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_signal_before_finetune_ends_script(event, name, number, tmp_path):
         ("probe_layers", "SIGINT", "import", "optax"),
         ("export", "SIGTERM", "import", "orbax.checkpoint"),
         ("convert_weights", "SIGTERM", "open", "digits_0to4"),
-        ("prepare_tfds", "SIGINT", "import", "optax"),
+        ("prepare_tfds", "SIGINT", "import", "numpy"),
     ],
 )
 def test_signal_ends_other_scripts_in_one_line(script, number, event, name, tmp_path):

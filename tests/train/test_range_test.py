@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import math
-import runpy
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -125,7 +125,7 @@ def test_it_ends_once_the_loss_has_diverged_and_its_start_is_as_it_was():
 
 
 def run_script(name, capsys, *arguments):
-    runpy.run_path(str(ROOT / f"scripts/{name}.py"))["main"]([*map(str, arguments)])
+    assert import_module(f"jaxft.cli.{name}").run([*map(str, arguments)]) == 0
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines() if str(arguments[-1]) not in line)
     return printed
@@ -136,7 +136,7 @@ def test_find_rate(tmp_path, capsys):
     save(RECIPE, tmp_path / "recipe.yaml")
     out = tmp_path / "out"
     options = ("--stage", "all", "--steps", 20, "--low", 1e-4, "--batch-size", 6, "--out", out)
-    printed = run_script("find_rate", capsys, tmp_path / "recipe.yaml", *options)
+    printed = run_script("find_lr", capsys, tmp_path / "recipe.yaml", *options)
     with (out / "curve.csv").open() as file:
         rows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
     assert [row["step"] for row in rows] == list(range(len(rows)))

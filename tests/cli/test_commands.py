@@ -1,38 +1,26 @@
-"""The command line as a user meets it: one clear error, and nothing half-written."""
+"""Commands of the `jaxft` program: one clear error, and no partial output."""
 
 import dataclasses
 import json
-import os
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
 from safetensors.numpy import load_file
 
 from jaxft import Recipe, RecipeError, models, weights
 from jaxft.recipe_file import read
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs/quickstart.py"
 
 
 def finetune(*arguments):
-    return script("finetune", *arguments)
-
-
-def script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / f"scripts/{name}.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80"},
-    )
+    return call("finetune", *arguments)
 
 
 def image_folder(root):
@@ -65,7 +53,6 @@ def text_as_image(root):
     (root / "train" / "ants" / "1.jpg").write_text("no image")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -75,7 +62,7 @@ def text_as_image(root):
         (["--batch-size", "many"], "--batch-size"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--model", "cifar_resnet9"], "RecipeError: .*cifar_resnet8"),
-        (["--model", "cifar_resnet20"], "WeightsError: .*"),
+        pytest.param(["--model", "cifar_resnet20"], "WeightsError: .*", marks=pytest.mark.slow),
         (["--weights", "nowhere.safetensors"], "WeightsError: .*nowhere.safetensors"),
         (["--weights", "asset:nothing"], "WeightsError: asset:nothing: no such asset.*digits_0to4"),
         (["--data", "digits:7-11"], "DataError: "),
@@ -83,29 +70,29 @@ def text_as_image(root):
         (["--shots", "1000"], "DataError: shots=1000"),
         (["--train-split", "train[:0]"], "DataError: split 'train.:0.' is empty"),
         (["--val-split", "test"], "DataError: .*no split test"),
-        (["--erasing", "2"], "erasing is 2.0; a probability lies between 0 and 1"),
-        (
+        (["--erasing", "2"], "erasing is 2.0; a chance lies between 0 and 1"),
+        pytest.param(
             ["--drop-last", "True", "--batch-size", "11"],
             "DataError: drop_last leaves nothing of 10",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options(options, expected, tmp_path):
-    done = finetune("configs/quickstart.py", "--workdir", tmp_path / "run", *options)
+def test_finetune_reports_bad_options(options, expected, tmp_path):
+    done = finetune(QUICKSTART, "--workdir", tmp_path / "run", *options)
     assert done.returncode != 0
     assert re.search(expected, done.stdout + done.stderr), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [(empty_class, "val/bees"), (text_as_image, "train/ants/1.jpg")],
     ids=["empty_class", "text_as_image"],
 )
-def test_bad_folders(damage, expected, tmp_path):
+def test_finetune_reports_bad_folders(damage, expected, tmp_path):
     folder = image_folder(tmp_path / "images")
     damage(folder)
     config = small_config(tmp_path)
@@ -116,10 +103,9 @@ def test_bad_folders(damage, expected, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_an_unknown_pattern_names_stage_and_near_misses(tmp_path):
+def test_finetune_reports_unknown_pattern_with_near_miss(tmp_path):
     config = tmp_path / "config.py"
-    text = (ROOT / "configs/quickstart.py").read_text()
+    text = QUICKSTART.read_text()
     config.write_text(text.replace('"layer3"', '"layer5"'))
     done = finetune(config, "--workdir", tmp_path / "run")
     assert done.returncode != 0
@@ -129,7 +115,7 @@ def test_an_unknown_pattern_names_stage_and_near_misses(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_trains_end_to_end(tmp_path):
+def test_finetune_trains_on_folder_of_images(tmp_path):
     folder = image_folder(tmp_path / "images")
     config = small_config(tmp_path)
     done = finetune(config, "--workdir", tmp_path / "run", "--data", f"folder:{folder}")
@@ -140,14 +126,13 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_help_tells_of_every_field():
+def test_finetune_help_lists_every_recipe_field():
     without = finetune("--help").stdout
     assert "CONFIG --workdir DIR" in without
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in without, field.name
-    assert "--workdir DIR is required" in finetune("configs/quickstart.py").stderr
-    done = finetune("configs/quickstart.py", "--help")
+    assert "--workdir DIR is required" in finetune(QUICKSTART).stderr
+    done = finetune(QUICKSTART, "--help")
     assert done.returncode == 0
     assert "--batch-size INT" in done.stdout
     for field in dataclasses.fields(Recipe):
@@ -173,48 +158,48 @@ def test_recipe_file_error_is_one_line_with_its_place(text, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["find_rate", "export", "convert_weights", "prepare_tfds"])
-def test_output_is_checked_before_anything_else(name, tmp_path):
-    """Here nothing else is there that could be read."""
+@pytest.mark.parametrize("name", ["find-lr", "export", "convert", "prepare-tfds"])
+def test_output_folder_is_checked_first(name, tmp_path):
+    """None of the inputs exists."""
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     arguments = {
-        "find_rate": ("nowhere.py", "--out", out),
+        "find-lr": ("nowhere.py", "--out", out),
         "export": (tmp_path / "nowhere", "--out", out),
-        "convert_weights": ("nowhere.safetensors", out, "--model", "resnet18"),
-        "prepare_tfds": (tmp_path / "nowhere", out),
+        "convert": ("nowhere.safetensors", out, "--model", "resnet18"),
+        "prepare-tfds": (tmp_path / "nowhere", out),
     }
-    main = runpy.run_path(str(ROOT / f"scripts/{name}.py"))["main"]
-    with pytest.raises(RecipeError, match="file is a file; "):
-        main([*map(str, arguments[name])])
+    done = call(name, *arguments[name])
+    assert done.returncode == 1
+    assert re.fullmatch("RecipeError: .*file is a file; .*\n", done.stderr)
 
 
 @pytest.mark.slow
-def test_weights_are_converted_both_ways(tmp_path):
-    """To an Orbax checkpoint in our names and back to a file in torch's: the same bytes."""
+def test_convert_is_lossless_both_ways(tmp_path):
+    """Converts to an Orbax checkpoint and back to a torch-named file: the same bytes."""
     asset = ROOT / "jaxft/assets/digits_0to4.safetensors"
     there, back = tmp_path / "jax", tmp_path / "torch.safetensors"
     for source, out in ((asset, there), (there, back)):
-        done = script("convert_weights", source, out, "--model", "cifar_resnet8")
+        done = call("convert", source, out, "--model", "cifar_resnet8")
         assert done.returncode == 0, done.stderr
         assert "cifar_resnet8, 40 classes, 77,240 parameters" in done.stdout
     assert load_file(back).keys() == load_file(asset).keys()
     for name, array in load_file(asset).items():
         np.testing.assert_array_equal(load_file(back)[name], array)
-    again = script("convert_weights", asset, back, "--model", "cifar_resnet8")
+    again = call("convert", asset, back, "--model", "cifar_resnet8")
     assert (again.returncode, "exists" in again.stderr) == (1, True)
 
 
 @pytest.mark.slow
-def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
+def test_convert_network_with_head_layers(tmp_path):
     model = models.create("cifar_resnet8", num_classes=2, head_layers=(5, "relu"), binary=True)
     trees = model.init(jax.random.key(0))
     weights.save(tmp_path / "w.safetensors", model, *trees, classes=["no", "yes"])
-    command = ("convert_weights", tmp_path / "w.safetensors", tmp_path / "out")
+    command = ("convert", tmp_path / "w.safetensors", tmp_path / "out")
     options = ("--model", "cifar_resnet8", "--head-layers", "5", "relu")
-    refused = script(*command, *options)
+    refused = call(*command, *options)
     assert "binary=True" in refused.stderr
-    done = script(*command, *options, "--binary")
+    done = call(*command, *options, "--binary")
     assert done.returncode == 0, done.stderr
     assert "cifar_resnet8, 2 classes, 74,971 parameters" in done.stdout
     again = weights.read(tmp_path / "out")
@@ -222,9 +207,8 @@ def test_a_network_with_layers_in_its_head_is_converted(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, weights.load(again, model), trees)
 
 
-@pytest.mark.slow
-def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
-    done = script("convert_weights", "asset:digits_0to4", tmp_path / "w", "--model", "resnet18")
+def test_convert_of_other_network_writes_nothing(tmp_path):
+    done = call("convert", "asset:digits_0to4", tmp_path / "w", "--model", "resnet18")
     assert done.returncode == 1
     assert "WeightsError: asset:digits_0to4 does not fit resnet18" in done.stderr
     assert "Traceback" not in done.stderr
@@ -232,7 +216,7 @@ def test_a_conversion_that_does_not_fit_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_exported(tmp_path):
+def test_export_of_run(tmp_path):
     config = small_config(tmp_path)
     options = ("--data", f"folder:{image_folder(tmp_path / 'images')}")
     assert finetune(config, "--workdir", tmp_path / "run", *options).returncode == 0
@@ -240,7 +224,7 @@ def test_a_run_is_exported(tmp_path):
     kept = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("model.*")}
     for name in kept:
         (tmp_path / "run" / name).unlink()
-    done = script("export", tmp_path / "run", "--out", tmp_path / "out")
+    done = call("export", tmp_path / "run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     described = json.loads((tmp_path / "out" / "model.json").read_text())
     program = described.pop("program")
@@ -252,9 +236,8 @@ def test_a_run_is_exported(tmp_path):
     assert program.call(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 2)
 
 
-@pytest.mark.slow
-def test_what_is_no_run_is_not_exported(tmp_path):
-    done = script("export", tmp_path / "nowhere")
+def test_export_without_run_fails(tmp_path):
+    done = call("export", tmp_path / "nowhere")
     assert done.returncode == 1
     assert "holds no run with a checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
