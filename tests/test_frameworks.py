@@ -1,9 +1,7 @@
-"""Any framework's parameters: one network, the same paths; labels in the parameters' structure."""
+"""Labels, plans and partitions of parameters from each framework: one network, the same paths."""
 
 from typing import NamedTuple
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,15 +36,6 @@ class NNXNet(nnx.Module):
         return self.head(jnp.tanh(self.body(x)))
 
 
-class EquinoxNet(eqx.Module):
-    body: eqx.nn.Linear
-    head: eqx.nn.Linear
-    activation: object  # a leaf that is no array
-
-    def __call__(self, x):
-        return self.head(self.activation(self.body(x)))
-
-
 class Layer(NamedTuple):
     kernel: jax.Array
     bias: jax.Array
@@ -55,10 +44,6 @@ class Layer(NamedTuple):
 class Net(NamedTuple):
     body: Layer
     head: Layer
-
-
-def haiku_net(x):
-    return hk.Linear(2, name="head")(jnp.tanh(hk.Linear(3, name="body")(x)))
 
 
 def plain():
@@ -79,8 +64,23 @@ def from_lists(net):
     return {name: {"kernel": kernel, "bias": bias} for name, (kernel, (bias,)) in net.items()}
 
 
+@pytest.fixture(scope="module")
 def networks():
-    """name: (params, apply)."""
+    """Maps each name of NAMES to parameters and the function that applies them."""
+    import equinox as eqx
+    import haiku as hk
+
+    class EquinoxNet(eqx.Module):
+        body: eqx.nn.Linear
+        head: eqx.nn.Linear
+        activation: object  # a leaf that is no array
+
+        def __call__(self, x):
+            return self.head(self.activation(self.body(x)))
+
+    def haiku_net(x):
+        return hk.Linear(2, name="head")(jnp.tanh(hk.Linear(3, name="body")(x)))
+
     key = jax.random.key(0)
     net = plain()
     tuples = Net(Layer(**net["body"]), Layer(**net["head"]))
@@ -114,25 +114,38 @@ def networks():
     }
 
 
+NAMES = (
+    "dict",
+    "named tuples",
+    "nested lists",
+    "sharded",
+    "linen",
+    "linen, frozen dict",
+    "nnx, state",
+    "nnx, module",
+    "nnx, pure dict",
+    "haiku",
+    "equinox",
+    "equinox, whole",
+)
 LEAVES = {"haiku": ("w", "b"), "equinox": ("weight", "bias"), "nested lists": ("0", "1.0")}
-NETWORKS = networks()
-frameworks = pytest.mark.parametrize("name", NETWORKS)
+frameworks = pytest.mark.parametrize("name", NAMES)
 
 
 @frameworks
-def test_the_same_network_has_the_same_paths(name):
+def test_paths_agree_across_frameworks(name, networks):
     kernel, bias = LEAVES.get(name.split(",")[0], ("kernel", "bias"))
     expected = {f"{layer}.{leaf}" for layer in ("body", "head") for leaf in (kernel, bias)}
-    assert set(jaxft.paths(NETWORKS[name][0])) - {"activation"} == expected
+    assert set(jaxft.paths(networks[name][0])) - {"activation"} == expected
 
 
 @frameworks
-def test_labels_have_the_parameters_structure_and_optax_takes_them(name):
-    params, apply = NETWORKS[name]
+def test_label_tree_has_structure_of_params_and_works_in_optax(name, networks):
+    params, apply = networks[name]
     labels = jaxft.label(params, {"head": "head"})
     assert jax.tree.structure(labels) == jax.tree.structure(params)
     transforms = {"head": optax.sgd(0.1), "frozen": optax.set_to_zero()}
-    # As it is, but for a module of strings: optax would call it.
+    # Optax would call a label tree that is itself a module.
     plain = optax.multi_transform(transforms, (lambda _: labels) if callable(labels) else labels)
     ours = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
     trainable, frozen = jaxft.partition(params, labels)
@@ -143,8 +156,8 @@ def test_labels_have_the_parameters_structure_and_optax_takes_them(name):
 
 
 @frameworks
-def test_three_steps_leave_the_frozen_leaves_bit_identical(name):
-    params, apply = NETWORKS[name]
+def test_frozen_leaves_are_bit_identical_after_three_steps(name, networks):
+    params, apply = networks[name]
     (plan,) = jaxft.plan([Stage("head", {"head": 0.1}, epochs=1)], params)
     transform = plan.transform(Adam())
     trainable, frozen = jaxft.partition(params, plan.labels)
@@ -160,14 +173,14 @@ def test_three_steps_leave_the_frozen_leaves_bit_identical(name):
         if path.startswith("head"):
             assert not np.array_equal(old, new), path
         else:
-            assert old is new, path  # no copy either, so bits and sharding are what they were
+            assert old is new, path  # not even copied
         if name == "sharded":
             assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
 @frameworks
-def test_halves_hold_the_very_leaves_and_make_the_whole_again(name):
-    params, _ = NETWORKS[name]
+def test_partition_copies_nothing_and_combine_inverts_it(name, networks):
+    params, _ = networks[name]
     halves = jaxft.partition(params, jaxft.label(params, {"head": "head"}))
     whole = jaxft.combine(*halves)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
@@ -177,8 +190,10 @@ def test_halves_hold_the_very_leaves_and_make_the_whole_again(name):
 
 
 @frameworks
-def test_shapes_alone_are_labelled_alike(name):
-    params, _ = NETWORKS[name]
+def test_label_of_shapes_equals_label_of_arrays(name, networks):
+    import equinox as eqx
+
+    params, _ = networks[name]
     arrays = eqx.filter(params, eqx.is_array)
     shapes = jax.eval_shape(lambda: arrays)
     labels = jaxft.label(shapes, {"head": "head"})
@@ -188,7 +203,7 @@ def test_shapes_alone_are_labelled_alike(name):
     jax.eval_shape(plan.transform(Adam()).init, shapes)
 
 
-def test_lists_of_layers_have_the_same_paths():
+def test_paths_of_lists_of_layers():
     layers = nnx.List([nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2)])
     state = nnx.state(nnx.Dict(blocks=layers), nnx.Param)
     kernel = {"kernel": jnp.ones((2, 2))}
@@ -201,13 +216,13 @@ def test_lists_of_layers_have_the_same_paths():
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
 
 
-def test_lists_are_paths_too():
+def test_paths_of_nested_lists():
     params = [{"kernel": jnp.ones(2)}, [jnp.ones(1), jnp.ones(3)]]
     assert jaxft.paths(params) == ["0.kernel", "1.0", "1.1"]
     assert jaxft.label(params, {"1.1": "x"}) == [{"kernel": "frozen"}, ["frozen", "x"]]
 
 
-def test_a_box_around_a_tree_adds_no_segment_and_hides_none():
+def test_paths_of_nnx_param_that_holds_a_tree():
     state = nnx.state(nnx.Dict(lora=nnx.Param({"a": jnp.ones(1), "b": [jnp.ones(2)]})))
     assert jaxft.paths(state) == ["lora.a", "lora.b.0"]
     labels = jaxft.label(state, {"lora.b": "x"})
@@ -215,7 +230,9 @@ def test_a_box_around_a_tree_adds_no_segment_and_hides_none():
     assert jax.tree.structure(labels) == jax.tree.structure(state)
 
 
-def test_labels_go_by_position_where_two_haiku_modules_share_a_path():
+def test_partition_goes_by_position_where_haiku_modules_share_a_path():
+    import haiku as hk
+
     class Twice(hk.Module):
         def __init__(self):
             super().__init__(name="net")
@@ -232,7 +249,7 @@ def test_labels_go_by_position_where_two_haiku_modules_share_a_path():
     assert frozen == {**params, "net/~/linear": {"w": None, "b": None}}
 
 
-def test_a_container_of_ones_own_may_have_keys_of_any_kind():
+def test_paths_of_registered_container_with_string_keys():
     @jax.tree_util.register_pytree_with_keys_class
     class Pair(list):
         def tree_flatten_with_keys(self):
