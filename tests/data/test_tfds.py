@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft.data import folder_builder, open_source, split_expressions
+from jaxft.data import open_source, split_expressions
 from jaxft.data import tfds as ours
 from jaxft.data.concat import Joined
 from jaxft.data.open_source import open_collection
@@ -45,8 +44,16 @@ def pixels_and_targets(source):
     return sorted((source[k][0].tobytes(), source[k][1]) for k in range(len(source)))
 
 
+@pytest.fixture(scope="module")
+def tfds():
+    """TFDS, whose import takes seconds."""
+    import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _data_dir(tmp_path_factory):
+def _data_dir(tfds, tmp_path_factory):
     tfds.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
@@ -84,7 +91,7 @@ def test_the_digits_are_those_of_the_other_source(shots):
 
 
 @pytest.mark.slow
-def test_a_prepared_folder_keeps_files_classes_and_splits(folder, prepared):
+def test_a_prepared_folder_keeps_files_classes_and_splits(tfds, folder, prepared):
     builder = tfds.builder_from_directory(prepared)
     assert (builder.info.name, set(builder.info.splits)) == ("ants_and_bees", {"train", "test"})
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -105,6 +112,8 @@ def test_a_prepared_folder_keeps_files_classes_and_splits(folder, prepared):
 
 
 def test_a_prepared_folder_keeps_images_below_the_class(folder, tmp_path):
+    from jaxft.data import folder_builder
+
     images = shutil.copytree(folder / "train", tmp_path / "images")
     (images / "ant/more").mkdir()
     shutil.copy(images / "ant/1.png", images / "ant/more/1.png")  # a name that is there already
@@ -176,7 +185,7 @@ def test_from_other_threads_and_processes(prepared):
     st.none() | st.integers(-110, 410),
     st.none() | st.integers(-110, 410),
 )
-def test_slices_are_those_of_tfds(count, unit, start, stop):
+def test_slices_are_those_of_tfds(tfds, count, unit, start, stop):
     first, last = ("" if bound is None else f"{bound}{unit}" for bound in (start, stop))
     expression = f"train[{first}:{last}]"
     try:
@@ -239,7 +248,7 @@ def test_mistaken_spec(spec, fragments, prepared, monkeypatch):
         assert fragment.format(**names) in message
 
 
-def test_a_download_that_fails(monkeypatch):
+def test_a_download_that_fails(tfds, monkeypatch):
     def fail(self):
         raise ConnectionError("host unreachable")
 
@@ -295,6 +304,8 @@ def test_unlabelled_images(changed):
 
 
 def test_images_that_cannot_be_read(folder, tmp_path):
+    from jaxft.data import folder_builder
+
     bad = shutil.copytree(folder, tmp_path / "bad")
     (bad / "train/bee/1.png").write_bytes(b"not a picture")
     collection = open_collection(f"folder:{bad}")

@@ -1,4 +1,4 @@
-"""What parity finds: nothing where nothing is, and each planted difference where it was planted."""
+"""`parity.compare` finds each planted difference in its place, and none where training is equal."""
 
 from dataclasses import replace
 
@@ -19,12 +19,6 @@ from jaxft import (
 )
 from jaxft.optim.schedules import StepLR
 
-torch = pytest.importorskip("torch")
-
-from torch import nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from torch_network import ResNet  # noqa: E402
-
 RECIPE = Recipe(
     model="resnet18",
     data="random",
@@ -44,165 +38,41 @@ def batches():
     return [(rng.standard_normal((n, 32, 32, 3)), rng.integers(0, 3, n)) for n in (6, 4)]
 
 
-def head(module, _, make=torch.optim.SGD):
-    module.train()
-    for name, p in module.named_parameters():
-        p.requires_grad = name.startswith("fc.")
-    if make is torch.optim.SGD:
-        return make(module.fc.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01)
-    return make(module.fc.parameters(), lr=0.02)
-
-
-def body(module):
-    for p in module.parameters():
-        p.requires_grad = True
-    return [p for name, p in module.named_parameters() if not name.startswith("fc.")]
-
-
-def joined(module, optimizer):
-    optimizer.add_param_group({"params": body(module), "lr": 0.01})
-    for group in optimizer.param_groups:
-        group.pop("initial_lr", None)
-    optimizer.param_groups[0]["lr"] = 0.02
-    return optimizer
-
-
-def renewed(module, _):
-    groups = [{"params": module.fc.parameters()}, {"params": body(module), "lr": 0.01}]
-    return torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=0.01)
-
-
-def step_lr(optimizer):
-    return torch.optim.lr_scheduler.StepLR(optimizer, 2)
-
-
-def late_step_lr(optimizer):
-    scheduler = step_lr(optimizer)
-    optimizer.step()  # changes nothing yet, and spares us torch's warning
-    scheduler.step()
-    return scheduler
-
-
-STAGES = [parity.TorchStage(head, scheduler=step_lr), parity.TorchStage(joined)]
-
-
-class BiasedNorm(nn.BatchNorm2d):
-    """Its running variance moves towards the biased one, as Flax's does."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        with torch.no_grad():
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-            self.running_mean.lerp_(mean, 0.1)
-            self.running_var.lerp_(var, 0.1)
-        return functional.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
-
-
-class DecayAfterMomentum(torch.optim.Optimizer):
-    """SGD whose decay joins the update, not the momentum."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["momentum_buffer"] = 0.9 * state.get("momentum_buffer", 0.0) + p.grad
-                p -= group["lr"] * (state["momentum_buffer"] + 0.01 * p)
-
-
-class EpsInsideRoot(torch.optim.Optimizer):
-    """Adam that divides by sqrt(v + eps)."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                t = state["step"] = state.get("step", 0) + 1
-                state["exp_avg"] = 0.9 * state.get("exp_avg", 0.0) + 0.1 * p.grad
-                squares = 0.999 * state.get("exp_avg_sq", 0.0) + 0.001 * p.grad.square()
-                state["exp_avg_sq"] = squares
-                mean, square = state["exp_avg"] / (1 - 0.9**t), squares / (1 - 0.999**t)
-                p -= group["lr"] * mean / (square + 1e-8).sqrt()
-
-
-class SamePadding(nn.Conv2d):
-    """A strided convolution padded by TensorFlow's rule: not at all at the top and left."""
-
-    def forward(self, x):
-        x = functional.pad(x, (0, 1, 0, 1))
-        return functional.conv2d(x, self.weight, None, self.stride)
-
-
-def biased_norms(module):
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.__class__ = BiasedNorm
-
-
-def same_padding(module):
-    module.layer2[0].conv1.__class__ = SamePadding
-
-
-def by(make):
-    return [parity.TorchStage(lambda module, _: head(module, _, make), scheduler=step_lr)]
-
-
-def nothing(module):
-    pass
-
-
+HEAD_ALONE = replace(RECIPE, stages=RECIPE.stages[:1])
 PLANTED = {
-    # what is done to the module, the torch stages, the recipe:
-    # the part, stage and step where it shows first, its first name, and words of the hint
+    # the recipe: the part, stage and step where the difference shows first, its first name, and
+    # words of the hint
     "biased running variance": (
-        (biased_norms, STAGES, RECIPE),
+        RECIPE,
         ("stats", "head", 1, "bn1.running_var", "unbiased variance"),
     ),
     "decay after momentum": (
-        (nothing, by(DecayAfterMomentum), replace(RECIPE, stages=RECIPE.stages[:1])),
+        HEAD_ALONE,
         ("moments", "head", 1, "fc.weight, momentum", "whether decay joins the gradient"),
     ),
     "eps inside the root": (
-        (nothing, by(EpsInsideRoot), ADAM),
+        ADAM,
         ("params", "head", 1, "fc.weight", "eps in or outside the root"),
     ),
     "schedule off by one": (
-        (nothing, [parity.TorchStage(head, scheduler=late_step_lr), STAGES[1]], RECIPE),
+        RECIPE,
         ("rates", "head", 3, "fc.weight", "when the scheduler steps"),
     ),
-    "SAME padding": (
-        (same_padding, STAGES, RECIPE),
-        ("outputs", "head", 1, "layer2", "padding"),
-    ),
+    "SAME padding": (RECIPE, ("outputs", "head", 1, "layer2", "padding")),
     "state not carried": (
-        (nothing, [STAGES[0], parity.TorchStage(renewed)], RECIPE),
+        RECIPE,
         ("moments", "all", 1, "fc.weight, momentum", "carry='keep'"),
     ),
     "one more parameter trains": (
-        (nothing, STAGES, replace(RECIPE, stages=(RECIPE.stages[0], ALL_BUT_STEM))),
+        replace(RECIPE, stages=(RECIPE.stages[0], ALL_BUT_STEM)),
         ("rates", "all", 1, "conv1.weight", "which parameters train"),
     ),
     "a summed loss": (
-        (nothing, STAGES, replace(RECIPE, reduction="sum")),
+        replace(RECIPE, reduction="sum"),
         ("loss", "head", 1, "loss", "mean or sum"),
     ),
-    "a penalty": (
-        (
-            nothing,
-            [replace(STAGES[0], penalty=lambda module: 0.1 * module.fc.weight.square().sum())],
-            replace(RECIPE, stages=RECIPE.stages[:1]),
-        ),
-        ("grads", "head", 1, "fc.weight", "a penalty"),
-    ),
-}  # fmt: skip
+    "a penalty": (HEAD_ALONE, ("grads", "head", 1, "fc.weight", "a penalty")),
+}
 
 
 def compare(recipe, module, stages, **options):
@@ -210,17 +80,25 @@ def compare(recipe, module, stages, **options):
         return parity.compare(recipe, module, stages, batches(), **options)
 
 
+@pytest.fixture(scope="module")
+def planted():
+    """The module `planted_differences`, which imports torch."""
+    pytest.importorskip("torch")
+    import planted_differences
+
+    return planted_differences
+
+
 @pytest.fixture
-def module():
-    torch.manual_seed(0)
-    return ResNet()
+def module(planted):
+    return planted.network()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_what_trains_the_same_agrees(dtype, module):
+def test_compare_of_equal_training_agrees(dtype, planted, module):
     before = {name: x.clone() for name, x in module.state_dict().items()}
-    report = compare(RECIPE, module, STAGES, dtype=dtype)
+    report = compare(RECIPE, module, planted.STAGES, dtype=dtype)
     assert report.agree, report
     assert report.steps == (4, 2)
     most = max(size for stage in report.largest.values() for size in stage.values())
@@ -230,14 +108,15 @@ def test_what_trains_the_same_agrees(dtype, module):
     assert text.startswith("PyTorch and jaxft agree to ")
     assert max(map(len, text.splitlines())) <= 80
     after = module.state_dict()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-    assert next(module.parameters()).dtype == torch.float32
+    assert all(x.equal(after[name]) for name, x in before.items())
+    assert str(next(module.parameters()).dtype) == "torch.float32"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("planted", PLANTED)
-def test_a_difference_is_named_where_it_is(planted, module):
-    (plant, stages, recipe), (part, stage, step, name, hint) = PLANTED[planted]
+@pytest.mark.parametrize("case", PLANTED)
+def test_compare_names_planted_difference(case, planted, module):
+    recipe, (part, stage, step, name, hint) = PLANTED[case]
+    plant, stages = planted.PLANTED[case]
     plant(module)
     report = compare(recipe, module, stages)
     assert (report.part, report.stage, report.step) == (part, stage, step)
@@ -252,40 +131,40 @@ def test_a_difference_is_named_where_it_is(planted, module):
 
 
 @pytest.mark.slow
-def test_the_two_values_are_told(module):
-    report = compare(replace(RECIPE, reduction="sum"), module, STAGES)
+def test_difference_holds_both_values(planted, module):
+    report = compare(replace(RECIPE, reduction="sum"), module, planted.STAGES)
     (found,) = report.differences
     assert found.ours == pytest.approx(6 * found.torch, rel=1e-12)
     assert found.size == pytest.approx(5, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "stages", "error", "message"),
+    ("recipe", "count", "error", "message"),
     [
-        (RECIPE, STAGES[:1], RecipeError, "2 stages, PyTorch 1"),
-        (replace(RECIPE, mixup=0.2, dropout=0.5), STAGES, RecipeError, "dropout, mixup"),
+        (RECIPE, 1, RecipeError, "2 stages, PyTorch 1"),
+        (replace(RECIPE, mixup=0.2, dropout=0.5), 2, RecipeError, "dropout, mixup"),
         (
             replace(RECIPE, stages=(Stage("probe", {"fc": LogisticRegression()}),)),
-            STAGES[:1],
+            1,
             RecipeError,
             "stage 'probe' is solved",
         ),
-        (replace(RECIPE, batch_size=4), STAGES, RecipeError, r"batches of 4, .* of \[6, 4\]"),
-        (replace(RECIPE, concat_pool=True), STAGES, WeightsError, "fc.0.bias, fc.0.running_mean"),
+        (replace(RECIPE, batch_size=4), 2, RecipeError, r"batches of 4, .* of \[6, 4\]"),
+        (replace(RECIPE, concat_pool=True), 2, WeightsError, "fc.0.bias, fc.0.running_mean"),
         (
             replace(
                 RECIPE,
                 stages=(Stage("x", {"fc": 0.1}, 1, schedule=ReduceLROnPlateau()),),
             ),
-            STAGES[:1],
+            1,
             RecipeError,
             "stage 'x' has a ReduceLROnPlateau",
         ),
     ],
 )
-def test_what_cannot_be_compared_is_said(recipe, stages, error, message, module):
+def test_compare_refuses_recipe(recipe, count, error, message, planted, module):
     with pytest.raises(error, match=message):
-        compare(recipe, module, stages)
+        compare(recipe, module, planted.STAGES[:count])
 
 
 @pytest.mark.parametrize(
@@ -298,6 +177,6 @@ def test_what_cannot_be_compared_is_said(recipe, stages, error, message, module)
         ),
     ],
 )
-def test_batches_that_are_none_are_said(given, message, module):
+def test_compare_refuses_batches(given, message, planted, module):
     with pytest.raises(RecipeError, match=message):
-        parity.compare(RECIPE, module, STAGES, given)
+        parity.compare(RECIPE, module, planted.STAGES, given)
