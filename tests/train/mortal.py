@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxft import Adam, Recipe, Stage, finetune
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.recipe import save
 from jaxft.report.console import Console
 
@@ -62,6 +64,20 @@ def run_until(point, workdir, *, signals="SIGKILL"):
 
 def go_on(workdir, recipe=RECIPE):
     return finetune(recipe, workdir, console=QUIET)
+
+
+@contextmanager
+def saving_stage_ends_only():
+    """Drops the checkpoints within stages, which cost more than the training of a short run."""
+    save = Checkpoints.save
+
+    def save_kept(self, step, progress, arrays, *, keep=False):
+        if keep:
+            save(self, step, progress, arrays, keep=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_kept)
+        yield
 
 
 class KilledError(Exception):

@@ -1,4 +1,4 @@
-"""Several steps in one call change nothing but how long they take."""
+"""`steps_per_execution`: several steps in one call compute the same as one by one."""
 
 import dataclasses
 
@@ -40,13 +40,13 @@ def in_fours(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same(in_fours, tmp_path):
+def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
     go_on(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
 @pytest.mark.slow
-def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monkeypatch):
+def test_calls_end_at_checkpoints_and_epochs(tmp_path, monkeypatch):
     calls = []
 
     def counted(devices, batches, places):
@@ -60,9 +60,9 @@ def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
-    """Wherever calls begin after that: checkpoints within an epoch, also at other steps."""
-    for step, every in ((6, 5), (15, 7), (23, 3), (36, 5)):
+def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path, monkeypatch):
+    """Also with checkpoints at other steps than before."""
+    for step, every in ((6, 5), (15, 7), (36, 5)):
         recipe = dataclasses.replace(IN_FOURS, checkpoint_steps=every)
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
@@ -74,7 +74,7 @@ def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", [2, 5])
-def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
+def test_non_finite_step_within_a_call_is_named(places, tmp_path):
     stages = (Stage("all", {"*": 1e38}, epochs=2),)
     found = []
     for number in (1, places):
@@ -87,7 +87,7 @@ def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
     assert found[0] == found[1]
 
 
-def test_places_that_are_not_filled_are_no_steps():
+def test_padded_steps_of_a_call_are_not_taken():
     batches = [Batch(np.full((2, 1), i, np.float32), np.zeros(2), np.ones(2)) for i in (1, 2, 3)]
     stacked, count = sent(Devices(), batches, 5)
 
@@ -101,13 +101,13 @@ def test_places_that_are_not_filled_are_no_steps():
     np.testing.assert_array_equal(records["seen"][3:], 0)
 
 
-def test_a_single_batch_is_not_stacked():
+def test_single_batch_is_not_stacked():
     batch = Batch(np.ones((2, 1)), np.zeros(2), np.ones(2))
     (alone,) = sent(Devices(), [batch], 1)
     assert alone.image.shape == (2, 1)
     assert apart({"x": jnp.ones(())}, 1, 1) == [{"x": 1}]
 
 
-def test_at_least_one():
+def test_steps_per_execution_must_be_positive():
     with pytest.raises(RecipeError, match="steps_per_execution must be at least 1"):
         dataclasses.replace(RECIPE, steps_per_execution=0)

@@ -19,8 +19,10 @@ from jaxft.report.console import Console
 from jaxft.train.export import export
 from jaxft.train.opening import open_splits
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 ROOT = Path(__file__).parents[2]
-ONCE = (Stage("head", {"fc": 1e-2}, epochs=2, hand_on="last"),)
+ONCE = (Stage("head", {"fc": 1e-2}, epochs=1, hand_on="last"),)
 RECIPE = Recipe(
     model="cifar_resnet8",
     weights="asset:digits_0to4",
@@ -55,7 +57,7 @@ def from_folder(root, **fields):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(stage_ends_only, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
     return workdir, finetune(RECIPE, workdir, console=QUIET)
 
@@ -103,7 +105,6 @@ def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
     [
         {"augment": "randaugment"},
         {"erasing": 0.5},
-        {"mixup": 0.5},
         {"cutmix": 1.0, "mixup": 0.5, "label_smoothing": 0.1},
         {"balance": "loss", "shots": None, "train_split": "train[:37]"},
         {"balance": "sampling"},

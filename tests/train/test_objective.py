@@ -1,7 +1,7 @@
 """The loss as torch has it, and that erasing, mixing and dropout draw apart from each other."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +105,14 @@ def test_the_sum_is_torchs(weights):
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
+@cache
+def compiled(objective):
+    return jax.jit(objective.vary, static_argnums=3)
+
+
 def varied(objective, batch, key=KEY):
     images = PREPROCESSING.normalize(batch.image)
-    vary = jax.jit(objective.vary, static_argnums=3)
-    images, targets = vary(images, batch.target, batch.mask, 5, key)
+    images, targets = compiled(objective)(images, batch.target, batch.mask, 5, key)
     return np.asarray(images), np.asarray(targets)
 
 

@@ -38,6 +38,8 @@ from jaxft.train.program import program
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")
 TRAIN, VAL = DIGITS.take(np.arange(24)), DIGITS.take(np.arange(24, 48))
