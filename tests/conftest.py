@@ -2,6 +2,7 @@
 
 - Programs compile fast, because many run for a few steps only, and are cached between sessions.
 - `--check-cpu` measures the CPU time of each test.
+- `SMOKE` lists the slow tests that run by default.
 - `disk` is a small disk that a test can fill.
 """
 
@@ -28,6 +29,29 @@ CACHE_BYTES = 2**30
 # where cores are shared with other work.
 CPU_LIMIT = 2.0
 CPU_NOISE = 1.5
+
+
+# Slow tests that run by default all the same: each kind of proof once.
+SMOKE = (
+    # a network's outputs are torch's
+    "tests/models/test_resnet.py::test_outputs_are_torchs[resnet18]",
+    "tests/models/test_resnet.py::test_outputs_are_torchs[cifar_resnet20]",
+    # a recipe trains as in torch, step by step
+    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
+    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[lp_ft, its own, its own]",
+    # a whole run, and its exported model
+    "tests/train/test_finetune.py::test_run_files_and_epochs",
+    "tests/train/test_finetune.py::test_exported_model_reproduces_validation_score",
+    # SIGTERM in each phase of a run
+    "tests/train/test_interruption.py::test_signal_ends_run_in_each_phase[SIGTERM-",
+    "tests/train/test_interruption.py::test_run_interrupted_in_each_phase_ends_as_unbroken[SIGTERM",
+    # a run resumes after SIGKILL
+    "tests/train/test_kills.py::test_run_killed_by_sigkill_ends_as_unbroken[step]",
+    # features of a frozen prefix change nothing
+    "tests/train/test_prefix.py::test_run_with_prefix_ends_as_without[plain]",
+    # the examples of the documentation run
+    "tests/test_readme.py::",
+)
 
 
 def pytest_addoption(parser):
@@ -80,6 +104,21 @@ class Doctests:
 def pytest_collect_file():
     """Looks for no examples in the tests; among their files are some that import torch."""
     return [item for item in (yield) if not isinstance(item, DoctestModule)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items, config):
+    """Marks the tests of SMOKE, before `-m` selects."""
+    for item in items:
+        if item.nodeid.startswith(SMOKE):
+            item.add_marker(pytest.mark.smoke)
+    if any("::" in argument for argument in config.args):
+        return
+    for start in SMOKE:
+        file = start.partition("::")[0]
+        names = [item.nodeid for item in items if item.nodeid.startswith(file)]
+        if names and not any(name.startswith(start) for name in names):
+            raise pytest.UsageError(f"SMOKE in tests/conftest.py names no test: {start}")
 
 
 def cpu_seconds():

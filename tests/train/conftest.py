@@ -19,8 +19,8 @@ def stage_ends_only():
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The folder of `mortal.RECIPE`, run without any interruption."""
-    from mortal import go_on
+    from mortal import train_to_end
 
     workdir = tmp_path_factory.mktemp("whole")
-    go_on(workdir)
+    train_to_end(workdir)
     return workdir

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on
+from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, train_to_end
 
 import jaxft.train.stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
@@ -35,13 +35,13 @@ IN_FOURS = dataclasses.replace(SINGLE, steps_per_execution=4)
 def in_fours(tmp_path_factory):
     """The run of IN_FOURS."""
     workdir = tmp_path_factory.mktemp("in fours")
-    go_on(workdir, IN_FOURS)
+    train_to_end(workdir, IN_FOURS)
     return workdir
 
 
 @pytest.mark.slow
 def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
-    go_on(tmp_path, SINGLE)
+    train_to_end(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
@@ -54,7 +54,7 @@ def test_calls_end_at_checkpoints_and_epochs(tmp_path, monkeypatch):
         return sent(devices, batches, places)
 
     monkeypatch.setattr(jaxft.train.stage, "sent", counted)
-    go_on(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
+    train_to_end(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
     # Checkpoints at steps 7, 14, 21; epochs end at steps 8, 16, 24, the stages at 16 and 28.
     assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]
 
@@ -67,8 +67,8 @@ def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
             with pytest.raises(KilledError):
-                go_on(tmp_path, recipe)
-    go_on(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
+                train_to_end(tmp_path, recipe)
+    train_to_end(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
     assert_same_end(tmp_path, in_fours)
 
 
@@ -82,7 +82,7 @@ def test_non_finite_step_within_a_call_is_named(places, tmp_path):
             SINGLE, steps_per_execution=number, stages=stages, checkpoint_steps=0
         )
         with pytest.raises(NonFiniteError) as stop:
-            go_on(tmp_path / str(number), recipe)
+            train_to_end(tmp_path / str(number), recipe)
         found.append(str(stop.value))
     assert found[0] == found[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from mortal import QUIET, RECIPE, go_on, rows
+from mortal import QUIET, RECIPE, rows, train_to_end
 
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
@@ -33,7 +33,7 @@ def with_last(recipe, **fields):
 
 @pytest.fixture(scope="module")
 def run(whole):
-    return whole, go_on(whole)  # finished: returns its result
+    return whole, train_to_end(whole)  # finished: returns its result
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_fork_by_command(run, tmp_path):
 def test_fork_anchors_to_start_of_the_first_run(tmp_path):
     """The first run stores its start if any of its stages has an anchor."""
     recipe = with_last(RECIPE, anchor=Anchor())
-    result = go_on(tmp_path / "run", recipe)
+    result = train_to_end(tmp_path / "run", recipe)
     forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
@@ -193,7 +193,7 @@ def test_fork_needs_ended_stage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        go_on(tmp_path / "run")
+        train_to_end(tmp_path / "run")
     with pytest.raises(CheckpointError, match="no stage has ended"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "run")
     assert not (tmp_path / "fork").exists()
@@ -209,7 +209,7 @@ def test_stage_needs_fork_from(tmp_path):
 def test_fork_of_arrays_that_are_not_finite_is_refused(tmp_path):
     """Earlier versions did not check running statistics."""
     recipe = dataclasses.replace(RECIPE, stages=(HEAD, LATE))
-    go_on(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
+    train_to_end(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
     place = tmp_path / "run/checkpoints/8"
     _, stats = weights_only.read_weights(place)
     stats["bn1"]["mean"][0] = np.nan

@@ -13,9 +13,9 @@ from mortal import (
     assert_close,
     assert_same_end,
     die,
-    go_on,
     rows,
     saving_stage_ends_only,
+    train_to_end,
 )
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
@@ -59,7 +59,7 @@ def programs(recipe, images=(30, 100)):
 def run(workdir, recipe):
     """Trains without checkpoints within stages, which no test resumes from."""
     with saving_stage_ends_only():
-        go_on(workdir, recipe)
+        train_to_end(workdir, recipe)
     return workdir
 
 
@@ -115,8 +115,8 @@ def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             die(patch, owner, name, reached)
             with pytest.raises(KilledError):
-                go_on(tmp_path / "run", PLAIN)
-    go_on(tmp_path / "run", PLAIN)
+                train_to_end(tmp_path / "run", PLAIN)
+    train_to_end(tmp_path / "run", PLAIN)
     assert_same_end(tmp_path / "run", cached)
 
 
@@ -128,7 +128,7 @@ def test_signal_while_prefix_computes_features(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            go_on(tmp_path / "run", recipe)
+            train_to_end(tmp_path / "run", recipe)
     assert_same_end(run(tmp_path / "run", recipe), run(tmp_path / "unbroken", recipe))
 
 

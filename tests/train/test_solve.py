@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen
-from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, go_on, rows, steps
+from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, rows, steps, train_to_end
 
 from jaxft import (
     LogisticRegression,
@@ -52,14 +52,14 @@ def unbroken(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", save)
-        result = go_on(workdir, SOLVED)
+        result = train_to_end(workdir, SOLVED)
     return workdir, result, saved
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    return workdir, go_on(workdir, ALONE)
+    return workdir, train_to_end(workdir, ALONE)
 
 
 def pictures(source, preprocessing):
@@ -140,20 +140,21 @@ def test_linear_probe_keeps_optimizer_state_except_of_head(unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["features", "validation", "end"])
-def test_linear_probe_killed_is_solved_again(at, unbroken, tmp_path, monkeypatch):
+def test_linear_probe_killed_is_solved_again(unbroken, tmp_path, monkeypatch):
+    """While features are computed, in validation, and before its checkpoint."""
     workdir = tmp_path / "killed"
-    owner, name, where = {
-        "features": (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        "validation": (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
-        "end": (Checkpoints, "save", lambda _, step, *__: step == 3),
-    }[at]
-    with monkeypatch.context() as patch:
-        die(patch, owner, name, where)
-        with pytest.raises(KilledError):
-            go_on(workdir, SOLVED)
-    assert steps(workdir) == [2]
-    go_on(workdir, SOLVED)
+    points = (
+        (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
+        (Checkpoints, "save", lambda _, step, *__: step == 3),
+    )
+    for owner, name, reached in points:
+        with monkeypatch.context() as patch:
+            die(patch, owner, name, reached)
+            with pytest.raises(KilledError):
+                train_to_end(workdir, SOLVED)
+        assert steps(workdir) == [2]
+    train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
@@ -167,10 +168,10 @@ def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", stopped_at_the_third)
         with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
-            go_on(workdir, SOLVED)
+            train_to_end(workdir, SOLVED)
     with monkeypatch.context() as patch:
         die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
-        go_on(workdir, SOLVED)
+        train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
@@ -180,8 +181,8 @@ def test_linear_probe_stopped_at_start_saves_nothing(alone, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            go_on(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
-    go_on(tmp_path / "run", ALONE)
+            train_to_end(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
+    train_to_end(tmp_path / "run", ALONE)
     assert_same_end(tmp_path / "run", alone[0])
 
 
@@ -216,7 +217,7 @@ ERRORS = {
 def test_linear_probe_needs_linear_head(train, fields, message, tmp_path):
     recipe = dataclasses.replace(ALONE, stages=(LATE, Stage("p", train)), **fields)
     with pytest.raises(RecipeError, match=f"stage 'p': .*{message}"):
-        go_on(tmp_path / "run", recipe)
+        train_to_end(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
 
