@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import hypothesis
 import pytest
 from _pytest.doctest import DoctestModule
 
@@ -53,6 +54,21 @@ SMOKE = (
     "tests/test_readme.py::",
 )
 
+# Start first, because each runs in one worker and would else be the last to end.
+LONG = (
+    "tests/train/test_devices.py",
+    "tests/parity/test_recipes.py",
+    "tests/models/test_resnet.py",
+    "tests/train/test_prefix.py",
+    "tests/train/test_kills.py",
+    "tests/train/test_mishaps.py",
+    "tests/train/test_signals.py",
+    "tests/train/test_fork.py",
+    "tests/train/test_images.py",
+    "tests/train/test_solve.py",
+    "tests/test_configs.py",
+)
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -72,6 +88,11 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     config.pluginmanager.register(Doctests())
+    # No limits on wall-clock time, which depends on what else runs.
+    hypothesis.settings.register_profile(
+        "jaxft", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("jaxft")
     if config.getoption("check_cpu"):
         config.pluginmanager.register(CpuTimes(config))
 
@@ -108,7 +129,9 @@ def pytest_collect_file():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items, config):
-    """Marks the tests of SMOKE, before `-m` selects."""
+    """Marks the tests of SMOKE, before `-m` selects, and sorts the files of LONG first."""
+    places = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
     for item in items:
         if item.nodeid.startswith(SMOKE):
             item.add_marker(pytest.mark.smoke)
