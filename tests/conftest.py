@@ -1,29 +1,226 @@
-"""One compilation cache for the suite, and programs that compile fast: many run for a few steps.
+"""Options and fixtures of all tests.
 
-And a disk that can be filled.
+- Programs compile fast, because many run for a few steps only, and are cached between sessions.
+- `--check-cpu` measures the CPU time of each test.
+- `SMOKE` lists the slow tests that run by default.
+- `disk` is a small disk that a test can fill.
 """
 
 import gc
 import os
+import platform
+import re
+import resource
 import shutil
 import subprocess
-import tempfile
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import hypothesis
 import pytest
+from _pytest.doctest import DoctestModule
 
 gc.set_threshold(100_000, 50, 100)  # or it walks over all that jax has traced, time and again
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their parent sets here
-    _cache = tempfile.TemporaryDirectory(prefix="jaxft-tests-", ignore_cleanup_errors=True)
-    if version("jaxlib") < "0.12":  # which aborts at a flag that it does not know
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would wait for each other's cores
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+CACHE_BYTES = 2**30
+
+
+# Slower tests carry a mark. Half as much again passes, because the CPU time of the same test grows
+# where cores are shared with other work.
+CPU_LIMIT = 2.0
+CPU_NOISE = 1.5
+
+
+# Slow tests that run by default all the same: each kind of proof once.
+SMOKE = (
+    # a network's outputs are torch's
+    "tests/models/test_resnet.py::test_outputs_are_torchs[resnet18]",
+    "tests/models/test_resnet.py::test_outputs_are_torchs[cifar_resnet20]",
+    # a recipe trains as in torch, step by step
+    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
+    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[lp_ft, its own, its own]",
+    # a whole run, and its exported model
+    "tests/train/test_finetune.py::test_run_files_and_epochs",
+    "tests/train/test_finetune.py::test_exported_model_reproduces_validation_score",
+    # SIGTERM in each phase of a run
+    "tests/train/test_interruption.py::test_signal_ends_run_in_each_phase[SIGTERM-",
+    "tests/train/test_interruption.py::test_run_interrupted_in_each_phase_ends_as_unbroken[SIGTERM",
+    # a run resumes after SIGKILL
+    "tests/train/test_kills.py::test_run_killed_by_sigkill_ends_as_unbroken[step]",
+    # features of a frozen prefix change nothing
+    "tests/train/test_prefix.py::test_run_with_prefix_ends_as_without[plain]",
+    # the examples of the documentation run
+    "tests/test_readme.py::",
+)
+
+# Start first, because each runs in one worker and would else be the last to end.
+LONG = (
+    "tests/train/test_devices.py",
+    "tests/parity/test_recipes.py",
+    "tests/models/test_resnet.py",
+    "tests/train/test_prefix.py",
+    "tests/train/test_kills.py",
+    "tests/train/test_mishaps.py",
+    "tests/train/test_signals.py",
+    "tests/train/test_fork.py",
+    "tests/train/test_images.py",
+    "tests/train/test_solve.py",
+    "tests/test_configs.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--check-cpu",
+        action="store_true",
+        help=f"list the CPU time of the tests; fail if one that is not slow takes {CPU_LIMIT} s",
+    )
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what their parent sets
+        if version("jaxlib") < "0.12":  # which aborts at a flag that it does not know
+            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would wait for each other's cores
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache(config))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    config.pluginmanager.register(Doctests())
+    # No limits on wall-clock time, which depends on what else runs.
+    hypothesis.settings.register_profile(
+        "jaxft", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("jaxft")
+    if config.getoption("check_cpu"):
+        config.pluginmanager.register(CpuTimes(config))
+
+
+def compilation_cache(config):
+    """Returns the folder, kept between sessions, of the programs that jax compiles.
+
+    It depends on jaxlib and on the processor, whose instructions the programs use. Folders that
+    have grown too large together are deleted. Jax compiles again where an entry is damaged.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"^(flags|Features).*", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    key = zlib.crc32((cpu[0] if cpu else platform.processor()).encode())
+    parent = config.cache.mkdir("jaxft_programs")
+    if sum(file.stat().st_size for file in parent.rglob("*")) > CACHE_BYTES:
+        shutil.rmtree(parent)
+    return parent / f"jaxlib-{version('jaxlib')}-{key:08x}"
+
+
+class Doctests:
+    """Leaves modules of the package without examples alone: doctest would import each of them."""
+
+    def pytest_ignore_collect(self, collection_path, config):
+        if collection_path.suffix == ".py" and config.rootpath / "jaxft" in collection_path.parents:
+            return ">>>" not in collection_path.read_text() or None
+        return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Looks for no examples in the tests; among their files are some that import torch."""
+    return [item for item in (yield) if not isinstance(item, DoctestModule)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items, config):
+    """Marks the tests of SMOKE, before `-m` selects, and sorts the files of LONG first."""
+    places = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
+    for item in items:
+        if item.nodeid.startswith(SMOKE):
+            item.add_marker(pytest.mark.smoke)
+    if any("::" in argument for argument in config.args):
+        return
+    for start in SMOKE:
+        file = start.partition("::")[0]
+        names = [item.nodeid for item in items if item.nodeid.startswith(file)]
+        if names and not any(name.startswith(start) for name in names):
+            raise pytest.UsageError(f"SMOKE in tests/conftest.py names no test: {start}")
+
+
+def cpu_seconds():
+    """Returns the CPU time of this process, its threads and its ended children."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+class CpuTimes:
+    """Measures the CPU time of each test with its fixtures.
+
+    A fixture that several tests share counts by itself: its cost would fall on whichever test
+    comes first. The numbers also go to `.pytest_cache/v/jaxft/cpu_seconds`.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.mark = 0.0  # when the time that is measured began
+        self.tests, self.shared, self.processes = {}, {}, {}
+        self.limited = set()  # tests that must keep to the limit
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        if fixturedef.scope == "function":
+            return (yield)
+        start, name = cpu_seconds(), f"{fixturedef.baseid}::{fixturedef.argname} (fixture)"
+        try:
+            return (yield)
+        finally:
+            spent = cpu_seconds() - start
+            self.mark += spent
+            self.shared[name] = self.shared.get(name, 0) + spent
+
+    def pytest_runtest_logstart(self):
+        self.mark = cpu_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        now = cpu_seconds()
+        report.cpu_seconds, self.mark = now - self.mark, now  # xdist sends it with the report
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        self.tests[report.nodeid] = self.tests.get(report.nodeid, 0) + report.cpu_seconds
+        if not {"slow", "smoke"} & set(report.keywords):
+            self.limited.add(report.nodeid)
+
+    def pytest_collection_finish(self):
+        self.processes["collection"] = cpu_seconds()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        """Adds the numbers that a worker of xdist sends when it ends."""
+        output = getattr(node, "workeroutput", {}).get("cpu_seconds", {"shared": {}})
+        for name, seconds in output.pop("shared").items():
+            self.shared[name] = self.shared.get(name, 0) + seconds
+        for name, seconds in output.items():
+            self.processes[f"{name} ({node.gateway.id})"] = seconds
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session):
+        self.processes["all"] = cpu_seconds()
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["cpu_seconds"] = {**self.processes, "shared": self.shared}
+            return
+        over = [name for name in self.limited if self.tests[name] > CPU_LIMIT * CPU_NOISE]
+        if over and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        seconds = self.tests | self.shared | self.processes
+        self.config.cache.set("jaxft/cpu_seconds", seconds)
+        total = sum(self.tests.values()) + sum(self.shared.values())
+        terminalreporter.section(f"CPU time: {total:.0f} s in tests and fixtures")
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:40]:
+            over = name in self.limited and spent > CPU_LIMIT * CPU_NOISE
+            note = "  TOO LONG: make it cheaper, or mark it slow" if over else ""
+            terminalreporter.line(f"{spent:7.2f} s  {name}{note}")
 
 
 def pytest_xdist_auto_num_workers():

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import bucket
 import pytest
 
-pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.skipif(not find_spec("gcsfs"), reason="needs gcsfs")
 
 RUN = """
 from contextlib import closing

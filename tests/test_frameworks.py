@@ -1,9 +1,7 @@
-"""Parameters of all frameworks: equal paths for equal networks; label trees of their structure."""
+"""Labels, plans and partitions of parameters from each framework: one network, the same paths."""
 
 from typing import NamedTuple
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,15 +36,6 @@ class NNXNet(nnx.Module):
         return self.head(jnp.tanh(self.body(x)))
 
 
-class EquinoxNet(eqx.Module):
-    body: eqx.nn.Linear
-    head: eqx.nn.Linear
-    activation: object  # a leaf that is no array
-
-    def __call__(self, x):
-        return self.head(self.activation(self.body(x)))
-
-
 class Layer(NamedTuple):
     kernel: jax.Array
     bias: jax.Array
@@ -55,10 +44,6 @@ class Layer(NamedTuple):
 class Net(NamedTuple):
     body: Layer
     head: Layer
-
-
-def haiku_net(x):
-    return hk.Linear(2, name="head")(jnp.tanh(hk.Linear(3, name="body")(x)))
 
 
 def plain():
@@ -79,8 +64,23 @@ def from_lists(net):
     return {name: {"kernel": kernel, "bias": bias} for name, (kernel, (bias,)) in net.items()}
 
 
+@pytest.fixture(scope="module")
 def networks():
-    """Returns `(params, apply)` by name."""
+    """Maps each name of NAMES to parameters and the function that applies them."""
+    import equinox as eqx
+    import haiku as hk
+
+    class EquinoxNet(eqx.Module):
+        body: eqx.nn.Linear
+        head: eqx.nn.Linear
+        activation: object  # a leaf that is no array
+
+        def __call__(self, x):
+            return self.head(self.activation(self.body(x)))
+
+    def haiku_net(x):
+        return hk.Linear(2, name="head")(jnp.tanh(hk.Linear(3, name="body")(x)))
+
     key = jax.random.key(0)
     net = plain()
     tuples = Net(Layer(**net["body"]), Layer(**net["head"]))
@@ -114,38 +114,50 @@ def networks():
     }
 
 
+NAMES = (
+    "dict",
+    "named tuples",
+    "nested lists",
+    "sharded",
+    "linen",
+    "linen, frozen dict",
+    "nnx, state",
+    "nnx, module",
+    "nnx, pure dict",
+    "haiku",
+    "equinox",
+    "equinox, whole",
+)
 LEAVES = {"haiku": ("w", "b"), "equinox": ("weight", "bias"), "nested lists": ("0", "1.0")}
-NETWORKS = networks()
-frameworks = pytest.mark.parametrize("name", NETWORKS)
+frameworks = pytest.mark.parametrize("name", NAMES)
 
 
 @frameworks
-def test_paths_of_a_network_do_not_depend_on_the_framework(name):
+def test_paths_agree_across_frameworks(name, networks):
     kernel, bias = LEAVES.get(name.split(",")[0], ("kernel", "bias"))
     expected = {f"{layer}.{leaf}" for layer in ("body", "head") for leaf in (kernel, bias)}
-    assert set(jaxft.paths(NETWORKS[name][0])) - {"activation"} == expected
+    assert set(jaxft.paths(networks[name][0])) - {"activation"} == expected
 
 
 @frameworks
-def test_label_has_the_structure_of_the_parameters_and_suits_optax(name):
-    params, apply = NETWORKS[name]
+def test_label_tree_has_structure_of_params_and_works_in_optax(name, networks):
+    params, apply = networks[name]
     labels = jaxft.label(params, {"head": "head"})
     assert jax.tree.structure(labels) == jax.tree.structure(params)
     transforms = {"head": optax.sgd(0.1), "frozen": optax.set_to_zero()}
-    # optax would call a label tree that is a module.
-    label_function = (lambda _: labels) if callable(labels) else labels
-    reference = optax.multi_transform(transforms, label_function)
-    transform = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
+    # Optax would call a label tree that is itself a module.
+    plain = optax.multi_transform(transforms, (lambda _: labels) if callable(labels) else labels)
+    ours = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
     trainable, frozen = jaxft.partition(params, labels)
     grads = jax.grad(lambda half: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2))(trainable)
-    updates = [tx.update(grads, tx.init(params), trainable)[0] for tx in (reference, transform)]
-    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+    found = [tx.update(grads, tx.init(params), trainable)[0] for tx in (plain, ours)]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @frameworks
-def test_plan_transform_leaves_frozen_leaves_bit_identical(name):
-    params, apply = NETWORKS[name]
+def test_frozen_leaves_are_bit_identical_after_three_steps(name, networks):
+    params, apply = networks[name]
     (plan,) = jaxft.plan([Stage("head", {"head": 0.1}, epochs=1)], params)
     transform = plan.transform(Adam())
     trainable, frozen = jaxft.partition(params, plan.labels)
@@ -161,14 +173,14 @@ def test_plan_transform_leaves_frozen_leaves_bit_identical(name):
         if path.startswith("head"):
             assert not np.array_equal(old, new), path
         else:
-            assert old is new, path  # not even copied, so bits and sharding are unchanged
+            assert old is new, path  # not even copied
         if name == "sharded":
             assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
 @frameworks
-def test_partition_and_combine_do_not_copy_leaves(name):
-    params, _ = NETWORKS[name]
+def test_partition_copies_nothing_and_combine_inverts_it(name, networks):
+    params, _ = networks[name]
     halves = jaxft.partition(params, jaxft.label(params, {"head": "head"}))
     whole = jaxft.combine(*halves)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
@@ -178,8 +190,10 @@ def test_partition_and_combine_do_not_copy_leaves(name):
 
 
 @frameworks
-def test_label_of_shapes(name):
-    params, _ = NETWORKS[name]
+def test_label_of_shapes_equals_label_of_arrays(name, networks):
+    import equinox as eqx
+
+    params, _ = networks[name]
     arrays = eqx.filter(params, eqx.is_array)
     shapes = jax.eval_shape(lambda: arrays)
     labels = jaxft.label(shapes, {"head": "head"})
@@ -202,13 +216,13 @@ def test_paths_of_lists_of_layers():
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
 
 
-def test_paths_of_lists():
+def test_paths_of_nested_lists():
     params = [{"kernel": jnp.ones(2)}, [jnp.ones(1), jnp.ones(3)]]
     assert jaxft.paths(params) == ["0.kernel", "1.0", "1.1"]
     assert jaxft.label(params, {"1.1": "x"}) == [{"kernel": "frozen"}, ["frozen", "x"]]
 
 
-def test_paths_of_a_box_around_a_tree():
+def test_paths_of_nnx_param_that_holds_a_tree():
     state = nnx.state(nnx.Dict(lora=nnx.Param({"a": jnp.ones(1), "b": [jnp.ones(2)]})))
     assert jaxft.paths(state) == ["lora.a", "lora.b.0"]
     labels = jaxft.label(state, {"lora.b": "x"})
@@ -216,7 +230,9 @@ def test_paths_of_a_box_around_a_tree():
     assert jax.tree.structure(labels) == jax.tree.structure(state)
 
 
-def test_partition_matches_labels_by_position_where_haiku_modules_share_a_path():
+def test_partition_goes_by_position_where_haiku_modules_share_a_path():
+    import haiku as hk
+
     class Twice(hk.Module):
         def __init__(self):
             super().__init__(name="net")
@@ -233,7 +249,7 @@ def test_partition_matches_labels_by_position_where_haiku_modules_share_a_path()
     assert frozen == {**params, "net/~/linear": {"w": None, "b": None}}
 
 
-def test_paths_of_a_container_with_keys_of_any_type():
+def test_paths_of_registered_container_with_string_keys():
     @jax.tree_util.register_pytree_with_keys_class
     class Pair(list):
         def tree_flatten_with_keys(self):

@@ -6,7 +6,6 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression as Original
 
 from jaxft import DataError, LogisticRegression, RecipeError, linear_probe, logistic_regression
 
@@ -24,6 +23,8 @@ def examples(n, d, k, condition=1.0, noise=1.0):
 
 def scikit_learn_fit(features, targets, c, solver):
     """Returns kernel [d k] and bias [k]; for two classes, of the second against the first."""
+    from sklearn.linear_model import LogisticRegression as Original
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its lbfgs warns when it misses the tolerance
         fit = Original(C=c, tol=1e-10, max_iter=5000, solver=solver).fit(features, targets)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.utils.class_weight import compute_class_weight
 
 from jaxft.data import arrays
 from jaxft.data.class_balance import balanced_draws, class_weights
@@ -17,6 +16,8 @@ def source(*counts):
 
 @pytest.mark.parametrize("counts", [(5,), (4, 4), (6, 3, 1)], ids=str)
 def test_class_weights_equal_scikit_learn(counts):
+    from sklearn.utils.class_weight import compute_class_weight
+
     images = source(*counts)
     expected = compute_class_weight("balanced", classes=np.arange(len(counts)), y=images.targets)
     np.testing.assert_allclose(class_weights(images), expected, rtol=1e-15)

@@ -9,15 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import digits_builder  # noqa: F401, registers tfds:sklearn_digits
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft.cli import folder_builder
 from jaxft.data import open_source, split_expressions
 from jaxft.data import tfds as tfds_source
 from jaxft.data.concat import ConcatSource
@@ -48,8 +45,17 @@ def pixels_and_targets(source):
     return sorted((source[k][0].tobytes(), source[k][1]) for k in range(len(source)))
 
 
+@pytest.fixture(scope="module")
+def tfds():
+    """TFDS, whose import takes seconds, with the data set sklearn_digits registered."""
+    import digits_builder  # noqa: F401
+    import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _data_dir(tmp_path_factory):
+def _data_dir(tfds, tmp_path_factory):
     tfds.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
@@ -88,7 +94,7 @@ def test_tfds_digits_equal_the_digits_source(shots, monkeypatch):
 
 
 @pytest.mark.slow
-def test_prepare_tfds_keeps_files_classes_and_splits(folder, prepared):
+def test_prepare_tfds_keeps_files_classes_and_splits(tfds, folder, prepared):
     builder = tfds.builder_from_directory(prepared)
     assert (builder.info.name, set(builder.info.splits)) == ("ants_and_bees", {"train", "test"})
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -109,6 +115,8 @@ def test_prepare_tfds_keeps_files_classes_and_splits(folder, prepared):
 
 
 def test_prepare_tfds_keeps_nested_images(folder, tmp_path):
+    from jaxft.cli import folder_builder
+
     images = shutil.copytree(folder / "train", tmp_path / "images")
     (images / "ant/more").mkdir()
     shutil.copy(images / "ant/1.png", images / "ant/more/1.png")  # the same file name
@@ -180,7 +188,7 @@ def test_tfds_source_in_other_threads_and_processes(prepared):
     st.none() | st.integers(-110, 410),
     st.none() | st.integers(-110, 410),
 )
-def test_split_expressions_equal_tfds(count, unit, start, stop):
+def test_split_expressions_equal_tfds(tfds, count, unit, start, stop):
     first, last = ("" if bound is None else f"{bound}{unit}" for bound in (start, stop))
     expression = f"train[{first}:{last}]"
     try:
@@ -242,7 +250,7 @@ def test_tfds_spec_error(spec, fragments, prepared, monkeypatch):
         assert fragment.format(**paths) in message
 
 
-def test_tfds_download_error(monkeypatch):
+def test_tfds_download_error(tfds, monkeypatch):
     def fail(self):
         raise ConnectionError("host unreachable")
 
@@ -298,6 +306,8 @@ def test_tfds_unlabelled_images_error(changed):
 
 
 def test_tfds_unreadable_images(folder, tmp_path):
+    from jaxft.cli import folder_builder
+
     bad = shutil.copytree(folder, tmp_path / "bad")
     (bad / "train/bee/1.png").write_bytes(b"not a picture")
     collection = open_collection(f"folder:{bad}")

@@ -6,8 +6,6 @@ import struct
 from contextlib import closing
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from jaxft.report.metrics_log import MetricsLog
 
@@ -32,6 +30,9 @@ def rows(workdir):
 
 def events(workdir):
     """(step, tag, value) of all event files, oldest first; checks the records' checksums."""
+    from tensorboardX.proto.event_pb2 import Event  # imports torch where it is installed
+    from tensorboardX.record_writer import masked_crc32c
+
     values = []
     for file in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime):
         content = file.read_bytes()

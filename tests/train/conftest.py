@@ -1,13 +1,26 @@
-"""The unbroken run that interrupted ones are compared with."""
+"""Fixtures that several modules of whole runs share."""
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def stage_ends_only():
+    """Saves a checkpoint at the end of each stage only, in all runs of a module.
+
+    A checkpoint costs more here than the epoch before it. For modules whose runs are not resumed
+    within a stage.
+    """
+    from mortal import saving_stage_ends_only
+
+    with saving_stage_ends_only():
+        yield
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The folder of `mortal.RECIPE`, run without any interruption."""
-    from mortal import go_on
+    from mortal import train_to_end
 
     workdir = tmp_path_factory.mktemp("whole")
-    go_on(workdir)
+    train_to_end(workdir)
     return workdir

@@ -1,4 +1,4 @@
-"""What test_devices.py runs on virtual devices: command lines of scripts/finetune.py.
+"""Runs command lines of scripts/finetune.py on virtual devices, for test_devices.py.
 
     python tests/train/devices_child.py LINES [COORDINATOR PROCESSES PROCESS]
 

@@ -1,4 +1,4 @@
-"""Whole stages of a CIFAR ResNet-8 in float64, step by step, in the names torch has for it all.
+"""Whole stages of a CIFAR ResNet-8 in float64, step by step, with torch's names.
 
 The recorders of tests/record_stage_steps.py run the same cases in torch.
 """
@@ -21,20 +21,20 @@ OPTIMIZER = SGD(momentum=0.9)
 
 
 def samples(tensors):
-    """Eight elements of each tensor, from everywhere; a row each, in the order of the names."""
+    """Returns eight evenly spaced elements of each tensor [tensors 8], sorted by name."""
     flat = [np.asarray(tensors[name]).ravel() for name in sorted(tensors)]
     return np.stack([x[np.linspace(0, x.size - 1, 8).astype(int)] for x in flat])
 
 
 def assert_as_recorded(arrays, golden):
-    """Equal by name, to 1e-9: other machines round otherwise."""
+    """Asserts equality to 1e-9: machines round differently."""
     assert arrays.keys() == golden.keys()
     for name, array in golden.items():
         np.testing.assert_allclose(arrays[name], array, rtol=1e-9, atol=1e-10, err_msg=name)
 
 
 def rows(step):
-    """The images and classes of a global step."""
+    """Returns the images and classes of a global step."""
     image, target, _ = batch(step)
     real = LAST if step % STEPS == STEPS - 1 else ROWS
     return image[:real], target[:real]
@@ -48,7 +48,7 @@ def padded(step):
 
 
 def train(stages, monkeypatch):
-    """What each stage ends with and its steps tell, by `stage/name`; see `samples`."""
+    """Maps `stage/name` to final tensors and to records of the steps; see `samples`."""
     monkeypatch.setattr(Preprocessing, "normalize", lambda _, images: Wide.normalize(images))
     with jax.enable_x64(True):
         return dict(_train(stages))

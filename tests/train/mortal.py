@@ -1,9 +1,10 @@
-"""A short run that a test may end at any point, and what its end is compared by."""
+"""A short run that a test may kill at any point, and comparisons of two runs."""
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxft import Adam, Recipe, Stage, finetune
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.recipe_file import save
 from jaxft.report.console import Console
 
@@ -41,7 +43,7 @@ MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_m
 
 
 def begin_until(point, workdir, *, signals="SIGKILL"):
-    """The process of a run that the signals meet at a point; see `mortal_child.py`."""
+    """Starts a run that gets the signals at a point; see `mortal_child.py`."""
     file = workdir.with_suffix(".yaml")
     save(RECIPE, file)
     return subprocess.Popen(
@@ -54,22 +56,36 @@ def begin_until(point, workdir, *, signals="SIGKILL"):
 
 
 def run_until(point, workdir, *, signals="SIGKILL"):
-    """Its exit code and what it said on stderr."""
+    """Returns exit code and stderr of a run that gets the signals at a point."""
     with begin_until(point, workdir, signals=signals) as process:
         _, said = process.communicate(timeout=300)
     return process.returncode, said
 
 
-def go_on(workdir, recipe=RECIPE):
+def train_to_end(workdir, recipe=RECIPE):
     return finetune(recipe, workdir, console=QUIET)
 
 
+@contextmanager
+def saving_stage_ends_only():
+    """Drops the checkpoints within stages, which cost more than the training of a short run."""
+    save = Checkpoints.save
+
+    def save_kept(self, step, progress, arrays, *, keep=False):
+        if keep:
+            save(self, step, progress, arrays, keep=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_kept)
+        yield
+
+
 class KilledError(Exception):
-    """Stands for a SIGKILL, but that a write under way is finished."""
+    """Stands for a SIGKILL, but a write that has begun is finished."""
 
 
 def die(monkeypatch, owner, name, at):
-    """Has a call of `owner.name` fail, if `at` is true of its arguments."""
+    """Makes calls of `owner.name` fail if `at` is true of their arguments."""
     real = getattr(owner, name)
 
     def failing(*args, **kwargs):
@@ -81,30 +97,30 @@ def die(monkeypatch, owner, name, at):
 
 
 def steps(workdir):
-    """Those of the whole checkpoints."""
+    """Returns the steps of the complete checkpoints."""
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def rows(workdir):
-    """Those of `metrics.jsonl`, without what the machine decides."""
+    """Returns the rows of `metrics.jsonl` without times and memory."""
     found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{name: x for name, x in row.items() if name not in MEASURED} for row in found]
 
 
 def assert_same_end(workdir, other):
-    """Bit-identical weights and equal records."""
+    """Asserts bit-identical weights and equal rows."""
     file = "model.safetensors"
     assert (workdir / file).read_bytes() == (other / file).read_bytes()
     assert rows(workdir) == rows(other)
 
 
 def odd_names(workdir):
-    """What lies among the checkpoints and is none."""
+    """Returns the names in the folder of checkpoints that are no steps."""
     return [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
 
 
 def assert_close(workdir, other):
-    """The same losses and weights, to float32 rounding."""
+    """Asserts equal losses and weights, to float32 rounding."""
     names = ("stage", "epoch", "step")
     for ours, theirs in zip(rows(workdir), rows(other), strict=True):
         assert [ours[name] for name in names] == [theirs[name] for name in names]

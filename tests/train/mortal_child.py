@@ -1,14 +1,14 @@
-"""A run that signals meet at one exact point, for `test_kills.py` and `test_signals.py`.
+"""Sends signals to a run at one exact point, for `test_kills.py` and `test_signals.py`.
 
     python tests/train/mortal_child.py SIGNAL[,SIGNAL] POINT ARGUMENTS-OF-FINETUNE...
 
-The process sends them to itself when it comes to the point, which is one of
+The process sends them to itself at the point, which is one of
 
     step:N      step N is done
-    save:N      all of the checkpoint of step N is written, and it has not got its name yet
+    save:N      the checkpoint of step N is written, but not yet renamed
     stage:NAME  the stage has ended; its last checkpoint is being written
     score:N     validation begins for the Nth time, the run's start included
-    compile:N   the run begins to wait for the programs of its Nth stage, which never come
+    compile:N   the run begins to wait for the programs of its Nth stage, which never compile
 """
 
 import os
@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 
 
 def strike_before(owner, name, point_reached):
-    """Has the signals come before the first call of `owner.name` that `point_reached` is true of.
+    """Sends the signals before the first call of `owner.name` for which `point_reached` is true.
 
     `point_reached` gets the number of the call, from 1, and its arguments.
     """

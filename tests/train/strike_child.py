@@ -2,8 +2,8 @@
 
     python tests/train/strike_child.py SIGNAL EVENT NAME COUNT SCRIPT ARGUMENTS...
 
-EVENT is `import`, `open` or `os.rename` (of which the new name counts); the signal comes with the
-COUNT-th whose name contains NAME.
+EVENT is `import`, `open` or `os.rename` (whose new name counts). The signal comes with the COUNT-th
+event whose name contains NAME.
 """
 
 import os
@@ -15,7 +15,7 @@ _point = None
 
 
 def arm(number, event, name, count=1):
-    """Has the signal come at the point, once."""
+    """Sends the signal once at the point."""
     global _point
     _point = [number, event, name, count]
 
@@ -28,7 +28,7 @@ def disarm():
 
 
 def meet(event, name):
-    """Tells of an event; the audit hook does, and what has no such event does so itself."""
+    """Reports an event, also from tests for events that Python does not audit."""
     global _point
     if _point is None or _point[1] != event or _point[2] not in name:
         return

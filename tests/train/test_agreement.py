@@ -1,4 +1,4 @@
-"""Processes of a run that do not have the same images, recipe or workdir: one error in each."""
+"""Processes of a run with other images, recipe or workdir: one error in each."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_agreement_passes_an_error_of_one_process_to_the_others(errors):
 
 
 def test_agreement_passes_an_exit_of_one_process_to_the_others(errors):
-    """As the command line ends it for an option that there is not."""
+    """Such as the command line for an unknown option."""
     first, second = (each["exit"] for each in errors)
     assert second == "SystemExit: 2"
     assert first == (
@@ -146,7 +146,7 @@ def test_agreement_leaves_nothing_behind(errors, folder):
     assert not [*folder.glob("*/host*/own"), *folder.glob("*/shared")]
 
 
-def test_agreement_prints_for_whom_it_waits(monkeypatch, capsys):
+def test_agreement_prints_which_process_it_waits_for(monkeypatch, capsys):
     """Once, however long it takes."""
     waits = iter([True, True, False])
 

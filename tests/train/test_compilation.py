@@ -9,20 +9,20 @@ import pytest
 from jaxft.train.compilation import Ahead, flops, keep_programs
 
 
-def test_the_result_is_the_functions():
+def test_ahead_returns_result_of_function():
     ahead = Ahead(lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile())
     assert ahead.result()(jnp.zeros(3)).tolist() == [1, 1, 1]
     assert ahead.seconds > 0
     assert ahead.result() is ahead.result()
 
 
-def test_its_error_is_raised_where_the_result_is_asked_for():
+def test_ahead_raises_error_of_function_in_result():
     ahead = Ahead(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ahead.result()
 
 
-def test_a_glance_may_end_the_wait():
+def test_ahead_wait_ends_by_exception_of_glance():
     hold = threading.Event()
     ahead = Ahead(hold.wait)
 
@@ -35,20 +35,20 @@ def test_a_glance_may_end_the_wait():
     assert ahead.result() is True
 
 
-def test_it_computes_in_the_callers_precision():
+def test_ahead_computes_in_precision_of_caller():
     for wide in (False, True):
         with jax.enable_x64(wide):
             ahead = Ahead(lambda: jnp.zeros(1, float).dtype)
         assert ahead.result() == ("float64" if wide else "float32")
 
 
-def test_flops_are_those_of_the_program():
+def test_flops_of_matrix_product():
     a = jnp.zeros((8, 16))
     compiled = jax.jit(lambda a, b: a @ b).lower(a, a.T).compile()
     assert flops(compiled) == 2 * 8 * 16 * 8
 
 
-def test_programs_are_kept_in_the_cache_folder_unless_another_is_named(tmp_path, monkeypatch):
+def test_compilation_cache_folder(tmp_path, monkeypatch):
     named = jax.config.jax_compilation_cache_dir
     (tmp_path / "file").touch()
     for cache, given, expected in (

@@ -33,7 +33,7 @@ def normalized(image):
 
 
 def sample(array):
-    """At most 64 of an array's elements, some from everywhere."""
+    """Returns at most 64 evenly spaced elements."""
     return array.ravel()[np.linspace(0, array.size - 1, min(64, array.size)).astype(int)]
 
 
@@ -46,7 +46,7 @@ class Wide:
 
 
 def train(replicas):
-    """Samples of all parameters and statistics by torch's names, and the losses."""
+    """Maps torch's names to samples of parameters and statistics; also returns the losses."""
     tensors = torch_tensors(*jax.eval_shape(MODEL.init, jax.random.key(0)))
     start = jax.tree.map(lambda t: jnp.asarray(t.from_torch(weight(t.name, t.shape))), tensors)
     params, stats = start
@@ -69,7 +69,7 @@ def golden():
         return dict(recorded)
 
 
-def test_losses_parameters_and_statistics_are_ddps(golden):
+def test_replica_statistics_train_as_torch_ddp(golden):
     with jax.enable_x64(True):
         trained = train(replicas=2)
     assert trained.keys() == golden.keys()
@@ -77,14 +77,14 @@ def test_losses_parameters_and_statistics_are_ddps(golden):
         np.testing.assert_allclose(trained[name], array, rtol=1e-9, atol=1e-10, err_msg=name)
 
 
-def test_it_is_not_what_global_statistics_give(golden):
+def test_global_statistics_differ_from_torch_ddp(golden):
     with jax.enable_x64(True):
         trained = train(replicas=1)
     assert abs(trained["losses"][0] - golden["losses"][0]) > 1e-3
     assert np.abs(trained["bn1.running_mean"] - golden["bn1.running_mean"]).max() > 1e-2
 
 
-def test_the_recording_is_torchs(golden, tmp_path):
+def test_recording_of_ddp_is_torchs(golden, tmp_path):
     pytest.importorskip("torch")
     from record_ddp import record
 

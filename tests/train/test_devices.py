@@ -1,4 +1,4 @@
-"""Whole runs on one device, on eight and on two times four: the same losses, and any goes on."""
+"""Runs on one device, on eight, and in two processes of four are equal and resume each other."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def rows(workdir):
 
 
 def numbers(workdir):
-    """All losses, norms and accuracies of a run, and its weights, by their names."""
+    """Maps names to all losses, norms, accuracies and weights of a run."""
     found = load_file(workdir / "model.safetensors")
     for row in rows(workdir):
         at = f"{row['stage']} {row['epoch']}"
@@ -96,7 +96,7 @@ class KilledError(Exception):
 
 
 def start(lines, devices, *joining):
-    """The child, that of several processes or the only one, with so many virtual devices."""
+    """Starts `devices_child.py` with this number of virtual devices."""
     known = os.environ.get("XLA_FLAGS", "")
     flags = f"{known} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
@@ -109,14 +109,14 @@ def start(lines, devices, *joining):
 
 
 def start_pair(lines):
-    """Two processes of four devices, each with its lines."""
+    """Starts two processes of four devices, each with its command lines."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     return [start(own, 4, address, 2, process) for process, own in enumerate(lines)]
 
 
 def end(process):
-    """Exit code, stdout and stderr, without what gloo has to say."""
+    """Returns exit code, stdout without lines of gloo, and stderr."""
     try:
         out, errors = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -127,7 +127,7 @@ def end(process):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the runs are, each in a folder of its name, and their recipes."""
+    """Folder of all runs and their recipes."""
     folder = tmp_path_factory.mktemp("runs")
     save(RECIPE, folder / "recipe.yaml")
     save(BRIEF, folder / "brief.yaml")
@@ -136,7 +136,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """The run on one device; another, `moved`, dies at the end of its first stage."""
+    """Folder of the run on one device; another run, `moved`, dies at the end of its first stage."""
     finetune(RECIPE, folder / "one", console=QUIET)
     finetune(BRIEF, folder / "brief", console=QUIET)
     real = Checkpoints.save
@@ -155,7 +155,7 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def eight(folder, one):
-    """How a process of eight devices ended; `moved` stopped at step 13, within an epoch."""
+    """The end of a process of eight devices; `moved` stopped at step 13, within an epoch."""
 
     def line(workdir, *options, recipe="recipe"):
         file = str(folder / f"{recipe}.yaml")
@@ -173,7 +173,7 @@ def eight(folder, one):
 
 @pytest.fixture(scope="module")
 def two(folder, eight):
-    """How two processes of four ended; `moved` stopped at step 18, the second having been asked."""
+    """The ends of two processes of four; `moved` stopped at step 18 by a signal to the second."""
     recipe, brief = str(folder / "recipe.yaml"), str(folder / "brief.yaml")
     moved = [recipe, "--workdir", str(folder / "moved"), "--sharding", "fsdp"]
     lines = [
@@ -186,7 +186,7 @@ def two(folder, eight):
     return [end(process) for process in start_pair(own)]
 
 
-def test_the_processes_end_as_they_were_asked(eight, two):
+def test_signal_to_one_process_stops_all(eight, two):
     assert eight[0] == 75, eight[2]
     # On a busy machine Orbax has something to say before it.
     assert eight[2].splitlines()[-1] == (
@@ -201,7 +201,7 @@ def test_the_processes_end_as_they_were_asked(eight, two):
         assert "Traceback" not in errors
 
 
-def test_only_the_first_process_prints_and_logs(folder, two):
+def test_only_first_process_prints_and_logs(folder, two):
     (_, first, _), (_, second, _) = two
     assert first.count("Validation accuracy") == 2  # of the two that came to their ends
     assert first.count("on 8 cpu devices, 2 processes") == 4  # the refused one has no prologue
@@ -211,11 +211,11 @@ def test_only_the_first_process_prints_and_logs(folder, two):
 
 @pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
 @pytest.mark.parametrize("devices", ["eight", "two"])
-def test_losses_and_weights_are_those_of_one_device(devices, sharding, one, two):
+def test_devices_train_as_one(devices, sharding, one, two):
     assert_same(one.with_name(f"{devices}-{sharding}"), one)
 
 
-def test_a_run_moves_from_one_to_eight_to_two_processes_and_back(one, two):
+def test_run_resumes_on_other_devices(one, two):
     moved = one.with_name("moved")
     with closing(Checkpoints(moved / "checkpoints")) as checkpoints:
         assert checkpoints.latest_step() == 18
@@ -225,14 +225,14 @@ def test_a_run_moves_from_one_to_eight_to_two_processes_and_back(one, two):
     assert where == [(row["stage"], row["epoch"], row["step"]) for row in rows(one)]
 
 
-def test_statistics_of_each_replica_are_others(folder, one, eight):
-    """By more than rounding, and by less than another training would be."""
+def test_replica_statistics_differ_from_global(folder, one, eight):
+    """By more than rounding, and less than another training."""
     expected, found = (rows(folder / run)[0]["train_loss"] for run in ("brief", "eight-replica"))
     assert 1e-3 < abs(found - expected) < 0.5
 
 
-def test_fsdp_divides_parameters_optimizer_and_average_among_the_devices(eight):
-    """By what of a step's arguments lies on each device, of which there are eight."""
+def test_fsdp_divides_state_among_devices(eight):
+    """Compares the bytes of a step's arguments on each of the eight devices."""
     found = re.findall(r"^arguments of (\w+), (\w+): (\d+) bytes$", eight[1], re.MULTILINE)
     # The first of each: `moved`, the last run, takes single steps, whose batches are fewer.
     held = {(stage, sharding): int(count) for stage, sharding, count in reversed(found)}
@@ -248,7 +248,7 @@ def test_fsdp_divides_parameters_optimizer_and_average_among_the_devices(eight):
         assert held[stage, "replicated"] - held[stage, "fsdp"] == divided * 7 // 8
 
 
-def test_an_error_in_one_process_ends_both(tmp_path):
+def test_error_in_one_process_ends_both(tmp_path):
     (tmp_path / "file").touch()
     save(BRIEF, tmp_path / "brief.yaml")
     lines = [
@@ -269,7 +269,7 @@ class Own(linen.Module):
         return linen.Dense(5, name="head")(images.mean((1, 2)))
 
 
-def test_flaxs_norm_layers_have_no_replicas(tmp_path):
+def test_replica_statistics_need_jaxft_norm_layers(tmp_path):
     model = models.Linen(Own(), shape=(8, 8, 3), head="head")
     recipe = dataclasses.replace(
         BRIEF,

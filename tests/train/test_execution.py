@@ -1,11 +1,11 @@
-"""Several steps in one call change nothing but how long they take."""
+"""`steps_per_execution`: several steps in one call compute the same as one by one."""
 
 import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on
+from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, train_to_end
 
 import jaxft.train.stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
@@ -35,18 +35,18 @@ IN_FOURS = dataclasses.replace(SINGLE, steps_per_execution=4)
 def in_fours(tmp_path_factory):
     """The run of IN_FOURS."""
     workdir = tmp_path_factory.mktemp("in fours")
-    go_on(workdir, IN_FOURS)
+    train_to_end(workdir, IN_FOURS)
     return workdir
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same(in_fours, tmp_path):
-    go_on(tmp_path, SINGLE)
+def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
+    train_to_end(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
 @pytest.mark.slow
-def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monkeypatch):
+def test_calls_end_at_checkpoints_and_epochs(tmp_path, monkeypatch):
     calls = []
 
     def counted(devices, batches, places):
@@ -54,27 +54,27 @@ def test_calls_take_as_many_as_there_are_before_something_is_due(tmp_path, monke
         return sent(devices, batches, places)
 
     monkeypatch.setattr(jaxft.train.stage, "sent", counted)
-    go_on(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
+    train_to_end(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
     # Checkpoints at steps 7, 14, 21; epochs end at steps 8, 16, 24, the stages at 16 and 28.
     assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_the_same(in_fours, tmp_path, monkeypatch):
-    """Wherever calls begin after that: checkpoints within an epoch, also at other steps."""
-    for step, every in ((6, 5), (15, 7), (23, 3), (36, 5)):
+def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path, monkeypatch):
+    """Also with checkpoints at other steps than before."""
+    for step, every in ((6, 5), (15, 7), (36, 5)):
         recipe = dataclasses.replace(IN_FOURS, checkpoint_steps=every)
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
             with pytest.raises(KilledError):
-                go_on(tmp_path, recipe)
-    go_on(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
+                train_to_end(tmp_path, recipe)
+    train_to_end(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
     assert_same_end(tmp_path, in_fours)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", [2, 5])
-def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
+def test_non_finite_step_within_a_call_is_named(places, tmp_path):
     stages = (Stage("all", {"*": 1e38}, epochs=2),)
     found = []
     for number in (1, places):
@@ -82,12 +82,12 @@ def test_it_stops_at_the_step_that_is_not_finite(places, tmp_path):
             SINGLE, steps_per_execution=number, stages=stages, checkpoint_steps=0
         )
         with pytest.raises(NonFiniteError) as stop:
-            go_on(tmp_path / str(number), recipe)
+            train_to_end(tmp_path / str(number), recipe)
         found.append(str(stop.value))
     assert found[0] == found[1]
 
 
-def test_places_that_are_not_filled_are_no_steps():
+def test_padded_steps_of_a_call_are_not_taken():
     batches = [Batch(np.full((2, 1), i, np.float32), np.zeros(2), np.ones(2)) for i in (1, 2, 3)]
     stacked, count = sent(Devices(), batches, 5)
 
@@ -101,13 +101,13 @@ def test_places_that_are_not_filled_are_no_steps():
     np.testing.assert_array_equal(records["seen"][3:], 0)
 
 
-def test_a_single_batch_is_not_stacked():
+def test_single_batch_is_not_stacked():
     batch = Batch(np.ones((2, 1)), np.zeros(2), np.ones(2))
     (alone,) = sent(Devices(), [batch], 1)
     assert alone.image.shape == (2, 1)
     assert apart({"x": jnp.ones(())}, 1, 1) == [{"x": 1}]
 
 
-def test_at_least_one():
+def test_steps_per_execution_must_be_positive():
     with pytest.raises(RecipeError, match="steps_per_execution must be at least 1"):
         dataclasses.replace(RECIPE, steps_per_execution=0)

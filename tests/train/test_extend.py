@@ -1,4 +1,4 @@
-"""A run that goes on for longer ends as if it had been that long from the start."""
+"""`extend`: an extended run ends as a run of that length from the start."""
 
 import dataclasses
 import re
@@ -78,7 +78,7 @@ LONGER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LONGER)
 def test_extended_run_ends_as_longer_run(case, tmp_path):
-    """Bit for bit, with a schedule whose rates do not depend on the stage's length."""
+    """Bit-identical, with schedules that do not depend on the length of the stage."""
     before, longer = LONGER[case]
     run(before, tmp_path / "extended")
     run(longer, tmp_path / "extended", extend=True)
@@ -88,7 +88,7 @@ def test_extended_run_ends_as_longer_run(case, tmp_path):
 
 @pytest.mark.slow
 def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsys):
-    """A stage of one epoch leaves nothing but what it handed on."""
+    """A stage of one epoch has no checkpoint but its end."""
     run(recipe(HEAD), tmp_path / "run")
     two = recipe(dataclasses.replace(HEAD, epochs=2))
     run(two, tmp_path / "run", console=Console(), extend=True)
@@ -97,7 +97,7 @@ def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_early_stop_is_not_undone_by_more_epochs(tmp_path):
+def test_extend_does_not_undo_early_stop(tmp_path):
     stopped = EarlyStop(min_delta=1.0, patience=1)
     run(last(epochs=5, until=stopped), tmp_path / "run")
     before = rows(tmp_path / "run")
@@ -128,7 +128,7 @@ COSINE = {"schedule": schedules.CosineAnnealingLR()}
     ],
     ids=["without", "cosine", "shorter", "rates", "fewer_stages", "optimizer"],
 )
-def test_other_recipe_is_refused_field_by_field(now, extend, message, ended):
+def test_extend_refuses_other_fields(now, extend, message, ended):
     saved = (ended / "recipe.yaml").read_bytes()
     with pytest.raises(RecipeError, match=message) as refused:
         run(now, ended, extend=extend)
@@ -137,7 +137,7 @@ def test_other_recipe_is_refused_field_by_field(now, extend, message, ended):
 
 
 @pytest.mark.slow
-def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
+def test_extend_keeps_groups_of_a_begun_stage(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die(patch, Progress, "after_step", lambda progress: progress.step == 4)
         with pytest.raises(KilledError):
@@ -154,7 +154,7 @@ def test_stage_under_way_keeps_its_groups(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_extended_run_without_checkpoint_keeps_its_recipe_file(tmp_path, monkeypatch):
-    """Killed before its first checkpoint: the old command neither shortens nor overwrites it."""
+    """The command of the shorter run neither shortens nor overwrites it."""
     run(recipe(HEAD), tmp_path)
     two = recipe(dataclasses.replace(HEAD, epochs=2))
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Whole runs on the digits: what they leave behind, and that a killed one ends like an unbroken."""
+"""Whole runs on the digits: their files, their results, and resumption."""
 
 import dataclasses
 import json
@@ -68,13 +68,13 @@ def rows(workdir):
 
 
 def without_seconds(workdir):
-    """The rows without what the machine decides."""
+    """Returns the rows without times and memory."""
     measured = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
     return [{k: v for k, v in row.items() if k not in measured} for row in rows(workdir)]
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_behind(unbroken):
+def test_run_files_and_epochs(unbroken):
     workdir, result = unbroken
     assert {path.name for path in workdir.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock",
@@ -93,7 +93,7 @@ def test_what_a_run_leaves_behind(unbroken):
 
 
 @pytest.mark.slow
-def test_what_it_exports_scores_what_it_says(unbroken):
+def test_exported_model_reproduces_validation_score(unbroken):
     workdir, result = unbroken
     described = json.loads((workdir / "model.json").read_text())
     assert described["classes"] == ["5", "6", "7", "8", "9"]
@@ -109,7 +109,7 @@ def test_what_it_exports_scores_what_it_says(unbroken):
     assert again.loss == pytest.approx(result.score.loss, rel=1e-5)
 
 
-def test_a_finished_run_is_not_run_again(unbroken):
+def test_finished_run_is_not_run_again(unbroken):
     workdir, result = unbroken
     before = (workdir / "metrics.jsonl").read_text()
     assert finetune(RECIPE, workdir, console=QUIET) == result
@@ -121,7 +121,7 @@ class KilledError(Exception):
 
 
 def run_and_die(recipe, workdir, step, monkeypatch, **given):
-    """A run that dies right after it began to write the checkpoint of `step`."""
+    """Kills a run right after it began to write the checkpoint of `step`."""
     real = Checkpoints.save
 
     def save_and_die(self, at, *args, **kwargs):
@@ -136,20 +136,8 @@ def run_and_die(recipe, workdir, step, monkeypatch, **given):
 
 
 @pytest.mark.slow
-def test_a_lost_newest_checkpoint_costs_only_its_epoch(unbroken, tmp_path, monkeypatch):
-    """Of a stage's first epoch, and of its last; a run that loses one after another."""
-    workdir, result = unbroken
-    for step in (4, 8, 12, 24):
-        run_and_die(RECIPE, tmp_path / "run", step, monkeypatch)
-    again = finetune(RECIPE, tmp_path / "run", console=QUIET)
-    assert again.score == result.score
-    assert again.weights.read_bytes() == result.weights.read_bytes()
-    assert without_seconds(tmp_path / "run") == without_seconds(workdir)
-
-
-@pytest.mark.slow
-def test_what_the_weights_expect_of_images_is_what_a_run_does(tmp_path):
-    """Also where they come unscaled: recipe, weights and a second run agree."""
+def test_preprocessing_of_weights_is_that_of_the_run(tmp_path):
+    """Recipe, exported model and a second run agree, also without resizing."""
     file = tmp_path / "own.safetensors"
     file.write_bytes((ROOT / "jaxft/assets/digits_0to4.safetensors").read_bytes())
     own = {"image_size": 8, "resize_size": None, "mean": [0.3] * 3, "std": [0.4] * 3}
@@ -170,7 +158,7 @@ def test_what_the_weights_expect_of_images_is_what_a_run_does(tmp_path):
     assert finetune(recipe, tmp_path / "run", console=QUIET) == result
 
 
-def test_cheap_mistakes_show_before_weights_are_fetched(tmp_path, monkeypatch):
+def test_recipe_errors_precede_download_of_weights(tmp_path, monkeypatch):
     def fetched(_):
         raise AssertionError
 
@@ -183,7 +171,7 @@ def test_cheap_mistakes_show_before_weights_are_fetched(tmp_path, monkeypatch):
         finetune(RECIPE, tmp_path / "file", console=QUIET)
 
 
-def test_images_of_one_class_are_refused(tmp_path):
+def test_data_of_one_class_is_refused(tmp_path):
     recipe = dataclasses.replace(RECIPE, weights=None, data="digits:3", shots=None)
     with pytest.raises(DataError, match="digits:3: all images to train on are of one class, '3'"):
         finetune(recipe, tmp_path / "run", console=QUIET)
@@ -194,7 +182,7 @@ def test_images_of_one_class_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["zeros", "xavier"])
-def test_a_head_without_weights_starts_as_asked(start, tmp_path):
+def test_head_initialisation_without_weights(start, tmp_path):
     recipe = dataclasses.replace(RECIPE, weights=None, head=start)
     model = recipe.network(5)
     params, _ = drawn(recipe, model, None)
@@ -203,7 +191,7 @@ def test_a_head_without_weights_starts_as_asked(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_begun_needs_its_weights_no_more(unbroken, tmp_path, monkeypatch):
+def test_resume_needs_no_weights_file(unbroken, tmp_path, monkeypatch):
     weights_file = tmp_path / "digits.safetensors"
     weights_file.write_bytes((ROOT / "jaxft/assets/digits_0to4.safetensors").read_bytes())
     recipe = dataclasses.replace(RECIPE, weights=str(weights_file))
@@ -216,8 +204,8 @@ def test_a_run_that_has_begun_needs_its_weights_no_more(unbroken, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_schedules_and_parked_states_survive(tmp_path, monkeypatch):
-    """A group that sits a stage out, a rate that falls by step, and one that validation lowers."""
+def test_resume_restores_schedules_and_parked_state(tmp_path, monkeypatch):
+    """A group that skips a stage, a schedule by step, and one that validation drives."""
     both = {"fc": 1e-2, "layer3": 1e-2}
     plateau = ReduceLROnPlateau(patience=0, threshold=1e3, factor=0.5)
     recipe = dataclasses.replace(
@@ -239,7 +227,7 @@ def test_schedules_and_parked_states_survive(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_changed_images_are_not_trained_on(tmp_path, monkeypatch):
+def test_resume_refuses_fewer_images(tmp_path, monkeypatch):
     run_and_die(RECIPE, tmp_path / "run", 4, monkeypatch)
     real = data.open_source
 
@@ -255,7 +243,7 @@ def test_changed_images_are_not_trained_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_images_exchanged_between_classes_are_not_trained_on(tmp_path, monkeypatch):
+def test_resume_refuses_images_of_exchanged_classes(tmp_path, monkeypatch):
     run_and_die(RECIPE, tmp_path / "run", 4, monkeypatch)
     real = data.open_source
 
@@ -272,7 +260,7 @@ def test_images_exchanged_between_classes_are_not_trained_on(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):
+def test_stage_that_never_improves_restores_its_start(tmp_path):
     stages = (
         Stage("head", {"fc": 1e-2}, epochs=1),
         Stage("ruin", {"*": 0.3}, epochs=5, until=EarlyStop(patience=2, baseline="start")),
@@ -285,7 +273,7 @@ def test_a_stage_that_never_improves_hands_on_what_it_got(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_scratch_is_a_run_of_its_own(tmp_path):
+def test_from_scratch_run_has_its_own_folder(tmp_path):
     once = (Stage("once", {"fc": 1e-3}, epochs=1),)
     recipe = dataclasses.replace(RECIPE, stages=once, from_scratch=once)
     result = finetune(recipe, tmp_path / "run", console=QUIET)
@@ -301,7 +289,7 @@ def test_from_scratch_is_a_run_of_its_own(tmp_path):
     ],
     ids=str,
 )
-def test_another_recipes_workdir_is_refused(fields, message, unbroken):
+def test_workdir_of_another_recipe_is_refused(fields, message, unbroken):
     workdir, _ = unbroken
     before = sorted(workdir.rglob("*"))
     with pytest.raises(RecipeError, match=message):
@@ -309,7 +297,7 @@ def test_another_recipes_workdir_is_refused(fields, message, unbroken):
     assert sorted(workdir.rglob("*")) == before
 
 
-def test_a_second_process_is_refused(tmp_path):
+def test_workdir_in_use_is_refused(tmp_path):
     errors = []
 
     def second():
@@ -326,8 +314,8 @@ def test_a_second_process_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
-    """A run that failed at its first image must not bar the way to the corrected recipe."""
+def test_workdir_without_checkpoint_takes_another_recipe(tmp_path, monkeypatch):
+    """A run that failed at its first image does not block the corrected recipe."""
 
     def unreadable(*_, **__):
         raise DataError("an image can no longer be read")
@@ -342,7 +330,7 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
     assert read(tmp_path / "run" / "recipe.yaml") == once.expecting(Preprocessing())
 
 
-def test_patterns_of_the_comparison_fail_before_any_training(tmp_path):
+def test_patterns_of_from_scratch_are_checked_before_training(tmp_path):
     wrong = dataclasses.replace(RECIPE, from_scratch=(Stage("x", {"layer9": 1.0}, 1),))
     with pytest.raises(PatternError, match="layer9"):
         finetune(wrong, tmp_path / "run", console=QUIET)
@@ -350,7 +338,7 @@ def test_patterns_of_the_comparison_fail_before_any_training(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "foreign", "unwritable"])
-def test_unusable_workdirs(kind, tmp_path):
+def test_unusable_workdir_is_refused(kind, tmp_path):
     workdir = tmp_path / "run"
     if kind == "file":
         workdir.write_text("")
@@ -366,9 +354,8 @@ def test_unusable_workdirs(kind, tmp_path):
         finetune(RECIPE, workdir, console=QUIET)
 
 
-def test_prefetched_batches_end_with_the_run(unbroken):
+def test_prefetch_threads_end_with_the_run(unbroken):
     readers = [t for t in threading.enumerate() if t.name.startswith("jaxft-data")]
     for reader in readers:
-        reader.join(10)  # each ends with the batch in hand
+        reader.join(10)  # a thread finishes its current batch
     assert not [reader for reader in readers if reader.is_alive()]
-    assert jax.devices()  # and the process goes on

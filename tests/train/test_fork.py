@@ -1,4 +1,4 @@
-"""A run that begins at the end of another run's stage."""
+"""Forks: runs that start from the end of another run's stage."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from mortal import QUIET, RECIPE, go_on, rows
+from mortal import QUIET, RECIPE, rows, train_to_end
 
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
@@ -32,14 +32,13 @@ def with_last(recipe, **fields):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, go_on(workdir)
+def run(whole):
+    return whole, train_to_end(whole)  # finished: returns its result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["head", "late"])  # the next one keeps optimizer state, or not
-def test_with_the_same_recipe_it_ends_as_that_run_did(stage, run, tmp_path):
+@pytest.mark.parametrize("stage", ["head", "late"])  # the next stage carries state, or not
+def test_fork_with_same_recipe_ends_as_the_run(stage, run, tmp_path):
     workdir, result = run
     forked = fork(RECIPE, tmp_path / "fork", workdir, stage)
     assert forked.weights.read_bytes() == result.weights.read_bytes()
@@ -48,7 +47,7 @@ def test_with_the_same_recipe_it_ends_as_that_run_did(stage, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_comes_later_may_change_and_the_run_stays_as_it_is(run, tmp_path):
+def test_fork_with_other_last_stage_leaves_the_run_unchanged(run, tmp_path):
     workdir, result = run
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     other = with_last(RECIPE, train={"layer3": 1e-3, "fc": 1e-2}, epochs=1)
@@ -58,8 +57,8 @@ def test_what_comes_later_may_change_and_the_run_stays_as_it_is(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_called_again_it_goes_on(run, tmp_path, monkeypatch):
-    """Also if it had not come to save what it took over."""
+def test_killed_fork_resumes(run, tmp_path, monkeypatch):
+    """Also if it was killed before its first checkpoint."""
     workdir, result = run
     real = Checkpoints.save
     for at in (18, 21):
@@ -78,7 +77,7 @@ def test_killed_and_called_again_it_goes_on(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_on_the_command_line(run, tmp_path):
+def test_fork_by_command(run, tmp_path):
     workdir, result = run
     save(RECIPE, tmp_path / "recipe.yaml")
     command = [sys.executable, SCRIPT, tmp_path / "recipe.yaml", "--workdir", tmp_path / "fork"]
@@ -90,10 +89,10 @@ def test_on_the_command_line(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_anchor_holds_to_what_the_first_run_started_from(tmp_path):
-    """Where that run has kept its start, which it does if any of its stages has an anchor."""
+def test_fork_anchors_to_start_of_the_first_run(tmp_path):
+    """The first run stores its start if any of its stages has an anchor."""
     recipe = with_last(RECIPE, anchor=Anchor())
-    result = go_on(tmp_path / "run", recipe)
+    result = train_to_end(tmp_path / "run", recipe)
     forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
@@ -121,7 +120,7 @@ def colours(turned=False):
 
 
 def measured(recipe, weights, turned):
-    """Accuracy on the images that validate, by the weights that a run has handed back."""
+    """Returns the validation accuracy of exported weights."""
     model = models.create("cifar_resnet8", num_classes=2)
     params, stats = load(weights, model)
     x = recipe.preprocessing.normalize(ROWS[32:])
@@ -143,7 +142,7 @@ def job(tmp_path_factory):
     ids=["other_images", "other_mean", "tta"],
 )
 def test_fork_score_is_measured_on_its_own_images_and_settings(turned, change, job, tmp_path):
-    """The other run's score is none of the fork's: here its stage never improves on the start."""
+    """The stage never improves on its start, whose score the fork must measure itself."""
     workdir, before = job
     recipe = dataclasses.replace(JOB, stages=MORE, **change)
     forked = finetune(
@@ -176,16 +175,14 @@ OTHER_NETWORK = dataclasses.replace(RECIPE, model="cifar_resnet20", weights=None
     ],
     ids=["unknown", "last", "none", "not_in_recipe", "other_network"],
 )
-def test_what_cannot_be_forked_is_told_before_a_folder_is_made(
-    recipe, stage, error, message, run, tmp_path
-):
+def test_fork_errors(recipe, stage, error, message, run, tmp_path):
     with pytest.raises(error, match=message):
         fork(recipe, tmp_path / "fork", run[0], stage)
     assert not (tmp_path / "fork").exists()
 
 
 @pytest.mark.slow
-def test_a_run_without_an_ended_stage_has_nothing_to_fork(tmp_path, monkeypatch):
+def test_fork_needs_ended_stage(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint to fork from"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "nowhere")
     real = Checkpoints.save
@@ -196,13 +193,13 @@ def test_a_run_without_an_ended_stage_has_nothing_to_fork(tmp_path, monkeypatch)
 
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        go_on(tmp_path / "run")
+        train_to_end(tmp_path / "run")
     with pytest.raises(CheckpointError, match="no stage has ended"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "run")
     assert not (tmp_path / "fork").exists()
 
 
-def test_a_stage_alone_names_no_run(tmp_path):
+def test_stage_needs_fork_from(tmp_path):
     with pytest.raises(RecipeError, match="stage"):
         finetune(RECIPE, tmp_path / "run", stage="late", console=QUIET)
     assert not (tmp_path / "run").exists()
@@ -210,9 +207,9 @@ def test_a_stage_alone_names_no_run(tmp_path):
 
 @pytest.mark.slow
 def test_fork_of_arrays_that_are_not_finite_is_refused(tmp_path):
-    """As of a run of an earlier version, which did not look at running statistics."""
+    """Earlier versions did not check running statistics."""
     recipe = dataclasses.replace(RECIPE, stages=(HEAD, LATE))
-    go_on(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
+    train_to_end(tmp_path / "run", dataclasses.replace(RECIPE, stages=(HEAD,)))
     place = tmp_path / "run/checkpoints/8"
     _, stats = weights_only.read_weights(place)
     stats["bn1"]["mean"][0] = np.nan

@@ -1,4 +1,4 @@
-"""A full disk, in each phase of a run that writes: one error, and the same command goes on."""
+"""A full disk in each phase of a run that writes: one error, and the same command resumes."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_full_disk_before_training_names_the_file(full, disk):
     assert [row["epoch"] for row in rows(workdir)] == [1]
 
 
-def test_full_disk_at_the_export_names_the_file(full, disk):
+def test_full_disk_at_export_names_the_file(full, disk):
     workdir = disk.folder / "run"
     run(workdir)
     expected = {name: (workdir / name).read_bytes() for name in ("model.safetensors", "model.json")}

@@ -1,4 +1,4 @@
-"""A head that a run keeps or forks is of the images' classes, each output at its own."""
+"""`head_classes`: outputs of a kept or forked head follow the classes of the images."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ NAMES = {False: ("ant", "bee", "wasp"), True: ("ant", "bee")}
 
 
 def images(classes, order=None):
-    """The same images, whatever the order of their classes."""
+    """Returns the same images for any order of the classes."""
     order = order or classes
     rng = np.random.default_rng(0)
     targets = np.arange(8) % len(classes)
@@ -51,8 +51,8 @@ def tensors(workdir):
 
 
 @pytest.mark.slow
-def test_a_fork_on_reordered_classes_ends_with_reordered_outputs(run, tmp_path, capsys):
-    """Parameters and moments, for the next stage keeps them."""
+def test_fork_on_reordered_classes_reorders_outputs(run, tmp_path, capsys):
+    """Reorders parameters, and moments, which the next stage carries."""
     workdir, recipe = run
     names = NAMES[recipe.binary]
     turned = names[1:] + names[:1]
@@ -69,7 +69,7 @@ def test_a_fork_on_reordered_classes_ends_with_reordered_outputs(run, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_fork_on_other_classes_is_refused_before_a_folder_is_made(run, tmp_path):
+def test_fork_on_other_classes_is_refused(run, tmp_path):
     workdir, recipe = run
     other = images((*NAMES[recipe.binary][:-1], "cicada"))
     with pytest.raises(WeightsError, match=r"other classes.*\n.*ant, bee.*\n.*cicada.*\n.*fork"):
@@ -80,7 +80,7 @@ def test_a_fork_on_other_classes_is_refused_before_a_folder_is_made(run, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["run", "file", "checkpoint"])
-def test_a_head_that_is_kept_must_be_of_the_images_classes(source, run, tmp_path):
+def test_kept_head_must_have_the_classes_of_the_images(source, run, tmp_path):
     workdir, recipe = run
     places = {
         "run": workdir,
@@ -94,8 +94,8 @@ def test_a_head_that_is_kept_must_be_of_the_images_classes(source, run, tmp_path
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_head_that_is_kept_is_put_in_the_images_order(run, tmp_path, capsys):
-    """It then scores as in its own run, whose last epoch it starts from."""
+def test_kept_head_is_reordered_to_the_images(run, tmp_path, capsys):
+    """Its score at the start equals that of its own run."""
     workdir, recipe = run
     names = NAMES[recipe.binary]
     keeping = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""`~` at the start of a path is the user's home wherever a path comes in."""
+"""`~` at the start of each path is the user's home."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.slow
-def test_home_is_expanded_in_each_path(tmp_path, monkeypatch):
+def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):

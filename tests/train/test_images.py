@@ -1,4 +1,4 @@
-"""Whole runs by what they are fed: each option of the data, bad images, sources of all kinds."""
+"""Whole runs with each option of the data, with bad images, and from all kinds of sources."""
 
 import concurrent.futures.thread
 import dataclasses
@@ -19,8 +19,10 @@ from jaxft.report.console import Console
 from jaxft.train.export import export
 from jaxft.train.opening import open_splits
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 ROOT = Path(__file__).parents[2]
-ONCE = (Stage("head", {"fc": 1e-2}, epochs=2, hand_on="last"),)
+ONCE = (Stage("head", {"fc": 1e-2}, epochs=1, hand_on="last"),)
 RECIPE = Recipe(
     model="cifar_resnet8",
     weights="asset:digits_0to4",
@@ -55,14 +57,14 @@ def from_folder(root, **fields):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(stage_ends_only, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
     return workdir, finetune(RECIPE, workdir, console=QUIET)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"augment": "none", "steps_per_execution": 2}], ids=str)
-def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
+def test_normalized_float_images_train_as_bytes(fields, tmp_path):
     recipe = dataclasses.replace(RECIPE, augment="flip", cutmix=1.0, tta="flip", shots=None)
     recipe = dataclasses.replace(recipe, **fields)
     levels = [source.take(np.arange(20)) for source in data.open_source("digits:5-9", shots=6)]
@@ -103,7 +105,6 @@ def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
     [
         {"augment": "randaugment"},
         {"erasing": 0.5},
-        {"mixup": 0.5},
         {"cutmix": 1.0, "mixup": 0.5, "label_smoothing": 0.1},
         {"balance": "loss", "shots": None, "train_split": "train[:37]"},
         {"balance": "sampling"},
@@ -113,21 +114,21 @@ def test_normalized_floats_train_as_the_levels_they_come_from(fields, tmp_path):
     ],
     ids=str,
 )
-def test_each_option_trains_in_its_own_way_and_again_the_same(fields, plain, tmp_path):
+def test_data_options_change_training_reproducibly(fields, plain, tmp_path):
     recipe = dataclasses.replace(RECIPE, **fields)
     finetune(recipe, tmp_path / "run", console=QUIET)
     found = losses(tmp_path / "run")
     assert np.isfinite(found).all()
     assert found != losses(plain[0])
     if not fields.keys() & {"augment", "balance", "train_split", "resize_mode"}:
-        return  # what is drawn on the device, or left out
+        return
     other_threads = dataclasses.replace(recipe, workers=0, cache_mib=0)
     finetune(other_threads, tmp_path / "again", console=QUIET)
     assert losses(tmp_path / "again") == found
 
 
 @pytest.mark.slow
-def test_the_mirror_changes_the_score_and_no_weights(plain, tmp_path):
+def test_tta_changes_score_but_not_weights(plain, tmp_path):
     _, result = plain
     both = finetune(dataclasses.replace(RECIPE, tta="flip"), tmp_path / "run", console=QUIET)
     assert both.weights.read_bytes() == result.weights.read_bytes()
@@ -135,7 +136,7 @@ def test_the_mirror_changes_the_score_and_no_weights(plain, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_changes_nothing(tmp_path):
+def test_image_cache_changes_nothing(tmp_path):
     recipe = from_folder(image_folder(tmp_path / "images"), augment="crop_flip")
     kept = finetune(recipe, tmp_path / "a", console=QUIET)
     bare = finetune(dataclasses.replace(recipe, cache_mib=0), tmp_path / "b", console=QUIET)
@@ -143,7 +144,7 @@ def test_a_cache_changes_nothing(tmp_path):
     assert kept.score == bare.score
 
 
-def test_images_that_drop_last_leaves_out_are_a_remark():
+def test_drop_last_remarks_on_dropped_images():
     recipe = dataclasses.replace(RECIPE, drop_last=True, batch_size=7)
     assert open_splits(recipe, None).remarks[1:] == (
         "drop_last leaves out 2 of 30 images in each epoch, other ones each time: they do not fill "
@@ -152,7 +153,7 @@ def test_images_that_drop_last_leaves_out_are_a_remark():
     assert len(open_splits(dataclasses.replace(recipe, batch_size=6), None).remarks) == 1
 
 
-def test_drop_last_that_drops_all_is_told_before_there_is_a_folder(tmp_path):
+def test_drop_last_must_not_drop_all_images(tmp_path):
     recipe = dataclasses.replace(RECIPE, drop_last=True, batch_size=64)
     with pytest.raises(DataError, match="drop_last leaves nothing of 30 images in batches of 64"):
         finetune(recipe, tmp_path / "run", console=QUIET)
@@ -185,7 +186,7 @@ BAD = [truncated, text, empty, bomb]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
-def test_a_bad_image_ends_the_run_before_it_starts(damage, tmp_path):
+def test_bad_image_is_refused_before_training(damage, tmp_path):
     recipe = from_folder(image_folder(tmp_path / "images"))
     expected = damage(tmp_path / "images")
     with pytest.raises(DataError, match="on_bad_image='skip'") as caught:
@@ -195,7 +196,7 @@ def test_a_bad_image_ends_the_run_before_it_starts(damage, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_images_are_left_out_with_a_list(tmp_path, capsys):
+def test_bad_images_are_skipped_and_listed(tmp_path, capsys):
     recipe = from_folder(image_folder(tmp_path / "images"), on_bad_image="skip")
     expected = [damage(tmp_path / "images") for damage in BAD]
     finetune(recipe, tmp_path / "run")
@@ -221,7 +222,7 @@ def other_classes(images):
     [(no_images, "no images in .*val/bees"), (other_classes, "Only in train: bees.*in val: wasps")],
     ids=["no images", "other classes"],
 )
-def test_folders_that_do_not_hold_together(damage, message, tmp_path):
+def test_folders_with_other_classes_are_refused(damage, message, tmp_path):
     recipe = from_folder(image_folder(tmp_path / "images"), on_bad_image="skip")
     damage(tmp_path / "images")
     with pytest.raises(DataError, match=message):
@@ -235,7 +236,7 @@ def in_memory(count=30):
 
 
 @pytest.mark.slow
-def test_images_in_memory(tmp_path, capsys):
+def test_run_with_images_in_memory(tmp_path, capsys):
     recipe = dataclasses.replace(RECIPE, data="noise", shots=None, from_scratch=ONCE)
     result = finetune(recipe, tmp_path / "run", data=in_memory())
     said = capsys.readouterr().out
@@ -247,7 +248,7 @@ def test_images_in_memory(tmp_path, capsys):
         finetune(recipe, tmp_path / "run", console=QUIET)
 
 
-def test_targets_outside_of_the_classes(tmp_path):
+def test_targets_outside_of_classes_are_refused(tmp_path):
     source = in_memory()
     source.targets[3] = 3
     with pytest.raises(
@@ -257,7 +258,7 @@ def test_targets_outside_of_the_classes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_thread_that_dies_ends_the_run(tmp_path, monkeypatch):
+def test_dead_data_thread_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(concurrent.futures.thread._WorkItem, "run", lambda self: sys.exit())
     with pytest.raises(DataError, match="a thread that prepares batches has died"):
@@ -265,8 +266,8 @@ def test_a_thread_that_dies_ends_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_prepared_folder_trains_as_its_images_do(tmp_path):
-    """Its images lie in another order, which one batch of all does not care about."""
+def test_prepared_tfds_folder_trains_as_image_folder(tmp_path):
+    """Its images are in another order; one batch holds all of them."""
     images = image_folder(tmp_path / "images")
     script = [sys.executable, ROOT / "scripts/prepare_tfds.py", images, tmp_path / "set"]
     subprocess.run(script, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in each phase of a run: one line, and the same call ends as if unbroken."""
+"""SIGTERM and SIGINT in each phase of a run: one line, and the resumed run ends as unbroken."""
 
 import signal
 import subprocess
@@ -26,8 +26,8 @@ class Net(nn.Module):
         return nn.Dense(2, name="head")(nn.relu(nn.Dense(4, name="body")(x.mean((1, 2)))))
 
 
-# By the event that it is met at: of a fresh workdir, or of one that was interrupted in the phase
-# before. Images are read when they are checked, and once more; then they are in memory.
+# The event of each phase, and its number, in a workdir that was interrupted in the phase before.
+# Images are read when they are checked, and once more; then they are in memory.
 PHASES = {
     "recipe_resolved": ("open", "recipe.yaml"),
     "images_checked": ("open", "train/a/0.png"),
@@ -41,7 +41,7 @@ PHASES = {
     "checkpoint_read": ("open", "run/checkpoints"),
     "next_stage_compiled": ("compile", "", 4),
     "epoch_validated": ("os.rename", "metrics.jsonl", 2),
-    # By a thread: up to two epochs may have passed, so that the last stage has some to spare.
+    # A thread renames: two epochs may pass before, and the last stage has five.
     "checkpoint_named": ("os.rename", "run/checkpoints/"),
     "epoch_recorded": ("os.rename", "metrics.jsonl", 2),
     "weights_exported": ("os.rename", "model.safetensors"),
@@ -102,7 +102,7 @@ def interrupted(request, folder):
 
 @pytest.fixture
 def handlers():
-    """Those of the program that calls; a signal that comes to them ends the test, not pytest."""
+    """Installs signal handlers of a caller, which fail the test if they receive a signal."""
 
     def unhandled(number, _):
         raise AssertionError(f"{signal.Signals(number).name} came to the caller")
@@ -144,7 +144,7 @@ def test_run_interrupted_in_each_phase_ends_as_unbroken(interrupted, folder, unb
 
 
 def struck(number, event, name, script, *arguments):
-    """The exit code and stderr of a script that a signal meets; see `strike_child.py`."""
+    """Returns exit code and stderr of a script that gets a signal; see `strike_child.py`."""
     done = subprocess.run(
         [
             sys.executable,

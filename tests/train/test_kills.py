@@ -1,6 +1,6 @@
-"""Killed at any point and called again, a run ends bit-identically to an unbroken one.
+"""A run that is killed and resumed ends bit-identically to an unbroken one.
 
-`scripts/soak.py` does the same at random moments, for as long as one likes.
+`scripts/soak.py` does the same at random moments.
 """
 
 import dataclasses
@@ -8,7 +8,16 @@ import shutil
 import signal
 
 import pytest
-from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, rows, run_until
+from mortal import (
+    RECIPE,
+    KilledError,
+    assert_same_end,
+    die,
+    odd_names,
+    rows,
+    run_until,
+    train_to_end,
+)
 
 from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -19,78 +28,83 @@ from jaxft.train.run import Run
 pytestmark = pytest.mark.slow
 
 
-def test_sigkill_changes_nothing(whole, tmp_path):
-    """While it writes within an epoch, as a stage ends, in the first step after, and while it
-    writes a stage's end: one run, killed four times."""
+@pytest.mark.parametrize(
+    "points", [("step:9",), ("save:6", "stage:head", "save:18")], ids=["step", "checkpoints"]
+)
+def test_run_killed_by_sigkill_ends_as_unbroken(points, whole, tmp_path):
+    """In the first step of a stage; during a write within an epoch, at the end of a stage, and
+    during the write of that end."""
     workdir = tmp_path / "killed"
-    for point in ("save:6", "stage:head", "step:9", "save:18"):
+    for point in points:
         code, said = run_until(point, workdir)
         assert code == -signal.SIGKILL, (point, said)
-    go_on(workdir)
+    train_to_end(workdir)
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == []
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "points"),
-    [
-        (Progress, "after_step", (1, 9, 14, 25)),
-        (Checkpoints, "save", (3, 8, 18, 26)),
-    ],
-    ids=["step", "save"],
-)
-def test_whatever_is_lost_is_done_again(owner, name, points, whole, tmp_path, monkeypatch):
-    """A step that was not finished; a checkpoint that was not begun, also that of a stage's end."""
+def test_lost_step_or_checkpoint_is_repeated(whole, tmp_path, monkeypatch):
+    """Before the first step ends, before the first checkpoint begins, before that of a stage's end,
+    within a stage, and before the last checkpoint."""
     workdir = tmp_path / "killed"
-    for point in points:
+
+    def step_ends(number):
+        return Progress, "after_step", lambda progress: progress.step + 1 == number
+
+    def checkpoint_begins(number):
+        return Checkpoints, "save", lambda _, step, *__: step == number
+
+    points = (
+        step_ends(1),
+        checkpoint_begins(3),
+        checkpoint_begins(8),
+        step_ends(14),
+        checkpoint_begins(26),
+    )
+    for owner, name, reached in points:
         with monkeypatch.context() as patch:
-            die(
-                patch,
-                owner,
-                name,
-                lambda self, step=None, *_: (step or self.step + 1) == point,  # noqa: B023
-            )
+            die(patch, owner, name, reached)
             with pytest.raises(KilledError):
-                go_on(workdir)
-    go_on(workdir)
+                train_to_end(workdir)
+    train_to_end(workdir)
     assert_same_end(workdir, whole)
 
 
-def test_what_an_anchor_holds_to_is_kept_before_the_first_checkpoint(tmp_path, monkeypatch):
-    """A run that has kept its start, whole or in part, and then died at once starts again."""
+def test_anchor_start_is_saved_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """A run that died after it had saved its start, completely or in part, starts again."""
     first = dataclasses.replace(RECIPE.stages[0], anchor=Anchor())
     recipe = dataclasses.replace(RECIPE, stages=(first,))
     with monkeypatch.context() as patch:
         die(patch, Checkpoints, "save", lambda *_: True)
         with pytest.raises(KilledError):
-            go_on(tmp_path / "killed", recipe)
+            train_to_end(tmp_path / "killed", recipe)
     start = tmp_path / "killed" / "start"
     shutil.copytree(start, start.with_name("start.orbax-checkpoint-tmp"))
     for workdir in ("killed", "unbroken"):
-        go_on(tmp_path / workdir, recipe)
+        train_to_end(tmp_path / workdir, recipe)
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_path, monkeypatch):
-    """Asked to stop in validation, it saves the epoch's last step; then it dies as it saves the
-    epoch's end, by the same number."""
+def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monkeypatch):
+    """Stopped in validation, a run saves the last step of the epoch; the next dies as it saves the
+    end of the epoch, under the same number."""
     workdir = tmp_path / "killed"
     scores = iter([Score(1.0, 0.5, 1.0), None])
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda *_: next(scores))
         with pytest.raises(InterruptedRunError, match="step 4 is saved"):
-            go_on(workdir)
+            train_to_end(workdir)
     with monkeypatch.context() as patch:
         die(patch, Checkpoints, "save", lambda _, step, *__: step == 4)
         with pytest.raises(KilledError):
-            go_on(workdir)
+            train_to_end(workdir)
     assert [row["step"] for row in rows(workdir)] == [4]
-    go_on(workdir)
+    train_to_end(workdir)
     assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(whole)]
 
 
-def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatch):
-    """Of the run's start, of an epoch, and of the same once more."""
+def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
+    """At the start of the run, of an epoch, and once more of the same epoch."""
     workdir = tmp_path / "killed"
     real = Run.evaluate
     for call in (1, 2, 1):
@@ -105,6 +119,6 @@ def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(Run, "evaluate", failing)
             with pytest.raises(KilledError):
-                go_on(workdir)
-    go_on(workdir)
+                train_to_end(workdir)
+    train_to_end(workdir)
     assert_same_end(workdir, whole)

@@ -1,4 +1,4 @@
-"""A step computes what its stage's definition needs, and no more: counted product by product."""
+"""FLOPs of a step are the least that its stage needs, counted product by product."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ RECIPE = Recipe(
 
 
 def products(jaxpr):
-    """The operations of each convolution and matrix product, without those on padding."""
+    """Yields the FLOPs of each convolution and matrix product, without padding."""
     for equation in jaxpr.eqns:
         shapes = [variable.aval.shape for variable in equation.invars]
         if equation.primitive.name == "dot_general":
@@ -60,7 +60,7 @@ def products(jaxpr):
 
 @pytest.fixture(scope="module")
 def stages():
-    """The programs of the stages, what they start with, and the products of each block."""
+    """The programs of the stages, their start, and the products of each block."""
     images = data.arrays(np.zeros((32, SIDE, SIDE, 3), np.uint8), np.arange(32) % 2, "ab")
     recipe = RECIPE.expecting(data.Preprocessing())
     model = recipe.network(2)
@@ -76,8 +76,8 @@ def stages():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
-def test_a_step_needs_the_products_of_its_definition(stages, index):
-    """Forward all, backward what trains; norms, ReLU and the optimizer are within 2 %."""
+def test_step_flops_are_the_least(stages, index):
+    """Forward of all blocks, backward of trained ones; norms, ReLU and optimizer are within 2 %."""
     programs, (params, stats), found = stages
     trained = [("head",), ("layer4", "head"), tuple(found)][index]
     backward = 2 * sum(sum(found[block]) for block in trained)

@@ -1,4 +1,4 @@
-"""Out of memory: one error that names the ways out, and a run that goes on."""
+"""Out of memory: one error that names the ways out, and a run that resumes."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("owner", "name", "instead"), PLACES.values(), ids=PLACES)
-def test_out_of_memory_is_one_error_with_ways_out(owner, name, instead, tmp_path, monkeypatch):
+def test_out_of_memory_error_names_ways_out(owner, name, instead, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, instead)
         with pytest.raises(RecipeError, match=ADVICE):
@@ -66,7 +66,7 @@ def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
     assert run(tmp_path / "run", recipe).weights.read_bytes() == whole.weights.read_bytes()
 
 
-def test_out_of_memory_of_another_kind_stays_itself(tmp_path, monkeypatch):
+def test_other_runtime_error_is_not_replaced(tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: the driver")
 
@@ -75,7 +75,7 @@ def test_out_of_memory_of_another_kind_stays_itself(tmp_path, monkeypatch):
         run(tmp_path / "run")
 
 
-def test_range_test_and_block_norms_name_the_ways_out(monkeypatch):
+def test_out_of_memory_of_range_test_and_block_norms(monkeypatch):
     tried = trial(ALL, ramp(ALL.stages[0], low=1e-4, high=1.0, steps=10), model=NET, **IN_MEMORY)
     monkeypatch.setattr(Program, "compile", refuse)
     monkeypatch.setattr(Program, "gauge", refuse)

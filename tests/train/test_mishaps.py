@@ -1,4 +1,4 @@
-"""What else may happen to a run: a full disk, damaged files, a second run in its folder."""
+"""Mishaps of a run: a full disk, damaged files, a second run in its folder."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from mortal import (
     assert_same_end,
     begin_until,
     die,
-    go_on,
     odd_names,
     steps,
+    train_to_end,
 )  # fmt: skip
 
 from jaxft import CheckpointError, RecipeError, finetune
@@ -22,7 +22,7 @@ from jaxft.train.progress import Progress
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_costs_nothing_that_was_saved(whole, disk, monkeypatch):
+def test_full_disk_keeps_earlier_checkpoints(whole, disk, monkeypatch):
     workdir, real = disk.folder / "run", Checkpoints.save
 
     def fill_and_save(self, step, *args, **kwargs):
@@ -34,21 +34,21 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(whole, disk, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", fill_and_save)
         with pytest.raises(CheckpointError, match=r"are free\. All up to step 12 is safe"):
-            go_on(workdir)
+            train_to_end(workdir)
     assert steps(workdir)[-1] == 12
     disk.free()
-    go_on(workdir)
+    train_to_end(workdir)
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == []
 
 
 @pytest.mark.slow
-def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypatch, capsys):
+def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         die(patch, Progress, "after_step", lambda progress: progress.step == 13)
         with pytest.raises(KilledError):
-            go_on(workdir)
+            train_to_end(workdir)
     newest = workdir / "checkpoints" / "12"
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     content = bytearray(largest.read_bytes())
@@ -63,8 +63,8 @@ def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch):
-    """Those of `metrics.jsonl` up to its step stay."""
+def test_checkpoint_without_metrics_rows_keeps_them(whole, tmp_path, monkeypatch):
+    """Earlier versions saved no rows; `metrics.jsonl` keeps its rows up to the step."""
     save = Checkpoints.save
 
     def save_without_rows(self, step, progress, arrays, *, keep=False):
@@ -75,20 +75,20 @@ def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch
         patch.setattr(Checkpoints, "save", save_without_rows)
         die(patch, Progress, "after_step", lambda progress: progress.step == 13)
         with pytest.raises(KilledError):
-            go_on(tmp_path)
-    go_on(tmp_path)
+            train_to_end(tmp_path)
+    train_to_end(tmp_path)
     assert_same_end(tmp_path, whole)
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
+def test_second_run_in_workdir_is_refused(whole, tmp_path):
     workdir = tmp_path / "run"
     with begin_until("step:5", workdir, signals="SIGSTOP") as first:
         _, status = os.waitpid(first.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
         try:
             with pytest.raises(RecipeError, match=f"another process is training in {workdir}"):
-                go_on(workdir)
+                train_to_end(workdir)
         finally:
             first.send_signal(signal.SIGCONT)
         _, said = first.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: the run ends and can go on, or leaves them out."""
+"""`on_nonfinite`: the run ends and can be resumed, or skips steps that are not finite."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from jaxft.train.step import TrainState, train_step
 
 
 class DividesByZero(nn.Module):
-    """On an image that is white all over."""
+    """Divides by zero on a white image."""
 
     @nn.compact
     def __call__(self, x):
@@ -27,7 +27,7 @@ class DividesByZero(nn.Module):
 
 
 def images():
-    """Eleven to train on, one of them white: one of an epoch's six steps meets it."""
+    """Returns eleven images to train on, one white: in one of six steps of an epoch."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 200, (15, 8, 8, 3), np.uint8)
     pixels[3] = 255
@@ -66,7 +66,7 @@ def skipping(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_such_steps_are_left_out_and_counted(skipping):
+def test_nonfinite_steps_are_skipped_and_counted(skipping):
     assert [row["skipped_steps"] for row in rows(skipping)] == [1, 1, 1]
     for row in rows(skipping):
         assert np.isfinite([row["train_loss"], *row["gradient_norms"].values()]).all()
@@ -74,8 +74,8 @@ def test_such_steps_are_left_out_and_counted(skipping):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("synced", [1, 10])
-def test_it_stops_at_the_step_and_can_go_on_without_it(synced, skipping, tmp_path):
-    """However late the host looks at the losses, no checkpoint comes in between."""
+def test_nonfinite_step_ends_run_which_resumes_by_skipping(synced, skipping, tmp_path):
+    """No checkpoint follows the step, however late the host reads the losses."""
     recipe = dataclasses.replace(STOPPING, sync_steps=synced)
     with pytest.raises(NonFiniteError, match=r"'head', epoch 1, step \d: the loss is ") as stop:
         run(recipe, tmp_path)
@@ -90,7 +90,7 @@ def test_it_stops_at_the_step_and_can_go_on_without_it(synced, skipping, tmp_pat
 
 
 @pytest.mark.slow
-def test_what_was_skipped_is_known_to_who_goes_on(skipping, tmp_path, monkeypatch):
+def test_resume_restores_number_of_skipped_steps(skipping, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die(patch, Progress, "after_step", lambda progress: progress.step == 11)
         with pytest.raises(KilledError):
@@ -100,8 +100,8 @@ def test_what_was_skipped_is_known_to_who_goes_on(skipping, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on():
-    """Of weights, statistics, moments and their count, and the average."""
+def test_skipped_step_changes_only_the_schedule_position():
+    """Weights, statistics, moments and their count, and the average stay."""
     params, stats = MODEL.init(jax.random.key(0))
     params["conv1"] = jax.tree.map(lambda x: x * jnp.nan, params["conv1"])
     (stage,) = plan([Stage("head", {"fc": 1e-3}, 1)], params)
@@ -127,7 +127,7 @@ def test_a_step_that_is_not_taken_changes_nothing_but_that_the_schedule_goes_on(
 
 
 class Overflows(nn.Module):
-    """The statistics of one norm layer become infinite; its output goes nowhere."""
+    """Has a norm layer whose statistics become infinite and whose output is not used."""
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -139,7 +139,7 @@ ONE = dataclasses.replace(STOPPING, stages=(Stage("all", {"*": 1e-2}, 1),))
 
 
 @pytest.mark.slow
-def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
+def test_infinite_running_statistics_end_the_run(tmp_path):
     network = Linen(Overflows(), shape=(8, 8, 3), head="head")
     told = r"step 1: the loss is 0\.\d+, but running statistics of aside are not finite"
     with pytest.raises(NonFiniteError, match=told) as stop:
@@ -148,7 +148,7 @@ def test_statistics_that_become_infinite_end_the_run_and_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_loss_that_is_not_finite_ends_the_run_before_its_first_step(tmp_path):
+def test_nonfinite_validation_loss_at_start_ends_the_run(tmp_path):
     train, val = images()
     swapped = data.Splits(val, train)  # the white image is one to validate
     told = r"stage 'all', before the first step: the validation loss is (nan|inf)\. Look"
@@ -160,7 +160,7 @@ def test_validation_loss_that_is_not_finite_ends_the_run_before_its_first_step(t
 
 
 class Drifts(nn.Module):
-    """It cannot be evaluated any more once it has been trained."""
+    """Evaluates to NaN after its first training step."""
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -169,7 +169,7 @@ class Drifts(nn.Module):
         return logits + moved if train else logits + jnp.where(moved == 0, 0, jnp.nan)
 
 
-def test_validation_loss_that_becomes_nan_ends_the_run(tmp_path):
+def test_nonfinite_validation_loss_after_epoch_ends_the_run(tmp_path):
     network = Linen(Drifts(), shape=(8, 8, 3), head="head")
     told = r"'all', epoch 1, step 6: the validation loss is nan, though loss and gradients"
     with pytest.raises(NonFiniteError, match=told):
@@ -201,7 +201,7 @@ def overflow(recipe, workdir, block, *, train=False, val=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_mib", [0, 512])
 @pytest.mark.parametrize("block", PLACES)
-def test_frozen_block_that_overflows_in_validation_ends_the_run_at_once(block, cache_mib, tmp_path):
+def test_nonfinite_frozen_block_in_validation_ends_the_run(block, cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
     told = (
         r"stage 'head': the features of image 1 \(of 4 to validate, .* frozen blocks stem to layer3"
@@ -215,7 +215,7 @@ def test_frozen_block_that_overflows_in_validation_ends_the_run_at_once(block, c
 
 @pytest.mark.parametrize("cache_mib", [0, 512])
 @pytest.mark.parametrize("block", PLACES)
-def test_frozen_block_that_overflows_in_training_ends_the_run(block, cache_mib, tmp_path):
+def test_nonfinite_frozen_block_in_training_ends_the_run(block, cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
     told = (
         r"features of image 3 \(of 10 to train"
@@ -228,7 +228,7 @@ def test_frozen_block_that_overflows_in_training_ends_the_run(block, cache_mib, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_mib", [0, 512])
-def test_steps_in_which_a_frozen_block_overflows_are_skipped(cache_mib, tmp_path):
+def test_steps_with_nonfinite_frozen_block_are_skipped(cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib, on_nonfinite="skip")
     overflow(recipe, tmp_path, "layer2", train=True, val=True)
     for row in rows(tmp_path):
@@ -238,8 +238,8 @@ def test_steps_in_which_a_frozen_block_overflows_are_skipped(cache_mib, tmp_path
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_batch_whose_classes_all_weigh_nothing(reduction, tmp_path):
-    """As in torch the sum is 0; there is no mean, and the message names the class weights."""
+def test_batch_of_zero_class_weights(reduction, tmp_path):
+    """The sum is 0, as in torch; the mean is not finite, and the error names the class weights."""
     pixels = np.random.default_rng(0).integers(0, 200, (5, 8, 8, 3), np.uint8)
     source = data.arrays(pixels, np.array([1, 1, 1, 0, 0]), ("a", "b"))
     splits = data.Splits(source.take(np.arange(4)), source.take(np.array([4])))

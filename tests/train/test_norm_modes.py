@@ -1,4 +1,4 @@
-"""The five ways to treat norm layers against torch's own, recorded in float64."""
+"""The five norm modes against torch, recorded in float64."""
 
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def golden():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_torchs(case, golden, monkeypatch):
+def test_norm_modes_are_torchs(case, golden, monkeypatch):
     trained = train(CASES[case], monkeypatch)
     of_case = {name: x for name, x in golden.items() if name.startswith(f"{case}/")}
     assert_as_recorded({f"{case}/{name}": x for name, x in trained.items()}, of_case)
 
 
 @pytest.mark.slow
-def test_the_recording_is_torchs(golden):
+def test_recording_of_norm_modes_is_torchs(golden):
     pytest.importorskip("torch")
     from record_stage_steps import recorded
 
@@ -68,7 +68,7 @@ LAYERS = ["bn1", *(f"layer{i}.0.bn{j}" for i in (1, 2, 3) for j in (1, 2))]
 
 
 def letters(train, norms):
-    """Of `LAYERS`, in their order: each layer's letter and mode, as the console has them."""
+    """Returns the letter of each layer of `LAYERS`, as the console prints it."""
     (stage,) = plan([Stage("x", train, 1, norms=norms)], PARAMS)
     modes = norm_modes(PARAMS, STATS, stage.labels, stage.stage.norm_choices)
     names = mode_names(PARAMS, stage.labels, modes)
@@ -84,8 +84,8 @@ def letters(train, norms):
         ("fc", "A", "A AA AA AA"),
         ("fc", "B", "B BB BB BB"),
         ("fc", "D", "D DD DD DD"),
-        ("fc", "E", "B BB BB BB"),  # what is frozen is in B, whatever the rest would be
-        ("layer3", "A", "A AA AA CC"),  # and what trains in C, but for E
+        ("fc", "E", "B BB BB BB"),  # frozen layers are in B
+        ("layer3", "A", "A AA AA CC"),  # trained layers in C, except in E
         ("layer3", "B", "B BB BB CC"),
         ("layer3", "D", "D DD DD CC"),
         ("layer3", "E", "B BB BB EE"),
@@ -101,11 +101,11 @@ def letters(train, norms):
         ("layer3", {"layer3": "C"}, "B BB BB CC"),
     ],
 )
-def test_the_mode_of_each_layer(train, norms, expected):
+def test_norm_mode_of_each_layer(train, norms, expected):
     assert letters({train: 0.1}, norms) == expected.replace(" ", "")
 
 
-def test_without_a_word_it_is_b():
+def test_default_norm_mode():
     (stage,) = plan([Stage("x", {"layer3": 0.1}, 1)], PARAMS)
     assert letters({"layer3": 0.1}, stage.stage.norms) == "BBBBBCC"
     assert norm_modes(PARAMS, STATS, stage.labels) == norm_modes(
@@ -131,7 +131,7 @@ def test_without_a_word_it_is_b():
         ),
     ],
 )
-def test_modes_that_do_not_fit_are_errors_before_anything_runs(norms, error, message):
+def test_norm_modes_that_do_not_fit_are_refused(norms, error, message):
     stage = Stage("x", {"layer3": 0.1, "fc": 0.1}, 1, norms=norms)
     recipe = Recipe(model=MODEL.name, data="random", stages=(stage,))
     source = data.arrays(np.zeros((1, 8, 8, 3), np.uint8), [0], classes="0123456789")
@@ -140,12 +140,12 @@ def test_modes_that_do_not_fit_are_errors_before_anything_runs(norms, error, mes
 
 
 @pytest.mark.parametrize("norms", ["F", {"layer3": "b", "*": "A"}, {"*": "batch"}])
-def test_letters_that_do_not_exist(norms):
+def test_unknown_norm_mode_is_refused(norms):
     with pytest.raises(RecipeError, match=r"stage 'x': norms has '\w+'; .* A, B, C, D, E"):
         Stage("x", {"*": 0.1}, 1, norms=norms)
 
 
-def test_a_stages_table_shows_the_letters(capsys, monkeypatch):
+def test_stage_table_shows_norm_modes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     train = {"fc": 1e-3, "layer3.0.bn1": 1e-4, "layer3": 1e-4}
     (stage,) = plan([Stage("x", train, 1, norms={"layer3": "E", "layer2": "D", "*": "A"})], PARAMS)

@@ -1,7 +1,7 @@
-"""The loss as torch has it, and that erasing, mixing and dropout draw apart from each other."""
+"""The loss against torch, and independent draws of erasing, mixing and dropout."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def mean_loss(objective, logits, targets, mask):
 
 
 @pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
-def test_loss_is_torchs(weights, smoothing):
+def test_cross_entropy_is_torchs(weights, smoothing):
     objective = Objective(class_weights=weights, label_smoothing=smoothing)
     mask = np.array([True] * 4 + [False] * 2)
     padded = np.concatenate([LOGITS, [[9, 9, -9]] * 2]), np.concatenate([TARGET, [1, 2]])
@@ -67,7 +67,7 @@ def test_loss_is_torchs(weights, smoothing):
 
 
 @pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
-def test_gradient_is_torchs(weights, smoothing):
+def test_cross_entropy_gradient_is_torchs(weights, smoothing):
     torch = pytest.importorskip("torch")
     objective = Objective(class_weights=weights, label_smoothing=smoothing)
     rng = np.random.default_rng(1)
@@ -86,7 +86,7 @@ def test_gradient_is_torchs(weights, smoothing):
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.5)], ids=str)
-def test_the_sum_is_torchs(weights):
+def test_cross_entropy_sum_is_torchs(weights):
     torch = pytest.importorskip("torch")
     objective = Objective(class_weights=weights, label_smoothing=0.1, reduction="sum")
     onehot, mask = jax.nn.one_hot(TARGET, 3), np.ones(4, bool)
@@ -105,10 +105,14 @@ def test_the_sum_is_torchs(weights):
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-7)
 
 
+@cache
+def compiled(objective):
+    return jax.jit(objective.vary, static_argnums=3)
+
+
 def varied(objective, batch, key=KEY):
     images = PREPROCESSING.normalize(batch.image)
-    vary = jax.jit(objective.vary, static_argnums=3)
-    images, targets = vary(images, batch.target, batch.mask, 5, key)
+    images, targets = compiled(objective)(images, batch.target, batch.mask, 5, key)
     return np.asarray(images), np.asarray(targets)
 
 
@@ -118,7 +122,7 @@ def varied(objective, batch, key=KEY):
     [Objective(mixup=0.3), Objective(cutmix=1.0), Objective(mixup=0.3, cutmix=1.0), EVERYTHING],
     ids=["mixup", "cutmix", "either", "everything"],
 )
-def test_padding_is_mixed_into_nothing(objective):
+def test_mixup_and_cutmix_ignore_padding(objective):
     full = batch(real=5)
     noisy = full._replace(image=full.image.copy(), target=(full.target + ~full.mask) % 5)
     noisy.image[5:] = 255
@@ -130,8 +134,8 @@ def test_padding_is_mixed_into_nothing(objective):
 
 
 @pytest.mark.slow
-def test_each_draws_by_itself():
-    """What one of them draws is the same with and without the other."""
+def test_erasing_and_mixup_draw_independently():
+    """The draws of one are the same with and without the other."""
     both, erased = Objective(erasing=1.0, mixup=0.5), Objective(erasing=1.0)
     plain, _ = varied(Objective(), batch())
     mixed, targets = varied(Objective(mixup=0.5), batch())
@@ -159,7 +163,7 @@ def prepare(objective, model=MODEL, **options):
 
 
 @pytest.mark.slow
-def test_a_step_counts_rows_and_hits_of_their_own_classes():
+def test_label_smoothing_changes_loss_but_not_counts():
     sums = []
     for objective in (Objective(label_smoothing=0.3), Objective()):
         step, state, frozen = prepare(objective)
@@ -171,8 +175,8 @@ def test_a_step_counts_rows_and_hits_of_their_own_classes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
-    """Whole or in parts, of which the last is all padding; and the loss shown stays the mean."""
+def test_sum_reduction_scales_the_step_by_rows(accumulate):
+    """Also when accumulated with a last part of padding; the recorded loss stays the mean."""
     moved, losses = [], []
     for reduction in ("mean", "sum"):
         step, state, frozen = prepare(Objective(reduction=reduction), accumulate=accumulate)
@@ -185,7 +189,7 @@ def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
         np.testing.assert_allclose(summed, 5 * mean, rtol=1e-3, atol=1e-6)
 
 
-def test_a_recipes_objective():
+def test_objective_of_recipe():
     start = jax.eval_shape(MODEL.init, KEY)
     stages = (Stage("all", {"*": 0.1}, 1),)
     fields = {"reduction": "sum", "label_smoothing": 0.1, "erasing": 0.2, "mixup": 0.3}
@@ -196,7 +200,7 @@ def test_a_recipes_objective():
 
 
 @pytest.mark.slow
-def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
+def test_objective_without_mixing_ignores_padding():
     objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, erasing=0.0)
     after = []
     for rows in (5, 8):
@@ -209,8 +213,8 @@ def test_padding_changes_no_step_with_everything_on_that_does_not_mix():
 
 
 @pytest.mark.slow
-def test_without_an_objective_the_step_is_the_plain_one():
-    """The same program: nothing of what is off is compiled."""
+def test_default_objective_compiles_to_plain_step():
+    """Options that are off add nothing to the program."""
     texts = []
     for objective in (Objective(), Objective(label_smoothing=0.0, class_weights=None)):
         step, state, frozen = prepare(objective)
@@ -220,8 +224,8 @@ def test_without_an_objective_the_step_is_the_plain_one():
     assert "rng_bit" not in texts[0]
 
 
-def test_the_mirror_in_evaluation():
-    """The mean of both logits: what flips an image changes nothing, and a symmetric one neither."""
+def test_tta_flip_averages_logits_of_both_views():
+    """Flipped images score the same, and symmetric ones as without it."""
     start = MODEL.init(jax.random.key(0))
     plain = eval_step(MODEL, PREPROCESSING)
     flip = eval_step(MODEL, PREPROCESSING, tta="flip")
@@ -253,9 +257,7 @@ SOFT = ((0.7, 0.0, 0.3), (0.3, 0.7, 0.0), (0.0, 0.3, 0.7))
         (0.2, 0.1, "sum", 3.305091312644633),
     ],
 )
-def test_class_weights_with_smoothed_or_mixed_classes_are_torchs(
-    mixup, smoothing, reduction, expected
-):
+def test_class_weights_with_soft_targets_are_torchs(mixup, smoothing, reduction, expected):
     objective = Objective(
         class_weights=(0.5, 2.0, 1.0), label_smoothing=smoothing, mixup=mixup, reduction=reduction
     )

@@ -1,4 +1,4 @@
-"""Whole runs of modules of the user's own, on the digits."""
+"""Whole runs of user models on the digits."""
 
 import dataclasses
 import sys
@@ -38,13 +38,13 @@ def unbroken(tmp_path_factory):
 
 
 def flat(trees):
-    """Bytes by path."""
+    """Maps paths to bytes."""
     leaves = jax.tree.leaves(trees)
     return {p: np.asarray(x).tobytes() for p, x in zip(jaxft.paths(trees), leaves, strict=True)}
 
 
 @pytest.mark.slow
-def test_stages_train_what_they_name_and_nothing_else(unbroken, tmp_path):
+def test_stages_of_user_model_train_only_their_patterns(unbroken, tmp_path):
     workdir, result = unbroken
     assert [row["stage"] for row in rows(workdir)] == ["head", "late", "late", "all"]
     start = flat(pretrained())
@@ -62,18 +62,18 @@ def test_stages_train_what_they_name_and_nothing_else(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 8])
-def test_a_killed_run_ends_like_the_unbroken(step, unbroken, tmp_path, monkeypatch):
+def test_killed_run_of_user_model_ends_as_unbroken(unbroken, tmp_path, monkeypatch):
     whole, result = unbroken
-    mine = {"model": LINEN, "start": pretrained()}
-    run_and_die(OWN, tmp_path / "run", step, monkeypatch, **mine)
+    given = {"model": LINEN, "start": pretrained()}
+    for step in (4, 8):
+        run_and_die(OWN, tmp_path / "run", step, monkeypatch, **given)
     again = finetune(OWN, tmp_path / "run", model=LINEN, console=QUIET)
     assert again.weights.read_bytes() == result.weights.read_bytes()
     assert without_seconds(tmp_path / "run") == without_seconds(whole)
 
 
 @pytest.mark.slow
-def test_weights_of_a_run_start_another(unbroken, tmp_path):
+def test_run_of_user_model_starts_another(unbroken, tmp_path):
     recipe = dataclasses.replace(OWN, weights=str(unbroken[0]), head="keep", stages=STAGES[:1])
     result = finetune(recipe, tmp_path / "run", model=LINEN, console=QUIET)
     before, after = (flat(weights.load(r.weights, LINEN)) for r in (unbroken[1], result))
@@ -83,7 +83,7 @@ def test_weights_of_a_run_start_another(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_nnx_module_trains(tmp_path):
+def test_run_of_nnx_module(tmp_path):
     model = NNX(TrainingArgument, shape=(8, 8, 3), head="fc")
     recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, hand_on="last"),))
     start = model.init(jax.random.key(OWN.seed))
@@ -92,7 +92,7 @@ def test_an_nnx_module_trains(tmp_path):
     assert {path for path in before if after[path] != before[path]} == {"0.fc.kernel", "0.fc.bias"}
 
 
-def test_what_does_not_fit_is_said_before_training(tmp_path):
+def test_user_model_that_does_not_fit_is_refused(tmp_path):
     ten = dataclasses.replace(OWN, data="digits")
     with pytest.raises(RecipeError, match="Compact has 5 classes, and the images have 10"):
         finetune(ten, tmp_path / "run", model=LINEN, console=QUIET)

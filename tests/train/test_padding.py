@@ -1,4 +1,4 @@
-"""Padding has no influence: a batch that is not full computes what a batch of its own size does."""
+"""Padding of a batch changes nothing."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from jaxft.train.trial import trial
 
 
 class Standardises(nn.Module):
-    """Divides each image by its deviation: NaN for an image of zeros, and in its gradient."""
+    """Divides each image by its standard deviation: NaN for an image of zeros."""
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -26,7 +26,7 @@ class Standardises(nn.Module):
 
 
 class Mixes(nnx.Module):
-    """Centres each batch itself, and normalises rows that are not those of the batch."""
+    """Centres each batch itself, and normalises rows of another axis than the batch."""
 
     def __init__(self, *, rngs):
         self.norm = nnx.BatchNorm(3, rngs=rngs)
@@ -71,7 +71,7 @@ def run(workdir, network, splits=None, *, stage=None, **changes):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The folders of runs whose one batch is full, by network."""
+    """Maps networks to folders of runs whose only batch is full."""
     return {network: run(tmp_path_factory.mktemp(network), network) for network in NETWORKS}
 
 
@@ -83,7 +83,7 @@ def test_padding_of_a_batch_changes_nothing(network, full, tmp_path):
 
 
 @pytest.mark.slow
-def test_padding_changes_nothing_where_all_images_fit_in_one_accumulated_part(full, tmp_path):
+def test_padding_of_an_empty_accumulated_part_changes_nothing(full, tmp_path):
     workdir = run(tmp_path / "run", "nnx", batch_size=20, stage={"accumulate": 2})
     assert_same_end(workdir, full["nnx"])
 
@@ -91,22 +91,22 @@ def test_padding_changes_nothing_where_all_images_fit_in_one_accumulated_part(fu
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_padding_of_accumulated_parts_changes_nothing(network, tmp_path):
-    """Ten images in parts of 4, 4 and 2; further parts are empty."""
+    """Ten images in parts of 4, 4 and 2, without and with empty parts."""
     three = run(tmp_path / "three", network, batch_size=12, stage={"accumulate": 3})
     five = run(tmp_path / "five", network, batch_size=20, stage={"accumulate": 5})
     assert_same_end(five, three)
 
 
 @pytest.mark.slow
-def test_last_batch_of_its_own_size_ends_a_group_of_steps(tmp_path):
-    """Three batches, 4 + 4 + 2, one or three a call; the mirrored view has padding too."""
+def test_short_last_batch_ends_a_call(tmp_path):
+    """Batches of 4, 4 and 2, one or three a call; the mirrored view has padding too."""
     one = run(tmp_path / "one", "nnx", batch_size=4, tta="flip")
     three = run(tmp_path / "three", "nnx", batch_size=4, tta="flip", steps_per_execution=3)
     assert_close(three, one)
 
 
 @pytest.mark.slow
-def test_range_test_and_relative_rates_see_no_padding():
+def test_range_test_and_relative_rates_ignore_padding():
     recipe = dataclasses.replace(RECIPE, batch_size=4)
     stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
     stage = ramp(stage, low=1e-5, high=1e-3, steps=10)
@@ -114,7 +114,7 @@ def test_range_test_and_relative_rates_see_no_padding():
     assert np.isfinite(range_test(tried, low=1e-5, high=1e-3).losses).all()
 
 
-def test_batch_size_above_the_number_of_images_is_a_remark_where_padding_is_computed():
+def test_batch_size_above_number_of_images_is_a_remark():
     def remarks(masked, batch_size):
         return oversized([BatchSizes(batch_size, 8, batch_size, 8, masked)] * 2, 8)
 

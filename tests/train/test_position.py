@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a stage's best: what the stage changes, once."""
+"""The best epoch in a checkpoint: only the arrays that the stage changes."""
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def stage(stage):
     ],
     ids=["head", "statistics move", "late", "no statistics move", "all"],
 )
-def test_the_best_is_written_without_what_it_shares(trains, norms, params, stats):
+def test_best_epoch_shares_unchanged_arrays(trains, norms, params, stats):
     program = stage(Stage("only", trains, 1, norms=norms))
     now = Snapshot(*START, program.transform.init(START[0]))
     worse = Score(1.0, 0.0, 0.0)

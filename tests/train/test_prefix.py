@@ -1,4 +1,4 @@
-"""What is kept of a stage's prefix changes nothing of a run but its cost."""
+"""The frozen prefix: cached features change the cost of a run and nothing else."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on, rows
+from mortal import (
+    RECIPE,
+    KilledError,
+    assert_close,
+    assert_same_end,
+    die,
+    rows,
+    saving_stage_ends_only,
+    train_to_end,
+)
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
 from jaxft.data import Splits
@@ -21,16 +30,15 @@ from jaxft.train.run import Run
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
-ALL = Stage("all", {"*": 1e-3}, epochs=2, hand_on="last")
+ALL = Stage("all", {"*": 1e-3}, epochs=1, hand_on="last")
 AGAIN = Stage("again", {"fc": 1e-3}, epochs=2, batch_size=12)
 PLAIN = dataclasses.replace(
     RECIPE,
     optimizer=SGD(momentum=0.9),  # Adam makes much of a last bit where a gradient is about 0
     augment="none",
-    checkpoint_steps=5,
     stages=(HEAD, LATE, ALL, AGAIN),
 )
-# Of the same width as PLAIN, and of each option that a prefix meets.
+# The options that change the inputs of a prefix.
 VIEWS = dataclasses.replace(PLAIN, augment="shift", views=2, tta="flip", stages=(HEAD, LATE))
 
 
@@ -48,30 +56,32 @@ def programs(recipe, images=(30, 100)):
     return opening.open_programs(recipe, model, Splits(train, val), Devices(), like), like
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """The run of PLAIN."""
-    workdir = tmp_path_factory.mktemp("kept")
-    go_on(workdir, PLAIN)
+def run(workdir, recipe):
+    """Trains without checkpoints within stages, which no test resumes from."""
+    with saving_stage_ends_only():
+        train_to_end(workdir, recipe)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """Folder of the run of PLAIN, whose stages but one cache features."""
+    return run(tmp_path_factory.mktemp("cached"), PLAIN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [PLAIN, VIEWS], ids=["plain", "views"])
-def test_a_run_is_the_same_with_and_without(recipe, kept, tmp_path):
-    """Also the last stage, whose prefix ends where the first one's did, with other weights."""
-    workdir = kept
-    if recipe is not PLAIN:
-        workdir = tmp_path / "kept"
-        go_on(workdir, recipe)
+def test_run_with_prefix_ends_as_without(recipe, cached, tmp_path):
+    """In its last stage, the prefix ends at the same block as in the first, with other weights."""
+    workdir = cached if recipe is PLAIN else run(tmp_path / "cached", recipe)
     found, _ = programs(recipe)
     assert [p.prefix.train for p in found] == [p.plan.stage.name != "all" for p in found]
-    go_on(tmp_path / "run", without(recipe))
-    assert_close(tmp_path / "run", workdir)
+    assert_close(run(tmp_path / "run", without(recipe)), workdir)
 
 
 @pytest.mark.slow
-def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeypatch):
+def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
+    """The run ends as with features in memory, leaves no file, and reports a full disk."""
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
     real, used = Kept.add, []
@@ -83,61 +93,59 @@ def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Kept, "add", add)
-        go_on(tmp_path / "run", recipe)
-    assert_same_end(tmp_path / "run", kept)
-    assert max(used)[0] > 2**17  # 230 images of a KiB, by two prefixes
+        run(tmp_path / "run", recipe)
+    assert_same_end(tmp_path / "run", cached)
+    assert max(used)[0] > 2**17  # 230 images, 1 KiB each, by two prefixes
     assert not any(names for _, names in used)
     disk.fill(but=2**14)
     with pytest.raises(RecipeError, match=f"MiB more in {disk.folder}: No space left on device"):
-        go_on(tmp_path / "full", recipe)
+        run(tmp_path / "full", recipe)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_the_same(kept, tmp_path, monkeypatch):
-    """Within a stage, at its end, and while a prefix is at work."""
-    for step in (6, 12, 23):
+def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path, monkeypatch):
+    """Killed in the second epoch of a stage, in its last step, and while features are computed."""
+    points = [
+        (Progress, "after_step", lambda progress: progress.step + 1 == 6),
+        (Progress, "after_step", lambda progress: progress.step + 1 == 12),
+        (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        (Progress, "after_step", lambda progress: progress.step + 1 == 23),
+    ]
+    for owner, name, reached in points:
         with monkeypatch.context() as patch:
-            die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
+            die(patch, owner, name, reached)
             with pytest.raises(KilledError):
-                go_on(tmp_path / "run", PLAIN)
-        if step == 12:
-            with monkeypatch.context() as patch:
-                die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
-                with pytest.raises(KilledError):
-                    go_on(tmp_path / "run", PLAIN)
-    go_on(tmp_path / "run", PLAIN)
-    assert_same_end(tmp_path / "run", kept)
+                train_to_end(tmp_path / "run", PLAIN)
+    train_to_end(tmp_path / "run", PLAIN)
+    assert_same_end(tmp_path / "run", cached)
 
 
 @pytest.mark.slow
-def test_asked_to_stop_while_a_prefix_is_at_work(tmp_path, monkeypatch):
+def test_signal_while_prefix_computes_features(tmp_path, monkeypatch):
     recipe = dataclasses.replace(PLAIN, stages=(HEAD,), sync_steps=1)
-    # Of 13 batches to validate, twice: by all blocks, and then by the head; and of 4 to train on.
+    # 13 batches to validate, by all blocks and then by the prefix; and 2 of 4 to train on.
     asked = iter([False] * (2 * 13 + 2) + [True])
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            go_on(tmp_path / "run", recipe)
-    for workdir in ("run", "unbroken"):
-        go_on(tmp_path / workdir, recipe)
-    assert_same_end(tmp_path / "run", tmp_path / "unbroken")
+            train_to_end(tmp_path / "run", recipe)
+    assert_same_end(run(tmp_path / "run", recipe), run(tmp_path / "unbroken", recipe))
 
 
 @pytest.mark.slow
-def test_as_many_views_as_epochs_are_as_without_end(tmp_path):
-    stages = (dataclasses.replace(HEAD, views=3), LATE)
-    for name, chosen in (("some", stages), ("any", (HEAD, LATE)), ("two", VIEWS.stages)):
-        views = 2 * (name == "two")
-        recipe = dataclasses.replace(PLAIN, augment="shift", views=views, stages=chosen)
-        go_on(tmp_path / name, recipe)
-    assert_same_end(tmp_path / "some", tmp_path / "any")
-    losses = [[row["train_loss"] for row in rows(tmp_path / name)] for name in ("any", "two")]
-    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6)  # of the first two epochs
+def test_views_as_many_as_epochs_change_nothing(tmp_path):
+    """Fewer views repeat in a later epoch."""
+    for name, views in (("three", 3), ("unlimited", 0), ("two", 2)):
+        stages = (dataclasses.replace(HEAD, views=views),)
+        run(tmp_path / name, dataclasses.replace(PLAIN, augment="shift", stages=stages))
+    assert_same_end(tmp_path / "three", tmp_path / "unlimited")
+    losses = [[row["train_loss"] for row in rows(tmp_path / name)] for name in ("three", "two")]
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6)
     assert losses[1][2] != pytest.approx(losses[0][2], rel=1e-3)
 
 
 def passes(recipe, workdir, monkeypatch):
-    """Which half each pass over images was of, in order."""
+    """Returns the split of each pass over images in a run."""
     real, found = Run.of_each_batch, []
 
     def counted(run, source, step, **options):
@@ -147,19 +155,19 @@ def passes(recipe, workdir, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "of_each_batch", counted)
-        go_on(workdir, recipe)
+        run(workdir, recipe)
     return found
 
 
 @pytest.mark.slow
-def test_one_pass_serves_the_stages_to_come(tmp_path, monkeypatch):
-    """Its way leads by the ends of their shorter prefixes. What a stage has changed is not used."""
+def test_prefix_computes_features_of_later_stages_in_one_pass(tmp_path, monkeypatch):
+    """Features of later, shorter prefixes are stored on the way, unless a stage changes them."""
     recipe = dataclasses.replace(PLAIN, stages=(HEAD, LATE, dataclasses.replace(HEAD, name="x")))
     assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train", "train", "val"]
 
 
 @pytest.mark.slow
-def test_a_probe_and_the_steps_after_it_share_theirs(tmp_path, monkeypatch):
+def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
     probe = Stage("probe", {"fc": LogisticRegression((0.1,))})
     recipe = dataclasses.replace(PLAIN, stages=(probe, HEAD, LATE))
     assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train"]
@@ -195,7 +203,7 @@ def test_a_probe_and_the_steps_after_it_share_theirs(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_what_is_kept_and_why_not(fields, stage, train, val, reason):
+def test_prefix_reason(fields, stage, train, val, reason):
     (program,), _ = programs(dataclasses.replace(PLAIN, stages=(stage,), **fields), (600, 900))
     prefix = program.prefix
     assert (prefix.train, prefix.val) == (train, val)
@@ -207,26 +215,26 @@ def test_what_is_kept_and_why_not(fields, stage, train, val, reason):
     assert prefix.blocks[-1:] == ((ends,) if ends else ())
 
 
-def test_views_are_not_fewer_than_none():
+def test_views_must_not_be_negative():
     with pytest.raises(RecipeError, match="views must be at least 0"):
         dataclasses.replace(PLAIN, views=-1)
 
 
-def test_the_longest_unused_make_room():
+def test_cache_evicts_least_recently_used():
     kept, array = Kept(4 * 40), np.zeros(10, np.float32)
-    for key in "abbcd":  # one of them again
+    for key in "abbcd":  # "b" twice
         kept.add(key, array)
     assert kept.get("a") is array
     kept.add("e", array)
     assert [kept.get(key) is not None for key in "abcde"] == [True, False, True, True, True]
-    kept.add("f", np.zeros(41, np.float32))  # more than there may be
+    kept.add("f", np.zeros(41, np.float32))  # larger than the whole cache
     assert [kept.get(key) is not None for key in "abcdef"] == [True, False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("room", "again"), [(10 + 3 * 9, "xyz"), (10 + 3 * 9 - 1, "pqr")])
-def test_batches_are_replayed_if_all_have_been_seen_and_fit(room, again):
+def test_cache_replays_batches_if_all_were_seen_and_fit(room, again):
     kept = Kept(room)
-    kept.add("rows of a prefix", np.zeros(10, np.int8))  # which must not go for it
+    kept.add("rows of a prefix", np.zeros(10, np.int8))  # must not be evicted for batches
 
     def batches(names):
         return ((np.zeros(5, np.int8), np.full(4, ord(name), np.int8)) for name in names)
@@ -246,8 +254,7 @@ def compiled(recipe, index):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_step_costs_what_its_stage_needs(index):
-    """Forward of the prefix and forward and backward of the rest, together and apart."""
+def test_prefix_and_step_have_flops_of_undivided_step(index):
     apart, together = (compiled(recipe, index) for recipe in (PLAIN, without(PLAIN)))
     assert apart.prefix_flops > 0
     assert together.prefix_flops == 0
@@ -255,8 +262,8 @@ def test_a_step_costs_what_its_stage_needs(index):
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_step_falls_with_what_is_frozen():
-    """Of one that begins with images; what begins with less needs less still."""
+def test_step_memory_falls_with_frozen_blocks():
+    """A step that starts from images needs more than one that starts from features."""
     needs = [
         [compiled(recipe, i).step.memory_analysis().temp_size_in_bytes for i in (2, 1, 0)]
         for recipe in (without(PLAIN), PLAIN)

@@ -115,7 +115,7 @@ def score(**values):
     ],
     ids=str,
 )
-def test_monitor_of_the_best_epoch_and_of_stopping(fields, best_epoch, ended):
+def test_early_stop_monitor_and_best_epoch_monitor(fields, best_epoch, ended):
     stage = Stage("x", {"*": 1.0}, epochs=9, **fields)
     progress = Progress.at_start(0, 0, score())
     for accuracy, loss in ((0.6, 0.4), (0.55, 0.3), (0.5, 0.9)):
@@ -138,7 +138,7 @@ def torch_loop(values, patience, min_delta, mode):
     return None
 
 
-def test_early_stopping_counts_as_torch_loops_do():
+def test_early_stopping_counts_as_torch_lightning_and_keras():
     rng = np.random.default_rng(0)
     for _ in range(300):
         patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.125]))
@@ -172,7 +172,7 @@ def test_early_stopping_counts_as_torch_loops_do():
     ],
     ids=str,
 )
-def test_closing_line_names_the_metric_and_the_optimizer_state(fields, epochs, keep, sentence):
+def test_closing_line_names_metric_and_optimizer_state(fields, epochs, keep, sentence):
     params = {"fc": np.ones(2)}
     (plan,) = jaxft.plan([Stage("x", {"fc": 1.0}, epochs=2, **fields)], params)
     progress = Progress.at_start(0, 0, score())
@@ -184,7 +184,7 @@ def test_closing_line_names_the_metric_and_the_optimizer_state(fields, epochs, k
     assert ("optimizer" in said) == ("optimizer" in sentence)
 
 
-def test_a_sentence_names_the_margin():
+def test_early_stop_sentence_names_min_delta():
     stage = Stage("x", {"*": 1.0}, epochs=3, until=EarlyStop(patience=1, min_delta=0.25))
     ended = follow(stage, 0.5, [0.5, 0.5], "accuracy").ended
     assert ended == "accuracy has not improved by more than 0.25 for 1 epoch"
@@ -193,7 +193,7 @@ def test_a_sentence_names_the_margin():
 @pytest.mark.parametrize(
     ("allowed", "met", "ended_after"), [(0, [0, 1], 2), (1, [0, 1, 1, 2], 4), (2, [0, 1, 2], None)]
 )
-def test_a_plateau_too_many_ends_a_stage(allowed, met, ended_after):
+def test_plateau_ends_stage_after_reductions(allowed, met, ended_after):
     plateau = ReduceLROnPlateau(patience=0)
     stage = Stage("x", {"*": 1.0}, epochs=9, schedule=plateau, until=Plateau(allowed))
     progress = follow(stage, 0.5, [0.4] * len(met), "accuracy", reductions=met)
@@ -203,7 +203,7 @@ def test_a_plateau_too_many_ends_a_stage(allowed, met, ended_after):
 
 
 @pytest.mark.parametrize(("hand_on", "expected"), [("best", 0.7), ("last", 0.65)])
-def test_what_is_handed_on(hand_on, expected):
+def test_restored_epoch(hand_on, expected):
     stage = Stage("x", {"*": 1.0}, epochs=3, hand_on=hand_on)
     progress = follow(stage, 0.5, [0.6, 0.7, 0.65], "accuracy")
     assert progress.handed_on(stage).accuracy == expected
@@ -222,6 +222,6 @@ def test_what_is_handed_on(hand_on, expected):
         (lambda: Stage("x", {"*": 1.0}, 3, until=Plateau(1)), "Plateau, which counts those of a"),
     ],
 )
-def test_wrong_rules(rule, message):
+def test_wrong_early_stop_is_refused(rule, message):
     with pytest.raises(RecipeError, match=message):
         rule()

@@ -1,4 +1,4 @@
-"""The range test against fastai's `lr_find`, and with the block probe as their scripts run them."""
+"""The range test against fastai's `lr_find`; the scripts of the range test and the block probe."""
 
 import csv
 import dataclasses
@@ -47,7 +47,7 @@ def golden():
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_smoothed_losses_and_suggestions_are_fastais(case, golden):
+def test_range_test_suggestions_are_fastais(case, golden):
     rates, losses, smoothed, expected = (
         golden[f"{case}/{name}"] for name in ("rates", "losses", "smoothed", "suggestions")
     )
@@ -71,7 +71,7 @@ def test_valley(losses, expected):
     assert valley(np.arange(len(losses)), np.array(losses)) == expected
 
 
-def test_a_ramp_scales_all_rates_and_leaves_out_what_would_end_or_bend_it():
+def test_ramp_scales_all_rates_and_drops_schedules_and_endings():
     cosine = schedules.CosineAnnealingLR()
     train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(momentum=0.5)), "b": 1e-3}
     fields = {"minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "A"}
@@ -100,18 +100,18 @@ def test_a_ramp_scales_all_rates_and_leaves_out_what_would_end_or_bend_it():
         ({"steps": 9}, "9 steps shows nothing; take 10 or more"),
     ],
 )
-def test_no_curve(bounds, message):
+def test_ramp_bounds_are_checked(bounds, message):
     with pytest.raises(RecipeError, match=message):
         ramp(RECIPE.stages[0], **{"low": 1e-7, "high": 10.0, "steps": 100, **bounds})
 
 
-def test_a_loss_that_is_lost_at_once():
+def test_curve_that_diverges_at_once_is_refused():
     with pytest.raises(RecipeError, match=r"diverged in 3 of 100 steps, at a rate of 1\.0e\+01"):
         Curve(100, [1e-1, 1.0, 10.0], [1.0, 3.0, math.nan]).suggestions()
 
 
 @pytest.mark.slow
-def test_it_ends_once_the_loss_has_diverged_and_its_start_is_as_it_was():
+def test_range_test_ends_when_loss_diverges():
     stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
     tried = trial(RECIPE, ramp(stage, low=1e-2, high=1e6, steps=30))
     # Not on the host: a view of an array would keep it from being donated.
@@ -154,7 +154,7 @@ def test_find_rate(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_probe_layers(tmp_path, capsys):
-    """The ratios against the gradient of a plain loss, of the one batch that there is."""
+    """Compares the ratios with the gradient of a plain loss, on the only batch."""
     recipe = dataclasses.replace(RECIPE, batch_size=30)
     save(recipe, tmp_path / "recipe.yaml")
     printed = run_script("probe_layers", capsys, tmp_path / "recipe.yaml")
@@ -184,7 +184,7 @@ def test_probe_layers(tmp_path, capsys):
     assert "But the head is freshly drawn" in " ".join(printed.split())
 
 
-def test_stages_by_name():
+def test_stage_by_name():
     assert named(RECIPE, None).name == "head"
     assert named(RECIPE, "all").name == "all"
     with pytest.raises(RecipeError, match="no stage is called 'al'; there are 'head', 'all'"):

@@ -1,4 +1,4 @@
-"""Auto-RGN against the authors' loop in torch, recorded in float64; killed, it goes on the same."""
+"""Auto-RGN against the authors' loop in torch, recorded in float64."""
 
 import dataclasses
 import math
@@ -63,8 +63,8 @@ def run(workdir):
 
 
 @pytest.mark.slow
-def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypatch):
-    """Within its second epoch, and in the third before its first step is done."""
+def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
+    """Killed in its second epoch, and in the first step of the third."""
     measured = []
 
     def spied(*args, step, **rest):
@@ -74,7 +74,7 @@ def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(stage, "set_out", spied)
         run(tmp_path / "unbroken")
-    assert measured == [0, 7, 14]  # what draws dropout draws it as in the step
+    assert measured == [0, 7, 14]
     for step in (11, 15):
         with monkeypatch.context() as patch:
             die(patch, Progress, "after_step", lambda progress: progress.step + 1 == step)  # noqa: B023
@@ -93,7 +93,7 @@ def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypa
         assert_as_recorded({"end": samples({t.name: x for t, x in named})}, dict(recorded))
 
 
-def test_the_recording_is_torchs():
+def test_recording_of_auto_rgn_is_torchs():
     pytest.importorskip("torch")
     from record_auto_rgn import record
 
@@ -122,7 +122,7 @@ def gauge(gradients, weights):
         ([gauge((9, math.nan, 9), (1, 1, 1))], (1, 1, 1)),
     ],
 )  # fmt: skip
-def test_factors(gauges, expected):
+def test_auto_rgn_factors(gauges, expected):
     found = factors({"a": 0, "b": 0, "c": 0, "frozen": 0}, relative_norms(gauges))
     assert tuple(found.values()) == pytest.approx((*expected, 1))
     assert not any(map(math.isnan, found.values()))
@@ -130,7 +130,7 @@ def test_factors(gauges, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_batch_that_is_not_finite_does_not_count(on_nonfinite):
+def test_auto_rgn_ignores_batch_that_is_not_finite(on_nonfinite):
     recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)
     params, stats = start()
     (stage,) = plan(recipe.stages, params)
@@ -143,7 +143,7 @@ def test_a_batch_that_is_not_finite_does_not_count(on_nonfinite):
     assert relative_norms([found]) == {}
 
 
-def test_a_restart_leaves_schedules_and_what_is_parked():
+def test_restart_keeps_schedules_and_parked_state():
     params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
     fields = {"schedule": ReduceLROnPlateau(patience=0), "carry": "keep", "relative_rates": True}
     first, second, _ = plan(
@@ -167,7 +167,7 @@ def test_a_restart_leaves_schedules_and_what_is_parked():
     state = restart(state, tx.init(params), {"a": 0.5, "b": 0.25, "c": 1.0})
     assert state.inner_states["frozen"].inner_state is parked
     assert [int(state.inner_states[name].inner_state.position) for name in "ab"] == [1, 1]
-    for share in (1, 1.5):  # the momentum has begun anew
+    for share in (1, 1.5):  # the momentum starts from zero
         updates, state = tx.update(gradients, state, params)
         assert [float(updates[name][0]) for name in "ab"] == pytest.approx(
             [-0.1 * 0.5 * share, -1 * 0.25 * share]

@@ -1,4 +1,4 @@
-"""Blocks computed again in the backward pass: the same step, of which less is remembered."""
+"""`remat`: blocks are recomputed in the backward pass and less is stored between the passes."""
 
 import dataclasses
 from functools import partial
@@ -40,7 +40,7 @@ def program(**fields):
 
 
 def stepped(program):
-    """The state after a step, and its record, gradients and all."""
+    """Returns the state after a step, and its record with gradients."""
     state, frozen = program.state(Snapshot(*START, program.transform.init(START[0])))
     step = jax.jit(program.train_step(keep_gradients=True))
     return step(state, frozen, BATCH, np.int32(3))
@@ -48,7 +48,7 @@ def stepped(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [ALL, LATE], ids=["all", "late"])
-def test_a_step_is_the_same(stage):
+def test_remat_changes_no_step(stage):
     plain, again = (stepped(program(stages=(stage,), remat=remat)) for remat in (False, True))
 
     def near(a, b):
@@ -58,8 +58,8 @@ def test_a_step_is_the_same(stage):
     jax.tree.map(near, plain, again)
 
 
-def test_less_is_remembered():
-    """Bytes between forward and backward pass, parameters and all."""
+def test_remat_stores_less():
+    """Counts bytes between forward and backward pass, with parameters."""
 
     def remembered(apply):
         def loss(params, stats, x):
@@ -76,8 +76,8 @@ def test_less_is_remembered():
 
 
 @pytest.mark.slow
-def test_a_forward_pass_more_is_computed():
-    """As it is asked for; XLA on CPU finds some of it the same, and computes that once."""
+def test_remat_adds_flops_of_one_forward_pass():
+    """In the program before optimization: XLA merges some of it on CPU."""
 
     def asked(function, *args):
         return function.lower(*args).cost_analysis()["flops"]

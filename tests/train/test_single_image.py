@@ -1,4 +1,4 @@
-"""A norm layer with one value per channel: refused before training, as by torch, and only then."""
+"""A norm layer with one value per channel is refused before training, as in torch."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jaxft.models import Linen
 
 
 class Pooled(nn.Module):
-    """Its norm layer sees a map of one pixel, or with `pools=False` all pixels."""
+    """Applies a norm layer to a map of one pixel, or with `pools=False` to all pixels."""
 
     pools: bool = True
 

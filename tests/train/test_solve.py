@@ -1,4 +1,4 @@
-"""Whole runs with a stage that is solved."""
+"""Whole runs with a linear probe."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen
-from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, go_on, rows, steps
+from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, rows, steps, train_to_end
 
 from jaxft import (
     LogisticRegression,
@@ -43,7 +43,7 @@ ALONE = dataclasses.replace(RECIPE, stages=(PROBE,))
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Its folder, its result, and the arrays of each checkpoint."""
+    """Folder, result, and arrays of each checkpoint."""
     workdir, saved, real = tmp_path_factory.mktemp("unbroken"), {}, Checkpoints.save
 
     def save(checkpoints, step, header, arrays, **keep):
@@ -52,25 +52,25 @@ def unbroken(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", save)
-        result = go_on(workdir, SOLVED)
+        result = train_to_end(workdir, SOLVED)
     return workdir, result, saved
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    return workdir, go_on(workdir, ALONE)
+    return workdir, train_to_end(workdir, ALONE)
 
 
 def pictures(source, preprocessing):
-    """Its batch of all images."""
+    """Returns all images in one batch."""
     (batch,) = data.eval_batches(source, preprocessing, batch_size=len(source), workers=0)
     return batch
 
 
 @pytest.mark.slow
-def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
-    """Of the features with running statistics, of each image once and as validation sees it."""
+def test_linear_probe_sets_head_to_best_logistic_regression(alone):
+    """Of features with running statistics, each image once, without augmentation."""
     workdir, result = alone
     model, pre = ALONE.network(5), ALONE.expecting(data.Preprocessing()).preprocessing
     train, val = data.open_source(
@@ -106,14 +106,14 @@ def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
 
 
 @pytest.mark.slow
-def test_of_equal_penalties_the_stronger_is_taken():
+def test_linear_probe_prefers_stronger_of_equal_penalties():
     fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
     at = [solve._merit(fit._replace(c=c), solve.Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)]
     assert max(at) == at[2]
 
 
 @pytest.mark.slow
-def test_the_sweep_is_a_table(tmp_path, capsys):
+def test_linear_probe_prints_table_of_penalties(tmp_path, capsys):
     recipe = dataclasses.replace(ALONE, batch_size=32)
     finetune(recipe, tmp_path / "run", console=Console())
     said = capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_the_sweep_is_a_table(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
+def test_linear_probe_keeps_optimizer_state_except_of_head(unbroken):
     workdir, _, saved = unbroken
     assert [(row["stage"], row["step"]) for row in rows(workdir)] == [
         ("first", 2), ("probe", 3), ("late", 5),
@@ -140,25 +140,26 @@ def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["features", "validation", "end"])
-def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
+def test_linear_probe_killed_is_solved_again(unbroken, tmp_path, monkeypatch):
+    """While features are computed, in validation, and before its checkpoint."""
     workdir = tmp_path / "killed"
-    owner, name, where = {
-        "features": (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        "validation": (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
-        "end": (Checkpoints, "save", lambda _, step, *__: step == 3),
-    }[at]
-    with monkeypatch.context() as patch:
-        die(patch, owner, name, where)
-        with pytest.raises(KilledError):
-            go_on(workdir, SOLVED)
-    assert steps(workdir) == [2]
-    go_on(workdir, SOLVED)
+    points = (
+        (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
+        (Checkpoints, "save", lambda _, step, *__: step == 3),
+    )
+    for owner, name, reached in points:
+        with monkeypatch.context() as patch:
+            die(patch, owner, name, reached)
+            with pytest.raises(KilledError):
+                train_to_end(workdir, SOLVED)
+        assert steps(workdir) == [2]
+    train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
 @pytest.mark.slow
-def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, monkeypatch):
+def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_path, monkeypatch):
     workdir, real, calls = tmp_path / "stopped", Run.evaluate, iter(range(3))
 
     def stopped_at_the_third(run, *trees):
@@ -167,26 +168,26 @@ def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", stopped_at_the_third)
         with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
-            go_on(workdir, SOLVED)
+            train_to_end(workdir, SOLVED)
     with monkeypatch.context() as patch:
         die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
-        go_on(workdir, SOLVED)
+        train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
 @pytest.mark.slow
-def test_stopped_before_anything_it_has_nothing_to_save(alone, tmp_path, monkeypatch):
+def test_linear_probe_stopped_at_start_saves_nothing(alone, tmp_path, monkeypatch):
     asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            go_on(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
-    go_on(tmp_path / "run", ALONE)
+            train_to_end(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
+    train_to_end(tmp_path / "run", ALONE)
     assert_same_end(tmp_path / "run", alone[0])
 
 
 @pytest.mark.slow
-def test_a_fork_goes_on_from_it(unbroken, tmp_path):
+def test_fork_from_linear_probe(unbroken, tmp_path):
     workdir, result, _ = unbroken
     forked = finetune(SOLVED, tmp_path / "run", fork_from=workdir, stage="probe", console=QUIET)
     assert forked.weights.read_bytes() == result.weights.read_bytes()
@@ -213,14 +214,14 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("train", "fields", "message"), ERRORS.values(), ids=ERRORS)
-def test_what_is_no_linear_head_is_said_before_any_work(train, fields, message, tmp_path):
+def test_linear_probe_needs_linear_head(train, fields, message, tmp_path):
     recipe = dataclasses.replace(ALONE, stages=(LATE, Stage("p", train)), **fields)
     with pytest.raises(RecipeError, match=f"stage 'p': .*{message}"):
-        go_on(tmp_path / "run", recipe)
+        train_to_end(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_of_one_block_has_no_features(tmp_path):
+def test_linear_probe_needs_network_of_several_blocks(tmp_path):
     stages = (Stage("p", {"head": LogisticRegression()}),)
     recipe = dataclasses.replace(ALONE, stages=stages, weights=None, dropout=0.0)
     with pytest.raises(ModelError, match=r"stage 'p' solves the head .* Own is one block"):

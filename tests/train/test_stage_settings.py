@@ -1,4 +1,4 @@
-"""What a stage has of its own holds in that stage only, and what a run records of it is true."""
+"""Settings of a stage hold in that stage only, and `metrics.jsonl` records the truth."""
 
 import dataclasses
 import json
@@ -38,6 +38,8 @@ from jaxft.train.program import program
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")
 TRAIN, VAL = DIGITS.take(np.arange(24)), DIGITS.take(np.arange(24, 48))
@@ -54,7 +56,7 @@ def recipe(*stages, **fields):
 
 
 def run(workdir, *stages, seed=1, **fields):
-    """The rows of a run from `MODEL.init`, and its result."""
+    """Returns the rows and the result of a run from `MODEL.init`."""
     given = {"data": Splits(TRAIN, VAL), "start": MODEL.init(jax.random.key(seed))}
     result = finetune(recipe(*stages, **fields), workdir, console=CONSOLE, **given)
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -77,7 +79,7 @@ def programs(*stages, **fields):
 
 
 @pytest.mark.parametrize("field", OWN)
-def test_a_setting_of_a_stage_is_of_no_other(field):
+def test_stage_setting_applies_to_that_stage_only(field):
     before, own, after = programs(
         Stage("before", {"fc": 0.1}, 1),
         Stage("own", {"fc": 0.1}, 1, **{field: OWN[field]}),
@@ -96,7 +98,7 @@ def test_a_setting_of_a_stage_is_of_no_other(field):
     assert (before.rows, own.rows) == (6, own.recipe.batch_size)
 
 
-def test_a_stage_can_take_back_what_the_recipe_says():
+def test_stage_setting_overrides_recipe():
     plain, whole = (
         Stage("plain", {"fc": 0.1}, 1, mixup=0.0, label_smoothing=0.0, balance="none"),
         Stage("whole", {"fc": 0.1}, 1, class_weights=(1.0, 2.0) * 5),
@@ -112,7 +114,7 @@ def test_a_stage_can_take_back_what_the_recipe_says():
 
 
 @pytest.mark.slow
-def test_a_run_draws_each_stages_batches_as_it_says(tmp_path, monkeypatch):
+def test_batches_follow_stage_settings(tmp_path, monkeypatch):
     drawn, real = [], data.train_batches
 
     def spied(source, preprocessing, **settings):
@@ -131,8 +133,7 @@ def test_a_run_draws_each_stages_batches_as_it_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_row_tells_what_happened(tmp_path):
-    """One step of the head, worked out in numpy."""
+def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
     rows, result = run(
         tmp_path / "run", Stage("one", {"fc": 0.5}, 1, hand_on="last"), batch_size=24
     )
@@ -171,8 +172,8 @@ def test_a_row_tells_what_happened(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_average_is_validated_exported_and_handed_on(tmp_path):
-    """Runs of one step, of two, and of two with their average, which then stands still."""
+def test_ema_is_validated_exported_and_restored(tmp_path):
+    """Runs of one step, of two, and of two with their average, which a last stage keeps."""
 
     def trained(name, *stages):
         rows, result = run(tmp_path / name, *stages)
@@ -200,7 +201,7 @@ def test_an_average_is_validated_exported_and_handed_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_anchor_is_where_the_run_began_and_holds_in_its_stage_only(tmp_path):
+def test_anchor_is_start_of_run_and_holds_in_its_stage_only(tmp_path):
     free = Stage("free", {"layer3": 0.5}, steps=1, hand_on="last")
     held = dataclasses.replace(free, name="held", anchor=Anchor(body=1e6), clip_norm=1e-30)
     rows, _ = run(tmp_path / "run", free, held, dataclasses.replace(free, name="again"))
@@ -212,7 +213,7 @@ def test_an_anchor_is_where_the_run_began_and_holds_in_its_stage_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_host_looks_at_the_device_every_few_steps(tmp_path, monkeypatch):
+def test_sync_steps_reads_the_device_every_few_steps(tmp_path, monkeypatch):
     step, read = [0], set()
     kind, after = type(jnp.zeros(())), Progress.after_step
     real = kind._value
@@ -243,7 +244,7 @@ PLATEAU = {"factor": 0.5, "patience": 1, "threshold": 0.1, "cooldown": 1}
 RATES = [0.01] * 3 + [0.005] * 5 + [0.0025] * 3  # torch 2.13.0; the next one is 0.00125
 
 
-def test_the_plateaus_are_torchs():
+def test_recorded_plateau_schedule_is_torchs():
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **PLATEAU)
@@ -256,8 +257,8 @@ def test_the_plateaus_are_torchs():
 
 
 @pytest.mark.slow
-def test_how_stages_end(tmp_path, monkeypatch, capsys):
-    """Whichever of steps, epochs, minutes and plateaus comes first, within an epoch or after it."""
+def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, capsys):
+    """The first that is reached ends the stage, within an epoch or after it."""
     losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
     monkeypatch.setattr(Run, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
     after, clock, passed = Progress.after_step, time.perf_counter, [0.0]
@@ -327,7 +328,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_wrong_settings_are_errors_before_there_is_a_folder(settings, fields, message, tmp_path):
+def test_wrong_stage_settings_are_refused_before_training(settings, fields, message, tmp_path):
     with pytest.raises(JaxftError, match=message) as caught:
         run(
             tmp_path / "run",

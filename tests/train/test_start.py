@@ -1,4 +1,4 @@
-"""What a run starts from: the caller's arrays, of any dtype, with any head."""
+"""The start of a run: the caller's arrays, of any dtype, with any head."""
 
 import dataclasses
 
@@ -66,7 +66,7 @@ def arrays(dtype=jnp.float32, *, classes=3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
-def test_start_of_another_dtype_trains_in_float32_and_resumes(dtype, tmp_path, monkeypatch, capsys):
+def test_start_of_another_dtype_trains_in_float32(dtype, tmp_path, monkeypatch, capsys):
     start, given = arrays(dtype), {**GIVEN, "model": NET}
     result = finetune(ALL, tmp_path / "whole", start=start, **{**given, "console": None})
     remark = f"8 arrays of start are cast from {np.dtype(dtype).name} to float32."
@@ -82,7 +82,7 @@ def test_start_of_another_dtype_trains_in_float32_and_resumes(dtype, tmp_path, m
 
 
 @pytest.mark.slow
-def test_network_with_its_own_dtype_keeps_it(tmp_path, monkeypatch):
+def test_network_keeps_its_own_dtype(tmp_path, monkeypatch):
     model = network(param_dtype=jnp.bfloat16)
     result = finetune(ALL, tmp_path / "whole", model=model, start=arrays(), **GIVEN)
     given = {"data": GIVEN["data"], "model": model}
@@ -126,7 +126,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("start", "message"), WRONG.values(), ids=WRONG)
-def test_start_that_does_not_fit_is_one_error(start, message, tmp_path):
+def test_start_that_does_not_fit_is_refused(start, message, tmp_path):
     with pytest.raises(WeightsError, match=message):
         finetune(ALL, tmp_path / "run", model=NET, start=start(), **GIVEN)
     assert not (tmp_path / "run").exists()
@@ -134,7 +134,7 @@ def test_start_that_does_not_fit_is_one_error(start, message, tmp_path):
 
 @pytest.mark.parametrize("head", ["fresh", "zeros"])
 @pytest.mark.parametrize("start", [arrays(classes=7), changed(head=None)], ids=["size", "missing"])
-def test_start_with_another_head_gets_a_new_one(head, start, tmp_path, capsys):
+def test_start_with_another_head_gets_new_head(head, start, tmp_path, capsys):
     recipe = dataclasses.replace(HEAD, head=head)
     result = finetune(recipe, tmp_path, model=NET, start=start, **{**GIVEN, "console": None})
     said = " ".join(capsys.readouterr().out.split())
@@ -146,7 +146,7 @@ def test_start_with_another_head_gets_a_new_one(head, start, tmp_path, capsys):
     np.testing.assert_allclose(params["head"]["kernel"], expected, atol=1e-6)
 
 
-def test_start_keeps_a_head_that_fits(tmp_path):
+def test_start_keeps_head_that_fits(tmp_path):
     result = finetune(HEAD, tmp_path, model=NET, start=arrays(), **GIVEN)
     params, _ = weights.load(result.weights, NET)
     expected = arrays()[0]["head"]["kernel"]
@@ -182,7 +182,7 @@ def test_float64_run_resumes_bit_identically(tmp_path, monkeypatch):
     assert jax.tree.all(jax.tree.map(np.array_equal, start, drawn))  # as torch's .double()
 
 
-def test_random_weights_that_a_stage_freezes_are_named(tmp_path, capsys):
+def test_frozen_random_weights_are_named(tmp_path, capsys):
     finetune(HEAD, tmp_path / "run", model=NET, **{**GIVEN, "console": None})
     said = " ".join(capsys.readouterr().out.split())
     assert "Stage 'head' freezes random weights: BatchNorm_0, Dense_0. Nothing pretrained" in said
@@ -204,7 +204,7 @@ def test_random_weights_that_a_stage_freezes_are_named(tmp_path, capsys):
     ],
     ids=["image_size", "remat"],
 )
-def test_recipe_that_does_not_fit_a_network_of_ones_own(fields, error, message, tmp_path):
+def test_recipe_that_does_not_fit_user_model_is_refused(fields, error, message, tmp_path):
     with pytest.raises(error, match=message):
         finetune(dataclasses.replace(ALL, **fields), tmp_path / "run", model=NET, **GIVEN)
     assert not (tmp_path / "run").exists()
@@ -215,7 +215,7 @@ def test_recipe_that_does_not_fit_a_network_of_ones_own(fields, error, message, 
     [RuntimeError("Unable to initialize backend 'cuda': none.\nmore"), AssertionError()],
     ids=["refused", "no plugin"],
 )
-def test_devices_that_are_not_there_are_one_error(error, tmp_path, monkeypatch):
+def test_missing_devices_are_one_error(error, tmp_path, monkeypatch):
     def devices():
         raise error
 
@@ -224,7 +224,7 @@ def test_devices_that_are_not_there_are_one_error(error, tmp_path, monkeypatch):
         finetune(ALL, tmp_path / "run", model=NET, **GIVEN)
 
 
-def test_export_without_the_network_that_a_run_was_given_says_what_is_missing(tmp_path):
+def test_export_needs_the_user_model(tmp_path):
     recipe = dataclasses.replace(HEAD, model="cifar_resnet8")
     finetune(recipe, tmp_path, model=NET, start=arrays(), **GIVEN)
     with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.train\.export"):

@@ -1,4 +1,4 @@
-"""The training step: what it may touch, what it must not cost."""
+"""The training step: frozen leaves stay bit-identical, and FLOPs fall with them."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def prepare(start, stage, optimizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD(momentum=0.9, weight_decay=0.1), Adam()], ids=repr)
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_frozen_parameters_and_statistics_stay_bit_identical(stage, optimizer, start):
+def test_step_keeps_frozen_leaves_bit_identical(stage, optimizer, start):
     params, stats = start
     step, state, frozen, stage_plan = prepare(start, stage, optimizer)
     for seed in range(3):
@@ -82,7 +82,7 @@ def flops(compiled):
     return compiled.compile().cost_analysis()["flops"]
 
 
-def test_a_head_step_costs_little_more_than_a_forward_pass(start):
+def test_head_step_has_flops_of_a_forward_pass(start):
     params, stats = start
     images = batch(side=32)
     step, state, frozen, _ = prepare(start, 0, SGD(momentum=0.9))
@@ -92,7 +92,7 @@ def test_a_head_step_costs_little_more_than_a_forward_pass(start):
 
 
 @pytest.mark.slow
-def test_each_stage_costs_more_than_the_one_before(start):
+def test_step_flops_rise_from_stage_to_stage(start):
     costs = []
     for stage in range(3):
         step, state, frozen, _ = prepare(start, stage, SGD(momentum=0.9))
@@ -101,8 +101,8 @@ def test_each_stage_costs_more_than_the_one_before(start):
 
 
 @pytest.mark.slow
-def test_the_key_draws_dropout(start):
-    """The same key trains alike, another one otherwise; without dropout no key matters."""
+def test_step_draws_dropout_from_its_key(start):
+    """Without dropout, the key has no effect."""
 
     def trained(model, seed):
         params, stats = start
@@ -122,8 +122,8 @@ def test_the_key_draws_dropout(start):
 
 
 @pytest.mark.slow
-def test_padding_changes_nothing(start):
-    """A padded batch trains like the smaller one it stands for: parameters and statistics."""
+def test_step_ignores_padding(start):
+    """A padded batch updates parameters and statistics as the batch without padding."""
     step, state, frozen, _ = prepare(start, 2, SGD())
     padded, sums = step(state, frozen, batch(size=8, real=5), KEY)
     step, state, frozen, _ = prepare(start, 2, SGD())
@@ -147,7 +147,7 @@ HITS = [  # logits of six classes, the target, whether it is a hit, whether amon
     ([0, 5, 4, 3, 2, 1], 1, True, True),
     ([0, 5, 4, 3, 2, 1], 5, False, True),
     ([0, 5, 4, 3, 2, 1], 0, False, False),
-    # ties: the first of the largest is the prediction; as many as are larger go before
+    # ties: the first of the largest is the prediction
     ([1, 1, 1, 1, 1, 1], 0, True, True),
     ([1, 1, 1, 1, 1, 1], 5, False, True),
     ([2, 2, 2, 2, 2, 1], 5, False, False),
@@ -155,7 +155,7 @@ HITS = [  # logits of six classes, the target, whether it is a hit, whether amon
     ([3, 3, 2, 2, 2, 1], 4, False, True),
     ([np.inf, 1, 1, 1, 1, 1], 0, True, True),
     ([-np.inf, 1, 1, 1, 1, 1], 0, False, False),
-    # NaN goes before all numbers, and is never a hit itself
+    # NaN ranks before all numbers and is never a hit
     ([NAN, 5, 4, 3, 2, 1], 1, False, True),
     ([NAN, 5, 4, 3, 2, 1], 4, False, True),
     ([NAN, 5, 4, 3, 2, 1], 5, False, False),
@@ -164,7 +164,7 @@ HITS = [  # logits of six classes, the target, whether it is a hit, whether amon
 ]
 
 
-def test_hits_by_hand():
+def test_tally_of_hits_by_hand():
     logits, target, hit, among = map(np.array, zip(*HITS, strict=True))
     each = jax.vmap(tally)(
         logits[:, None].astype(np.float32), target[:, None], np.ones((15, 1), bool)
@@ -176,13 +176,13 @@ def test_hits_by_hand():
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_with_few_classes_each_number_is_among_the_top_five(classes):
+def test_tally_of_top5_with_few_classes(classes):
     logits = jnp.arange(classes * 1.0)[None].repeat(classes, 0)
     sums = tally(logits.at[0, 0].set(NAN), np.arange(classes), np.ones(classes, bool))
     assert (int(sums.correct), int(sums.top5)) == (1, classes - 1)
 
 
-def test_evaluation_leaves_padding_out(start):
+def test_eval_step_ignores_padding(start):
     evaluate = eval_step(MODEL, PREPROCESSING)
     padded = evaluate(*start, batch(size=8, real=5))
     short = evaluate(*start, Batch(*(rows[:5] for rows in batch(size=8, real=5))))

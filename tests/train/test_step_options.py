@@ -1,4 +1,4 @@
-"""What a stage adds to a step, against the same written in torch, recorded in float64."""
+"""Options of a step against the same in torch, recorded in float64."""
 
 from pathlib import Path
 
@@ -49,13 +49,13 @@ def golden():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_torchs(case, golden, monkeypatch):
+def test_step_options_are_torchs(case, golden, monkeypatch):
     trained = train(CASES[case], monkeypatch)
     of_case = {name: x for name, x in golden.items() if name.startswith(f"{case}/")}
     assert_as_recorded({f"{case}/{name}": x for name, x in trained.items()}, of_case)
 
 
-def test_the_recording_is_torchs(golden):
+def test_recording_of_step_options_is_torchs(golden):
     pytest.importorskip("torch")
     from record_stage_steps import recorded
 
@@ -63,7 +63,7 @@ def test_the_recording_is_torchs(golden):
 
 
 def start_of(stage, **settings):
-    """A stage's compiled program, its first state and frozen half, and the starting weights."""
+    """Returns a stage's compiled program, first state, frozen half, and initial params."""
     recipe = Recipe(
         model=MODEL.name, data="random", stages=(stage,), batch_size=8, image_size=16, **settings
     )
@@ -78,8 +78,8 @@ def start_of(stage, **settings):
 
 
 @pytest.mark.slow
-def test_an_average_does_not_move_what_stands_still():
-    """Rounding must not, or frozen layers would validate and be handed on as others."""
+def test_ema_of_constant_leaves_is_bit_identical():
+    """Rounding would change frozen layers in validation and in the exported model."""
     compiled, state, frozen, _ = start_of(Stage("x", {"fc": 0.05}, steps=99, ema=0.999))
     pretrained = jax.tree.map(lambda x: x + jnp.linspace(0.1, 0.9, x.size), state.stats)
     average = (state.average[0], jax.tree.map(jnp.copy, pretrained))
@@ -94,8 +94,8 @@ def test_an_average_does_not_move_what_stands_still():
 
 
 @pytest.mark.slow
-def test_a_skipped_step_leaves_all_but_the_schedule():
-    """Its loss is finite and its gradients are not, for the weights that it is held to are NaN."""
+def test_skipped_step_changes_only_the_schedule():
+    """The loss is finite; the gradients are not, because the anchor is NaN."""
     stage = late(
         schedule=CosineAnnealingLR(by="step"), ema=EMA, clip_norm=3.0, anchor=Anchor(), accumulate=2
     )
@@ -121,7 +121,7 @@ def test_a_skipped_step_leaves_all_but_the_schedule():
     assert record.finite
 
 
-def test_no_option_brings_the_frozen_backward_back():
+def test_step_options_add_no_frozen_backward_pass():
     everything = {
         "clip_norm": 1.0, "ema": 0.9, "anchor": Anchor(), "class_weights": WEIGHTS,
         "label_smoothing": 0.1,

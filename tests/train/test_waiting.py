@@ -1,4 +1,4 @@
-"""Whether it is said that a run waits for its images."""
+"""Advice to a run that waits for its images."""
 
 import pytest
 
@@ -30,5 +30,5 @@ OFTEN = Waiting(seconds=10.0, idle=6.3)
         "one step",
     ],
 )  # fmt: skip
-def test_advice(waiting, epoch, workers, cached, expected):
+def test_waiting_advice(waiting, epoch, workers, cached, expected):
     assert waiting.advice(epoch, workers=workers, cores=4, cached=cached) == expected

@@ -1,4 +1,4 @@
-"""A run's folder: one recipe, one run at a time, and known to be writable."""
+"""The workdir: one recipe, one run at a time, writable."""
 
 import dataclasses
 import errno
@@ -20,12 +20,12 @@ RECIPE = RECIPE.expecting(RECIPE.preprocessing)
 
 
 def begin(folder):
-    """A run that has come as far as a checkpoint."""
+    """Writes a run with one checkpoint."""
     with claim(folder, RECIPE), closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         checkpoints.save(1, {"recipe": fields(RECIPE)}, {"params": {"x": jnp.ones(1)}})
 
 
-def test_a_run_is_known_by_its_first_checkpoint(tmp_path):
+def test_workdir_belongs_to_run_from_its_first_checkpoint(tmp_path):
     with claim(tmp_path / "run", RECIPE):
         assert saved(tmp_path / "run") is None
     begin(tmp_path / "run")
@@ -36,7 +36,7 @@ def test_a_run_is_known_by_its_first_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["seed: 1", "stages: [", "\0" * 400, None])
-def test_a_damaged_recipe_file_is_written_again_from_the_checkpoint(content, tmp_path):
+def test_damaged_recipe_file_is_restored_from_checkpoint(content, tmp_path):
     begin(tmp_path)
     file = tmp_path / "recipe.yaml"
     whole = file.read_bytes()
@@ -51,13 +51,13 @@ def test_a_damaged_recipe_file_is_written_again_from_the_checkpoint(content, tmp
         assert file.read_bytes() == whole
 
 
-def test_a_checkpoint_that_is_being_replaced_is_one(tmp_path):
+def test_workdir_with_checkpoint_being_replaced(tmp_path):
     begin(tmp_path)
     (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "replaced-1")
     assert saved(tmp_path) == RECIPE
 
 
-def test_a_second_run_is_refused_while_the_first_is_there(tmp_path):
+def test_workdir_of_running_process_is_refused(tmp_path):
     second = pytest.raises(RecipeError, match="another process is training in")
     with claim(tmp_path, RECIPE), second, claim(tmp_path, RECIPE):
         pass
@@ -67,7 +67,7 @@ def test_a_second_run_is_refused_while_the_first_is_there(tmp_path):
         pass
 
 
-def test_the_other_processes_of_a_run_take_the_first_ones_word(tmp_path, monkeypatch):
+def test_workdir_is_claimed_by_first_process_only(tmp_path, monkeypatch):
     with claim(tmp_path, RECIPE):
         monkeypatch.setattr(workdir, "ask_main_process", lambda ask: "")
         with claim(tmp_path, RECIPE):
@@ -77,7 +77,7 @@ def test_the_other_processes_of_a_run_take_the_first_ones_word(tmp_path, monkeyp
             pass
 
 
-def test_a_full_disk_is_known_before_the_run(disk):
+def test_workdir_on_full_disk_is_refused(disk):
     disk.fill(but=0)
     unwritable = pytest.raises(RecipeError, match="cannot be written: No space left on device")
     with unwritable, claim(disk.folder / "run", RECIPE):
@@ -86,7 +86,7 @@ def test_a_full_disk_is_known_before_the_run(disk):
     begin(disk.folder / "run")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         ("s3://b/run", r"s3://b/run needs s3fs, .*: pip install 's3fs'\."),
     ],
 )
-def test_bucket_without_its_client_names_the_extra(place, url, message, tmp_path, monkeypatch):
+def test_workdir_in_bucket_names_missing_extra(place, url, message, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     places = {"workdir": tmp_path / "run", place: url}
@@ -115,7 +115,7 @@ def test_bucket_without_its_client_names_the_extra(place, url, message, tmp_path
         finetune(recipe, places.pop("workdir"), **places)
 
 
-def test_folder_of_an_unknown_protocol_is_an_error():
+def test_workdir_of_unknown_protocol_is_refused():
     with pytest.raises(RecipeError, match="it is gs://"):
         finetune(RECIPE, "hdfs://b/run")
 
@@ -132,7 +132,7 @@ def test_folder_of_an_unknown_protocol_is_an_error():
         ("data", "data/../run", True),
     ],
 )
-def test_a_workdir_among_the_folders_of_classes_is_refused(classes, place, fits, tmp_path):
+def test_workdir_among_class_folders_is_refused(classes, place, fits, tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / classes / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("data")
@@ -141,14 +141,14 @@ def test_a_workdir_among_the_folders_of_classes_is_refused(classes, place, fits,
         check_apart(tmp_path / place, f"folder:{tmp_path}/data")
 
 
-def test_a_workdir_that_is_a_dead_link_is_named(tmp_path):
+def test_workdir_that_is_a_dead_link_is_refused(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "gone")
     refused = pytest.raises(RecipeError, match="run is a link that leads nowhere; choose another")
     with refused, claim(tmp_path / "run", RECIPE):
         pass
 
 
-def test_weights_of_a_run_whose_checkpoints_are_gone_are_not_replaced(tmp_path):
+def test_workdir_without_its_checkpoints_is_refused(tmp_path):
     begin(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     check(tmp_path, RECIPE)
