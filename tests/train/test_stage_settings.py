@@ -323,7 +323,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
         ({"clip_norm": 0.0}, {}, "clip_norm is 0.0"),
         ({"minutes": math.inf}, {}, "minutes is inf"),
         ({"steps": 0}, {}, "it has 0 steps"),
-        ({"until": Plateau()}, {}, "counts those of a ReduceLROnPlateau"),
+        ({"until": Plateau()}, {}, "needs a ReduceLROnPlateau"),
     ],
     ids=str,
 )
