@@ -1,4 +1,8 @@
-"""Staged fine-tuning for JAX: which layers train, at which learning rate, in each stage."""
+"""Staged fine-tuning for JAX: which layers train, at which learning rate, in each stage.
+
+The names in `__all__` and the documented contents of the modules among them are the public
+interface. Everything else may change without notice.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,20 +28,23 @@ if TYPE_CHECKING:
     from jaxft.linear_probe import LogisticRegression, logistic_regression
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
-    from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop, multi_transform
+    from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
+    from jaxft.optim.transform import multi_transform
     from jaxft.recipe import Recipe
+    from jaxft.report.console import Console
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
-    from jaxft.train import finetune
+    from jaxft.train import Result, finetune
 
-# Module of each public name. Names are imported when they are first used: the `jaxft` program must
-# handle signals before it imports jax, and labelling a tree must not import Flax or Orbax.
+# The module of each name. Names are imported on first use: the `jaxft` program handles signals
+# before it imports jax, and to label a tree, nobody should wait for Flax, Orbax and TFDS.
 _MODULES = {
     name: module
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
-        "optim.optimizers": ["multi_transform", "SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
@@ -51,7 +58,8 @@ _MODULES = {
             "ParallelError",
         ],
         "recipe": ["Recipe"],
-        "train": ["finetune"],
+        "report.console": ["Console"],
+        "train": ["Result", "finetune"],
     }.items()
     for name in names
 }  # fmt: skip
@@ -60,56 +68,60 @@ _SUBMODULES = {
     for path in ("data", "methods", "models", "weights", "optim.gradients", "optim.schedules")
 }
 
-__all__ = [  # noqa: RUF022 (in the order in which a user meets them)
-    "label",
-    "partition",
-    "combine",
-    "paths",
-    "summary",
-    "multi_transform",
-    "carry",
+__all__ = [  # in the order of the documentation
     "FROZEN",
-    "Stage",
-    "Update",
-    "LogisticRegression",
-    "EarlyStop",
-    "Plateau",
-    "Anchor",
     "SGD",
     "Adam",
     "AdamW",
-    "RMSprop",
-    "ReduceLROnPlateau",
-    "plan",
-    "StagePlan",
-    "logistic_regression",
-    "JaxftError",
-    "PatternError",
-    "LabelError",
-    "RecipeError",
-    "ModelError",
-    "WeightsError",
-    "DataError",
+    "Anchor",
     "CheckpointError",
-    "NonFiniteError",
+    "Console",
+    "DataError",
+    "EarlyStop",
     "InterruptedRunError",
+    "JaxftError",
+    "LabelError",
+    "LogisticRegression",
+    "ModelError",
+    "NonFiniteError",
     "ParallelError",
-    "gradients",
-    "methods",
-    "schedules",
+    "PatternError",
+    "Plateau",
+    "RMSprop",
     "Recipe",
-    "finetune",
+    "RecipeError",
+    "ReduceLROnPlateau",
+    "Result",
+    "Stage",
+    "StagePlan",
+    "Update",
+    "WeightsError",
+    "carry",
+    "combine",
     "data",
+    "finetune",
+    "gradients",
+    "label",
+    "logistic_regression",
+    "methods",
     "models",
+    "multi_transform",
+    "partition",
+    "paths",
+    "plan",
+    "schedules",
+    "summary",
     "weights",
 ]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("jaxft")
     if name in _SUBMODULES:
         value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
     elif name in _MODULES:

@@ -1,8 +1,8 @@
-"""Many devices, of one process or of several: who takes part, and what lies where.
+"""Processes and devices of a run: joining processes, collectives, and shardings on one mesh.
 
-A run is one program on one mesh of all devices. It computes the same on any number of them: the
+A run is one program on one mesh of all devices. Its result does not depend on their number: the
 batch is divided among the devices, parameters are copied to or divided among them, and the compiler
-adds what they have to tell each other (GSPMD, Xu et al. 2021, arXiv:2105.04663).
+inserts the communication (GSPMD, Xu et al. 2021, arXiv:2105.04663).
 """
 
 import re
@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft import lost_process, rendezvous
@@ -25,37 +26,43 @@ from jaxft.errors import ParallelError
 T = TypeVar("T")
 
 Sharding = Literal["replicated", "fsdp"]
-"""`replicated`: each device has all parameters and all of the optimizer's state.
-`fsdp`: large ones are divided among the devices, and gathered where a step uses them.
+"""Placement of parameters and optimizer state.
+
+- `replicated`: each device holds all of them.
+- `fsdp`: large arrays are divided among the devices and gathered where a step uses them.
 """
 
 LARGE = 2**18
-"""Elements from which `fsdp` divides an array, 1 MiB of float32: below, latency is all it buys."""
+"""Minimum number of elements of an array that `fsdp` divides: 1 MiB of float32. Dividing smaller
+arrays would save no memory worth the latency."""
 
-_BATCH = "batch"  # the mesh's one axis
-_PATIENCE = 50.0  # seconds for all processes to come; a minute with the start and end of Python
-_FOREVER = 10**6
-_SILENCE = 60  # seconds after which a process that sends no heartbeat counts as lost
-_PARTING = 20  # seconds that a process which ends waits for the others: after an error, in vain
+_BATCH_AXIS = "batch"  # the only axis of the mesh
+_JOIN_TIMEOUT = 50.0  # seconds; a minute together with the start and the end of Python
+_NEVER = 10**6  # seconds
+_ANSWER_BYTES = 4096  # of a string that process 0 sends to the others
+_HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as lost
+_SHUTDOWN_TIMEOUT = 20  # seconds that an ending process waits for the others
 
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Joins this process to the others of its run; to be called before jax is used at all.
+    """Joins this process to the other processes of its run. Call it before any other use of JAX.
 
-    coordinator: HOST:PORT at which process 0 is reached; the port is any that is free there.
-    processes: how many there are, of one or several hosts, all with equally many devices.
-    process: which one this is, from 0.
+    Without arguments, JAX detects the cluster (TPU VMs, Slurm, Open MPI, Kubernetes). Without a
+    cluster, or with `processes=1`, this process is the whole run.
 
-    Without arguments, these are found out where jax knows how to (TPU VMs, Slurm, Open MPI,
-    Kubernetes); where there is nothing to join, or `processes` is 1, this process is the run.
-    SIGTERM stays the program's own. Where one process ends before the others, they are ended soon
-    after: an error in one leaves none behind, and a run ends with a `barrier`.
+    The program's SIGTERM handler stays in place. If a process ends early, the others are ended soon
+    after; end a run with `barrier`, so that the first process to finish does not end the others.
+
+    Args:
+      coordinator: HOST:PORT of process 0; any free port.
+      processes: number of processes, on one or several hosts, each with the same number of devices.
+      process: index of this process, from 0.
 
     Raises:
-      ParallelError: arguments that do not fit, in this process or among all (a number that came
-        twice), or not all processes have come within a minute.
+      ParallelError: the arguments are wrong or contradict another process, or not all
+        processes joined within a minute.
     """
     if processes == 1 or jax.distributed.is_initialized():
         return
@@ -65,42 +72,45 @@ def start(
     if coordinator is None or processes is None or process is None:
         raise ParallelError(
             f"coordinator is {coordinator}, processes {processes}, process {process}: several "
-            "processes need all three, each its own number; a single one, none of them."
+            "processes need all three, with a different process number for each; a single process "
+            "needs none of them."
         )
     port = re.fullmatch(r".+:(\d+)", coordinator)
     if not port or int(port[1]) > 65535:
         raise ParallelError(f"coordinator is {coordinator!r}; it must be HOST:PORT.")
     if not 0 <= process < processes:
         raise ParallelError(
-            f"process is {process}; of {processes} the first is 0 and the last {processes - 1}."
+            f"process is {process}; with {processes} processes it must be from 0 to "
+            f"{processes - 1}."
         )
-    rendezvous.meet(coordinator, processes, process, patience=_PATIENCE)
+    rendezvous.meet(coordinator, processes, process, timeout=_JOIN_TIMEOUT)
     _join(
         f"the {processes} processes at {coordinator}",
-        f"Start each with a --process of its own, from 0 to {processes - 1}.",
+        f"Start each with a different --process, from 0 to {processes - 1}.",
         coordinator_address=coordinator,
         num_processes=processes,
         process_id=process,
-        cluster_detection_method="deactivate",  # or Slurm's would leave but one GPU to see
+        cluster_detection_method="deactivate",  # Slurm's would leave each process a single GPU
     )
 
 
 def check_devices() -> None:
-    """Raises ParallelError where the devices that JAX was asked for are not there."""
+    """Raises ParallelError if the devices that JAX_PLATFORMS names are missing."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter without the plugin for CUDA
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
-        line = str(error).partition("\n")[0] or "there is no plugin for it."
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        reason = str(error).partition("\n")[0] or "there is no plugin for it."
         raise ParallelError(
-            f"JAX cannot use {asked or 'its devices'!r}, as JAX_PLATFORMS asks: {line} Install "
-            "jaxft's extra for the device ('.[cuda]' or '.[tpu]'), or set JAX_PLATFORMS=cpu."
+            f"JAX cannot use {platforms or 'its devices'!r}, as JAX_PLATFORMS asks: {reason} "
+            "Install jaxft's extra for the device ('.[cuda]' or '.[tpu]'), or set "
+            "JAX_PLATFORMS=cpu."
         ) from error
 
 
-def _join(whom: str, advice: str, **arguments: Any) -> None:
+def _join(group: str, advice: str, **arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would catch SIGTERM, to let Orbax save and end the processes at a step of its choice.
+    # The preemption service would catch SIGTERM, and let Orbax choose the step at which to save.
     jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
@@ -108,50 +118,101 @@ def _join(whom: str, advice: str, **arguments: Any) -> None:
         try:
             jax.distributed.initialize(
                 **arguments,
-                initialization_timeout=_FOREVER,
-                shutdown_timeout_seconds=_PARTING,
-                heartbeat_timeout_seconds=_SILENCE,
+                initialization_timeout=_NEVER,
+                shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             )
         except Exception as error:
             failures.append(error)
 
-    # jax's own timeout aborts the process, in C++ with a stack trace. In a thread it can be left
-    # behind, with the error raised here.
+    # JAX's timeout aborts the process, in C++ with a stack trace. Instead, this thread is abandoned
+    # after the timeout and the error is raised here.
     thread = Thread(target=join, name="jaxft-join", daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(_JOIN_TIMEOUT)
     if thread.is_alive():
         raise ParallelError(
-            f"cannot join {whom}: after {_PATIENCE:.0f} s not all have come. {advice}"
+            f"cannot join {group}: after {_JOIN_TIMEOUT:.0f} s some processes are missing. {advice}"
         )
     for error in failures:
         if str(error) == "coordinator_address should be defined." and not arguments:
             return  # there is no cluster
-        raise ParallelError(f"cannot join {whom}: {error}") from error
-    lost_process.end_clearly()
+        raise ParallelError(f"cannot join {group}: {error}") from error
+    lost_process.install_abort_handler()
     with suppress(RuntimeError):  # `check_devices` reports it
-        jax.devices()  # needs all processes: now, before any of them can fail
+        jax.devices()  # needs all processes, so call it before any of them can fail
+
+
+def is_main_process() -> bool:
+    """Returns True in process 0, which alone writes files and prints."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Returns True if `flag` is True in any process.
+
+    A collective: every process must call it at the same point of the program. It waits for the
+    devices; a run of one process returns at once.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has reached the barrier `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast_from_main(tree: T) -> T:
+    """Returns process 0's arrays in every process, as NumPy arrays. A collective."""
+    if jax.process_count() == 1:
+        return tree
+    return cast(T, jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree)))
+
+
+def ask_main_process(question: Callable[[], str]) -> str:
+    """Calls `question` in process 0 and returns its answer in every process. A collective.
+
+    Decisions on the file system go through here, so that all processes take the same branch: if
+    process 0 alone raised an error, the others would wait for it.
+
+    Args:
+      question: returns a string of at most 4096 bytes in UTF-8; longer ones are cut for the others.
+    """
+    answer = question() if is_main_process() else ""
+    if jax.process_count() == 1:
+        return answer
+    sent = np.frombuffer(answer.encode()[:_ANSWER_BYTES].ljust(_ANSWER_BYTES, b"\0"), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8)
+    return answer or received.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def _all_devices() -> Mesh:
-    # Not jax.make_mesh, which orders a TPU's devices by its wiring: a process would then not
-    # have one run of rows of the batch, and what a row is would depend on the number of hosts.
+    # Not jax.make_mesh, which orders a TPU's devices by its wiring. Each process must hold
+    # consecutive rows of the batch, so that the rows do not depend on the number of hosts.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), (_BATCH,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), (_BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run, by default all there are, and how its arrays lie on them.
+    """Devices of a run, and the placement of arrays on them.
 
-    Hashable: it may be a static part of a compiled step, of which `constrain` keeps the state
-    where it is.
+    Hashable, so that it can be a static argument of a compiled step.
 
+    Attributes:
+      sharding: placement of parameters and optimizer state.
+      mesh: mesh with the single axis "batch"; all devices by default.
+
+    Raises:
+      ParallelError: the processes have different numbers of devices.
+
+    Example:
         devices = Devices("fsdp")
         state = devices.put(state)
-        state = step(state, devices.batch(batch))  # at its end: return devices.constrain(state)
-
-    Raises ParallelError if the processes have unequal numbers of devices.
+        state = step(state, devices.batch(batch))  # ends with: return devices.constrain(state)
     """
 
     sharding: Sharding = "replicated"
@@ -161,7 +222,7 @@ class Devices:
         counts = Counter(device.process_index for device in self.mesh.devices.flat)
         if len(set(counts.values())) > 1:
             raise ParallelError(
-                "each process must have as many devices as any other, and they have "
+                "all processes must have the same number of devices, but they have "
                 f"{', '.join(str(counts[process]) for process in sorted(counts))}."
             )
 
@@ -169,99 +230,112 @@ class Devices:
         return int(self.mesh.size)
 
     def rows(self, batch_size: int) -> int:
-        """The rows of an array of `batch_size` examples: so many that each device has as many."""
+        """Returns `batch_size` rounded up to a multiple of the number of devices."""
         return -(-batch_size // len(self)) * len(self)
 
     @property
     def shard(self) -> tuple[int, int]:
-        """Which of how many equal parts of each batch this process reads."""
+        """`(index, count)`: this process reads part `index` of `count` equal parts of a batch."""
         return jax.process_index(), jax.process_count()
 
     def batch(self, part: T, *, stacked: bool = False) -> T:
-        """The batch of which each process has its `part`: NumPy arrays [b ...], divided by rows.
+        """Puts a batch on the devices, divided by rows.
 
-        `stacked` ones are [n b ...].
+        Args:
+          part: this process's rows, NumPy arrays [b ...].
+          stacked: whether the arrays are several batches, [n b ...].
+
+        Returns:
+          Global arrays with the rows of all processes.
         """
-        rows = self._rows(stacked)
-        if rows.is_fully_addressable:
-            return jax.device_put(part, rows)  # all arrays at once
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), part)
+        sharding = self._row_sharding(stacked)
+        if sharding.is_fully_addressable:
+            return jax.device_put(part, sharding)  # all arrays in one call
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), part)
 
     def abstract_batch(self, shapes: T, *, stacked: bool = False) -> T:
-        """Shapes, types and places of a whole batch, as `abstract` gives those of parameters."""
-        rows = self._rows(stacked)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
+        """Returns shapes, types and shardings of a global batch, to compile ahead of time."""
+        sharding = self._row_sharding(stacked)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
 
-    def _rows(self, stacked: bool) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, _BATCH))
+    def _row_sharding(self, stacked: bool) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, _BATCH_AXIS))
 
     def shardings(self, tree: Any) -> Any:
-        """Where each leaf belongs; `tree` is of anything that has a shape.
+        """Returns the sharding of each leaf; only the shapes of the leaves are read.
 
-        With `fsdp`, those of `LARGE` elements and more are divided along their largest dimension
-        that has equal parts for all devices. A moment so lies as its parameter does.
+        With `fsdp`, arrays of at least `LARGE` elements are divided along the largest dimension
+        that the number of devices divides. The moments of an optimizer have the shape of their
+        parameter and so its sharding.
         """
 
-        def place(leaf: Any) -> NamedSharding:
+        def leaf_sharding(leaf: Any) -> NamedSharding:
             shape = np.shape(leaf)
-            fitting = [axis for axis, size in enumerate(shape) if size % len(self) == 0]
-            if self.sharding == "replicated" or np.prod(shape) < LARGE or not fitting:
+            divisible = [axis for axis, size in enumerate(shape) if size % len(self) == 0]
+            if self.sharding == "replicated" or np.prod(shape) < LARGE or not divisible:
                 return NamedSharding(self.mesh, PartitionSpec())
-            widest = max(fitting, key=lambda axis: (shape[axis], axis))
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * widest, _BATCH))
+            largest = max(divisible, key=lambda axis: (shape[axis], axis))
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, _BATCH_AXIS))
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(leaf_sharding, tree)
 
     def put(self, tree: T) -> T:
-        """The arrays where they belong; every process has the same values, or its part of them.
+        """Puts arrays on the devices according to `shardings`.
 
-        What lies right already is not copied: a step that donates it takes it from `tree` too.
+        Every process must pass the same values, or global arrays. An array that is already in place
+        is not copied, so a step that donates the result also deletes the leaf of `tree`.
         """
 
-        def put(leaf: Any, place: NamedSharding) -> jax.Array:
-            there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-            if there or place.is_fully_addressable:
-                return jax.device_put(leaf, place)
-            # device_put would send each array around, to see that all processes have the same.
-            return jax.make_array_from_callback(leaf.shape, place, np.asarray(leaf).__getitem__)
+        def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+            if is_global or sharding.is_fully_addressable:
+                return jax.device_put(leaf, sharding)
+            # device_put would send each array to all processes, to compare the values.
+            return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
 
-        return jax.tree.map(put, tree, self.shardings(tree))
+        return jax.tree.map(put_leaf, tree, self.shardings(tree))
 
     def constrain(self, tree: T) -> T:
-        """Within a compiled function: the arrays stay, or come, where they belong."""
+        """Constrains arrays to `shardings`. Call it within a compiled function."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gather(self, tree: T) -> T:
-        """Within a compiled function: every device gets the whole arrays."""
+        """Copies whole arrays to every device. Call it within a compiled function."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def spread(self, parts: jax.Array) -> jax.Array:
-        """Within a compiled function: parts of a batch [n b ...], each as `batch` divides one.
+        """Divides each part of a batch among the devices. Call it within a compiled function.
 
-        Each is padded to equal shares for the devices.
+        Args:
+          parts: parts of a batch, stacked [n b ...].
+
+        Returns:
+          The parts [n rows ...], zero-padded to `rows(b)` and divided along the second axis.
         """
         count = parts.shape[1]
         padding = [(0, 0), (0, self.rows(count) - count), *[(0, 0)] * (parts.ndim - 2)]
-        # By way of whole copies: the compiler finds no other, and warns of it unless told so.
+        # The compiler has no better way than whole copies, and warns unless they are explicit.
         parts = self.gather(parts)
-        place = NamedSharding(self.mesh, PartitionSpec(None, _BATCH))
-        return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), place)
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, _BATCH_AXIS))
+        return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), sharding)
 
     def abstract(self, tree: Any) -> Any:
-        """The tree's shapes, types and places, as Orbax restores and `jit(...).lower` compiles."""
+        """Returns shapes, types and shardings, for `jit(...).lower` and for Orbax to restore."""
         return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
             self.shardings(tree),
         )
 
     def host(self, tree: Any) -> Any:
-        """The whole arrays, in NumPy's memory in every process; all must ask."""
+        """Returns the whole arrays as NumPy arrays in every process. A collective."""
         if jax.process_count() > 1:
-            tree = _copier(NamedSharding(self.mesh, PartitionSpec()))(tree)
+            tree = _replicator(NamedSharding(self.mesh, PartitionSpec()))(tree)
         return jax.device_get(tree)
 
 
 @lru_cache(maxsize=1)
-def _copier(place: NamedSharding) -> Callable[[T], T]:
-    return jax.jit(lambda tree: tree, out_shardings=place)
+def _replicator(sharding: NamedSharding) -> Callable[[T], T]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)

@@ -1,41 +1,63 @@
-"""What ends a stage before its epochs are over."""
+"""Rules that end a stage before its last epoch, and the comparison of epochs they count with."""
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jaxft.dataclass_checks import checked
 from jaxft.errors import RecipeError
+
+Score = TypeVar("Score")
+"""The validation metrics of an epoch, with an attribute for each `Monitor`."""
 
 Monitor = Literal["accuracy", "top5", "loss"]
 Mode = Literal["min", "max"]
 
 
 def default_mode(monitor: Monitor) -> Mode:
-    """Returns `min` for a loss, `max` for an accuracy."""
+    """Returns `min` for a loss and `max` for an accuracy."""
     return "min" if monitor == "loss" else "max"
 
 
+def is_better(score: Any, reference: Any, monitor: Monitor, mode: Mode, margin: float = 0) -> bool:
+    """Returns True if `score` beats `reference` by more than `margin`.
+
+    A tie is not better, nor is NaN. Every number is better than NaN.
+
+    Args:
+      score: metrics of the new epoch.
+      reference: metrics of the epoch to beat.
+      monitor: the metric to compare.
+      mode: whether a smaller (`min`) or a larger (`max`) value is better.
+      margin: minimum difference, in units of the metric.
+    """
+    new, old = getattr(score, monitor), getattr(reference, monitor)
+    if math.isnan(old):
+        return not math.isnan(new)
+    return bool(new + margin < old if mode == "min" else new - margin > old)
+
+
 @checked(
-    restore_best_weights="the best epoch goes on to the next stage by default, Stage(hand_on=...)",
+    restore_best_weights="the next stage starts from the best epoch, see Stage(hand_on=...)",
     start_from_epoch="it is called min_epochs",
-    verbose="the line that closes a stage says why it ended",
+    verbose="the line that closes a stage states why it ended",
 )
 @dataclass(frozen=True)
 class EarlyStop:
-    """Ends a stage once `patience` epochs in a row have not improved.
+    """Ends a stage after `patience` epochs in a row without improvement.
 
-    Counts as Keras, Lightning and torch's usual loops do: the first epoch is an improvement, a
-    later one if it is strictly better, by more than `min_delta`, than the last that was. A tie is
-    no improvement and NaN never is one; any number is an improvement on NaN alone.
+    Counts as Keras and Lightning do. The first epoch is an improvement. A later epoch is one if it
+    beats the last improvement by more than `min_delta`; a tie and NaN are none. After NaN, any
+    number is an improvement.
 
     Attributes:
       monitor: metric on the validation images; accuracies from 0 to 1, the loss in nats. The best
-        epoch is chosen by it too, unless the stage has a `monitor` of its own.
-      patience: epochs.
-      min_delta: in units of what is monitored; less is no improvement.
-      min_epochs: the stage has at least as many; patience is counted from its start all the same.
-      mode: whether `min` or `max` is better; by default `min` for a loss, else `max`.
-      baseline: with `start`, the first epoch must improve on the stage's start.
+        epoch is also chosen by it, unless the stage sets `Stage.monitor`.
+      patience: number of epochs.
+      min_delta: smallest improvement that counts, in units of the metric.
+      min_epochs: the stage trains at least this many epochs. Patience still counts from the start.
+      mode: whether `min` or `max` is better; by default `min` for the loss, else `max`.
+      baseline: with `start`, the first epoch must improve on the score at the stage's start.
     """
 
     monitor: Monitor = "accuracy"
@@ -58,13 +80,42 @@ class EarlyStop:
         if wrong:
             raise RecipeError(f"EarlyStop: {'; '.join(wrong)}.")
 
+    def count(
+        self, score: Score, reference: Score, waited: int, *, epoch: int
+    ) -> tuple[Score, int]:
+        """Counts one epoch.
+
+        Args:
+          score: metrics of the epoch.
+          reference: metrics of the last improvement; before the first, of the stage's start.
+          waited: epochs since that improvement.
+          epoch: number of the epoch within the stage, from 1.
+
+        Returns:
+          The new `(reference, waited)`.
+        """
+        mode = self.mode or default_mode(self.monitor)
+        if epoch == 1 and self.baseline is None:
+            return score, waited + 1 if math.isnan(getattr(score, self.monitor)) else 0
+        if is_better(score, reference, self.monitor, mode, self.min_delta):
+            return score, 0
+        return reference, waited + 1
+
+    def end_reason(self, waited: int, epoch: int) -> str:
+        """Returns why the stage ends after this epoch; empty if it continues."""
+        if waited < self.patience or epoch < self.min_epochs:
+            return ""
+        margin = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        plural = "s" * (waited > 1)
+        return f"{self.monitor} has not improved{margin} for {waited} epoch{plural}"
+
 
 @checked()
 @dataclass(frozen=True)
 class Plateau:
-    """Ends a stage when its `ReduceLROnPlateau` asks for one reduction more than `reductions`.
+    """Ends a stage when its `ReduceLROnPlateau` schedule meets one plateau more than `reductions`.
 
-    Plateaus are counted as torch's scheduler counts them, so `Plateau(0)` ends with the first.
+    Counts plateaus as torch's scheduler does: `Plateau(0)` ends the stage at the first one.
     """
 
     reductions: int = 2
@@ -74,3 +125,9 @@ class Plateau:
     def __post_init__(self) -> None:
         if self.reductions < 0:
             raise RecipeError(f"Plateau: reductions is {self.reductions}; it must not be negative.")
+
+    def end_reason(self, reductions: int) -> str:
+        """Returns why the stage ends after this many plateaus; empty if it continues."""
+        if reductions <= self.reductions:
+            return ""
+        return f"the rate met its plateau number {reductions}"

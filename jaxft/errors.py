@@ -1,53 +1,56 @@
-"""What a user can get wrong. Each error names the thing, the place and the way out."""
+"""Errors that jaxft raises on purpose; each message names the cause, the place and a way out.
+
+Wrong input is also a ValueError. An interruption, a full disk or a diverged loss is not.
+"""
 
 from collections.abc import Iterable
 
 
-class JaxftError(ValueError):
-    """Base of all errors that a user can cause; scripts print it without a traceback."""
+class JaxftError(Exception):
+    """Base class of all errors that jaxft raises on purpose; scripts print them in one line."""
 
 
-class PatternError(JaxftError):
-    """A pattern selects nothing, or can never be reached."""
+class PatternError(JaxftError, ValueError):
+    """A pattern selects nothing, or earlier patterns take all that it selects."""
 
 
-class RecipeError(JaxftError):
-    """A recipe, or the run it should start or continue, does not hold together."""
-
-
-class ModelError(JaxftError):
-    """A module of the user's own cannot serve as a network."""
-
-
-class WeightsError(JaxftError):
-    """A weights file does not fit the network."""
-
-
-class CheckpointError(JaxftError):
-    """A checkpoint does not hold what the run needs."""
-
-
-class DataError(JaxftError):
-    """A data source is missing, empty, or holds something unreadable."""
-
-
-class LabelError(JaxftError):
+class LabelError(JaxftError, ValueError):
     """A label tree does not fit the parameters or the transforms."""
 
 
+class RecipeError(JaxftError, ValueError):
+    """A recipe has wrong or contradictory fields, or does not fit the run it should continue."""
+
+
+class ModelError(JaxftError, ValueError):
+    """A user's module cannot serve as a network."""
+
+
+class WeightsError(JaxftError, ValueError):
+    """A weights file is unreadable or does not fit the network."""
+
+
+class DataError(JaxftError, ValueError):
+    """A data source is missing, empty, or holds something unreadable."""
+
+
+class CheckpointError(JaxftError):
+    """A checkpoint cannot be written or read, or does not fit the run."""
+
+
 class ParallelError(JaxftError):
-    """The processes of a run, or their devices, do not come together."""
+    """The processes or devices of a run cannot work together."""
 
 
 class NonFiniteError(JaxftError):
-    """A loss or a gradient has become infinite or NaN."""
+    """A loss, a gradient or a validation score is infinite or NaN."""
 
 
 class InterruptedRunError(JaxftError):
-    """A signal has ended a run, which had nothing to lose or has saved its position.
+    """SIGTERM or SIGINT ended a run, which has saved its position or had nothing to save.
 
     Attributes:
-      signal: the number of the signal.
+      signal: number of the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -56,10 +59,19 @@ class InterruptedRunError(JaxftError):
 
 
 def first_of(entries: Iterable[str], most: int, rest: str = "and {} more") -> list[str]:
-    """Returns the first entries of a message's list, and one that counts the rest, if any.
+    """Shortens a list for an error message.
 
-    >>> ", ".join(first_of("abcde", 3))
-    'a, b, c, and 2 more'
+    Args:
+      entries: the entries of the list.
+      most: maximum number of entries to keep.
+      rest: text of the last entry, formatted with the number of entries left out.
+
+    Returns:
+      The first `most` entries, followed by `rest` if there are more.
+
+    Example:
+      >>> ", ".join(first_of("abcde", 3))
+      'a, b, c, and 2 more'
     """
     entries = list(entries)
     more = [rest.format(len(entries) - most)] if len(entries) > most else []

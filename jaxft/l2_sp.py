@@ -1,4 +1,4 @@
-"""L2-SP: weights are held near those they started from (Li et al. 2018, arXiv:1802.01483)."""
+"""L2-SP: keeps weights near their pretrained values (Li et al. 2018, arXiv:1802.01483)."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,14 @@ from jaxft.labels import Tree, paths, unflatten
 @checked()
 @dataclass(frozen=True)
 class Anchor:
-    """The penalty body/2·‖w - w0‖² + head/2·‖w‖², of what trains.
+    """The penalty body/2·‖w - w0‖² + head/2·‖w‖² on the trainable parameters.
 
-    w0 are the weights that the run, not the stage, started from; the new head, which has no such
-    past, is drawn to zero. The penalty is not part of the losses that are shown.
+    w0 are the weights at the start of the run, not of the stage. The head is new and has no
+    pretrained values, so it is pulled to zero. Reported losses do not include the penalty.
+
+    Attributes:
+      body: strength of the penalty on all parameters but the head.
+      head: strength of the penalty on the head.
     """
 
     body: float = 0.1
@@ -26,21 +30,29 @@ class Anchor:
             raise RecipeError(f"{self} has a negative strength.")
 
     def pull(self, gradients: Tree, trainable: Tree, start: Tree, head: str) -> Tree:
-        """The gradients with the penalty's added; `start` is w0, `head` the path of the head.
+        """Adds the gradient of the penalty.
 
-        `gradients` and `trainable` are `None` where frozen; `start` is whole.
+        Args:
+          gradients: gradients of the trainable half (None where frozen).
+          trainable: parameters of the trainable half.
+          start: all parameters at the start of the run, w0.
+          head: path of the head.
 
-        >>> import jax.numpy as jnp
-        >>> zeros, ones = ({"body": jnp.full((), x), "fc": jnp.full((), x)} for x in (0.0, 1.0))
-        >>> pulled = Anchor(0.1, 0.01).pull(zeros, ones, start=zeros, head="fc")
-        >>> {name: round(float(g), 3) for name, g in pulled.items()}
-        {'body': 0.1, 'fc': 0.01}
+        Returns:
+          The gradients with the penalty's gradient added.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> zeros, ones = ({"body": jnp.full((), x), "fc": jnp.full((), x)} for x in (0.0, 1.0))
+          >>> pulled = Anchor(0.1, 0.01).pull(zeros, ones, start=zeros, head="fc")
+          >>> {name: round(float(g), 3) for name, g in pulled.items()}
+          {'body': 0.1, 'fc': 0.01}
         """
-        new = unflatten(start, [f"{path}.".startswith(f"{head}.") for path in paths(start)])
+        is_head = unflatten(start, [f"{path}.".startswith(f"{head}.") for path in paths(start)])
 
-        def add(w0: jax.Array, new: bool, g: jax.Array | None, w: jax.Array | None) -> Tree:
+        def add(w0: jax.Array, is_head: bool, g: jax.Array | None, w: jax.Array | None) -> Tree:
             if g is None or w is None:
                 return None
-            return g + (self.head * w if new else self.body * (w - w0))
+            return g + (self.head * w if is_head else self.body * (w - w0))
 
-        return jax.tree.map(add, start, new, gradients, trainable)
+        return jax.tree.map(add, start, is_head, gradients, trainable)

@@ -1,4 +1,4 @@
-"""Logistic regression on features, solved to its end: the linear probe before fine-tuning."""
+"""Linear probe: logistic regression on fixed features, solved to convergence with L-BFGS."""
 
 import math
 from collections.abc import Sequence
@@ -15,20 +15,22 @@ from jaxft.dataclass_checks import checked
 from jaxft.errors import DataError, RecipeError
 
 TOLERANCE = 1e-10
-"""Of the gradient's norm, in coordinates in which the curvature is about 1."""
+"""Maximum gradient norm at convergence, in coordinates with curvature of about 1."""
 ITERATIONS = 1000
-"""At most, for each strength."""
+"""Maximum number of iterations for each strength."""
 
 
 @checked()
 @dataclass(frozen=True)
 class LogisticRegression:
-    """In the place of a head's learning rate: the stage solves the head, and takes no steps.
+    """Solves the head by logistic regression; stands in `Stage.train` for a learning rate.
+
+    The stage solves once for each strength and keeps the best by validation: by accuracy, then
+    loss, then the stronger penalty.
 
     Attributes:
-      c: inverse strengths of the L2 penalty, as scikit-learn's `C`, of which the best by validation
-        is taken: by accuracy, then loss, then the stronger penalty. The default is the range of
-        Kumar et al. 2022 (arXiv:2202.10054), whose code tries 100 values of it.
+      c: inverse strengths of the L2 penalty, as scikit-learn's `C`. The default spans the range of
+        Kumar et al. 2022 (arXiv:2202.10054), whose code tries 100 values.
     """
 
     c: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -43,72 +45,85 @@ class LogisticRegression:
 
 
 class Fit(NamedTuple):
-    """A linear layer that minimises the penalised loss; float64."""
+    """A linear layer that minimises the penalised loss."""
 
     c: float
+    """Inverse strength of the penalty."""
     kernel: np.ndarray
-    """[d k]."""
+    """Weights, float64 [d k]."""
     bias: np.ndarray
-    """[k]."""
+    """Bias, float64 [k]."""
     iterations: int
+    """Number of iterations taken."""
     gradient_norm: float
+    """Norm of the gradient after the last iteration."""
 
     @property
     def converged(self) -> bool:
-        """Whether the gradient's norm is at most `TOLERANCE`, or `ITERATIONS` were too few."""
+        """True if the gradient's norm is at most `TOLERANCE` after at most `ITERATIONS`."""
         return self.gradient_norm <= TOLERANCE
 
 
 def logistic_regression(
     features: ArrayLike, targets: ArrayLike, num_classes: int, *, c: Sequence[float] = (1.0,)
 ) -> tuple[Fit, ...]:
-    """Fits features [n d] to classes int [n], once for each inverse strength of the penalty.
+    """Fits a linear classifier to features, once for each inverse strength of the penalty.
 
-    The minimum, in float64, of `c * (sum of cross entropies) + |kernel|^2 / 2`: the problem of
-    scikit-learn's `LogisticRegression`. Of two classes that solves for one vector v and penalises
-    |v|^2 / 2. The same function is here kernel = (-v/2, v/2), of which |kernel|^2 is |v|^2 / 2: so
-    for two classes the penalty is |kernel|^2, and `kernel[:, 1] - kernel[:, 0]` is v.
+    Minimises `c * (sum of cross entropies) + |kernel|^2 / 2` in float64, the same problem as
+    scikit-learn's `LogisticRegression`. For two classes, scikit-learn solves for one vector v with
+    the penalty |v|^2 / 2. Here that function is kernel = (-v/2, v/2), whose squared norm is
+    |v|^2 / 2; hence the penalty is |kernel|^2, and v is `kernel[:, 1] - kernel[:, 0]`.
 
-    Classes are those that occur. One that does not has no minimum (its bias falls for ever): it
-    gets no kernel, and the bias that gives it at most 1 / (n + 2) of any image, as Laplace's rule.
+    For a class without examples there is no minimum, because its bias falls without bound. It gets
+    a zero kernel and a bias that gives it a probability of at most 1 / (n + 2) on every example,
+    as Laplace's rule of succession.
 
-    Fits are in the order of `c`, each started from that of the next stronger penalty. It takes
-    memory for 3 float64 copies of the features, on the default device.
+    Needs memory for 3 float64 copies of the features on the default device.
 
-    Raises DataError for shapes or classes that do not fit, and features that are not finite;
-    RecipeError for `c` that is empty or not positive.
+    Args:
+      features: features [n d].
+      targets: classes, int [n].
+      num_classes: number of classes k.
+      c: inverse strengths of the penalty. Each fit starts from the next stronger penalty.
 
-    >>> fit, = logistic_regression([[0.0], [1.0], [3.0], [4.0]], [0, 0, 1, 1], 2)
-    >>> fit.converged, (np.array([[1.0], [3.0]]) @ fit.kernel + fit.bias).argmax(1).tolist()
-    (True, [0, 1])
+    Returns:
+      A fit for each entry of `c`, in its order.
+
+    Raises:
+      DataError: shapes or classes do not match, or features are not finite.
+      RecipeError: `c` is empty or not positive.
+
+    Example:
+      >>> (fit,) = logistic_regression([[0.0], [1.0], [3.0], [4.0]], [0, 0, 1, 1], 2)
+      >>> fit.converged, (np.array([[1.0], [3.0]]) @ fit.kernel + fit.bias).argmax(1).tolist()
+      (True, [0, 1])
     """
-    LogisticRegression(tuple(c))  # its check
-    rows, classes = np.asarray(features, np.float64), np.asarray(targets)
-    _check(rows, classes, num_classes)
-    present, own = np.unique(classes, return_inverse=True)
-    n, k = len(rows), len(present)
-    mean = rows.mean(0)
+    LogisticRegression(tuple(c))  # checks c
+    features, targets = np.asarray(features, np.float64), np.asarray(targets)
+    _check(features, targets, num_classes)
+    present, present_targets = np.unique(targets, return_inverse=True)
+    n, k = len(features), len(present)
+    mean = features.mean(0)
     fits = {}
     with jax.enable_x64(True):
-        # A bias that is free of penalty lets the features be centred, and a penalty that is the
-        # same in all directions lets them be turned: to axes along which they are uncorrelated,
-        # of which there are no more than images.
-        left, sizes, axes = jnp.linalg.svd(rows - mean, full_matrices=False)
-        turned = jnp.append(left * sizes, jnp.ones((n, 1)), axis=1)
-        weights = jnp.zeros((turned.shape[1], k))
+        # The bias has no penalty, so the features can be centred. The penalty is rotation-
+        # invariant, so they can be rotated to uncorrelated axes: at most n of them.
+        u, singular_values, axes = jnp.linalg.svd(features - mean, full_matrices=False)
+        rotated = jnp.append(u * singular_values, jnp.ones((n, 1)), axis=1)
+        weights = jnp.zeros((rotated.shape[1], k))
         for strength in sorted(set(c)):
             penalty = (2 if k == 2 else 1) / (strength * n)
-            # Scaled by the root of the curvature along them, that of where it starts, the problem
-            # is nearly round, however ill-conditioned the features are.
-            shares = jax.nn.softmax(turned @ weights)
-            spread = (shares * (1 - shares)).mean(1)
-            curvature = (spread @ turned**2 / n).at[:-1].add(penalty)
-            # Where it is less, the gradient's rounding would be magnified to the tolerance.
+            # Scaled by the root of the curvature at the start, the problem is nearly isotropic,
+            # however ill-conditioned the features are.
+            probabilities = jax.nn.softmax(rotated @ weights)
+            variance = (probabilities * (1 - probabilities)).mean(1)
+            curvature = (variance @ rotated**2 / n).at[:-1].add(penalty)
+            # With a smaller curvature, the gradient's rounding error would exceed the tolerance.
             scale = jnp.maximum(curvature, TOLERANCE) ** -0.5
-            weights, norm, iterations = _minimise(turned, own, penalty, scale, weights)
+            weights, norm, iterations = _minimise(rotated, present_targets, penalty, scale, weights)
             kernel = np.asarray(axes.T @ weights[:-1])
             bias = np.asarray(weights[-1]) - mean @ kernel
-            layer = _with_absent(rows, present, kernel, bias - bias.mean(), num_classes)
+            layer = _add_absent_classes(features, present, kernel, bias - bias.mean(), num_classes)
             fits[strength] = Fit(strength, *layer, int(iterations), float(norm))
     return tuple(fits[strength] for strength in c)
 
@@ -117,7 +132,18 @@ def logistic_regression(
 def _minimise(
     rows: jax.Array, targets: jax.Array, penalty: float, scale: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weights [d k], of which the last row is the bias; the gradient's norm; iterations."""
+    """Minimises the penalised cross entropy with L-BFGS.
+
+    Args:
+      rows: rotated features with a last column of ones [n r].
+      targets: classes, int [n].
+      penalty: factor of half the squared norm of the weights without bias.
+      scale: scale of each row of weights [r], for conditioning.
+      start: initial weights [r k]; the last row is the bias.
+
+    Returns:
+      Weights [r k], the norm of the gradient and the number of iterations.
+    """
     scale = scale[:, None]
 
     def objective(point: jax.Array) -> jax.Array:
@@ -130,8 +156,8 @@ def _minimise(
     )
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(at: tuple) -> tuple:
-        point, state, _, iterations = at
+    def step(carry: tuple) -> tuple:
+        point, state, _, iterations = carry
         value, gradient = value_and_grad(point, state=state)
         updates, state = solver.update(
             gradient, state, point, value=value, grad=gradient, value_fn=objective
@@ -142,38 +168,43 @@ def _minimise(
     point = start / scale
     norm = jnp.linalg.norm(jax.grad(objective)(point))
     point, _, norm, iterations = jax.lax.while_loop(
-        lambda at: (at[2] > TOLERANCE) & (at[3] < ITERATIONS),
+        lambda carry: (carry[2] > TOLERANCE) & (carry[3] < ITERATIONS),
         step,
         (point, solver.init(point), norm, jnp.array(0)),
     )
     return scale * point, norm, iterations
 
 
-def _with_absent(
-    rows: np.ndarray, present: np.ndarray, kernel: np.ndarray, bias: np.ndarray, num_classes: int
+def _add_absent_classes(
+    features: np.ndarray,
+    present: np.ndarray,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    num_classes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The layer of all classes, given that of those which occur."""
-    logits = rows @ kernel + bias
-    rare = np.logaddexp.reduce(logits, axis=1).min() - math.log(len(rows) + 1)
-    whole, biases = np.zeros((len(kernel), num_classes)), np.full(num_classes, rare)
-    whole[:, present], biases[present] = kernel, bias
-    return whole, biases
+    """Extends a layer of the classes that occur to all classes; returns its kernel and bias."""
+    logits = features @ kernel + bias
+    absent_bias = np.logaddexp.reduce(logits, axis=1).min() - math.log(len(features) + 1)
+    all_kernel = np.zeros((len(kernel), num_classes))
+    all_bias = np.full(num_classes, absent_bias)
+    all_kernel[:, present], all_bias[present] = kernel, bias
+    return all_kernel, all_bias
 
 
-def _check(rows: np.ndarray, classes: np.ndarray, num_classes: int) -> None:
-    if rows.ndim != 2 or classes.shape != rows.shape[:1] or not rows.size:
+def _check(features: np.ndarray, targets: np.ndarray, num_classes: int) -> None:
+    if features.ndim != 2 or targets.shape != features.shape[:1] or not features.size:
         raise DataError(
-            f"features are {list(rows.shape)} and targets {list(classes.shape)}; they must be "
+            f"features are {list(features.shape)} and targets {list(targets.shape)}; they must be "
             "[n d] and [n], and not empty."
         )
-    if classes.min() < 0 or classes.max() >= num_classes:
+    if targets.min() < 0 or targets.max() >= num_classes:
         raise DataError(
-            f"targets are from {classes.min()} to {classes.max()}; {num_classes} classes are "
+            f"targets are from {targets.min()} to {targets.max()}; {num_classes} classes are "
             f"numbered from 0 to {num_classes - 1}."
         )
-    if not np.isfinite(rows).all():
-        wrong = np.flatnonzero(~np.isfinite(rows).all(1))
+    if not np.isfinite(features).all():
+        wrong = np.flatnonzero(~np.isfinite(features).all(1))
         raise DataError(
-            f"{len(wrong)} of {len(rows)} rows of features are not finite, such as row {wrong[0]}: "
-            "the network makes NaN or infinity of them."
+            f"{len(wrong)} of {len(features)} rows of features are not finite, such as row "
+            f"{wrong[0]}: the network computes NaN or infinity."
         )

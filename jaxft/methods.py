@@ -1,25 +1,26 @@
-"""Published ways to fine-tune, as ordinary stages: print them, edit them, put them in a recipe.
+"""Published fine-tuning strategies as tuples of ordinary stages: print, edit and combine them.
 
-`blocks` is the network's order from input to output, each item a pattern or several. Our models
-declare theirs (`model.block_patterns`); that of any other network is yours to say, never guessed.
-Later blocks choose their parameters first, so the first may be `*`: whatever is left. Rates are
-base rates, lengths are in epochs; what cannot be is a RecipeError. Every method takes further
-fields of `Stage`, which go before its own in all of its stages that take steps.
+Most take `blocks`, the network's blocks from input to output, each a pattern or a tuple of
+patterns. jaxft's networks declare theirs (`model.block_patterns`); for other networks, write them
+down. Patterns of later blocks apply first, so the first block may be `*`: all other parameters.
 
->>> from jaxft import SGD, EarlyStop
->>> stages = full(1e-3, epochs=5, optimizer=SGD(momentum=0.9), until=EarlyStop("loss"))
+Learning rates are base rates and lengths are in epochs. Each function accepts the fields of `Stage`
+as keyword arguments, which override its defaults in all stages that take optimizer steps. Wrong
+arguments raise a RecipeError.
+
+Example:
+  >>> from jaxft import SGD, EarlyStop
+  >>> stages = full(1e-3, epochs=5, optimizer=SGD(momentum=0.9), until=EarlyStop("loss"))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from typing import Literal, TypedDict, Unpack
 
-from jaxft.choices import Augment, Balance, NormChoice
+from jaxft.block_order import Blocks, block_tuples, decayed_lrs
 from jaxft.early_stopping import EarlyStop, Monitor, Plateau
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import Anchor
-from jaxft.labels import Pattern, show
 from jaxft.linear_probe import LogisticRegression
 from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
@@ -31,14 +32,13 @@ from jaxft.optim.schedules import (
     SlantedTriangular,
     Warmup,
 )
+from jaxft.patterns import Pattern, pattern_text
+from jaxft.stage_options import Augment, Balance, NormChoice
 from jaxft.stages import Stage
-
-Blocks = Sequence[Pattern | tuple[Pattern, ...]]
-"""A network's order, e.g. `[("conv1", "bn1"), "layer1", "layer2", "fc"]`."""
 
 
 class Fields(TypedDict, total=False):
-    """What a stage has besides its name, what trains, and its length; see `Stage`."""
+    """Fields of `Stage` other than name, train and epochs."""
 
     schedule: ClosedForm | ReduceLROnPlateau | None
     optimizer: Rule | None
@@ -64,7 +64,7 @@ class Fields(TypedDict, total=False):
     balance: Balance | None
 
 
-# What the sources use.
+# Defaults of the published strategies.
 LPFT = Fields(optimizer=SGD(momentum=0.9), norms="E")
 SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4), norms="E")
 ULMFIT = Fields(
@@ -77,37 +77,44 @@ FASTAI = Fields(
 
 
 def full(lr: float, *, epochs: int, **fields: Unpack[Fields]) -> tuple[Stage, ...]:
-    """Everything at one rate.
+    """Trains all parameters at one learning rate.
 
-    >>> [(stage.name, stage.train, stage.epochs) for stage in full(1e-3, epochs=25)]
-    [('all', {'*': 0.001}, 25)]
+    Example:
+      >>> [(stage.name, stage.train, stage.epochs) for stage in full(1e-3, epochs=25)]
+      [('all', {'*': 0.001}, 25)]
     """
     return (Stage("all", {"*": lr}, epochs, **fields),)
 
 
 def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[Stage, ...]:
-    """Everything, for as long as the number of training images asks for: BiT's hyper-rule.
+    """Trains all parameters by BiT's hyper-rule (Kolesnikov et al. 2019, arXiv:1912.11370).
 
-    From Kolesnikov et al. 2019, arXiv:1912.11370: 500 steps with fewer than 20,000 images, 10,000
-    with fewer than 500,000, else 20,000; a tenth of the rate after 30, 60 and 90 % of them; mixup
-    from 20,000 images on. As in the authors' code (google-research/big_transfer) it first rises
-    from 0, for 100 of 500 steps or 500 of more, and a step that is a milestone still has the rate
-    of those before. (There 500 steps have theirs at 40, 60 and 80 %.) The head starts at zero:
-    that is `Recipe(head="zeros")`.
+    The number of training images sets the length: 500 steps below 20,000 images, 10,000 below
+    500,000, else 20,000. The learning rate drops to a tenth after 30, 60 and 90 % of the steps;
+    from 20,000 images on, mixup is used. The learning rate first rises from 0, for 100 of 500
+    steps, otherwise for 500 steps; a step at a milestone still has the rate before the drop. Both
+    are as in the authors' code (google-research/big_transfer), whose 500-step schedule drops after
+    40, 60 and 80 % instead. The paper starts from a zero head: set `Recipe(head="zeros")`.
 
-    >>> import jax.numpy as jnp
-    >>> (stage,) = bit(images=2000)
-    >>> rates = stage.schedule.rate(0.003, jnp.array([0, 50, 100, 150, 151, 301, 451]), 500)
-    >>> print(*(f"{rate:.1e}" for rate in rates))
-    0.0e+00 1.5e-03 3.0e-03 3.0e-03 3.0e-04 3.0e-05 3.0e-06
+    Args:
+      lr: base learning rate.
+      images: number of training images.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> (stage,) = bit(images=2000)
+      >>> steps = jnp.array([0, 50, 100, 150, 151, 301, 451])
+      >>> print(*(f"{lr:.1e}" for lr in stage.schedule.rate(0.003, steps, 500)))
+      0.0e+00 1.5e-03 3.0e-03 3.0e-03 3.0e-04 3.0e-05 3.0e-06
     """
     if images < 1:
         raise RecipeError(f"bit: images is {images}; it must be at least 1.")
-    steps, rise = (500, 100) if images < 20_000 else (10_000 if images < 500_000 else 20_000, 500)
-    drops = tuple(steps * percent // 100 + 1 - rise for percent in (30, 60, 90))
+    steps, warmup = (500, 100) if images < 20_000 else (10_000 if images < 500_000 else 20_000, 500)
+    drops = tuple(steps * percent // 100 + 1 - warmup for percent in (30, 60, 90))
     rule = Fields(
         steps=steps,
-        schedule=Warmup(rise, then=MultiStepLR(drops, by="step"), start_factor=0.0),
+        schedule=Warmup(warmup, then=MultiStepLR(drops, by="step"), start_factor=0.0),
         mixup=0.0 if images < 20_000 else 0.1,
     )
     return (Stage("all", {"*": lr}, **BIT | rule | fields),)
@@ -116,44 +123,69 @@ def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[St
 def layer_decay(
     blocks: Blocks, lr: float, decay: float, *, epochs: int, **fields: Unpack[Fields]
 ) -> tuple[Stage, ...]:
-    """All blocks, the last at `lr` and each one before at `decay` times the rate of the next.
+    """Trains all blocks with layer-wise learning-rate decay, as BEiT and timm.
 
-    As in BEiT (Bao et al. 2021, arXiv:2106.08254) and timm; 0.65 to 0.9 is common.
+    From Bao et al. 2021 (BEiT, arXiv:2106.08254).
 
-    >>> [stage.train for stage in layer_decay(["*", "layer4", "fc"], 1.0, 0.5, epochs=10)]
-    [{'fc': 1.0, 'layer4': 0.5, '*': 0.25}]
+    Args:
+      blocks: blocks from input to output.
+      lr: learning rate of the last block.
+      decay: each earlier block trains at `decay` times the learning rate of the next one; 0.65 to
+        0.9 is common.
+      epochs: length.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> [stage.train for stage in layer_decay(["*", "layer4", "fc"], 1.0, 0.5, epochs=10)]
+      [{'fc': 1.0, 'layer4': 0.5, '*': 0.25}]
     """
-    order = _order("layer_decay", blocks, decay=decay)
-    return (Stage("all", _rates(order, lr, decay), epochs, **fields),)
+    order = block_tuples("layer_decay", blocks, decay=decay)
+    return (Stage("all", decayed_lrs(order, lr, decay), epochs, **fields),)
 
 
 def surgical(
     blocks: Blocks, block: Pattern, lr: float, *, epochs: int, **fields: Unpack[Fields]
 ) -> tuple[Stage, ...]:
-    """One of the blocks, named by any of its patterns, alone (Lee et al. 2022, arXiv:2210.11466).
+    """Trains a single block: surgical fine-tuning (Lee et al. 2022, arXiv:2210.11466).
 
-    An early block suits inputs that have shifted, the last one targets that have.
+    An early block suits shifted inputs, the last one shifted targets.
 
-    >>> surgical([("conv1", "layer1"), "layer2", "fc"], "conv1", 1e-3, epochs=15)[0].train
-    {'conv1': 0.001, 'layer1': 0.001}
+    Args:
+      blocks: blocks from input to output.
+      block: any pattern of the block to train.
+      lr: learning rate.
+      epochs: length.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> surgical([("conv1", "layer1"), "layer2", "fc"], "conv1", 1e-3, epochs=15)[0].train
+      {'conv1': 0.001, 'layer1': 0.001}
     """
-    order = _order("surgical", blocks, least=1)
-    found = [patterns for patterns in order if block in patterns]
-    if not found:
-        raise RecipeError(f"surgical: block {show(block)!r} is none of blocks {blocks!r}.")
-    return (Stage(show(block), dict.fromkeys(found[0], lr), epochs, **SURGICAL | fields),)
+    order = block_tuples("surgical", blocks, minimum=1)
+    selected = [patterns for patterns in order if block in patterns]
+    name = pattern_text(block)
+    if not selected:
+        raise RecipeError(f"surgical: block {name!r} is none of blocks {blocks!r}.")
+    return (Stage(name, dict.fromkeys(selected[0], lr), epochs, **SURGICAL | fields),)
 
 
 def auto_rgn(
     patterns: Sequence[Pattern], lr: float, *, epochs: int, **fields: Unpack[Fields]
 ) -> tuple[Stage, ...]:
-    """Each tensor at a rate by its relative gradient norm, the largest at `lr` (Lee et al. 2022).
+    """Scales each tensor's learning rate by its relative gradient norm: Auto-RGN (Lee et al. 2022).
 
-    The authors train all but the tensors with "bn" in their torch names, which leaves them the
-    norms of the shortcuts. Of torchvision's ResNets the patterns are these:
+    The authors train all tensors without "bn" in their torch names, which includes the norm layers
+    of the shortcuts. For torchvision's ResNets, these are the patterns of the example.
 
-    >>> auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=15)[0].train
-    {'**.kernel': 0.001, '**.downsample': 0.001, 'fc': 0.001}
+    Args:
+      patterns: parameters to train.
+      lr: learning rate of the tensor with the largest relative gradient norm.
+      epochs: length.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=15)[0].train
+      {'**.kernel': 0.001, '**.downsample': 0.001, 'fc': 0.001}
     """
     relative = Fields(relative_rates=True)
     return (Stage("all", dict.fromkeys(patterns, lr), epochs, **SURGICAL | relative | fields),)
@@ -167,16 +199,23 @@ def linear_probe_then_finetune(
     epochs: int = 20,
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
-    """The last block solved, then everything on a cosine (Kumar et al. 2022, arXiv:2202.10054).
+    """Solves for the last block, then trains all parameters on a cosine schedule: LP-FT.
 
-    The probe is a logistic regression, see `LogisticRegression` for `c`; of `fields` it takes
-    `hand_on`, `monitor` and `carry`. The paper's `lr` is the best of several from 3e-7 to 1e-2.
+    From Kumar et al. 2022 (arXiv:2202.10054).
 
-    >>> probe, every = linear_probe_then_finetune(["body", "fc"], 1e-4)
-    >>> probe.name, list(probe.train), every.train, every.epochs
-    ('probe', ['fc'], {'*': 0.0001}, 20)
+    Args:
+      blocks: blocks from input to output.
+      lr: learning rate of the second stage. The paper takes the best of several from 3e-7 to 1e-2.
+      c: inverse strengths of the probe's penalty, see `LogisticRegression`.
+      epochs: length of the second stage.
+      **fields: fields of the second stage; the probe takes `hand_on`, `monitor` and `carry` too.
+
+    Example:
+      >>> probe, full_stage = linear_probe_then_finetune(["body", "fc"], 1e-4)
+      >>> probe.name, list(probe.train), full_stage.train, full_stage.epochs
+      ('probe', ['fc'], {'*': 0.0001}, 20)
     """
-    head = _order("linear_probe_then_finetune", blocks)[-1]
+    head = block_tuples("linear_probe_then_finetune", blocks)[-1]
     cosine = Fields(schedule=CosineAnnealingLR())
     return (
         Stage(
@@ -199,39 +238,54 @@ def gradual_unfreeze(
     at_once: int = 1,
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
-    """The last block, then the one before as well, and so on to the first; a stage for each.
+    """Trains the last block, then the last two, and so on: one stage per newly unfrozen block.
 
-    `at_once` blocks thaw per stage, `epochs` is the length of each. The last block trains at `lr`,
-    each one before at the rate of the next divided by `factor`.
+    Args:
+      blocks: blocks from input to output.
+      lr: learning rate of the last block.
+      epochs: length of each stage.
+      factor: each earlier block trains at the learning rate of the next one divided by `factor`.
+      at_once: number of blocks that each stage unfreezes.
+      **fields: fields of `Stage`.
 
-    >>> stages = gradual_unfreeze(["stem", "body", "fc"], 1.0, epochs=2, factor=2, at_once=2)
-    >>> [(stage.name, stage.train) for stage in stages]
-    [('body+fc', {'fc': 1.0, 'body': 0.5}), ('stem', {'fc': 1.0, 'body': 0.5, 'stem': 0.25})]
+    Example:
+      >>> stages = gradual_unfreeze(["stem", "body", "fc"], 1.0, epochs=2, factor=2, at_once=2)
+      >>> [(stage.name, stage.train) for stage in stages]
+      [('body+fc', {'fc': 1.0, 'body': 0.5}), ('stem', {'fc': 1.0, 'body': 0.5, 'stem': 0.25})]
     """
-    order = _order("gradual_unfreeze", blocks, factor=factor, at_once=at_once)
+    order = block_tuples("gradual_unfreeze", blocks, factor=factor, at_once=at_once)
     fields = Fields(carry="keep") | fields
     stages = []
     for end in range(len(order), 0, -at_once):
         start = max(end - at_once, 0)
-        thawed = "+".join(show(pattern) for block in order[start:end] for pattern in block)
-        stages.append(Stage(thawed, _rates(order[start:], lr, 1 / factor), epochs, **fields))
+        unfrozen = [pattern for block in order[start:end] for pattern in block]
+        name = "+".join(map(pattern_text, unfrozen))
+        stages.append(Stage(name, decayed_lrs(order[start:], lr, 1 / factor), epochs, **fields))
     return tuple(stages)
 
 
 def ulmfit(
     blocks: Blocks, lr: float = 0.01, *, epochs: int, factor: float = 2.6, **fields: Unpack[Fields]
 ) -> tuple[Stage, ...]:
-    """`gradual_unfreeze`, a block an epoch, then `epochs` with all; each stage slanted triangular.
+    """Unfreezes one block per epoch, then trains all of them, as ULMFiT does.
 
-    From Howard and Ruder 2018, arXiv:1801.06146. `lr` is the last block's peak.
+    From Howard and Ruder 2018 (arXiv:1801.06146). Each stage has a slanted triangular schedule.
 
-    >>> for stage in ulmfit(["body", "fc"], epochs=10):
-    ...     print(stage.epochs, {block: f"{rate:.5f}" for block, rate in stage.train.items()})
-    1 {'fc': '0.01000'}
-    10 {'fc': '0.01000', 'body': '0.00385'}
+    Args:
+      blocks: blocks from input to output.
+      lr: maximum learning rate of the last block.
+      epochs: length of the last stage.
+      factor: each earlier block trains at the learning rate of the next one divided by `factor`.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> for stage in ulmfit(["body", "fc"], epochs=10):
+      ...     print(stage.epochs, {block: f"{lr:.5f}" for block, lr in stage.train.items()})
+      1 {'fc': '0.01000'}
+      10 {'fc': '0.01000', 'body': '0.00385'}
     """
-    *thaw, last = gradual_unfreeze(blocks, lr, epochs=1, factor=factor, **ULMFIT | fields)
-    return (*thaw, replace(last, epochs=epochs))
+    *first, last = gradual_unfreeze(blocks, lr, epochs=1, factor=factor, **ULMFIT | fields)
+    return (*first, replace(last, epochs=epochs))
 
 
 def discriminative(
@@ -245,56 +299,35 @@ def discriminative(
     train_norms: Sequence[Pattern] = (),
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
-    """The last block, then all of them, each stage one cycle: `fine_tune` of fastai.
+    """Trains the last block, then all of them with discriminative rates, as fastai's `fine_tune`.
 
-    Rates rise from `low` at the first block to `high` at the last in equal ratios, fastai's
-    `slice(low, high)`. Alone, the last block trains at `head_lr`, and with it `train_norms` at a
-    tenth of that: in fastai all of the network's. Its own three blocks of a ResNet are the stem
-    to layer2, layer3 and layer4, and the head.
+    Each stage is one cycle of the 1cycle policy. fastai divides a ResNet into three blocks: the
+    stem to layer2, layer3 and layer4, and the head.
 
-    >>> for stage in discriminative([("stem", "layer1"), "layer2", "fc"], epochs=5):
-    ...     print(stage.name, {block: f"{rate:g}" for block, rate in stage.train.items()})
-    head {'fc': '0.002'}
-    all {'fc': '0.001', 'layer2': '0.0001', 'stem': '1e-05', 'layer1': '1e-05'}
+    Args:
+      blocks: blocks from input to output.
+      low: learning rate of the first block in the second stage.
+      high: learning rate of the last block in the second stage; the others are spaced evenly on a
+        logarithmic scale, as fastai's `slice(low, high)`.
+      epochs: length of the second stage.
+      head_lr: learning rate of the last block in the first stage.
+      head_epochs: length of the first stage.
+      train_norms: patterns of norm layers that train in the first stage too, at `head_lr / 10`; in
+        fastai, all norm layers.
+      **fields: fields of `Stage`.
+
+    Example:
+      >>> for stage in discriminative([("stem", "layer1"), "layer2", "fc"], epochs=5):
+      ...     print(stage.name, {block: f"{lr:g}" for block, lr in stage.train.items()})
+      head {'fc': '0.002'}
+      all {'fc': '0.001', 'layer2': '0.0001', 'stem': '1e-05', 'layer1': '1e-05'}
     """
-    order = _order("discriminative", blocks, low=low, high=high)
+    order = block_tuples("discriminative", blocks, low=low, high=high)
     head = dict.fromkeys(order[-1], head_lr) | dict.fromkeys(train_norms, head_lr / 10)
-    every = _rates(order, high, (low / high) ** (1 / (len(order) - 1)))
-    rise = Fields(schedule=FastaiOneCycle(pct_start=0.99))
+    all_blocks = decayed_lrs(order, high, (low / high) ** (1 / (len(order) - 1)))
+    rising = Fields(schedule=FastaiOneCycle(pct_start=0.99))
     cycle = Fields(schedule=FastaiOneCycle(pct_start=0.3, div=5.0))
     return (
-        Stage("head", head, head_epochs, **FASTAI | rise | fields),
-        Stage("all", every, epochs, **FASTAI | cycle | fields),
+        Stage("head", head, head_epochs, **FASTAI | rising | fields),
+        Stage("all", all_blocks, epochs, **FASTAI | cycle | fields),
     )
-
-
-_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "decay": ("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "factor": ("at least 1", lambda x: 1 <= x < inf),
-    "at_once": ("at least 1", lambda x: 1 <= x < inf),
-    "low": ("positive and finite", lambda x: 0 < x < inf),
-    "high": ("positive and finite", lambda x: 0 < x < inf),
-}
-
-
-def _order(
-    method: str, blocks: Blocks, least: int = 2, **values: float
-) -> list[tuple[Pattern, ...]]:
-    """The blocks, each as a tuple. What becomes a stage's rate or length, `Stage` checks."""
-    rules = [(name, value, *_RULES[name]) for name, value in values.items()]
-    wrong = [f"{name} is {x}; it must be {rule}" for name, x, rule, obeys in rules if not obeys(x)]
-    each = () if isinstance(blocks, str) else blocks
-    order = [tuple(b) if isinstance(b, list | tuple) else (b,) for b in each]
-    if len(order) < least or () in order:
-        wrong.append(f"blocks is {blocks!r}; it must be {least} or more, each with a pattern")
-    patterns = [pattern for block in order for pattern in block]
-    if twice := [show(p) for p in dict.fromkeys(patterns) if patterns.count(p) > 1]:
-        wrong.append(f"blocks has {', '.join(map(repr, twice))} more than once")
-    if wrong:
-        raise RecipeError(f"{method}: {'; '.join(wrong)}.")
-    return order
-
-
-def _rates(order: Sequence[tuple[Pattern, ...]], lr: float, decay: float) -> dict[Pattern, float]:
-    """lr·decay^(L-1-i) for the patterns of block i of L, the last block first."""
-    return {p: lr * decay**i for i, block in enumerate(reversed(order)) for p in block}

@@ -1,200 +1,191 @@
-"""Recipe: a whole run as one frozen dataclass, read from Python or YAML, saved as YAML."""
+"""Recipe: a whole run as one frozen dataclass. `jaxft.recipe_file` reads and saves it."""
 
 import dataclasses
 import math
-import os
-import runpy
-import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal
 
-import pydantic
-import yaml
-
-from jaxft.checkpoint import atomic
-from jaxft.choices import Augment, Balance
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
-from jaxft.dataclass_checks import CLASSES, checked, unknown
-from jaxft.errors import DataError, JaxftError, RecipeError
+from jaxft.dataclass_checks import checked
+from jaxft.errors import DataError, RecipeError
 from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim.optimizers import SGD, Optimizer
+from jaxft.stage_options import Augment, Balance
 from jaxft.stages import Stage, check_stages
 
-# But how fast a run is, what it may lose, and, by rounding, what more devices add up.
-CHANGES_NOTHING = (
+# Fields that affect the speed of a run, how much of it a crash loses, and rounding. A run may
+# resume with other values.
+RESULT_NEUTRAL_FIELDS = (
     "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
     "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
-# What a stage may say for itself.
-_OF_A_STAGE = (
+# Fields that a stage can override.
+_STAGE_FIELDS = (
     "batch_size", "augment", "views", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
 )  # fmt: skip
 
-
-_RATE = "rates belong to the stages, Stage(..., train={'fc': 1e-3})"
+_LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 
 
 @checked(
-    lr=_RATE,
-    learning_rate=_RATE,
+    lr=_LR,
+    learning_rate=_LR,
     epochs="each stage has its own, Stage(..., epochs=5)",
     scheduler="it is a field of the stage, Stage(..., schedule=...)",
     schedule="it is a field of the stage, Stage(..., schedule=...)",
-    num_classes="the data says how many classes there are",
+    num_classes="the data determines the number of classes",
     pretrained="write weights='torchvision:ResNet50_Weights.IMAGENET1K_V2'",
 )
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run: network, weights, data, stages. Each field is an option of its name."""
+    """A whole run: network, weights, data and stages. Each field is a command-line option.
+
+    Raises:
+      RecipeError: fields are unknown, missing, wrong or contradictory.
+    """
 
     model: str
-    """Network, e.g. resnet50 (`jaxft.models.names()` lists them), or MODULE:FUNCTION, which builds
-    one of your own for a number of classes."""
+    """Network, e.g. resnet50 (`jaxft.models.names()` lists all), or MODULE:FUNCTION, a function
+    that builds a network for a number of classes."""
     data: str
     """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg), tfds:NAME,
     tfds_dir:PATH (prepared) or digits[:5-9]."""
     stages: tuple[Stage, ...]
-    """What trains in each stage, at which rates, for how long."""
+    """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None
-    """Pretrained weights: a file or run, hf:OWNER/REPO, torchvision:ENUM.MEMBER, https://...; none:
-    from scratch."""
+    """Pretrained weights: a file or a run, hf:OWNER/REPO, torchvision:ENUM.MEMBER or https://...;
+    none: train from scratch."""
     head: Literal["fresh", "zeros", "xavier", "keep"] = "fresh"
-    """A new head for the data's classes, drawn as torch does, zero, or by Xavier's rule; or the
-    weights' own (then the classes must agree)."""
+    """Initial head. fresh: drawn as torch draws a linear layer; zeros; xavier; keep: the head of
+    the pretrained weights, see head_classes."""
     head_classes: Literal["match", "ignore"] = "match"
-    """Whether a head that is kept (head keep, or a fork) must be of the images' classes, by name,
-    and is put in their order; or its outputs are taken for these classes as they are."""
+    """For a head that is kept (head keep, or a fork). match: its class names must
+    match the data, and are reordered; ignore: output i is class i of the data."""
     optimizer: Optimizer = SGD(momentum=0.9)
-    """The rule that turns gradients into updates; rates belong to the stages."""
+    """Default optimizer of all stages; learning rates belong to the stages."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per optimizer step, over all devices."""
     seed: int = 0
-    """Of the head, the order, the augmentation and the choice of `shots`."""
+    """Seed of the head, the order of the images, the augmentation and the choice of `shots`."""
     shots: int | None = None
-    """Train on this many images of each class; none: on all."""
+    """Number of training images per class; none: all."""
     train_split: str | None = None
-    """What trains, e.g. train[:80%], train+test, train[10/class]; none: the split train."""
+    """Training split, e.g. train[:80%], train+test, train[10/class]; none: train."""
     val_split: str | None = None
-    """What validates, likewise; none: val or validation, else what train leaves, or a fifth."""
+    """Validation split; none: val or validation if there is one, else the images that train_split
+    leaves, or a fifth of train."""
     on_bad_image: OnBadImage = "error"
-    """Images that cannot be read end the run before it starts, or are skipped and listed."""
+    """Unreadable images. error: stop before training; skip: leave them out and list them."""
     drop_last: bool = False
-    """Leave out an epoch's last batch if it is not full; else its missing rows are masked."""
+    """Drop the last batch of an epoch if it is incomplete; otherwise it is padded and masked."""
     balance: Balance = "none"
-    """Of classes of unequal size: weights in the loss, or sampling each class as often."""
+    """Compensation for classes of unequal size: weights in the loss, or sampling."""
     augment: Augment = "crop_flip"
-    """Training views: random resized crop and flip, alone or with colour jitter, RandAugment or
-    TrivialAugment; small shifts; flips; or none (the evaluation's)."""
+    """Training augmentation: random resized crop and flip, alone or with color jitter, RandAugment
+    or TrivialAugment; small shifts; flips; or none (the evaluation view)."""
     views: int = 0
-    """Train on so many augmented views of each image, one an epoch, over and over; 0: on a new one
-    each epoch. What frozen layers make of so few can be kept."""
+    """Number of augmented views per image, one per epoch in turn, so that the features of frozen
+    layers can be cached; 0: a new view in each epoch."""
     erasing: float = 0.0
-    """The chance that a random box of a training image is erased."""
+    """Probability that a random box of a training image is erased."""
     mixup: float = 0.0
-    """Blend pairs of training images: alpha of Beta(alpha, alpha), often 0.2; 0: off. With cutmix
-    too, each batch gets either."""
+    """Mixup: alpha of Beta(alpha, alpha), often 0.2; 0: off. With cutmix on too, each batch gets
+    one of the two."""
     cutmix: float = 0.0
-    """Paste a box from one training image into another: alpha, often 1; 0: off."""
+    """CutMix: alpha of Beta(alpha, alpha), often 1; 0: off."""
     label_smoothing: float = 0.0
-    """The share of each target that is spread over all classes; validation losses are without."""
+    """Share of each target that is spread over all classes. Validation losses are unsmoothed."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Whether gradients are of the mean loss of a batch or of the sum, as in d2l's recipes; what is
-    shown is the mean."""
+    """Gradients of the mean or of the sum of a batch's losses (d2l's recipes use the sum). Reported
+    losses are means."""
     tta: Literal["none", "flip"] = "none"
-    """Validation sees each image, or also its mirror (the mean of both logits)."""
+    """Test-time augmentation for validation. flip: average the logits of an image and its mirror
+    image."""
     image_size: int | None = None
-    """Side of the images that the network sees, in pixels; none: the weights' own, or 224."""
+    """Side of the network's input images in pixels; none: as for the weights, or 224."""
     resize_size: int | None = None
-    """Short side before the central crop of evaluation; none: as much larger than the crop as the
-    weights' own is, or 256 for 224."""
+    """Short side in pixels before the central crop of evaluation; none: in the same proportion to
+    image_size as for the weights, or as 256 to 224."""
     resize_mode: Literal["short_side", "squash"] | None = None
-    """Whether the short side gets resize_size or both do; none: the weights' own, or short_side."""
+    """Scale the short side to resize_size, or both sides; none: as for the weights, or
+    short_side."""
     interpolation: Interpolation | None = None
-    """Of scaling; none: the weights' own, or bilinear."""
+    """Interpolation for scaling; none: as for the weights, or bilinear."""
     mean: tuple[float, float, float] | None = None
-    """Of the RGB channels, on 0 to 1; none: the weights' own, or ImageNet's."""
+    """Mean of the RGB channels, for pixels from 0 to 1; none: as for the weights, or ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """Likewise."""
+    """Standard deviation of the RGB channels; none: as for the weights, or ImageNet's."""
     stride_in_1x1: bool = False
-    """Bottlenecks stride in their first 1x1 convolution (He et al., Caffe, Keras), not the 3x3."""
+    """Put the stride of a bottleneck into its first 1x1 convolution (He et al., Caffe, Keras)
+    instead of the 3x3 convolution."""
     concat_pool: bool = False
-    """fastai's head: maximum and mean of each channel, then two linear layers."""
+    """Use fastai's head: maximum and mean of each channel, then two linear layers."""
     head_layers: tuple[int | Literal["relu"], ...] = ()
-    """What the head has before its last linear layer: the widths of more such layers, and relu;
-    256 relu 32, say."""
+    """Layers of the head before the last linear layer: widths of linear layers, and relu; e.g.
+    256 relu 32."""
     binary: bool = False
-    """One logit for two classes, whose loss is then torch's BCEWithLogitsLoss."""
+    """Use a single logit for two classes, with the loss of torch's BCEWithLogitsLoss."""
     dropout: float = 0.0
-    """Of the features before the head (of fastai's head: before its last linear layer, and half of
-    it before the first)."""
+    """Dropout probability before the head (fastai's head: before its last linear layer, and half
+    of it before the first)."""
     drop_path: float = 0.0
-    """Stochastic depth: the chance that the last residual block is left out; linear in depth."""
+    """Stochastic depth: probability of skipping the last residual block, linear in depth."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the computation; parameters, statistics and optimizer are float32, or with float64, which
-    needs JAX_ENABLE_X64=1, float64 too, as by torch's `.double()`."""
+    """Type of the computation. Parameters, statistics and optimizer state are float32; with
+    float64, which needs JAX_ENABLE_X64=1, they are float64 too."""
     remat: bool = False
-    """The backward pass computes each block again and remembers what came into it alone
-    (`jax.checkpoint`): a forward pass more, for less memory, though not on CPU, where XLA undoes
-    it; changes no result but by rounding."""
+    """Recompute each block in the backward pass (`jax.checkpoint`): less memory for one more
+    forward pass. Has no effect on CPU, where XLA removes it. Changes results by rounding only."""
     statistics: Literal["global", "replica"] = "global"
-    """What norm layers see of a batch on several devices: all of it, or each device its part, as in
-    torch's DistributedDataParallel."""
+    """Batch statistics of norm layers on several devices: over the whole batch, or over each
+    device's part, as in torch's DistributedDataParallel."""
     sharding: Literal["replicated", "fsdp"] = "replicated"
-    """Whether each device holds all parameters, or a part of the large ones; changes no result
-    but by rounding."""
+    """Copy all parameters to each device, or divide large ones among the devices. Changes results
+    by rounding only."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step or a validation that is not finite ends the run; or such steps are left out and
-    counted, and such an epoch is never the best."""
+    """A non-finite loss, gradient or validation score. stop: end the run; skip: leave out and count
+    such steps, and never choose such an epoch as the best."""
     checkpoint_steps: int = 0
-    """Also save a checkpoint every so many steps; 0: after each epoch. Changes no result."""
+    """Steps between additional checkpoints within an epoch; 0: save after each epoch only."""
     sync_steps: int = 10
-    """The host looks at losses every so many steps; changes no result."""
+    """Steps between two transfers of losses from the device to the host."""
     steps_per_execution: int = 1
-    """Batches that one call of a compiled program works through: more, where a step takes no longer
-    than Python needs between two; changes no result but by rounding. On CPU convolutions of
-    networks other than jaxft's own are slow in its loop."""
+    """Batches per call of the compiled program. Raise it where a step is shorter than Python's
+    overhead. Changes results by rounding only. On CPU, convolutions of networks other than jaxft's
+    are slow in this loop."""
     workers: int = 2
-    """Threads that read images, 0 for none of their own; changes no result."""
+    """Number of threads that read images; 0: read in the main thread."""
     cache_mib: int = 512
-    """Memory for decoded images, in MiB, so that later epochs read no files, and as much for what a
-    stage's first, frozen layers make of them and for batches to validate; changes no result but by
-    rounding."""
+    """Memory in MiB for decoded images; and the same again for cached features of frozen layers and
+    for validation batches. Changes results by rounding only."""
     disk_cache_mib: int = 0
-    """More than memory holds: room for what frozen layers make in memory-mapped files, in MiB, in
-    the folder for temporary files (TMPDIR); they go with the run. 0: it is in memory."""
+    """Disk space in MiB for cached features that exceed the memory, as memory-mapped files in the
+    folder for temporary files (TMPDIR), deleted with the run; 0: cache in memory only."""
     from_scratch: tuple[Stage, ...] = ()
-    """If given: for comparison, also train the network from random weights in these stages."""
+    """Stages of an additional run from random weights, for comparison."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         counts = {
-            1: (
-                "shots",
-                "batch_size",
-                "image_size",
-                "resize_size",
-                "sync_steps",
-                "steps_per_execution",
-            ),
-            0: ("workers", "cache_mib", "disk_cache_mib", "checkpoint_steps", "views"),
+            "shots batch_size image_size resize_size sync_steps steps_per_execution": 1,
+            "workers cache_mib disk_cache_mib checkpoint_steps views": 0,
         }
-        for least, fields in counts.items():
-            low = [f for f in fields if (n := getattr(self, f)) is not None and n < least]
+        for names, minimum in counts.items():
+            values = {name: getattr(self, name) for name in names.split()}
+            low = [name for name, n in values.items() if n is not None and n < minimum]
             if low:
-                raise RecipeError(f"{', '.join(low)} must be at least {least}.")
+                raise RecipeError(f"{', '.join(low)} must be at least {minimum}.")
         if (self.resize_size or self.image_size or 1) < (self.image_size or 1):
             raise RecipeError(
-                f"resize_size {self.resize_size} is below image_size {self.image_size}: there is "
-                "no such crop of the scaled image."
+                f"resize_size {self.resize_size} is below image_size {self.image_size}: the scaled "
+                "image is smaller than its crop."
             )
         if self.head == "keep" and self.weights is None:
-            raise RecipeError("head='keep' keeps that of the weights, and weights is None.")
+            raise RecipeError("head='keep' keeps the head of the weights, but weights is None.")
         if not 0 <= self.seed < 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
         if self.mean is not None and not all(map(math.isfinite, self.mean)):
@@ -219,7 +210,7 @@ class Recipe:
 
     def _check_objective(self) -> None:
         if not 0 <= self.erasing <= 1:
-            raise RecipeError(f"erasing is {self.erasing}; a chance lies between 0 and 1.")
+            raise RecipeError(f"erasing is {self.erasing}; a probability lies between 0 and 1.")
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
@@ -233,164 +224,75 @@ class Recipe:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What is done to every image before the network sees it."""
+        """Preprocessing of every image: size, crop, interpolation, mean and std."""
         return self._preprocessing(Preprocessing())
 
-    def expecting(self, own: Preprocessing) -> "Recipe":
-        """This recipe, with what it leaves open about images as the weights' `own` has it."""
-        return dataclasses.replace(self, **dataclasses.asdict(self._preprocessing(own)))
+    def expecting(self, defaults: Preprocessing) -> "Recipe":
+        """Returns the recipe with the preprocessing fields that are None set to `defaults`.
 
-    def _preprocessing(self, own: Preprocessing) -> Preprocessing:
-        size = self.image_size or own.image_size
-        margin = (own.resize_size or own.image_size) / own.image_size
+        Args:
+          defaults: the preprocessing of the pretrained weights.
+        """
+        return dataclasses.replace(self, **dataclasses.asdict(self._preprocessing(defaults)))
+
+    def _preprocessing(self, defaults: Preprocessing) -> Preprocessing:
+        size = self.image_size or defaults.image_size
+        resize_ratio = (defaults.resize_size or defaults.image_size) / defaults.image_size
         return Preprocessing(
             image_size=size,
-            resize_size=self.resize_size or round(size * margin),
-            resize_mode=self.resize_mode or own.resize_mode,
-            interpolation=self.interpolation or own.interpolation,
-            mean=self.mean or own.mean,
-            std=self.std or own.std,
+            resize_size=self.resize_size or round(size * resize_ratio),
+            resize_mode=self.resize_mode or defaults.resize_mode,
+            interpolation=self.interpolation or defaults.interpolation,
+            mean=self.mean or defaults.mean,
+            std=self.std or defaults.std,
         )
 
     def during(self, stage: Stage) -> "Recipe":
-        """This recipe as it is in a stage, which goes before it in what it says for itself.
+        """Returns the recipe with the fields that the stage overrides.
 
-        Raises RecipeError where the two do not go together.
+        Raises:
+          RecipeError: the stage's fields are wrong, or contradict the recipe.
         """
-        own = {field: getattr(stage, field) for field in _OF_A_STAGE}
-        own = {field: value for field, value in own.items() if value is not None}
+        overrides = {field: getattr(stage, field) for field in _STAGE_FIELDS}
+        overrides = {field: value for field, value in overrides.items() if value is not None}
         recipe = self
-        if own:
-            nothing: dict[str, Any] = dict.fromkeys(own)
-            plain = dataclasses.replace(stage, **nothing)
+        if overrides:
+            no_overrides: dict[str, Any] = dict.fromkeys(overrides)
+            plain_stage = dataclasses.replace(stage, **no_overrides)
             try:
-                recipe = dataclasses.replace(self, stages=(plain,), from_scratch=(), **own)
+                recipe = dataclasses.replace(
+                    self, stages=(plain_stage,), from_scratch=(), **overrides
+                )
             except RecipeError as error:
                 raise RecipeError(f"stage {stage.name!r}: {error}") from error
         if recipe.batch_size % stage.accumulate:
             raise RecipeError(
-                f"stage {stage.name!r}: a batch of {recipe.batch_size} cannot be worked through in "
+                f"stage {stage.name!r}: a batch of {recipe.batch_size} cannot be divided into "
                 f"{stage.accumulate} equal parts; set accumulate to a divisor."
             )
         return recipe
 
     def check_own_network(self) -> None:
-        """Raises RecipeError for fields that shape jaxft's networks alone."""
-        fields = {field.name: field.default for field in dataclasses.fields(self)}
-        said = [name for name in OPTIONS if getattr(self, name) != fields[name]]
-        if said:
+        """Raises RecipeError if the recipe sets options of jaxft's networks.
+
+        A run with a network passed to `finetune(model=...)` calls it.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in OPTIONS if getattr(self, name) != defaults[name]]
+        if changed:
             raise RecipeError(
-                f"{', '.join(said)} shape jaxft's own networks; a network that is given has such "
-                "things in itself. Leave them out of the recipe."
+                f"{', '.join(changed)} shape jaxft's own networks, and the run has been passed "
+                "another network. Build that network accordingly, and leave them out of the recipe."
             )
 
     def network(self, num_classes: int) -> Model:
-        """The recipe's network, without any arrays yet.
+        """Builds the recipe's network, without arrays.
 
-        Raises RecipeError for a name or options that do not fit, ModelError for a factory that
-        fails.
+        Raises:
+          RecipeError: the name is unknown, or the options do not fit the network.
+          ModelError: the user's factory fails.
         """
         if user_factory.names_factory(self.model):
             return user_factory.build(self.model, num_classes)
         options = {name: getattr(self, name) for name in OPTIONS}
         return create(self.model, num_classes=num_classes, **options)
-
-
-def read(path: str | os.PathLike[str]) -> Recipe:
-    """Reads a recipe: a Python file that defines `recipe`, or a run's `recipe.yaml`.
-
-    Raises:
-      RecipeError: no such file, no recipe in it, or fields that do not fit; all at once.
-    """
-    file = atomic.anywhere(path)
-    if not file.is_file():
-        raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
-    if not atomic.in_bucket(file):
-        user_factory.search_in(file.parent)
-    if file.suffix == ".py":
-        recipe = _run_file(str(file)).get("recipe")
-        if not isinstance(recipe, Recipe):
-            raise RecipeError(f"{path} defines no recipe: it must say recipe = Recipe(...).")
-        return recipe
-    try:
-        fields = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise RecipeError(f"{path} holds no fields of a recipe, such as 'model: resnet50'.")
-    return from_fields(fields, source=str(path))
-
-
-def _run_file(path: str) -> dict[str, Any]:
-    try:
-        return runpy.run_path(path)
-    except JaxftError:
-        raise
-    except SyntaxError as error:
-        place = f"{error.filename}:{error.lineno}"
-        raise RecipeError(f"{place}: {type(error).__name__}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == path), "?")
-        raise RecipeError(f"{path}:{line}: {type(error).__name__}: {error}") from error
-
-
-def from_fields(fields: Any, *, source: str) -> Recipe:
-    """Returns the recipe whose `fields` these are; `source` names their origin in errors.
-
-    Raises RecipeError with all fields that do not fit.
-    """
-    try:
-        return _adapter().validate_python(fields)
-    except pydantic.ValidationError as error:
-        raise RecipeError(f"{source}: " + "\n  ".join(map(_complaint, error.errors()))) from None
-
-
-def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
-    """Writes a recipe as YAML that `read` takes back as an equal one."""
-    atomic.write(path, yaml.safe_dump(fields(recipe), sort_keys=False))
-
-
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe as it would be read back: types checked, patterns plain strings.
-
-    Raises:
-      RecipeError: a field of a wrong type, or a pattern that YAML cannot hold.
-    """
-    for stage in (*recipe.stages, *recipe.from_scratch):
-        rules = [stage.optimizer, *(getattr(u, "optimizer", None) for u in stage.train.values())]
-        wrong = [pattern for pattern in stage.train if not isinstance(pattern, str)]
-        wrong += [rule for rule in rules if not isinstance(rule, Optimizer | None)]
-        if wrong:
-            raise RecipeError(
-                f"stage {stage.name!r}: {wrong[0]!r} cannot be saved with the run; a recipe's "
-                "patterns are strings, its optimizers jaxft's. (jaxft.plan takes any.)"
-            )
-    return from_fields(fields(recipe), source="recipe")
-
-
-def decisive(recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields on which the result depends, as JSON has them."""
-    return {name: x for name, x in fields(recipe).items() if name not in CHANGES_NOTHING}
-
-
-def fields(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as YAML, or JSON, has it."""
-    return dict(_adapter().dump_python(recipe, mode="json", warnings=False))
-
-
-def _complaint(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors, with the name that was meant."""
-    place, message = error["loc"], error["msg"]
-    if error["type"] == "unexpected_keyword_argument":
-        # A place has the names of fields, indices, and the classes that a union was tried with.
-        classes = [CLASSES[key] for key in place[:-1] if key in CLASSES]
-        in_stage = place[0] in ("stages", "from_scratch")
-        cls = classes[-1] if classes else Stage if in_stage else Recipe
-        message = f"Unexpected: {unknown(cls, str(place[-1]))}"
-    return f"{'.'.join(map(str, place))}: {message}"
-
-
-@cache
-def _adapter() -> pydantic.TypeAdapter[Recipe]:
-    return pydantic.TypeAdapter(Recipe)  # which is slow to make, and asked at each checkpoint

@@ -1,46 +1,46 @@
-"""The fields by which two recipes train differently, those of stages each by itself."""
+"""Compares two recipes: the fields that make a run train differently."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.errors import first_of
-from jaxft.recipe import CHANGES_NOTHING, Recipe
+from jaxft.recipe import RESULT_NEUTRAL_FIELDS, Recipe
 from jaxft.stages import Stage
+
+ABSENT = object()
+"""Value of a stage or an entry that only the other recipe has."""
 
 
 class Difference(NamedTuple):
-    """A field that two recipes do not share; as text, `stages[all].epochs: 6 -> 9`.
-
-    `before` or `now` is `ABSENT` where only the other recipe has the stage or the entry.
-    """
+    """A field with different values in two recipes; as text, `stages[all].epochs: 6 -> 9`."""
 
     path: str
     before: Any
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.path}: {_shown(self.before)} -> {_shown(self.now)}"
-
-
-ABSENT = object()
+        return f"{self.path}: {_short_text(self.before)} -> {_short_text(self.now)}"
 
 
 def differences(before: Recipe, now: Recipe) -> list[Difference]:
-    """Returns the fields by which two recipes train differently, those of stages each by itself."""
+    """Returns the differences between two recipes that affect the result.
+
+    Stages are matched by name and compared field by field.
+    """
     return [
         difference
         for field in dataclasses.fields(Recipe)
-        if field.name not in CHANGES_NOTHING
+        if field.name not in RESULT_NEUTRAL_FIELDS
         for difference in _differences(
             field.name, getattr(before, field.name), getattr(now, field.name)
         )
     ]
 
 
-def listed(found: Sequence[Difference]) -> str:
-    """Returns a line for each of the differences, at most twelve."""
-    return "\n  ".join(first_of(map(str, found), 12))
+def listed(differences: Sequence[Difference]) -> str:
+    """Returns the differences as lines for an error message, at most twelve."""
+    return "\n  ".join(first_of(map(str, differences), 12))
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[Difference]:
@@ -62,18 +62,18 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[Difference]:
         yield Difference(path, before, now)
 
 
-def _shown(value: Any) -> str:
-    """A value in at most 60 characters; of a dataclass the fields that are not by default."""
+def _short_text(value: Any) -> str:
+    """Returns a value in at most 60 characters; a dataclass without its default fields."""
     if value is ABSENT:
         return "absent"
     if isinstance(value, Stage):
         return "a stage"
     text = repr(value)
     if dataclasses.is_dataclass(value):
-        said = [
+        changed = [
             f"{field.name}={getattr(value, field.name)!r}"
             for field in dataclasses.fields(value)
             if getattr(value, field.name) != field.default
         ]
-        text = f"{type(value).__name__}({', '.join(said)})"
+        text = f"{type(value).__name__}({', '.join(changed)})"
     return text if len(text) <= 60 else text[:57] + "..."

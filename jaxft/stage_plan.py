@@ -1,7 +1,8 @@
-"""Groups: stages compiled, over actual parameters, to a label tree and a transform for each.
+"""Plans: stages applied to actual parameters, each as a label tree and an optax transform.
 
-Groups are fixed for a run, because an optimizer counts its steps per group: parameters that thaw
-in different stages must not share a count.
+Parameters that every stage treats alike form a group. Groups are fixed for a run, because an
+optimizer counts its steps per group: parameters unfrozen in different stages must not share a
+count.
 """
 
 import math
@@ -14,23 +15,24 @@ import numpy as np
 import optax
 
 from jaxft.errors import PatternError, RecipeError
-from jaxft.labels import FROZEN, Pattern, Tree, match, shallow, show, unflatten
-from jaxft.optim.optimizers import SGD, Rule, group_rate, group_transform, multi_transform
+from jaxft.labels import FROZEN, Tree, match, paths, unflatten
+from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.optim.transform import group_rate, group_transform, multi_transform
+from jaxft.patterns import Pattern, pattern_text, shallow_warnings
 from jaxft.stages import Resolved, Stage, check_stages
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage over actual parameters.
+    """A stage applied to actual parameters.
 
     Attributes:
-      stage: what the user wrote.
-      labels: the label tree; each leaf its group's name, or `frozen`.
-      patterns: the pattern that selects each group that trains, in the order of `stage.train`.
-      park: the groups that do not train here and whose optimizer state a later stage takes up
-        again; what `carry` needs to know.
-      remarks: sentences on patterns that select less than may be meant.
+      stage: the stage.
+      labels: label tree with each parameter's group, or `frozen`.
+      patterns: pattern of each group that trains, in the order of `stage.train`.
+      park: groups that do not train here but continue in a later stage; an argument of `carry`.
+      remarks: warnings about patterns that may select less than intended.
     """
 
     stage: Stage
@@ -41,27 +43,36 @@ class StagePlan:
 
     @property
     def rates(self) -> dict[str, float]:
-        """The base learning rate of each group that trains; none of one that is solved."""
+        """Base learning rate of each group that trains; empty for a stage with a solver."""
         return {group: update.lr for group, update in self.updates().items()}
 
     def updates(self, optimizer: Rule = SGD()) -> dict[str, Resolved]:
-        """How each group trains, every default filled in; `optimizer` is the last resort.
+        """Returns how each group trains, with all defaults filled in.
 
-        Of a stage that is solved, nothing.
+        Args:
+          optimizer: used for groups that have none from `Update` or `Stage`.
+
+        Returns:
+          An update for each group; empty for a stage with a solver.
         """
         if self.stage.solver:
             return {}
-        return {g: self.stage.resolve(p, optimizer) for g, p in self.patterns.items()}
+        return {
+            group: self.stage.resolve(pattern, optimizer)
+            for group, pattern in self.patterns.items()
+        }
 
     def transform(
         self, optimizer: Rule = SGD(), *, steps_per_epoch: int = 1
     ) -> optax.GradientTransformationExtraArgs:
-        """The stage's `multi_transform`: each group by its own rule, rate and schedule.
+        """Returns the stage's `multi_transform`: optimizer, learning rate and schedule per group.
 
-        `optimizer` is that of groups for which neither `Update` nor stage name one.
-        `steps_per_epoch` turns steps into the epochs that schedules count.
+        Args:
+          optimizer: used for groups that have none from `Update` or `Stage`.
+          steps_per_epoch: converts steps to epochs, for schedules by epoch.
 
-        Raises RecipeError for a stage that is solved.
+        Raises:
+          RecipeError: the stage has a solver and so no optimizer.
         """
         if self.stage.solver:
             raise RecipeError(
@@ -69,7 +80,7 @@ class StagePlan:
                 "jaxft.logistic_regression(features, targets, ...) in the head's place."
             )
         length = self._length(steps_per_epoch)
-        groups = {
+        transforms = {
             group: group_transform(
                 update.optimizer,
                 update.lr,
@@ -79,13 +90,16 @@ class StagePlan:
             )
             for group, update in self.updates(optimizer).items()
         }
-        return multi_transform(groups, self.labels)
+        return multi_transform(transforms, self.labels)
 
     def rates_at(self, opt_state: optax.OptState, *, steps_per_epoch: int = 1) -> dict[str, float]:
-        """The learning rate of each group's next step; where rates are relative, the largest."""
+        """Returns the learning rate of each group's next step.
+
+        With relative learning rates, it is the largest of the group's tensors.
+        """
         length = self._length(steps_per_epoch)
         states = {group: opt_state.inner_states[group].inner_state for group in self.patterns}
-        # The few numbers that count, of whichever devices they are on.
+        # Fetch the schedules' few numbers at once, without the moments.
         states = {
             group: jax.device_get(state._replace(rule=None)) for group, state in states.items()
         }
@@ -99,7 +113,10 @@ class StagePlan:
         return {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
     def reductions(self, opt_state: optax.OptState) -> int:
-        """How often a ReduceLROnPlateau of the stage has reduced its rate; the most of several."""
+        """Returns how often the stage's `ReduceLROnPlateau` has reduced its learning rate.
+
+        If several groups have such a schedule, returns the largest number.
+        """
         return max(
             (
                 int(opt_state.inner_states[group].inner_state.plateau.reductions)
@@ -112,77 +129,96 @@ class StagePlan:
     def after_epoch(
         self, opt_state: optax.OptState, *, loss: float, accuracy: float = math.nan
     ) -> optax.OptState:
-        """Tells ReduceLROnPlateau how an epoch went, by validation; other schedules do not ask.
+        """Passes an epoch's validation scores to `ReduceLROnPlateau` schedules.
 
-        A schedule of mode `min` watches the loss, one of mode `max` the accuracy.
+        Args:
+          opt_state: state of `transform`.
+          loss: metric of schedules with mode `min`.
+          accuracy: metric of schedules with mode `max`.
+
+        Returns:
+          The state with updated schedules; other schedules are unchanged.
         """
         states = dict(opt_state.inner_states)
         for group, update in self.updates().items():
             if isinstance(update.schedule, ReduceLROnPlateau):
-                inner = states[group].inner_state
-                value = loss if update.schedule.mode == "min" else accuracy
-                # Rounded as `best` is, or a value could be better than itself.
-                value = np.asarray(value, inner.plateau.best.dtype).item()
-                before = PlateauState(*(leaf.item() for leaf in inner.plateau))
-                after = update.schedule.after_epoch(before, value)
-                inner = inner._replace(plateau=after.as_arrays())
-                states[group] = states[group]._replace(inner_state=inner)
+                state = states[group].inner_state
+                metric = loss if update.schedule.mode == "min" else accuracy
+                # Round it as `best` is rounded; otherwise a value could beat itself.
+                metric = np.asarray(metric, state.plateau.best.dtype).item()
+                before = PlateauState(*(leaf.item() for leaf in state.plateau))
+                after = update.schedule.after_epoch(before, metric)
+                state = state._replace(plateau=after.as_arrays())
+                states[group] = states[group]._replace(inner_state=state)
         return opt_state._replace(inner_states=states)
 
 
 def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]:
-    """Compiles stages to one fixed set of groups and a label tree for each stage.
+    """Applies stages to parameters: forms groups and a label tree for each stage.
 
-    Groups are the coarsest refinement that serves every stage: two parameters share one if and
-    only if each stage matches them with the same pattern (or with none). They must not change
-    within a run, because Adam counts its steps per group: parameters that thaw in different
-    stages cannot share a count.
+    Two parameters are in the same group if and only if every stage matches them with the same
+    pattern, or with none. Warns about a pattern such as `*.bias` where `**.bias` selects more.
+
+    Args:
+      stages: one or several stages.
+      params: a pytree of parameters; only its structure and paths are read (a predicate also sees
+        the leaves).
+
+    Returns:
+      A plan for each stage.
 
     Raises:
-      RecipeError: no stages, or two of one name.
-      PatternError: patterns that match nothing or are shadowed, in all stages at once.
+      RecipeError: there are no stages, or two have the same name.
+      PatternError: patterns match nothing or are shadowed; the message covers all stages.
 
-    Warns of `*.bias` and the like where `**.bias` selects more.
-
-    >>> params = {"stem": 0.0, "layer4": 0.0, "fc": 0.0}
-    >>> head, late = plan(
-    ...     [Stage("head", {"fc": 1e-3}, 5), Stage("late", {"fc": 1e-3, "*": 1e-4}, 5)], params
-    ... )
-    >>> head.labels
-    {'fc': 'fc', 'layer4': 'frozen', 'stem': 'frozen'}
-    >>> late.labels, late.rates
-    ({'fc': 'fc', 'layer4': '*', 'stem': '*'}, {'fc': 0.001, '*': 0.0001})
+    Example:
+      >>> params = {"stem": 0.0, "layer4": 0.0, "fc": 0.0}
+      >>> head, late = plan(
+      ...     [Stage("head", {"fc": 1e-3}, 5), Stage("late", {"fc": 1e-3, "*": 1e-4}, 5)], params
+      ... )
+      >>> head.labels
+      {'fc': 'fc', 'layer4': 'frozen', 'stem': 'frozen'}
+      >>> late.labels, late.rates
+      ({'fc': 'fc', 'layer4': '*', 'stem': '*'}, {'fc': 0.001, '*': 0.0001})
     """
     stages = check_stages(stages)
-    chosen, complaints = [], []
+    matches, errors = [], []
     for stage in stages:
-        indices, wrong = match(params, list(stage.train))
-        chosen.append(indices)
-        complaints += [f"stage {stage.name!r}: {complaint}" for complaint in wrong]
-    if complaints:
-        raise PatternError("\n".join(complaints))
+        indices, stage_errors = match(params, list(stage.train))
+        matches.append(indices)
+        errors += [f"stage {stage.name!r}: {error}" for error in stage_errors]
+    if errors:
+        raise PatternError("\n".join(errors))
 
-    # A leaf's signature: which pattern of each stage matches it. Equal ones are one group.
-    signatures: list[Signature] = list(zip(*chosen, strict=True))
-    groups = _name_groups(stages, list(dict.fromkeys(signatures)))
+    # The signature of a leaf: the pattern that matches it in each stage. Leaves with the same
+    # signature form a group.
+    signatures: list[Signature] = list(zip(*matches, strict=True))
+    names = _name_groups(stages, list(dict.fromkeys(signatures)))
     patterns = [
-        {groups[s]: p for i, p in enumerate(stage.train) for s in groups if s[k] == i}
+        {
+            names[signature]: pattern
+            for i, pattern in enumerate(stage.train)
+            for signature in names
+            if signature[k] == i
+        }
         for k, stage in enumerate(stages)
     ]
     plans = []
     for k, stage in enumerate(stages):
-        labels = [FROZEN if s[k] is None else groups[s] for s in signatures]
-        park = _parked(stages, patterns, k)
-        remarks = tuple(shallow(params, list(stage.train)))
+        labels = [FROZEN if s[k] is None else names[s] for s in signatures]
+        park = _parked_groups(stages, patterns, k)
+        remarks = tuple(shallow_warnings(list(stage.train), paths(params)))
         for remark in remarks:
             warnings.warn(f"stage {stage.name!r}: {remark}", stacklevel=2)
         plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park, remarks))
-        plans[-1].updates()  # what cannot be resolved is an error now, not when its stage begins
+        plans[-1].updates()  # raises errors now instead of when the stage begins
     return tuple(plans)
 
 
-def _parked(stages: Sequence[Stage], active: Sequence[Collection[str]], k: int) -> frozenset[str]:
-    """The groups that sit out stage k, with `keep` from where they trained to where they will."""
+def _parked_groups(
+    stages: Sequence[Stage], active: Sequence[Collection[str]], k: int
+) -> frozenset[str]:
+    """Returns the groups that pause in stage k: trained before and after it, without a reset."""
     resets = [i for i, stage in enumerate(stages) if i == 0 or stage.carry == "reset"]
     first = max(i for i in resets if i <= k)
     last = min((i for i in resets if i > k), default=len(stages))
@@ -194,15 +230,15 @@ Signature = tuple[int | None, ...]
 
 
 def _name_groups(stages: Sequence[Stage], signatures: Sequence[Signature]) -> dict[Signature, str]:
-    """Names each group that ever trains by its most telling pattern: the user's own word."""
+    """Names each group that ever trains after its longest pattern, without counting stars."""
     names: dict[Signature, str] = {}
     for signature in signatures:
-        chosen = zip(stages, signature, strict=True)
-        patterns = [list(stage.train)[i] for stage, i in chosen if i is not None]
+        matched = zip(stages, signature, strict=True)
+        patterns = [list(stage.train)[i] for stage, i in matched if i is not None]
         if not patterns:
             continue
-        word = max(map(show, patterns), key=lambda word: len(word.replace("*", "")))
+        longest = max(map(pattern_text, patterns), key=lambda text: len(text.replace("*", "")))
         taken = {FROZEN, *names.values()}
-        numbered = (f"{word}#{i}" for i in range(2, len(taken) + 2))
-        names[signature] = next(name for name in (word, *numbered) if name not in taken)
+        numbered = (f"{longest}#{i}" for i in range(2, len(taken) + 2))
+        names[signature] = next(name for name in (longest, *numbered) if name not in taken)
     return names

@@ -1,4 +1,7 @@
-"""Stages: what trains, at which rate, for how long. Plain values; `groups` makes them a plan."""
+"""Stages: which parameters train, at which learning rate, for how long. Plain frozen values.
+
+`jaxft.stage_plan` applies them to actual parameters.
+"""
 
 import dataclasses
 import math
@@ -10,32 +13,32 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import optax
 
-from jaxft.choices import Augment, Balance, NormChoice
 from jaxft.dataclass_checks import checked
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import Anchor
-from jaxft.labels import Pattern, show
 from jaxft.linear_probe import LogisticRegression
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
+from jaxft.patterns import Pattern, pattern_text
+from jaxft.stage_options import Augment, Balance, NormChoice
 
-_RATE = "each group in train has a rate of its own, train={'fc': 1e-3}"
+_LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
 
 
-# The stage checks an update's values, because it can name the pattern.
+# The stage checks the values of an update, because it can name the pattern.
 @checked("lr", "schedule", "optimizer", "weight_decay")
 @dataclass(frozen=True)
 class Update:
-    """How a group trains, where a rate alone does not say it.
+    """How a group trains, where its learning rate alone is not enough.
 
     Attributes:
-      lr: the base learning rate.
-      schedule: what becomes of it within the stage; else the stage's.
-      optimizer: one of ours, or any optax transform that gives the update before the rate is
-        applied (`optax.scale_by_lion()`); else the stage's.
-      weight_decay: replaces that of the optimizer.
+      lr: base learning rate.
+      schedule: changes the learning rate within the stage; by default the stage's schedule.
+      optimizer: one of jaxft's, or an optax transform that leaves out the learning rate
+        (`optax.scale_by_lion()`); by default the stage's optimizer.
+      weight_decay: replaces the weight decay of the optimizer.
     """
 
     lr: float
@@ -48,70 +51,74 @@ class Update:
     "schedule",
     "optimizer",
     "norms",
-    lr=_RATE,
-    learning_rate=_RATE,
+    lr=_LR,
+    learning_rate=_LR,
     early_stopping="write until=EarlyStop(patience=3)",
     scheduler="it is called schedule",
     lr_scheduler="it is called schedule",
     max_grad_norm="it is called clip_norm",
     grad_accum="it is called accumulate",
-    freeze="what no pattern in train matches is frozen",
+    freeze="parameters that no pattern in train matches are frozen",
 )
 @dataclass(frozen=True)
 class Stage:
-    """What trains, at which rate, for how long, and how it ends.
+    """A stage of training: which parameters train, at which learning rate, and how it ends.
 
-    A stage is as long as `epochs` or `steps` say, whichever is over first, and ends earlier by
-    `until` or `minutes`. Validation follows each epoch, and the last one however short it is.
+    It ends after `epochs` or `steps`, whichever comes first, or earlier by `until` or `minutes`.
+    Validation follows each epoch; the last epoch may be incomplete.
 
     Attributes:
       name: shown in tables and logs; unique within a recipe.
-      train: pattern to learning rate (or `Update`); the first that matches a parameter wins,
-        and what none matches is frozen. `{"fc": LogisticRegression()}` solves the head instead of
-        stepping it: such a stage has but a name, `hand_on`, `monitor` and `carry` besides, and
-        counts as one step of one epoch.
-      epochs: passes over the training data, at most.
-      schedule: of all groups that name none of their own; constant by default.
-      optimizer: likewise; the recipe's by default.
-      until: ends the stage earlier.
-      hand_on: the next stage starts from this stage's `best` epoch by validation or from its
-        `last`. The stage's start is a candidate for the best; of equal ones the first is taken.
-      carry: `reset` starts every group's optimizer afresh, like a new torch optimizer; `keep`
-        keeps that of groups which have trained before, like `add_param_group`, whatever becomes of
-        their hyperparameters. Weights and optimizer state are handed on together: after a stage
-        with `hand_on="best"`, moments and step counts are those of its best epoch.
-      monitor: metric that the best epoch is chosen by: `accuracy`, `top5` or `loss`; by default
-        that of `until=EarlyStop(...)`, else the accuracy.
-      steps: optimizer steps, at most.
-      minutes: of training and validation, at most. What such a stage does depends on the machine.
-      norms: what the norm layers use, one of `jaxft.choices.NormChoice` for all of them or for
-        those that each pattern selects (B for the rest): `{"layer4": "A", "*": "E"}`.
-      clip_norm: gradients are scaled down to this norm over all that trains.
-      accumulate: a batch is worked through in so many parts, one after another, for their memory.
-        `batch_size` is the effective one, of one optimizer step, not that of a part as in torch's
-        loops. An epoch's last batch has as many parts as it fills, its step divides by its own
-        number of images, and no step is left over for the next epoch.
-        On CPU that loop is slow with convolutions of networks other than jaxft's own.
-      ema: the decay, each step, of an average of the weights and running statistics since the
-        stage's start; it is what validation sees and what the stage hands on. 0.999, say.
-      anchor: a penalty that holds the weights near the pretrained ones (L2-SP).
-      class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; instead of `balance`.
-        The mean divides by the sum of the images' weights, or with mixup or cutmix by the number
-        of images, as torch does for probabilities. Validation losses are plain cross entropy.
-      relative_rates: at the start of each epoch every tensor's rate becomes the base rate times its
-        relative gradient norm, by the largest one's, and every optimizer starts afresh (Auto-RGN,
-        see `jaxft.train.relative_gradients`).
-      batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: instead of the
-        recipe's.
+      train: pattern to learning rate or `Update`. The first pattern that matches a parameter
+        applies; parameters that no pattern matches are frozen. `{"fc": LogisticRegression()}`
+        solves for the head instead: the stage takes no optimizer steps, counts as one step of one
+        epoch, and may set only `hand_on`, `monitor` and `carry` besides.
+      epochs: maximum number of passes over the training data.
+      schedule: learning-rate schedule of all groups that set none; constant by default.
+      optimizer: optimizer of all groups that set none; the recipe's by default.
+      until: rule that ends the stage early.
+      hand_on: the weights that the next stage starts from: the `best` epoch by validation, or the
+        `last`. The start of the stage is a candidate for the best; ties go to the earlier epoch.
+      carry: `reset` gives every group a new optimizer state, as a new torch optimizer does. `keep`
+        continues the state of groups that trained before, as `add_param_group` does, even if their
+        hyperparameters change. With `hand_on="best"`, moments and step counts are also handed on
+        from the best epoch.
+      monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
+        `until=EarlyStop(...)`, else the accuracy.
+      steps: maximum number of optimizer steps.
+      minutes: maximum duration of training and validation. The result then depends on the machine.
+      norms: statistics of the norm layers, see `jaxft.stage_options.NormChoice`: one choice for all
+        layers, or a mapping of patterns, `{"layer4": "A", "*": "E"}`, with B for the other layers.
+      clip_norm: maximum norm of the gradients of all trainable parameters.
+      accumulate: number of equal parts into which each batch is divided to save memory.
+        `batch_size` is the effective size, of one optimizer step. The last batch of an epoch uses
+        as many parts as it fills, and divides by its number of images; no part is left for the next
+        epoch. On CPU this loop is slow for convolutions of networks other than jaxft's.
+      ema: decay per step of an exponential moving average of weights and running statistics, e.g.
+        0.999. It starts with the stage; validation and the next stage use the average.
+      anchor: L2-SP penalty, which pulls the weights to the pretrained ones.
+      class_weights: weight of each class in the loss, as in torch's `CrossEntropyLoss(weight=...)`;
+        replaces `balance`. The mean divides by the sum of the images' weights, or with mixup or
+        cutmix by the number of images, as torch does for probabilities. The validation loss is
+        unweighted.
+      relative_rates: at the start of each epoch, scale each tensor's learning rate by its relative
+        gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
+        `jaxft.train.relative_gradients`).
+      batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: override the
+        recipe's fields.
 
-    >>> from jaxft import Adam, schedules
-    >>> stage = Stage(
-    ...     "late",
-    ...     train={"fc": 1e-3, "layer4": Update(1e-4, optimizer=Adam())},
-    ...     epochs=10,
-    ...     schedule=schedules.CosineAnnealingLR(),
-    ...     until=EarlyStop("accuracy", patience=3),
-    ... )
+    Raises:
+      RecipeError: fields are unknown, wrong or contradictory; the message lists all of them.
+
+    Example:
+      >>> from jaxft import Adam, schedules
+      >>> stage = Stage(
+      ...     "late",
+      ...     train={"fc": 1e-3, "layer4": Update(1e-4, optimizer=Adam())},
+      ...     epochs=10,
+      ...     schedule=schedules.CosineAnnealingLR(),
+      ...     until=EarlyStop("accuracy", patience=3),
+      ... )
     """
 
     name: str
@@ -146,115 +153,117 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.solver:
-            wrong = self._wrong_if_solved()
+            errors = self._errors_if_solved()
         else:
-            wrong = [*self._wrong_rates(), *self._wrong_limits()]
+            errors = [*self._train_errors(), *self._limit_errors()]
         if not self.name:
-            wrong.insert(0, "its name is empty")
-        if wrong:
-            raise RecipeError(f"stage {self.name!r}: {'; '.join(wrong)}.")
+            errors.insert(0, "its name is empty")
+        if errors:
+            raise RecipeError(f"stage {self.name!r}: {'; '.join(errors)}.")
 
-    def _wrong_if_solved(self) -> list[str]:
-        wrong = []
+    def _errors_if_solved(self) -> list[str]:
+        errors = []
         if len(self.train) > 1:
-            wrong.append("beside a LogisticRegression nothing else trains")
-        said = [
+            errors.append("a LogisticRegression must be the only entry of train")
+        changed = [
             field.name
             for field in dataclasses.fields(self)
             if field.name not in ("name", "train", "hand_on", "monitor", "carry")
             and getattr(self, field.name) != field.default
         ]
-        if said:
-            wrong.append(f"it is solved and takes no steps; leave out {', '.join(said)}")
-        return wrong
+        if changed:
+            errors.append(f"it is solved and takes no steps; leave out {', '.join(changed)}")
+        return errors
 
-    def _wrong_rates(self) -> list[str]:
-        wrong, rules = [], {"its optimizer": self.optimizer}
+    def _train_errors(self) -> list[str]:
+        errors, rules = [], {"its optimizer": self.optimizer}
         if not self.train:
-            wrong.append("it trains nothing; name a pattern and a rate in `train`")
+            errors.append("it trains nothing; name a pattern and a learning rate in `train`")
         for pattern, update in self.updates.items():
-            name = show(pattern)
+            name = pattern_text(pattern)
             lr, rule, decay = update.lr, update.optimizer, update.weight_decay
-            if not (_is_number(lr) and lr > 0):
-                wrong.append(
-                    f"the rate of {name!r} is {lr!r}; it must be a positive, finite number"
+            if not (_is_finite_number(lr) and lr > 0):
+                errors.append(
+                    f"the learning rate of {name!r} is {lr!r}; it must be a positive, finite number"
                 )
-            if decay is not None and not (_is_number(decay) and decay >= 0):
-                wrong.append(f"the weight_decay of {name!r} is {decay!r}; it must not be negative")
+            if decay is not None and not (_is_finite_number(decay) and decay >= 0):
+                errors.append(f"the weight_decay of {name!r} is {decay!r}; it must not be negative")
             rules[f"the optimizer of {name!r}"] = rule
         for place, rule in rules.items():
             if not isinstance(rule, Optimizer | optax.GradientTransformation | None):
-                wrong.append(
+                errors.append(
                     f"{place} is {rule!r}; it must be one of jaxft's or an optax transform"
                 )
         for place, schedule in self._schedules().items():
             if not isinstance(schedule, Schedule | ReduceLROnPlateau | None):
-                wrong.append(
+                errors.append(
                     f"{place} is {schedule!r}; it must be one of jaxft.schedules or a "
                     "ReduceLROnPlateau"
                 )
-        return wrong
+        return errors
 
     def _schedules(self) -> dict[str, object]:
-        own = {
-            f"the schedule of {show(p)!r}": update.schedule for p, update in self.updates.items()
+        group_schedules = {
+            f"the schedule of {pattern_text(pattern)!r}": update.schedule
+            for pattern, update in self.updates.items()
         }
-        return {"its schedule": self.schedule, **own}
+        return {"its schedule": self.schedule, **group_schedules}
 
-    def _wrong_limits(self) -> list[str]:
-        wrong = []
+    def _limit_errors(self) -> list[str]:
+        errors = []
         if self.epochs is None and self.steps is None:
-            wrong.append("it has no length; give it epochs or steps")
+            errors.append("it has no length; give it epochs or steps")
         for limit in ("epochs", "steps", "accumulate"):
             if (count := getattr(self, limit)) is not None and count < 1:
-                wrong.append(f"it has {count} {limit}; it must have at least 1")
+                errors.append(f"it has {count} {limit}; it must have at least 1")
         for limit in ("minutes", "clip_norm"):
-            if (value := getattr(self, limit)) is not None and not (
-                _is_number(value) and value > 0
-            ):
-                wrong.append(f"{limit} is {value}; it must be a positive, finite number")
+            value = getattr(self, limit)
+            if value is not None and not (_is_finite_number(value) and value > 0):
+                errors.append(f"{limit} is {value}; it must be a positive, finite number")
         if self.ema is not None and not 0 < self.ema < 1:
-            wrong.append(f"ema is {self.ema}; a decay lies between 0 and 1")
+            errors.append(f"ema is {self.ema}; a decay lies between 0 and 1")
         if self.class_weights is not None and not (
-            all(_is_number(w) and w >= 0 for w in self.class_weights) and any(self.class_weights)
+            all(_is_finite_number(w) and w >= 0 for w in self.class_weights)
+            and any(self.class_weights)
         ):
-            wrong.append(f"class_weights are {self.class_weights}; none is negative, not all are 0")
-        if not isinstance(self.norms, str | Mapping):
-            wrong.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
-            return wrong
-        for choice in self.norm_choices.values():
-            if choice not in get_args(NormChoice):
-                wrong.append(
-                    f"norms has {choice!r}; it must be one of {', '.join(get_args(NormChoice))}"
-                )
+            errors.append(
+                f"class_weights are {self.class_weights}; none may be negative, one must be above 0"
+            )
         if isinstance(self.until, Plateau) and not any(
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
-            wrong.append("until is a Plateau, which counts those of a ReduceLROnPlateau schedule")
-        return wrong
+            errors.append("until is a Plateau, which needs a ReduceLROnPlateau schedule")
+        if not isinstance(self.norms, str | Mapping):
+            errors.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
+            return errors
+        choices = get_args(NormChoice)
+        for choice in self.norm_choices.values():
+            if choice not in choices:
+                errors.append(f"norms has {choice!r}; it must be one of {', '.join(choices)}")
+        return errors
 
     @property
     def solver(self) -> LogisticRegression | None:
-        """What solves the head, if the stage takes no steps."""
+        """Solver of the head, if the stage takes no optimizer steps; else None."""
         return next((x for x in self.train.values() if isinstance(x, LogisticRegression)), None)
 
     @property
     def updates(self) -> Mapping[Pattern, Update]:
-        """`train` with an `Update` for each rate; nothing if the stage is solved."""
+        """`train` with each learning rate as an `Update`; empty if the stage has a solver."""
         return {
-            pattern: given if isinstance(given, Update) else Update(given)
-            for pattern, given in self.train.items()
-            if not isinstance(given, LogisticRegression)
+            pattern: value if isinstance(value, Update) else Update(value)
+            for pattern, value in self.train.items()
+            if not isinstance(value, LogisticRegression)
         }
 
     @property
     def norm_choices(self) -> Mapping[str, NormChoice]:
-        """`norms` by pattern, in order of precedence."""
+        """`norms` as a mapping of patterns, in order of precedence."""
         return {"*": self.norms} if isinstance(self.norms, str) else self.norms
 
     @property
     def best_by(self) -> tuple[Monitor, Mode]:
-        """The metric that the best epoch is chosen by, and whether less or more of it is better."""
+        """Metric of the best epoch, and whether `min` or `max` of it is better."""
         until = self.until
         if isinstance(until, EarlyStop) and self.monitor in (None, until.monitor):
             return until.monitor, until.mode or default_mode(until.monitor)
@@ -262,37 +271,42 @@ class Stage:
         return monitor, default_mode(monitor)
 
     def length(self, steps_per_epoch: int) -> int:
-        """Its steps, if nothing ends it earlier; one if it is solved."""
+        """Returns the maximum number of steps; 1 if the stage has a solver."""
         if self.solver:
             return 1
         epochs = [] if self.epochs is None else [self.epochs * steps_per_epoch]
         return min(epochs + ([] if self.steps is None else [self.steps]))
 
     def resolve(self, pattern: Pattern, optimizer: Rule) -> "Resolved":
-        """How what `pattern` selects trains, every default filled in.
+        """Returns the update of a pattern with all defaults filled in.
 
-        Raises RecipeError where a foreign optimizer is to take a weight_decay.
+        Args:
+          pattern: a key of `train`.
+          optimizer: used if neither the update nor the stage sets one.
+
+        Raises:
+          RecipeError: the update sets a weight_decay, but its optimizer is an optax transform.
         """
         update = self.updates[pattern]
         rule = update.optimizer or self.optimizer or optimizer
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
                 raise RecipeError(
-                    f"stage {self.name!r}: {show(pattern)!r} has a weight_decay, but its optimizer "
-                    "is an optax transform: put the decay into that."
+                    f"stage {self.name!r}: {pattern_text(pattern)!r} has a weight_decay, but its "
+                    "optimizer is an optax transform: put the decay into that."
                 )
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
         schedule = update.schedule or self.schedule or Constant()
         return Resolved(float(update.lr), schedule, rule)
 
 
-def _is_number(value: object) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)  # type: ignore[arg-type]
+def _is_finite_number(value: object) -> bool:
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Resolved(NamedTuple):
-    """An `Update` with nothing left open."""
+    """An `Update` with all defaults filled in."""
 
     lr: float
     schedule: ClosedForm | ReduceLROnPlateau
@@ -300,13 +314,17 @@ class Resolved(NamedTuple):
 
 
 def check_stages(stages: "Stage | Sequence[Stage]") -> tuple[Stage, ...]:
-    """Returns the stages; raises RecipeError if there are none, or two of one name."""
-    each = (stages,) if isinstance(stages, Stage) else tuple(stages)
-    if wrong := [stage for stage in each if not isinstance(stage, Stage)]:
+    """Returns the stages as a tuple.
+
+    Raises:
+      RecipeError: there are none, or two have the same name.
+    """
+    stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
+    if wrong := [stage for stage in stages if not isinstance(stage, Stage)]:
         raise RecipeError(f"stages must be Stage(...), not {reprlib.repr(wrong[0])}.")
-    if not each:
+    if not stages:
         raise RecipeError("there must be at least one stage.")
-    names = [stage.name for stage in each]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise RecipeError(f"stage names must be unique; {twice} occur more than once.")
-    return each
+    names = [stage.name for stage in stages]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise RecipeError(f"stage names must be unique; {repeated} occur more than once.")
+    return stages

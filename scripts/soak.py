@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 import corruption
 
 from jaxft import Adam, Recipe, Stage
-from jaxft.recipe import save
+from jaxft.recipe_file import save
 
 RECIPE = Recipe(
     model="cifar_resnet8", weights="asset:digits_0to4", data="digits:5-9", shots=6,

@@ -1,8 +1,8 @@
-"""What test_parallel.py looks at, on virtual devices: three steps of training, and its layout.
+"""Trains three steps on virtual devices, for test_distributed.py.
 
     python tests/parallel_child.py OUT [COORDINATOR PROCESSES PROCESS]
 
-Writes what each case has trained to OUT.npz and what else is seen to OUT.json.
+Writes the trained parameters of each case to OUT.npz and observations to OUT.json.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from jaxft import SGD, Stage, distributed, models, partition, plan, processes
+from jaxft import SGD, Stage, distributed, models, partition, plan
 from jaxft.data import Preprocessing, train_batches
 from jaxft.distributed import Devices
 from jaxft.labels import combine
@@ -26,7 +26,7 @@ BATCH_SIZE, STEPS = 10, 3
 
 
 class Noise:
-    """Random images, a whole number of batches of them."""
+    """Random images for a whole number of batches."""
 
     classes = tuple("abcde")
     targets = (np.arange(STEPS * BATCH_SIZE) % 5).astype(np.int32)
@@ -40,7 +40,7 @@ class Noise:
 
 
 def train(devices):
-    """All parameters and statistics after three donated steps, their losses, and what is seen."""
+    """Returns parameters, statistics and losses of three donated steps, and observations."""
     preprocessing = Preprocessing(image_size=8, resize_size=None)
     params, stats = MODEL.init(jax.random.key(0))
     stage = plan([Stage("late", {"layer*": 0.1, "fc": 0.1}, 1)], params)[0]
@@ -49,7 +49,7 @@ def train(devices):
     trainable, frozen = partition(params, stage.labels)
     start = TrainState(trainable, stats, transform.init(params))
     state, frozen = devices.put(start), devices.put(frozen)
-    wanted = devices.shardings(start)
+    expected = devices.shardings(start)
     losses, stable, donated = [], [], []
     batches = train_batches(
         Noise(),
@@ -68,10 +68,10 @@ def train(devices):
         batch = devices.batch(part)
         state, (sums, *_) = step(state, frozen, batch, jax.random.key(1))
         losses.append(float(sums.loss) / float(sums.examples))
-        stable.append(jax.tree.map(lambda x: x.sharding, state) == wanted)
+        stable.append(jax.tree.map(lambda x: x.sharding, state) == expected)
         donated.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(before)))
     trained = devices.host((combine(state.trainable, frozen), state.stats))
-    seen = {
+    observed = {
         "rows": batch.mask.shape[0],
         "batch": str(batch.image.sharding.spec),
         "programs": step._cache_size(),
@@ -79,11 +79,11 @@ def train(devices):
         "donated": all(donated),
         "divided": sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state)),
     }
-    return np.hstack([*map(np.ravel, jax.tree.leaves(trained)), losses]), seen
+    return np.hstack([*map(np.ravel, jax.tree.leaves(trained)), losses]), observed
 
 
 def layout(devices):
-    """Where the leaves of a tree belong, and whether it comes back from there."""
+    """Returns the shardings of a tree, and whether it survives placing and fetching."""
     tree = {
         "tall": np.arange(2.0**13).reshape(1024, 8),
         "square": np.ones((3, 3, 64, 64), np.float16),
@@ -95,20 +95,20 @@ def layout(devices):
     }
     keyed = {**tree, "key": jax.random.key(0)}
     abstract = devices.abstract(keyed)
-    there = devices.put(tree)
-    again = devices.put(there)
+    placed = devices.put(tree)
+    again = devices.put(placed)
     back = devices.host(again)
-    held = jax.tree.map(lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), tree)
+    canonical = jax.tree.map(lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), tree)
     specs = jax.tree.map(lambda x: str(x.sharding.spec), abstract)
     return {
         "specs": {name: spec for name, spec in specs.items() if isinstance(spec, str)},
         "structure": jax.tree.structure(abstract) == jax.tree.structure(keyed),
-        "put": jax.tree.map(lambda x: x.sharding, there) == devices.shardings(tree),
-        "stays": all(x is y for x, y in zip(*map(jax.tree.leaves, (there, again)), strict=True)),
+        "put": jax.tree.map(lambda x: x.sharding, placed) == devices.shardings(tree),
+        "stays": all(x is y for x, y in zip(*map(jax.tree.leaves, (placed, again)), strict=True)),
         "back": jax.tree.structure(back) == jax.tree.structure(tree)
         and all(
             isinstance(x, np.ndarray | np.generic) and x.dtype == y.dtype and np.array_equal(x, y)
-            for x, y in zip(*map(jax.tree.leaves, (back, held)), strict=True)
+            for x, y in zip(*map(jax.tree.leaves, (back, canonical)), strict=True)
         ),
     }
 
@@ -117,25 +117,25 @@ def main(out, *joining):
     signals = []
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     distributed.start(*(kind(x) for kind, x in zip((str, int, int), joining, strict=False)))
-    distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
+    distributed.LARGE = 2**12  # the largest array of this network has 2**16 elements
     cases = {sharding: Devices(sharding) for sharding in ("replicated", "fsdp")}
     if jax.process_count() == 1:
         one = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
         cases["one"] = Devices(mesh=one)
     trained = {case: train(devices) for case, devices in cases.items()}
-    seen = {case: seen for case, (_, seen) in trained.items()}
-    seen["agree"] = [processes.agree(False), processes.agree(processes.is_first())]
-    seen["first"] = processes.is_first()
-    seen["layout"] = {case: layout(devices) for case, devices in cases.items()}
-    seen["shard"] = cases["fsdp"].shard
+    observed = {case: observed for case, (_, observed) in trained.items()}
+    observed["first"] = distributed.is_main_process()
+    observed["any"] = [distributed.any_process(False), distributed.any_process(observed["first"])]
+    observed["layout"] = {case: layout(devices) for case, devices in cases.items()}
+    observed["shard"] = cases["fsdp"].shard
     if joining:
         distributed.start()  # does nothing
     os.kill(os.getpid(), signal.SIGTERM)
-    seen["signals"] = signals
-    processes.barrier("end")
+    observed["signals"] = signals
+    distributed.barrier("end")
     np.savez(f"{out}.npz", **{case: array for case, (array, _) in trained.items()})
     with open(f"{out}.json", "w") as file:
-        json.dump(seen, file)
+        json.dump(observed, file)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax.numpy as jnp, numpy as np
 from etils import epath
 from jaxft import Recipe, Stage, weights
 from jaxft.checkpoint import Checkpoints
-from jaxft.recipe import fields
+from jaxft.recipe_file import fields
 from jaxft.report import environment
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.workdir import claim, saved

@@ -13,7 +13,7 @@ from narrow import narrowed
 from jaxft import data, finetune, paths, plan
 from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
-from jaxft.recipe import read, resolve, save
+from jaxft.recipe_file import read, resolve, save
 from jaxft.report.console import Console
 from jaxft.train.start import drawn
 

@@ -1,4 +1,4 @@
-"""Many devices: the same training on one, eight and two times four; and who is not there."""
+"""Training on one, eight and two times four devices; joining processes; shardings."""
 
 import json
 import os
@@ -37,11 +37,11 @@ def python(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What each process of tests/parallel_child.py saw and trained, by its name."""
+    """Returns the results of each process of tests/parallel_child.py, by the process's name."""
     folder, port = tmp_path_factory.mktemp("runs"), free_port()
     known = os.environ.get("XLA_FLAGS", "")
     devices = f"{known} --xla_force_host_platform_device_count="
-    # These two find each other; those of test_rendezvous.py are told whom to join.
+    # These two find each other through Slurm's variables.
     slurm = {f"SLURM_{name}": "1" for name in ("JOB_ID", "LOCALID")}
     slurm |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
     slurm |= {"JAX_COORDINATOR_PORT": str(port), "XLA_FLAGS": f"{devices}4"}
@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
-def test_any_devices_train_the_same(process, sharding, runs):
+def test_result_does_not_depend_on_the_devices(process, sharding, runs):
     one = runs["eight"][1]["one"]
     assert np.isfinite(one).all()
     np.testing.assert_allclose(runs[process][1][sharding], one, rtol=1e-5, atol=1e-5)
@@ -73,34 +73,34 @@ def test_any_devices_train_the_same(process, sharding, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
-def test_a_donated_state_stays_where_it_is_in_one_program(process, sharding, runs):
-    seen = runs[process][0][sharding]
-    assert (seen["rows"], seen["batch"]) == (16, "P('batch',)")  # of 10 images
-    assert (seen["programs"], seen["stable"], seen["donated"]) == (1, True, True)
-    assert (seen["divided"] > 0) == (sharding == "fsdp")
+def test_step_on_devices_compiles_once_and_donates_its_state(process, sharding, runs):
+    observed = runs[process][0][sharding]
+    assert (observed["rows"], observed["batch"]) == (16, "P('batch',)")  # for 10 images
+    assert (observed["programs"], observed["stable"], observed["donated"]) == (1, True, True)
+    assert (observed["divided"] > 0) == (sharding == "fsdp")
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
-def test_large_arrays_are_divided_along_their_largest_fitting_dimension(process, sharding, runs):
+def test_shardings_divide_large_arrays_along_the_largest_divisible_axis(process, sharding, runs):
     layout = runs[process][0]["layout"][sharding]
     divided = {"tall": "P('batch',)", "square": "P(None, None, None, 'batch')"}
     names = ("tall", "square", "odd", "small", "scalar", "key")
-    where = dict.fromkeys(names, "P()") | (divided if sharding == "fsdp" else {})
-    assert layout.pop("specs") == where
+    expected = dict.fromkeys(names, "P()") | (divided if sharding == "fsdp" else {})
+    assert layout.pop("specs") == expected
     assert layout == dict.fromkeys(("structure", "put", "stays", "back"), True)
 
 
-def test_processes_know_of_each_other(runs):
+def test_collectives_of_processes(runs):
     for process, first, shard in (
         ("eight", True, [0, 1]),
         ("first", True, [0, 2]),
         ("second", False, [1, 2]),
     ):
-        seen, _ = runs[process]
-        assert (seen["first"], seen["shard"]) == (first, shard)
-        assert seen["agree"] == [False, True]  # the first's flag is True
-        assert seen["signals"] == [15]  # the program's own handler, set before it joined
+        observed, _ = runs[process]
+        assert (observed["first"], observed["shard"]) == (first, shard)
+        assert observed["any"] == [False, True]  # process 0's flag is True
+        assert observed["signals"] == [15]  # the program's handler, set before it joined
 
 
 @pytest.mark.parametrize(
@@ -113,38 +113,38 @@ def test_processes_know_of_each_other(runs):
         ((":80", 2, 0), "coordinator is ':80'; it must be HOST:PORT"),
         (("host:port", 2, 0), "it must be HOST:PORT"),
         (("host:65536", 2, 0), "it must be HOST:PORT"),
-        (("host:1", 2, 2), "process is 2; of 2 the first is 0 and the last 1"),
-        (("host:1", 2, -1), "process is -1; of 2"),
+        (("host:1", 2, 2), "process is 2; with 2 processes it must be from 0 to 1"),
+        (("host:1", 2, -1), "process is -1; with 2"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, expected):
+def test_start_rejects_wrong_arguments(arguments, expected):
     with pytest.raises(ParallelError, match=expected):
         distributed.start(*arguments)
 
 
-def test_too_late_to_join():
+def test_start_after_other_calls_of_jax_is_an_error():
     jax.devices()
     with pytest.raises(ParallelError, match="must be called before any JAX calls"):
         distributed.start()
 
 
-def test_one_process_has_nothing_to_join():
+def test_start_of_one_process_joins_nothing():
     distributed.start(processes=1)
     assert not jax.distributed.is_initialized()
 
 
-def test_processes_must_have_equally_many_devices():
+def test_devices_rejects_unequal_processes():
     owners = [SimpleNamespace(process_index=index) for index in (0, 0, 0, 1, 1)]
-    with pytest.raises(ParallelError, match="as many devices as any other, and they have 3, 2"):
+    with pytest.raises(ParallelError, match="the same number of devices, but they have 3, 2"):
         Devices(mesh=SimpleNamespace(devices=np.array(owners)))
 
 
-def test_equal_devices_are_one_static_argument():
+def test_devices_are_hashable():
     assert Devices("fsdp") == Devices("fsdp") != Devices()
     assert hash(Devices("fsdp")) == hash(Devices("fsdp"))
 
 
 @pytest.mark.parametrize(("batch_size", "count", "rows"), [(1, 8, 8), (8, 8, 8), (9, 8, 16)])
-def test_rows_divide_among_the_devices(batch_size, count, rows):
+def test_devices_rows(batch_size, count, rows):
     mesh = SimpleNamespace(size=count, devices=np.array([SimpleNamespace(process_index=0)]))
     assert Devices(mesh=mesh).rows(batch_size) == rows

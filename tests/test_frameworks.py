@@ -1,4 +1,4 @@
-"""Any framework's parameters: one network, the same paths; labels in the parameters' structure."""
+"""Parameters of all frameworks: equal paths for equal networks; label trees of their structure."""
 
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ def from_lists(net):
 
 
 def networks():
-    """name: (params, apply)."""
+    """Returns `(params, apply)` by name."""
     key = jax.random.key(0)
     net = plain()
     tuples = Net(Layer(**net["body"]), Layer(**net["head"]))
@@ -120,30 +120,31 @@ frameworks = pytest.mark.parametrize("name", NETWORKS)
 
 
 @frameworks
-def test_the_same_network_has_the_same_paths(name):
+def test_paths_of_a_network_do_not_depend_on_the_framework(name):
     kernel, bias = LEAVES.get(name.split(",")[0], ("kernel", "bias"))
     expected = {f"{layer}.{leaf}" for layer in ("body", "head") for leaf in (kernel, bias)}
     assert set(jaxft.paths(NETWORKS[name][0])) - {"activation"} == expected
 
 
 @frameworks
-def test_labels_have_the_parameters_structure_and_optax_takes_them(name):
+def test_label_has_the_structure_of_the_parameters_and_suits_optax(name):
     params, apply = NETWORKS[name]
     labels = jaxft.label(params, {"head": "head"})
     assert jax.tree.structure(labels) == jax.tree.structure(params)
     transforms = {"head": optax.sgd(0.1), "frozen": optax.set_to_zero()}
-    # As it is, but for a module of strings: optax would call it.
-    plain = optax.multi_transform(transforms, (lambda _: labels) if callable(labels) else labels)
-    ours = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
+    # optax would call a label tree that is a module.
+    label_function = (lambda _: labels) if callable(labels) else labels
+    reference = optax.multi_transform(transforms, label_function)
+    transform = jaxft.multi_transform({"head": optax.sgd(0.1)}, labels)
     trainable, frozen = jaxft.partition(params, labels)
     grads = jax.grad(lambda half: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2))(trainable)
-    found = [tx.update(grads, tx.init(params), trainable)[0] for tx in (plain, ours)]
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    updates = [tx.update(grads, tx.init(params), trainable)[0] for tx in (reference, transform)]
+    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @frameworks
-def test_three_steps_leave_the_frozen_leaves_bit_identical(name):
+def test_plan_transform_leaves_frozen_leaves_bit_identical(name):
     params, apply = NETWORKS[name]
     (plan,) = jaxft.plan([Stage("head", {"head": 0.1}, epochs=1)], params)
     transform = plan.transform(Adam())
@@ -160,13 +161,13 @@ def test_three_steps_leave_the_frozen_leaves_bit_identical(name):
         if path.startswith("head"):
             assert not np.array_equal(old, new), path
         else:
-            assert old is new, path  # no copy either, so bits and sharding are what they were
+            assert old is new, path  # not even copied, so bits and sharding are unchanged
         if name == "sharded":
             assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
 @frameworks
-def test_halves_hold_the_very_leaves_and_make_the_whole_again(name):
+def test_partition_and_combine_do_not_copy_leaves(name):
     params, _ = NETWORKS[name]
     halves = jaxft.partition(params, jaxft.label(params, {"head": "head"}))
     whole = jaxft.combine(*halves)
@@ -177,7 +178,7 @@ def test_halves_hold_the_very_leaves_and_make_the_whole_again(name):
 
 
 @frameworks
-def test_shapes_alone_are_labelled_alike(name):
+def test_label_of_shapes(name):
     params, _ = NETWORKS[name]
     arrays = eqx.filter(params, eqx.is_array)
     shapes = jax.eval_shape(lambda: arrays)
@@ -188,7 +189,7 @@ def test_shapes_alone_are_labelled_alike(name):
     jax.eval_shape(plan.transform(Adam()).init, shapes)
 
 
-def test_lists_of_layers_have_the_same_paths():
+def test_paths_of_lists_of_layers():
     layers = nnx.List([nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2)])
     state = nnx.state(nnx.Dict(blocks=layers), nnx.Param)
     kernel = {"kernel": jnp.ones((2, 2))}
@@ -201,13 +202,13 @@ def test_lists_of_layers_have_the_same_paths():
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
 
 
-def test_lists_are_paths_too():
+def test_paths_of_lists():
     params = [{"kernel": jnp.ones(2)}, [jnp.ones(1), jnp.ones(3)]]
     assert jaxft.paths(params) == ["0.kernel", "1.0", "1.1"]
     assert jaxft.label(params, {"1.1": "x"}) == [{"kernel": "frozen"}, ["frozen", "x"]]
 
 
-def test_a_box_around_a_tree_adds_no_segment_and_hides_none():
+def test_paths_of_a_box_around_a_tree():
     state = nnx.state(nnx.Dict(lora=nnx.Param({"a": jnp.ones(1), "b": [jnp.ones(2)]})))
     assert jaxft.paths(state) == ["lora.a", "lora.b.0"]
     labels = jaxft.label(state, {"lora.b": "x"})
@@ -215,7 +216,7 @@ def test_a_box_around_a_tree_adds_no_segment_and_hides_none():
     assert jax.tree.structure(labels) == jax.tree.structure(state)
 
 
-def test_labels_go_by_position_where_two_haiku_modules_share_a_path():
+def test_partition_matches_labels_by_position_where_haiku_modules_share_a_path():
     class Twice(hk.Module):
         def __init__(self):
             super().__init__(name="net")
@@ -232,7 +233,7 @@ def test_labels_go_by_position_where_two_haiku_modules_share_a_path():
     assert frozen == {**params, "net/~/linear": {"w": None, "b": None}}
 
 
-def test_a_container_of_ones_own_may_have_keys_of_any_kind():
+def test_paths_of_a_container_with_keys_of_any_type():
     @jax.tree_util.register_pytree_with_keys_class
     class Pair(list):
         def tree_flatten_with_keys(self):

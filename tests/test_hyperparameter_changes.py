@@ -1,6 +1,6 @@
-"""Changes of hyperparameters from stage to stage with carry="keep", against torch's param_groups.
+"""Hyperparameters that change between stages with carry="keep", against torch's param_groups.
 
-Random plans in float64: which groups train in a stage, and with which momentum, dampening, decay...
+Random plans in float64: the groups that train in each stage, and their hyperparameters.
 """
 
 from pathlib import Path
@@ -31,14 +31,14 @@ def gradient(p, step):
 
 
 def random_plan(seed):
-    """An optimizer's name and, for each of four stages, the options of each group that trains."""
+    """Returns an optimizer's name and, for each of four stages, the options of its groups."""
     rng = np.random.default_rng(seed)
     name = [*RULES][seed % 4]
     stages = []
     for _ in range(4):
         groups = [g for g in SHAPES if rng.random() < 0.7] or ["a"]
         stages.append({group: options(name, rng) for group in groups})
-    if name == "rmsprop":  # torch makes the buffers at a parameter's first step, or never
+    if name == "rmsprop":  # torch creates the buffers at a parameter's first step, or never
         for group in SHAPES:
             if first := next((stage[group] for stage in stages if group in stage), None):
                 first |= {"momentum": 0.9, "centered": True}
@@ -46,18 +46,18 @@ def random_plan(seed):
 
 
 def options(name, rng):
-    found = {"lr": rng.choice([0.03, 0.1]), "weight_decay": rng.choice([0.0, 0.1])}
+    drawn = {"lr": rng.choice([0.03, 0.1]), "weight_decay": rng.choice([0.0, 0.1])}
     if name in ("adam", "adamw"):
-        return found | {"b1": rng.choice([0.0, 0.9]), "b2": rng.choice([0.9, 0.99]), "eps": 1e-6}
-    found["momentum"] = rng.choice([0.0, 0.5, 0.9])
+        return drawn | {"b1": rng.choice([0.0, 0.9]), "b2": rng.choice([0.9, 0.99]), "eps": 1e-6}
+    drawn["momentum"] = rng.choice([0.0, 0.5, 0.9])
     if name == "rmsprop":
-        return found | {"alpha": rng.choice([0.8, 0.9]), "centered": bool(rng.integers(2))}
-    kind = rng.integers(3) if found["momentum"] else 0
-    return found | {"dampening": 0.3 * (kind == 1), "nesterov": bool(kind == 2)}
+        return drawn | {"alpha": rng.choice([0.8, 0.9]), "centered": bool(rng.integers(2))}
+    kind = rng.integers(3) if drawn["momentum"] else 0
+    return drawn | {"dampening": 0.3 * (kind == 1), "nesterov": bool(kind == 2)}
 
 
 def train(seed):
-    """The parameters after each stage, as rows."""
+    """Returns the parameters after each stage, as rows."""
     name, plan = random_plan(seed)
     stages = []
     for k, groups in enumerate(plan):
@@ -85,12 +85,12 @@ def without_lr(opts):
 
 
 @pytest.mark.parametrize("seed", RECORDED)
-def test_keep_survives_changes_of_hyperparameters_as_in_torch(seed):
+def test_carry_with_changed_hyperparameters_equals_recorded_torch(seed):
     with jax.enable_x64(True), np.load(GOLDEN) as golden:
         np.testing.assert_allclose(train(seed), golden[str(seed)], rtol=1e-12, atol=1e-12)
 
 
-def test_keep_survives_changes_of_hyperparameters_as_in_torch_today():
+def test_carry_with_changed_hyperparameters_equals_torch():
     pytest.importorskip("torch")
     from record_hyperparameter_changes import record
 
@@ -99,7 +99,7 @@ def test_keep_survives_changes_of_hyperparameters_as_in_torch_today():
             np.testing.assert_allclose(train(seed), record(seed), rtol=1e-12, atol=1e-12)
 
 
-def test_plain_sgd_and_rmsprop_hold_no_momentum_buffer():
+def test_sgd_and_rmsprop_without_momentum_have_no_buffer():
     params = start()
     for rule, arrays in ((SGD(), 0), (RMSprop(), 3), (SGD(momentum=0.9), 3)):
         (plan,) = jaxft.plan([Stage("x", {"*": 0.1}, 1, optimizer=rule)], params)
@@ -107,7 +107,7 @@ def test_plain_sgd_and_rmsprop_hold_no_momentum_buffer():
         assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state)) == arrays
 
 
-def test_adam_and_adamw_share_their_moments():
+def test_carry_from_adam_to_adamw():
     params = start()
     stages = [
         Stage("1", {"*": 0.1}, 1, optimizer=Adam()),

@@ -1,4 +1,4 @@
-"""Patterns, label trees, and the two halves they cut."""
+"""Patterns, label trees, partition and combine."""
 
 import operator
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxft
@@ -17,7 +17,7 @@ from jaxft.labels import leaf_labels, match
 
 
 def tree(*names):
-    """Nested dicts with a one-element array at each dotted name."""
+    """Returns nested dicts with a one-element array at each dotted name."""
     root = {}
     for name in names:
         *parents, leaf = name.split(".")
@@ -59,13 +59,13 @@ RESNET = tree(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_pattern_selects(pattern, expected):
+def test_label_selects_by_pattern(pattern, expected):
     labels = jaxft.label(RESNET, {pattern: "x"})
     chosen = zip(jaxft.paths(RESNET), jax.tree.leaves(labels), strict=True)
     assert {path for path, label in chosen if label == "x"} == expected
 
 
-def test_first_match_wins_and_the_rest_is_frozen():
+def test_label_uses_the_first_match_and_freezes_the_rest():
     labels = jaxft.label(RESNET, {"fc.bias": "bias", "fc": "head"})
     assert labels["fc"] == {"bias": "bias", "kernel": "head"}
     assert labels["conv1"] == {"kernel": "frozen"}
@@ -84,12 +84,12 @@ def test_first_match_wins_and_the_rest_is_frozen():
     ],
     ids=str,
 )
-def test_wrong_rules(rules, message):
+def test_label_rejects_wrong_rules(rules, message):
     with pytest.raises(PatternError, match=f"(?s){message}"):
         jaxft.label(RESNET, rules)
 
 
-def test_unmatched_pattern_lists_what_there_is():
+def test_unmatched_pattern_error_lists_the_parameters():
     with pytest.raises(
         PatternError, match=r"Parameters: bn1\.\* \(1\)  conv1\.\* \(1\)  fc\.\* \(2\)"
     ):
@@ -101,7 +101,7 @@ class Layer(NamedTuple):
     bias: np.ndarray
 
 
-def test_paths_are_the_same_for_dicts_lists_tuples_and_haiku_names():
+def test_paths_of_dicts_lists_tuples_and_haiku_names_are_equal():
     leaf = np.zeros(1)
     expected = ["block.0.bias", "block.0.kernel"]
     assert jaxft.paths({"block": {"0": {"bias": leaf, "kernel": leaf}}}) == expected
@@ -110,7 +110,7 @@ def test_paths_are_the_same_for_dicts_lists_tuples_and_haiku_names():
     assert jaxft.paths({"block": [Layer(leaf, leaf)]}) == expected[::-1]
 
 
-def test_flax_boxes_add_no_segment():
+def test_paths_of_flax_boxes_have_no_extra_segment():
     nnx = pytest.importorskip("flax.nnx")
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     state = nnx.state({"fc": layer}, nnx.Param)
@@ -121,7 +121,7 @@ def test_flax_boxes_add_no_segment():
     assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(frozen)) == 1
 
 
-def test_partition_leaves_holes():
+def test_partition_leaves_none_in_place_of_the_other_half():
     params = {"a": np.ones(2), "b": [np.ones(3), np.ones(4)]}
     trainable, frozen = jaxft.partition(params, {"a": "x", "b": ["frozen", "y"]})
     assert trainable["a"] is params["a"]
@@ -141,12 +141,12 @@ def test_partition_leaves_holes():
     ],
     ids=str,
 )
-def test_partition_refuses_other_structures(labels, message):
+def test_partition_rejects_other_structures(labels, message):
     with pytest.raises(LabelError, match=message):
         jaxft.partition({"a": np.ones(2), "b": [np.ones(3), np.ones(4)]}, labels)
 
 
-def test_combine_refuses_overlap():
+def test_combine_rejects_overlap():
     with pytest.raises(LabelError, match=r"b\.0 is held by 2 parts"):
         jaxft.combine({"b": [1, None]}, {"b": [2, 3]})
 
@@ -162,6 +162,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(trees, st.data())
 def test_combine_inverts_partition(params, data):
     names = data.draw(st.lists(st.sampled_from(["frozen", "x", "y"]), min_size=8, max_size=8))
@@ -177,13 +178,14 @@ def test_combine_inverts_partition(params, data):
 segments = st.sampled_from(["a", "b", "ab", "0", "1"])
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["a", "b", "a*", "?", "*", "**", "[ab]", "[01]"]), min_size=1, max_size=4
     ),
     st.sets(st.lists(segments, min_size=4, max_size=4).map(".".join), min_size=1, max_size=6),
 )
-def test_patterns_agree_with_a_regular_expression(pattern, names):
+def test_match_agrees_with_a_regular_expression(pattern, names):
     glob = {"*": "[^.]*", "**": None, "?": "[^.]", "a*": "a[^.]*"}
     regex = "".join(r"(?:[^.]+\.)*" if s == "**" else glob.get(s, s) + r"\." for s in pattern)
     params = tree(*names)

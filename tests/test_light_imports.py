@@ -1,6 +1,7 @@
-"""Who labels trees must not pay for what trains ResNets."""
+"""What `import jaxft` loads, and the names that it exports."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from importlib import import_module
@@ -11,7 +12,8 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "labels", "stages", "stage_plan", "methods", "optim.optimizers", "optim.schedules",
+    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "methods",
+    "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
     "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip
 HEAVY = {
@@ -20,31 +22,34 @@ HEAVY = {
 }  # fmt: skip
 
 
-def imported(code):
-    """The packages of the modules that it prints."""
+def imported_packages(code):
+    """Runs code that prints module names; returns their top-level packages."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-def test_the_light_modules_import_jax_and_optax_alone():
+def test_light_modules_import_only_jax_and_optax():
     code = "; ".join(["import sys, jaxft", *(f"import jaxft.{name}" for name in LIGHT)])
-    roots = imported(f"{code}; print(*sys.modules)")
-    assert {"jax", "optax"} <= roots
-    assert roots & HEAVY == set()
+    packages = imported_packages(f"{code}; print(*sys.modules)")
+    assert {"jax", "optax"} <= packages
+    assert packages & HEAVY == set()
 
 
 def test_importing_jaxft_imports_no_jax():
     """The `jaxft` program handles signals before jax is imported."""
-    assert imported("import sys, jaxft; print(*sys.modules)") & {"jax", "numpy", "optax"} == set()
+    assert (
+        imported_packages("import sys, jaxft; print(*sys.modules)") & {"jax", "numpy", "optax"}
+        == set()
+    )
 
 
-def test_public_names_are_imported_on_first_use():
+def test_exported_names_are_imported_on_first_use():
     assert set(jaxft.__all__) <= set(dir(jaxft))
     for name in jaxft.__all__:
         assert getattr(jaxft, name) is not None
 
 
-def test_public_names_are_those_of_the_type_checker():
+def test_exported_names_are_those_of_the_type_checker():
     """The imports under TYPE_CHECKING, the table of modules and `__all__` agree."""
     tree = ast.parse(Path(jaxft.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
@@ -56,15 +61,31 @@ def test_public_names_are_those_of_the_type_checker():
         assert getattr(jaxft, name) is expected, name
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'jaxft' has no attribute 'finetunes'"):
         _ = jaxft.finetunes
 
 
-def test_records_for_tensorboard_need_no_torch(tmp_path):
-    """Which tensorboardX imports where it can."""
+def test_version_is_that_of_the_distribution():
+    assert jaxft.__version__ == importlib.metadata.version("jaxft")
+
+
+def test_types_are_exported():
+    assert (Path(jaxft.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in jaxft.__all__ if name.endswith("Error")])
+def test_errors_of_input_are_value_errors(name):
+    error = getattr(jaxft, name)
+    assert issubclass(error, jaxft.JaxftError)
+    runtime = {"JaxftError", "CheckpointError", "NonFiniteError", "InterruptedRunError"}
+    assert issubclass(error, ValueError) == (name not in runtime | {"ParallelError"})
+
+
+def test_tensorboard_writer_does_not_import_torch(tmp_path):
+    """tensorboardX imports torch where it can."""
     code = (
         "import sys; from etils import epath; from jaxft.report.tensorboard import EventFile; "
         f"EventFile(epath.Path({str(tmp_path)!r}), purge_step=1); print(*sys.modules)"
     )
-    assert {"tensorboardX"} == imported(code) & {"tensorboardX", "torch"}
+    assert imported_packages(code) & {"tensorboardX", "torch"} == {"tensorboardX"}

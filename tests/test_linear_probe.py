@@ -1,4 +1,4 @@
-"""The solved head against scikit-learn, and what has no minimum."""
+"""Logistic regression against scikit-learn, and absent classes."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ C = (1e-3, 1.0, 30.0)
 
 
 def examples(n, d, k, condition=1.0, noise=1.0):
-    """Features around 3, as pooled ones are not around 0, and classes that depend on them."""
+    """Returns features around 3, as pooled features are not around 0, and their classes."""
     rng = np.random.default_rng(n)
     scale = np.geomspace(1, 1 / condition, d)
     directions = rng.normal(size=(n, d))
@@ -22,15 +22,15 @@ def examples(n, d, k, condition=1.0, noise=1.0):
     return 3 + directions * scale, logits.argmax(1)
 
 
-def original(features, targets, c, solver):
-    """Its kernel [d k] and bias [k]; of two classes those of the second against the first."""
+def scikit_learn_fit(features, targets, c, solver):
+    """Returns kernel [d k] and bias [k]; for two classes, of the second against the first."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its lbfgs says where it falls short of the tolerance
+        warnings.simplefilter("ignore")  # its lbfgs warns when it misses the tolerance
         fit = Original(C=c, tol=1e-10, max_iter=5000, solver=solver).fit(features, targets)
     return fit.coef_.T, fit.intercept_
 
 
-def assert_is(fit, expected, atol):
+def assert_equals(fit, expected, atol):
     kernel, bias = fit.kernel, fit.bias
     if expected[0].shape[1] == 1:
         np.testing.assert_allclose(kernel[:, 0], -kernel[:, 1], rtol=0, atol=1e-9)
@@ -51,16 +51,16 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "solver", "atol"), CASES.values(), ids=CASES)
-def test_it_is_scikit_learns(shape, solver, atol):
+def test_logistic_regression_equals_scikit_learn(shape, solver, atol):
     features, targets = examples(*shape)
     strengths = C[:2] if solver == "lbfgs" else C  # weak penalties take it thousands of steps
     fits = logistic_regression(features, targets, shape[2], c=strengths)
     for c, fit in zip(strengths, fits, strict=True):
         assert (fit.c, fit.converged) == (c, True)
-        assert_is(fit, original(features, targets, c, solver), atol)
+        assert_equals(fit, scikit_learn_fit(features, targets, c, solver), atol)
 
 
-def test_fits_are_in_the_order_asked_for_and_do_not_depend_on_their_number():
+def test_logistic_regression_fits_do_not_depend_on_the_other_strengths():
     features, targets = examples(60, 8, 2)
     fits = logistic_regression(features, targets, 2, c=(30.0, 1e-3, 30.0))
     assert [fit.c for fit in fits] == [30.0, 1e-3, 30.0]
@@ -68,7 +68,7 @@ def test_fits_are_in_the_order_asked_for_and_do_not_depend_on_their_number():
     np.testing.assert_allclose(alone.kernel, fits[0].kernel, rtol=0, atol=1e-7)
 
 
-def test_it_is_in_float64_whatever_else_is():
+def test_logistic_regression_is_float64():
     features, targets = examples(60, 8, 2)
     (fit,) = logistic_regression(features.astype(np.float32), targets.astype(np.int32), 2)
     assert (fit.kernel.dtype, fit.bias.dtype) == (np.float64, np.float64)
@@ -76,8 +76,8 @@ def test_it_is_in_float64_whatever_else_is():
 
 
 @pytest.mark.parametrize("k", [3, 6])
-def test_a_class_that_does_not_occur_is_rare_and_leaves_the_others_alone(k):
-    """Of three, two are left, and these are the problem of two."""
+def test_logistic_regression_with_an_absent_class(k):
+    """The fit of the other classes does not change."""
     features, targets = examples(60, 8, k - 1)
     numbers = np.delete(np.arange(k), 1)
     (fit,) = logistic_regression(features, numbers[targets], k)
@@ -85,21 +85,21 @@ def test_a_class_that_does_not_occur_is_rare_and_leaves_the_others_alone(k):
     np.testing.assert_array_equal(fit.kernel[:, numbers], without.kernel)
     np.testing.assert_array_equal(fit.bias[numbers], without.bias)
     np.testing.assert_array_equal(fit.kernel[:, 1], 0)
-    shares = np.exp(features @ fit.kernel + fit.bias)
-    shares /= shares.sum(1, keepdims=True)
-    assert shares[:, 1].max() == pytest.approx(1 / 62)
+    probabilities = np.exp(features @ fit.kernel + fit.bias)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    assert probabilities[:, 1].max() == pytest.approx(1 / 62)
 
 
-def test_one_example():
+def test_logistic_regression_of_one_example():
     (fit,) = logistic_regression(np.ones((1, 3)), [1], 2)
     np.testing.assert_array_equal(fit.kernel, 0)
     assert np.exp(fit.bias[0] - fit.bias[1]) == pytest.approx(1 / 2)
     assert fit.converged
 
 
-def test_what_takes_longer_is_known_not_to_have_converged(monkeypatch):
+def test_logistic_regression_reports_that_it_has_not_converged(monkeypatch):
     monkeypatch.setattr(linear_probe, "ITERATIONS", 2)
-    features, targets = examples(61, 8, 2)  # a shape of its own is compiled anew
+    features, targets = examples(61, 8, 2)  # a new shape, so that it is compiled again
     (fit,) = logistic_regression(features, targets, 2)
     assert (fit.iterations, fit.converged) == (2, False)
 
@@ -114,13 +114,13 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("features", "targets", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(features, targets, message):
+def test_logistic_regression_rejects_wrong_arrays(features, targets, message):
     with pytest.raises(DataError, match=re.escape(message)):
         logistic_regression(features, targets, 2)
 
 
 @pytest.mark.parametrize("c", [(), (0.0,), (1.0, -1.0), (float("inf"),), (float("nan"),)], ids=str)
-def test_strengths_that_are_none(c):
+def test_logistic_regression_rejects_wrong_strengths(c):
     with pytest.raises(RecipeError, match=re.escape(f"c is {c}; it must be")):
         LogisticRegression(c)
     with pytest.raises(RecipeError, match=re.escape(f"c is {c}; it must be")):

@@ -1,4 +1,4 @@
-"""A process that dies or stops ends the other one with one sentence and exit code 75."""
+"""A process that dies or hangs ends the other process with one line and exit code 75."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ import pytest
 
 CHILD = """
 import os, sys
-from jaxft import lost_process, parallel, processes
+from jaxft import distributed, lost_process
 
-parallel._SILENCE = 5
-parallel.start(sys.argv[1], 2, int(sys.argv[2]))
+distributed._HEARTBEAT_TIMEOUT = 5
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
 print("joined", flush=True)
 os.write(2, b"C++ may write to stderr\\n")
 try:
     with lost_process.translated():
         while True:
-            processes.agree(False)
+            distributed.any_process(False)
 except lost_process.LostProcessError as error:
     print(f"LostProcessError: {error}", file=sys.stderr)
     os._exit(lost_process.EXIT_CODE)
@@ -30,9 +30,9 @@ except lost_process.LostProcessError as error:
 @pytest.mark.parametrize(
     ("process", "number"),
     [(0, signal.SIGKILL), (1, signal.SIGSTOP)],
-    ids=["first killed", "second stopped"],
+    ids=["first killed", "second hangs"],
 )
-def test_lost_process_ends_the_other_with_one_sentence(process, number):
+def test_lost_process_ends_the_other_with_one_line(process, number):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     started = [
@@ -43,8 +43,8 @@ def test_lost_process_ends_the_other_with_one_sentence(process, number):
         )
         for index in range(2)
     ]  # fmt: skip
-    for each in started:
-        while each.stdout.readline() not in ("joined\n", ""):
+    for child in started:
+        while child.stdout.readline() not in ("joined\n", ""):
             pass
     lost, other = started[process], started[1 - process]
     lost.send_signal(number)
@@ -55,7 +55,7 @@ def test_lost_process_ends_the_other_with_one_sentence(process, number):
         lost.communicate()
     assert other.returncode == 75, errors
     assert errors.splitlines()[0] == "C++ may write to stderr"
-    (sentence,) = errors.splitlines()[1:]
-    assert sentence.startswith("LostProcessError: ")
-    assert "of this run has ended or does not answer" in sentence
-    assert sentence.endswith("The same command goes on from the last checkpoint.")
+    (line,) = errors.splitlines()[1:]
+    assert line.startswith("LostProcessError: ")
+    assert "of this run has ended or does not answer" in line
+    assert line.endswith("The same command resumes from the last checkpoint.")

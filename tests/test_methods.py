@@ -1,4 +1,4 @@
-"""Ready-made plans against stages worked out by hand."""
+"""Published strategies against stages written by hand."""
 
 import re
 
@@ -132,7 +132,7 @@ BY_HAND = {
             )
         ],
     ),
-    "fields replace the method's own": (
+    "fields override those of the method": (
         ulmfit(["b", "c"], epochs=2, schedule=Constant(), carry="reset"),
         [
             Stage("c", {"c": 0.01}, 1, Constant(), Adam(b1=0.7, b2=0.99), hand_on="last"),
@@ -146,7 +146,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize(("stages", "by_hand"), BY_HAND.values(), ids=BY_HAND)
-def test_stages(stages, by_hand):
+def test_methods_return_the_published_stages(stages, by_hand):
     assert type(stages) is tuple
     for stage, expected in zip(stages, by_hand, strict=True):
         assert list(stage.train) == list(expected.train)
@@ -166,13 +166,13 @@ def test_stages(stages, by_hand):
         (500_000, 500, (6000, 12_000, 18_000), 20_000, 0.1),
     ],
 )
-def test_the_rates_of_bit(images, warm, milestones, steps, mixup):
-    """Each step's, as its authors' `get_lr` has them, but for the milestones of 500 steps."""
+def test_bit_schedule(images, warm, milestones, steps, mixup):
+    """The authors' `get_lr`, except for the milestones of 500 steps."""
     (stage,) = bit(images=images)
     assert (stage.steps, stage.mixup) == (steps, mixup)
     t = np.arange(steps)
-    passed = sum(milestone < t for milestone in milestones)
-    expected = np.where(t < warm, 0.003 * t / warm, 0.003 / 10.0**passed)
+    drops = sum(milestone < t for milestone in milestones)
+    expected = np.where(t < warm, 0.003 * t / warm, 0.003 / 10.0**drops)
     np.testing.assert_allclose(stage.schedule.rate(0.003, t, steps), expected, rtol=1e-5)
 
 
@@ -182,7 +182,7 @@ PARAMS, _ = jax.eval_shape(RESNET.init, jax.random.key(0))
 PATHS = jaxft.paths(PARAMS)
 NORMS = ("**.bn*", "**.downsample.1")
 
-# The blocks that train in each stage, as first and last of stem, layer1 to layer4, head.
+# Indices of the first and last block that train in each stage: stem, layer1 to layer4, head.
 ON_A_RESNET = {
     "full": (full(1.0, epochs=1), [(0, 5)]),
     "layer decay": (layer_decay(ORDER, 1.0, 0.75, epochs=1), [(0, 5)]),
@@ -197,19 +197,19 @@ ON_A_RESNET = {
 
 
 @pytest.mark.parametrize(("stages", "trains"), ON_A_RESNET.values(), ids=ON_A_RESNET)
-def test_what_trains_in_a_resnet(stages, trains):
+def test_methods_train_the_right_blocks_of_a_resnet(stages, trains):
     for plan, (first, last) in zip(jaxft.plan(stages, PARAMS), trains, strict=True):
         roots = {pattern for block in ORDER[first : last + 1] for pattern in block}
         expected = [path.split(".")[0] in roots for path in PATHS]
         assert [name != FROZEN for name in leaf_labels(PARAMS, plan.labels)] == expected
 
 
-def test_fastai_trains_the_norms_beside_the_head():
-    head, every = jaxft.plan(discriminative(ORDER, epochs=1, train_norms=NORMS), PARAMS)
+def test_discriminative_trains_the_norms_with_the_head():
+    head, full_stage = jaxft.plan(discriminative(ORDER, epochs=1, train_norms=NORMS), PARAMS)
     trained = zip(PATHS, leaf_labels(PARAMS, head.labels), strict=True)
     vectors = [path for path in PATHS if path.endswith(("scale", "bias"))]
     assert [path for path, name in trained if name != FROZEN] == sorted(["fc.kernel", *vectors])
-    assert FROZEN not in leaf_labels(PARAMS, every.labels)
+    assert FROZEN not in leaf_labels(PARAMS, full_stage.labels)
 
 
 @pytest.mark.parametrize("name", names())
@@ -240,7 +240,10 @@ ERRORS = {
         lambda: linear_probe_then_finetune(["a"], 1.0),
         "linear_probe_then_finetune: blocks is ['a']; it must be 2 or more",
     ),
-    "one block to thaw": (lambda: gradual_unfreeze(["a"], 1.0, epochs=1), "gradual_unfreeze: blo"),
+    "one block to unfreeze": (
+        lambda: gradual_unfreeze(["a"], 1.0, epochs=1),
+        "gradual_unfreeze: blo",
+    ),
     "one slice": (lambda: discriminative(["a"], epochs=1), "discriminative: blocks is ['a']"),
     "decay 0": (lambda: layer_decay(BLOCKS, 1.0, 0, epochs=1), "decay is 0; it must be above 0"),
     "decay 1.1": (lambda: layer_decay(BLOCKS, 1.0, 1.1, epochs=1), "decay is 1.1; it must be abo"),
@@ -260,7 +263,7 @@ ERRORS = {
         lambda: discriminative(BLOCKS, epochs=1, head_epochs=0),
         "stage 'head': it has 0 epochs",
     ),
-    "rate": (lambda: gradual_unfreeze(BLOCKS, -1.0, epochs=1), "the rate of 'fc' is -1.0"),
+    "rate": (lambda: gradual_unfreeze(BLOCKS, -1.0, epochs=1), "the learning rate of 'fc' is -1.0"),
     "all at once": (
         lambda: layer_decay(["a", "a"], 1.0, 2, epochs=1),
         "layer_decay: decay is 2; it must be above 0 and at most 1; blocks has 'a' more than once.",
@@ -269,14 +272,14 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("build", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(build, message):
+def test_methods_reject_wrong_arguments(build, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         build()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
-def test_auto_rgn_trains_what_its_authors_do(name):
-    """All whose torch names are without "bn": also the shortcuts' norms, `downsample.1`."""
+def test_auto_rgn_trains_the_tensors_of_its_authors(name):
+    """All tensors without "bn" in their torch names, among them `downsample.1`."""
     params, _ = jax.eval_shape(create(name).init, jax.random.key(0))
     (stage,) = jaxft.plan(auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=1), params)
     labelled = zip(paths(params), leaf_labels(params, stage.labels), strict=True)

@@ -1,4 +1,4 @@
-"""Mistakes with labels, stages and transforms: one error each, that names the thing."""
+"""Error messages for mistakes with labels, stages and transforms."""
 
 import math
 
@@ -48,7 +48,7 @@ MISTAKES = {
     "reserved label": (
         lambda: jaxft.multi_transform({"head": optax.sgd(1.0), "frozen": optax.sgd(1.0)}, LABELS),
         LabelError,
-        "'frozen' is reserved: what it labels does not train. Rename it.",
+        "'frozen' is reserved for parameters that do not train. Rename the label.",
     ),
     "None among the labels": (
         lambda: jaxft.multi_transform({"head": optax.sgd(1.0)}, {**LABELS, "stem": None}).init(
@@ -65,7 +65,7 @@ MISTAKES = {
     "None as the default label": (
         lambda: jaxft.label(PARAMS, {"fc": "head"}, default=None),
         LabelError,
-        "labels must be strings, not None for what no pattern matches",
+        "labels must be strings, not None for the default",
     ),
     "parameters in place of labels": (
         lambda: jaxft.partition(PARAMS, PARAMS),
@@ -87,32 +87,32 @@ MISTAKES = {
     "stage that trains nothing": (
         lambda: plan(stage({})),
         RecipeError,
-        "stage 'late': it trains nothing; name a pattern and a rate",
+        "stage 'late': it trains nothing; name a pattern and a learning rate",
     ),
     "negative rate": (
         lambda: plan(stage({"fc": -0.1})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is -0.1; it must be a positive, finite number",
+        "stage 'late': the learning rate of 'fc' is -0.1; it must be a positive, finite number",
     ),
     "rate of zero": (
         lambda: plan(stage({"fc": 0.0})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is 0.0; it must be a positive, finite number",
+        "stage 'late': the learning rate of 'fc' is 0.0; it must be a positive, finite number",
     ),
     "NaN for a rate": (
         lambda: plan(stage({"fc": Update(math.nan)})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is nan; it must be a positive, finite number",
+        "stage 'late': the learning rate of 'fc' is nan; it must be a positive, finite number",
     ),
     "rate that is no number": (
         lambda: plan(stage({"fc": "fast"})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is 'fast'",
+        "stage 'late': the learning rate of 'fc' is 'fast'",
     ),
     "rate that is a flag": (
         lambda: plan(stage({"fc": True})),
         RecipeError,
-        "stage 'late': the rate of 'fc' is True",
+        "stage 'late': the learning rate of 'fc' is True",
     ),
     "negative decay": (
         lambda: plan(stage({"fc": Update(0.1, weight_decay=-0.1)})),
@@ -124,7 +124,7 @@ MISTAKES = {
         RecipeError,
         "its optimizer is <function sgd.*>; it must be one of .*the optimizer of 'fc' is <function",
     ),
-    "one stage that is none": (
+    "stage that is a string": (
         lambda: plan("late"),
         RecipeError,
         "stages must be Stage.*, not 'late'",
@@ -154,13 +154,13 @@ MISTAKES = {
         LabelError,
         "labels must be strings, not ",
     ),
-    "decay for a foreign optimizer": (
+    "weight decay for an optax transform": (
         lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}, optimizer=optax.identity())),
         RecipeError,
         "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform: put the "
         "decay into that.",
     ),
-    "decay for a foreign optimizer of last resort": (
+    "weight decay for a default optimizer of optax": (
         lambda: plan(stage({"fc": Update(0.1, weight_decay=0.1)}))[0].transform(optax.identity()),
         RecipeError,
         "stage 'late': 'fc' has a weight_decay, but its optimizer is an optax transform: put the "
@@ -170,13 +170,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_error_that_names_it(mistake):
-    make, error, message = MISTAKES[mistake]
+def test_error_message(mistake):
+    provoke, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
-        make()
+        provoke()
 
 
-def test_all_that_is_wrong_is_said_at_once():
+def test_plan_reports_all_pattern_errors_at_once():
     with pytest.raises(PatternError) as caught:
         plan(
             stage({"fd": 0.1, "layer5": 0.1}, name="first"),
@@ -215,7 +215,7 @@ LITERAL = {"layers[0]": {"kernel": jnp.ones(2)}, "what?": jnp.ones(2)}
         (LITERAL, "layer[0]", ["layers[[]0]"]),
     ],
 )
-def test_hint_of_a_pattern_is_one_that_works(params, pattern, hints):
+def test_pattern_hint_matches(params, pattern, hints):
     with pytest.raises(PatternError) as caught:
         jaxft.label(params, {pattern: "x"})
     assert f"Did you mean {' or '.join(map(repr, hints))}?" in str(caught.value)
@@ -223,7 +223,7 @@ def test_hint_of_a_pattern_is_one_that_works(params, pattern, hints):
         assert "x" in jax.tree.leaves(jaxft.label(params, {hint: "x"}))
 
 
-def test_hint_for_running_statistics():
+def test_pattern_hint_for_running_statistics():
     with pytest.raises(PatternError, match=r"Running statistics are no parameters; .*`norms`"):
         jaxft.label(TORCH_LIKE, {"bn1.running_mean": "x"})
 
@@ -231,7 +231,7 @@ def test_hint_for_running_statistics():
 NESTED = {"fc": {"bias": jnp.ones(2)}, "layer1": [{"bias": jnp.ones(2), "kernel": jnp.ones(2)}]}
 
 
-def test_a_star_for_one_segment_is_remarked_upon():
+def test_pattern_with_one_star_warns_about_deeper_parameters():
     message = r"pattern '\*.bias' selects 1 of the 2 parameters that '\*\*.bias' selects"
     with pytest.warns(UserWarning, match=message):
         jaxft.label(NESTED, {"*.bias": "x"})
@@ -244,10 +244,10 @@ def test_a_star_for_one_segment_is_remarked_upon():
     "patterns",
     [("layer1.*",), ("*.0",), ("**.bias",), ("*",), ("fc.*", "*.0.*"), ("*.bias", "**.bias")],
 )
-def test_deliberate_patterns_are_not_remarked_upon(patterns):
-    jaxft.label(NESTED, dict.fromkeys(patterns, "x"))  # a warning would be an error
+def test_pattern_without_deeper_parameters_does_not_warn(patterns):
+    jaxft.label(NESTED, dict.fromkeys(patterns, "x"))  # warnings are errors
 
 
-def test_a_single_stage_is_a_plan_of_one():
+def test_plan_of_a_single_stage():
     (alone,) = jaxft.plan(stage({"fc": 0.1}), PARAMS)
     assert alone.stage.name == "late"

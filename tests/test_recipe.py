@@ -1,4 +1,4 @@
-"""Recipes: read from Python and YAML, saved, compared, and refused."""
+"""Recipes: reading, saving, comparing, and errors."""
 
 import dataclasses
 import math
@@ -38,8 +38,8 @@ from jaxft.optim.schedules import (
     StepLR,
     Warmup,
 )
-from jaxft.recipe import read, resolve, save
 from jaxft.recipe_differences import differences
+from jaxft.recipe_file import read, resolve, save
 
 RECIPE = Recipe(
     model="resnet18",
@@ -125,20 +125,20 @@ RECIPE = Recipe(
     ],
     ids=["plain", "sgd", "adam", "scratch", "data"],
 )
-def test_yaml_gives_back_an_equal_recipe(recipe, tmp_path):
+def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")
     assert read(tmp_path / "recipe.yaml") == recipe
     assert resolve(recipe) == recipe
 
 
-def test_strengths_of_a_solved_head_are_an_option(tmp_path):
+def test_command_line_overrides_the_strengths_of_a_solver(tmp_path):
     stage = Stage("probe", train={"fc": LogisticRegression()})
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
     assert recipe.stages[0].solver == LogisticRegression((0.5, 2.0))
 
 
-def test_python_files_define_recipe(tmp_path):
+def test_read_python_file(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "from jaxft import *\n"
@@ -159,10 +159,10 @@ def test_python_files_define_recipe(tmp_path):
         ("wrong.yaml", "model: 3\nbacth: 4\n",
          "(?s)model: Input should be a valid string.*data: Field required.*bacth: Unexpected"),
         ("stage.yaml", "model: m\ndata: d\nstages: [{name: a, train: {fc: -1}, epochs: 1}]",
-         "stages.0: Value error, stage 'a': the rate of 'fc' is -1"),
+         "stages.0: Value error, stage 'a': the learning rate of 'fc' is -1"),
     ],
 )  # fmt: skip
-def test_unreadable_recipes(name, text, message, tmp_path):
+def test_read_rejects_wrong_files(name, text, message, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(RecipeError, match=message):
@@ -183,7 +183,7 @@ def test_unreadable_recipes(name, text, message, tmp_path):
             r"train_split: split 'train\[:80': .* write train, train\[:80%",
         ),
         ({"val_split": ""}, "val_split: split '': "),
-        ({"erasing": 1.1}, "erasing is 1.1; a chance lies"),
+        ({"erasing": 1.1}, "erasing is 1.1; a probability lies"),
         ({"erasing": math.nan}, "erasing is nan"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
         ({"mixup": -0.2}, r"mixup is -0.2; its alpha must be 0 \(off\) or positive"),
@@ -195,7 +195,7 @@ def test_unreadable_recipes(name, text, message, tmp_path):
     ],
     ids=str,
 )
-def test_wrong_values(fields, message):
+def test_recipe_rejects_wrong_values(fields, message):
     with pytest.raises(RecipeError, match=message):
         dataclasses.replace(RECIPE, **fields)
 
@@ -214,8 +214,8 @@ def test_wrong_values(fields, message):
     ],
     ids=["type", "augment", "balance", "bad", "resize", "tta", "pattern", "optimizer"],
 )
-def test_resolve_refuses_what_cannot_be_saved(fields, message):
-    recipe = object.__new__(Recipe)  # as a config may, circumvent what __post_init__ can see
+def test_resolve_rejects_values_that_yaml_cannot_hold(fields, message):
+    recipe = object.__new__(Recipe)  # without __post_init__, as a config may
     for field in dataclasses.fields(Recipe):
         object.__setattr__(recipe, field.name, fields.get(field.name, getattr(RECIPE, field.name)))
     with pytest.raises(RecipeError, match=message):
@@ -223,7 +223,7 @@ def test_resolve_refuses_what_cannot_be_saved(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("fields", "own", "expected"),
+    ("fields", "defaults", "expected"),
     [
         ({}, {}, (224, 256, "short_side")),
         ({}, {"resize_mode": "squash", "resize_size": 224}, (224, 224, "squash")),
@@ -232,21 +232,24 @@ def test_resolve_refuses_what_cannot_be_saved(fields, message):
     ],
     ids=str,
 )
-def test_what_a_recipe_leaves_open_is_as_the_weights_have_it(fields, own, expected):
-    recipe = dataclasses.replace(RECIPE, **fields).expecting(Preprocessing(**own))
-    found = recipe.preprocessing
-    assert (found.image_size, found.resize_size, found.resize_mode) == expected
+def test_expecting_fills_in_resizing(fields, defaults, expected):
+    recipe = dataclasses.replace(RECIPE, **fields).expecting(Preprocessing(**defaults))
+    preprocessing = recipe.preprocessing
+    assert (
+        preprocessing.image_size,
+        preprocessing.resize_size,
+        preprocessing.resize_mode,
+    ) == expected
     assert recipe.expecting(Preprocessing()) == recipe
 
 
-def test_differences_name_fields_that_train_differently():
+def test_differences_ignore_fields_that_do_not_affect_the_result():
     other = dataclasses.replace(RECIPE, batch_size=64, workers=7, cache_mib=0, mixup=0.2)
-    found = [*map(str, differences(RECIPE, other))]
-    assert found == ["batch_size: 32 -> 64", "mixup: 0.0 -> 0.2"]
+    assert [*map(str, differences(RECIPE, other))] == ["batch_size: 32 -> 64", "mixup: 0.0 -> 0.2"]
     assert differences(RECIPE, RECIPE) == []
 
 
-def test_the_network_is_the_recipes():
+def test_network_has_the_options_of_the_recipe():
     options = {
         "stride_in_1x1": True,
         "concat_pool": True,
@@ -259,12 +262,12 @@ def test_the_network_is_the_recipes():
     assert recipe.network(2) == models.create("resnet50", num_classes=2, **options)
 
 
-def test_a_stage_goes_before_the_recipe_in_what_it_says():
+def test_during_applies_the_overrides_of_a_stage():
     stage = Stage("a", {"*": 1.0}, 1, batch_size=8, augment="none", label_smoothing=0.1, mixup=0.0)
     recipe = dataclasses.replace(RECIPE, mixup=0.2, stages=(stage, *RECIPE.stages))
     during = recipe.during(stage)
-    found = (during.batch_size, during.augment, during.label_smoothing, during.mixup)
-    assert found == (8, "none", 0.1, 0.0)
+    overridden = (during.batch_size, during.augment, during.label_smoothing, during.mixup)
+    assert overridden == (8, "none", 0.1, 0.0)
     assert (during.model, during.cutmix) == (recipe.model, recipe.cutmix)
     assert recipe.during(RECIPE.stages[-1]) is recipe
 
@@ -272,65 +275,65 @@ def test_a_stage_goes_before_the_recipe_in_what_it_says():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a chance"),
+        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a probability"),
         ({"batch_size": 0}, "stage 'a': batch_size must be at least 1"),
         ({"batch_size": 1, "mixup": 0.2}, "stage 'a': mixup mixes images of a batch"),
-        ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be worked through in 5 equal parts"),
+        ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be divided into 5 equal parts"),
         ({"batch_size": 8, "accumulate": 3}, "stage 'a': a batch of 8 cannot"),
     ],
     ids=str,
 )
-def test_what_a_stage_says_must_go_with_the_recipe(fields, message):
+def test_recipe_rejects_stages_that_contradict_it(fields, message):
     stages = (Stage("a", {"*": 1.0}, 1, **fields),)
     for where in ("stages", "from_scratch"):
         with pytest.raises(RecipeError, match=message):
             dataclasses.replace(RECIPE, **{where: stages})
 
 
-def test_fields_of_our_networks_mean_nothing_to_another():
+def test_check_own_network_rejects_options_of_jaxft_networks():
     RECIPE.check_own_network()
     recipe = dataclasses.replace(RECIPE, dropout=0.1, dtype="bfloat16")
     with pytest.raises(RecipeError, match="dropout, dtype shape jaxft's own networks"):
         recipe.check_own_network()
 
 
-OWN = Preprocessing(
+OF_WEIGHTS = Preprocessing(
     image_size=64, resize_size=80, interpolation="bicubic", mean=(0.1,) * 3, std=(0.2,) * 3
 )
 EXPECTED = {
-    "all is the weights'": ({}, OWN),
+    "as the weights": ({}, OF_WEIGHTS),
     "another size, in proportion": (
         {"image_size": 32},
-        dataclasses.replace(OWN, image_size=32, resize_size=40),
+        dataclasses.replace(OF_WEIGHTS, image_size=32, resize_size=40),
     ),
-    "the recipe goes before": (
+    "overridden by the recipe": (
         {"resize_size": 64, "interpolation": "bilinear", "std": (0.5,) * 3},
-        dataclasses.replace(OWN, resize_size=64, interpolation="bilinear", std=(0.5,) * 3),
+        dataclasses.replace(OF_WEIGHTS, resize_size=64, interpolation="bilinear", std=(0.5,) * 3),
     ),
 }
 
 
 @pytest.mark.parametrize(("fields", "expected"), EXPECTED.values(), ids=EXPECTED)
-def test_what_a_recipe_leaves_open_is_the_weights_to_say(fields, expected):
-    settled = dataclasses.replace(RECIPE, **fields).expecting(OWN)
+def test_expecting_fills_in_the_preprocessing_of_the_weights(fields, expected):
+    settled = dataclasses.replace(RECIPE, **fields).expecting(OF_WEIGHTS)
     assert settled.preprocessing == expected
     assert settled.expecting(Preprocessing()) == settled
 
 
-def test_images_that_are_not_scaled_have_the_inputs_size():
-    own = dataclasses.replace(OWN, resize_size=None)
-    settled = RECIPE.expecting(own)
+def test_expecting_without_resize_size_uses_the_image_size():
+    defaults = dataclasses.replace(OF_WEIGHTS, resize_size=None)
+    settled = RECIPE.expecting(defaults)
     assert (settled.image_size, settled.resize_size) == (64, 64)
     assert settled.expecting(Preprocessing()) == settled
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"image_size": 8, "resize_size": 4}, "resize_size 4 is below image_size 8"),
-        ({"weights": None, "head": "keep"}, "keeps that of the weights"),
+        ({"weights": None, "head": "keep"}, "keeps the head of the weights"),
     ],
 )
-def test_fields_that_do_not_go_together(fields, said):
-    with pytest.raises(RecipeError, match=said):
+def test_recipe_rejects_contradictory_fields(fields, message):
+    with pytest.raises(RecipeError, match=message):
         dataclasses.replace(RECIPE, **fields)

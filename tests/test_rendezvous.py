@@ -1,4 +1,4 @@
-"""Processes that cannot be one run: the same error in each, that names the reason, at once."""
+"""Processes that cannot form one run raise the same error, which names the reason, at once."""
 
 import re
 import socket
@@ -16,77 +16,77 @@ def free_address():
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def errors(*came, patience=60.0, address=None):
-    """The error of each process, given `(processes, process)`; None for one that may join."""
+def errors(*arguments, timeout=60.0, address=None):
+    """Returns each process's error, given its `(processes, process)`; None for a success."""
     address = address or free_address()
 
-    def error(numbers):
+    def error_of(numbers):
         try:
-            rendezvous.meet(address, *numbers, patience=patience)
+            rendezvous.meet(address, *numbers, timeout=timeout)
         except ParallelError as error:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(len(came)) as pool:
-        found = [*pool.map(error, came)]
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        messages = [*pool.map(error_of, arguments)]
     start = re.compile(rf"cannot join the \d processes at {address}: ")
-    return [message and start.sub("", message) for message in found]
+    return [message and start.sub("", message) for message in messages]
 
 
 @pytest.fixture(autouse=True)
-def no_late_processes(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_LATE", 1.0)
+def short_grace_period(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_GRACE_PERIOD", 1.0)
 
 
-def test_rendezvous_of_all_processes():
+def test_rendezvous_succeeds_once_all_processes_are_there():
     assert errors((3, 1), (3, 0), (3, 2)) == [None] * 3
 
 
 @pytest.mark.parametrize(("processes", "twice"), [(2, 0), (3, 0), (3, 1)])
-def test_process_number_that_comes_twice_is_an_error_of_all(processes, twice):
-    """Under a patience of a minute, so that waiting for its end would be noticed."""
-    came = [(processes, process) for process in (*range(processes - 1), twice)]
-    found = errors(*came)
-    assert len({*found}) == 1
+def test_rendezvous_rejects_a_duplicate_process_number(processes, twice):
+    """The timeout is a minute, so that waiting for it would be noticed."""
+    arguments = [(processes, process) for process in (*range(processes - 1), twice)]
+    messages = errors(*arguments)
+    assert len({*messages}) == 1
     assert re.match(
-        rf"2 came as process {twice}: \S+ \(pid \d+\), \S+ \(pid \d+\)\. Start each with a "
-        rf"--process of its own, from 0 to {processes - 1}\.",
-        found[0],
+        rf"2 were started as process {twice}: \S+ \(pid \d+\), \S+ \(pid \d+\)\. Start each with a "
+        rf"different --process, from 0 to {processes - 1}\.",
+        messages[0],
     )
 
 
-@pytest.mark.parametrize("came", [[(2, 0), (3, 1)], [(2, 0), (3, 2)], [(3, 0), (2, 1)]])
-def test_other_number_of_processes_is_an_error_of_all(came):
-    for error in errors(*came):
-        assert f"was started with --processes {came[1][0]}, and process 0 with" in error
+@pytest.mark.parametrize("arguments", [[(2, 0), (3, 1)], [(2, 0), (3, 2)], [(3, 0), (2, 1)]])
+def test_rendezvous_rejects_different_numbers_of_processes(arguments):
+    for error in errors(*arguments):
+        assert f"was started with --processes {arguments[1][0]}, and process 0 with" in error
 
 
-def test_missing_processes_are_named():
-    (first,) = errors((3, 0), patience=0.5)
-    assert first.startswith("after 0 s not all have come. Missing: process 1, 2. Start each")
+def test_rendezvous_names_missing_processes():
+    (first,) = errors((3, 0), timeout=0.5)
+    assert first.startswith("after 0 s some processes are missing: process 1, 2. Start each")
     address = free_address()
-    (second,) = errors((3, 1), patience=0.5, address=address)
-    assert re.match(r"after 0 s not .* Process 0 does not answer there \(.*refused\)\.", second)
+    (second,) = errors((3, 1), timeout=0.5, address=address)
+    assert re.match(r"after 0 s some .* Process 0 does not answer there \(.*refused\)\.", second)
 
 
-def test_process_that_gives_up_may_come_again():
-    """Whoever has closed its connection has not come twice."""
+def test_rendezvous_accepts_a_process_that_reconnects():
+    """A process that closed its connection does not count."""
     host, port = (address := free_address()).split(":")
-    listening = rendezvous._listen
+    listen = rendezvous._listen
 
-    def listen_and_lose_one(number):
-        listener = listening(number)
+    def listen_and_lose_one_connection(number):
+        listener = listen(number)
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b'jaxft {"process": 1, "processes": 2, "host": "h", "pid": 1}\n')
         return listener
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rendezvous, "_listen", listen_and_lose_one)
+        patch.setattr(rendezvous, "_listen", listen_and_lose_one_connection)
         assert errors((2, 0), (2, 1), address=address) == [None, None]
 
 
-def test_port_of_another_program_is_an_error():
-    """Such as jax's own service, of a run that has begun."""
+def test_rendezvous_at_the_port_of_another_program_is_an_error():
+    """For example JAX's service of a run that has begun."""
     with socket.create_server(("", 0)) as server:
 
         def answer():
@@ -98,16 +98,16 @@ def test_port_of_another_program_is_an_error():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        found = errors((2, 0), (2, 1), address=f"127.0.0.1:{server.getsockname()[1]}")
+        messages = errors((2, 0), (2, 1), address=f"127.0.0.1:{server.getsockname()[1]}")
         thread.join()
-    for process, error in enumerate(found):
+    for process, error in enumerate(messages):
         assert error.startswith(
             "a run has begun there already, or another program listens. Is process "
             f"{process} started twice, or is the port in use?"
         )
 
 
-def test_port_that_cannot_be_listened_on_is_an_error(monkeypatch):
+def test_rendezvous_without_permission_for_the_port_is_an_error(monkeypatch):
     def denied(port):
         raise PermissionError(13, "Permission denied")
 
@@ -116,13 +116,13 @@ def test_port_that_cannot_be_listened_on_is_an_error(monkeypatch):
     assert error.startswith("process 0 cannot listen at its port: Permission denied. ")
 
 
-def test_strangers_are_not_counted():
+def test_rendezvous_ignores_other_programs():
     address = free_address()
-    listening = rendezvous._listen
+    listen = rendezvous._listen
     strangers = []
 
-    def listen(number):
-        listener = listening(number)
+    def listen_among_strangers(number):
+        listener = listen(number)
         for line in (b"", b"GET / HTTP/1.1\r\n\r\n", b"jaxft 1\n", b"jaxft {}\n"):
             strangers.append(socket.create_connection(("127.0.0.1", number)))
             strangers[-1].sendall(line)
@@ -130,7 +130,7 @@ def test_strangers_are_not_counted():
 
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr(rendezvous, "_listen", listen)
+        patch.setattr(rendezvous, "_listen", listen_among_strangers)
         assert errors((2, 0), (2, 1), address=address) == [None, None]
     for stranger in strangers:
         stranger.close()

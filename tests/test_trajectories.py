@@ -1,6 +1,6 @@
-"""Whole staged trainings against torch's, recorded in float64: each optimizer, each schedule.
+"""Staged training against recordings of torch in float64, for each optimizer and schedule.
 
-Three stages of ten steps, groups that thaw in between (or sit a stage out), a rate for each.
+Three stages of ten steps; groups are unfrozen between them, or pause in one.
 """
 
 from pathlib import Path
@@ -35,8 +35,12 @@ GOLDEN = Path(__file__).parent / "golden" / "trajectories.npz"
 STEPS, STEPS_PER_EPOCH = 10, 2
 VALIDATION = [[1.0, 0.5, 0.6, 0.5, 0.4], [0.4, 0.4, 0.3, 0.35, 0.3], [0.2, 0.3, 0.1, 0.1, 0.1]]
 
-THAWING = ({"head": 0.1}, {"head": 0.05, "late": 0.02}, {"head": 0.02, "late": 0.01, "body": 0.005})
-SITTING_OUT = (
+UNFREEZING = (
+    {"head": 0.1},
+    {"head": 0.05, "late": 0.02},
+    {"head": 0.02, "late": 0.01, "body": 0.005},
+)
+PAUSING = (
     {"head": 0.1, "late": 0.02},
     {"head": 0.05},
     {"late": 0.02, "head": 0.02, "body": 0.01},
@@ -58,7 +62,7 @@ OPTIMIZERS = {
     "rmsprop": RMSprop(),
     "rmsprop, momentum": RMSprop(alpha=0.9, momentum=0.7, weight_decay=0.05),
     "rmsprop, decay of matrices": RMSprop(weight_decay=0.1, decay_vectors=False),
-    # Not alpha=0.99, whose first strides of ten times the rate magnify rounding to 1e-11.
+    # alpha=0.99 would magnify rounding to 1e-11: its first steps are ten times the learning rate.
     "rmsprop, centered": RMSprop(alpha=0.8, centered=True, eps=1e-4),
     "rmsprop, centered, momentum": RMSprop(alpha=0.8, centered=True, momentum=0.5),
 }
@@ -77,34 +81,35 @@ SCHEDULES = {
     "ulmfit": SlantedTriangular(),
     "plateau": ReduceLROnPlateau(patience=0, factor=0.5, cooldown=1),
 }
-CASES = {  # name: optimizer, schedule, carry, what trains, max_norm
-    f"{name}, {carry}": (rule, Constant(), carry, THAWING, None)
+CASES = {  # name: optimizer, schedule, carry, train, max_norm
+    f"{name}, {carry}": (rule, Constant(), carry, UNFREEZING, None)
     for name, rule in OPTIMIZERS.items()
     for carry in ("keep", "reset")
 }
 CASES |= {
-    f"{name}, sitting out": (rule, Constant(), "keep", SITTING_OUT, None)
+    f"{name}, sitting out": (rule, Constant(), "keep", PAUSING, None)
     for name, rule in OPTIMIZERS.items()
 }
 CASES |= {
-    f"{name}, {carry}": (MOMENTUM, schedule, carry, THAWING, None)
+    f"{name}, {carry}": (MOMENTUM, schedule, carry, UNFREEZING, None)
     for name, schedule in SCHEDULES.items()
     for carry in ("keep", "reset")
 }
 CASES |= {
-    f"{name}, adam, {carry}": (Adam(), SCHEDULES[name], carry, THAWING, None)
+    f"{name}, adam, {carry}": (Adam(), SCHEDULES[name], carry, UNFREEZING, None)
     for name in ("cosine by step", "one-cycle", "fastai", "plateau")
     for carry in ("keep", "reset")
 }
 CASES |= {
-    f"{name}, {rule.rule}, sitting out": (rule, SCHEDULES[name], "keep", SITTING_OUT, None)
+    f"{name}, {rule.rule}, sitting out": (rule, SCHEDULES[name], "keep", PAUSING, None)
     for name in ("one-cycle", "plateau")
     for rule in (MOMENTUM, Adam())
 }
 CASES |= {
-    f"clipped, {carry}": (MOMENTUM, Constant(), carry, THAWING, 0.2) for carry in ("keep", "reset")
+    f"clipped, {carry}": (MOMENTUM, Constant(), carry, UNFREEZING, 0.2)
+    for carry in ("keep", "reset")
 }
-CASES |= {"clipped, sitting out": (MOMENTUM, Constant(), "keep", SITTING_OUT, 0.2)}
+CASES |= {"clipped, sitting out": (MOMENTUM, Constant(), "keep", PAUSING, 0.2)}
 
 
 def stages(schedule, carry, trains):
@@ -115,7 +120,7 @@ def stages(schedule, carry, trains):
 
 
 def start():
-    """A network of two tanh layers and a head, numpy float64."""
+    """Returns the parameters of two tanh layers and a head, NumPy float64."""
     rng = np.random.default_rng(0)
     shapes = {"body": (3, 4), "late": (4, 4), "head": (4, 2)}
     return {
@@ -125,7 +130,7 @@ def start():
 
 
 def batch(step):
-    """Inputs [5 3] and targets [5 2] of a step of the whole run."""
+    """Returns inputs [5 3] and targets [5 2] of a step of the run."""
     rng = np.random.default_rng([1, step])
     return rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
 
@@ -137,7 +142,7 @@ def loss(params, x, y):
 
 
 def train(case):
-    """A row for each stage: the parameters at its end, then the losses of its steps."""
+    """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = CASES[case]
     params, state, rows = jax.tree.map(jnp.asarray, start()), None, []
     for k, plan in enumerate(jaxft.plan(stages(schedule, carry, trains), params)):
@@ -175,19 +180,19 @@ def golden():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_and_losses_are_torchs(case, golden):
+def test_trajectory_equals_torch(case, golden):
     with jax.enable_x64(True):
         np.testing.assert_allclose(train(case), golden[case], rtol=1e-10)
 
 
-def test_no_optimizer_or_schedule_is_left_out(golden):
+def test_trajectories_cover_all_optimizers_and_schedules(golden):
     assert golden.keys() == CASES.keys()
     rules, schedules, *_ = zip(*CASES.values(), strict=True)
     assert {*map(type, rules)} == {*get_args(Optimizer)}
     assert {*map(type, schedules)} == {*get_args(ClosedForm), ReduceLROnPlateau}
 
 
-def test_every_case_moves_what_it_trains_and_nothing_else(golden):
+def test_trajectory_changes_trainable_parameters_only(golden):
     blocks = {name: np.hstack([*map(np.ravel, jax.tree.leaves(b))]) for name, b in start().items()}
     ends = np.cumsum([blocks[name].size for name in sorted(blocks)])
     for case, (_, _, _, trains, _) in CASES.items():
@@ -200,9 +205,9 @@ def test_every_case_moves_what_it_trains_and_nothing_else(golden):
 
 
 @pytest.mark.slow
-def test_the_recording_is_torchs(golden):
+def test_trajectory_recording_equals_torch(golden):
     pytest.importorskip("torch")
     from record_trajectories import record
 
-    for case in CASES:  # to 1e-10, for other machines round otherwise
+    for case in CASES:  # to 1e-10, because other machines round differently
         np.testing.assert_allclose(record(case), golden[case], rtol=1e-10, err_msg=case)

@@ -25,9 +25,9 @@ from etils import epath
 
 from jaxft.checkpoint import checksums
 from jaxft.checkpoint.atomic import in_bucket
+from jaxft.distributed import ask_main_process, is_main_process
 from jaxft.errors import CheckpointError, first_of
 from jaxft.labels import Tree
-from jaxft.processes import first_answers, is_first
 
 _OVERHEAD = 2**20  # bytes a checkpoint takes beside its arrays, generously
 _REPLACED, _CORRUPT = "replaced-", "corrupt-"
@@ -114,7 +114,7 @@ class Checkpoints:
             self._manager.close()
         # Not an onlooker, beside whom a run may be writing; and without a call for the other
         # processes, which may have met an error.
-        if self._writing is not None and is_first():
+        if self._writing is not None and is_main_process():
             self._tidy()
 
     def save(
@@ -160,7 +160,7 @@ class Checkpoints:
         """Raises CheckpointError if the disk has no room for arrays of these shapes."""
         leaves = jax.tree.leaves(dict(arrays))
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + _OVERHEAD
-        if lack := first_answers(lambda: self._lack(needed)):
+        if lack := ask_main_process(lambda: self._lack(needed)):
             raise self._failure(lack)
 
     def steps(self) -> list[int]:
@@ -228,7 +228,7 @@ class Checkpoints:
 
     def verify(self, step: int) -> None:
         """Raises CheckpointError if the checkpoint of `step` is not what was written."""
-        if damage := first_answers(partial(checksums.damage, self.path(step))):
+        if damage := ask_main_process(partial(checksums.damage, self.path(step))):
             raise _DamagedError(f"{self.path(step)} is damaged: {damage}.")
 
     def _restore(self, step: int, like: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -278,7 +278,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """In the background, when all is written and about to get its name."""
-        if is_first() and not in_bucket(self.folder):  # a bucket has checksums of its own
+        if is_main_process() and not in_bucket(self.folder):  # a bucket has checksums of its own
             for unnamed in self.folder.glob(f"{self._writing}.*"):
                 # Orbax writes to the files directly in it once more, last of all.
                 checksums.seal(unnamed, subfolders_only=True)
@@ -290,7 +290,7 @@ class Checkpoints:
         return f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free"
 
     def _settle(self) -> None:
-        first_answers(self._tidy)
+        ask_main_process(self._tidy)
         self._manager.reload()
 
     def _tidy(self) -> str:
@@ -312,7 +312,7 @@ class Checkpoints:
             (self.folder / name).rename(target)
             return ""
 
-        first_answers(rename)
+        ask_main_process(rename)
         self._manager.reload()
 
     @contextmanager

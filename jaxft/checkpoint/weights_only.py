@@ -12,9 +12,9 @@ from etils import epath
 from jaxft.checkpoint import checksums
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.checkpoint.checkpoints import absolute, cause_of, hush, read_progress, whole_steps
+from jaxft.distributed import is_main_process
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree, filled
-from jaxft.processes import is_first
 
 _ITEMS = ("params", "stats")
 
@@ -45,7 +45,7 @@ def save_weights(
             )  # fmt: skip
     except Exception as error:  # Orbax has no type of its own for what it cannot write
         raise CheckpointError(f"{place} could not be written: {cause_of(error)}.") from error
-    if is_first() and not in_bucket(place):
+    if is_main_process() and not in_bucket(place):
         checksums.seal(place)
 
 

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 
-from jaxft import distributed, lost_process, processes
+from jaxft import distributed, lost_process
 from jaxft.cli.command import command_parser, report_errors
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options, read_recipe
@@ -43,8 +43,8 @@ def _finetune(arguments: Sequence[str], program: str) -> int:
         )
         with handled_by(signal.SIG_IGN):  # the results are on disk
             with lost_process.translated():
-                processes.barrier("end")  # the first process to exit would end the others
-            return _show(result) if processes.is_first() else 0
+                distributed.barrier("end")  # the first process to exit would end the others
+            return _show(result) if distributed.is_main_process() else 0
     except lost_process.LostProcessError as error:
         return fail(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE)
     except KeyboardInterrupt:

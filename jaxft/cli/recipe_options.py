@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from jaxft.recipe import Recipe, read
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import read
 from jaxft.stages import Stage
 
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -28,7 +29,7 @@ def read_recipe(
       program: the command as the user typed it, for messages.
 
     Raises:
-      RecipeError: see `jaxft.recipe.read`.
+      RecipeError: see `jaxft.recipe_file.read`.
       SystemExit: after `--help`, an unknown option or a value of another type.
     """
     return tyro.cli(

@@ -1,6 +1,5 @@
 """From a source spec to batches of images: `open_source`, a `Preprocessing`, the batches."""
 
-from jaxft.choices import Augment, Balance
 from jaxft.data.arrays import arrays
 from jaxft.data.augment import View
 from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
@@ -10,6 +9,7 @@ from jaxft.data.open_source import open_source
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.source import Source, Splits
 from jaxft.data.validate import OnBadImage
+from jaxft.stage_options import Augment, Balance
 
 __all__ = [
     "Augment",

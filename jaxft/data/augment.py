@@ -6,10 +6,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from jaxft.choices import Augment
 from jaxft.data import autoaugment, color, geometry
 from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
+from jaxft.stage_options import Augment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.choices import Augment
 from jaxft.data.augment import View, check_view
 from jaxft.data.class_balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
 from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
+from jaxft.stage_options import Augment
 
 # The last word of the seed of an augmentation. It must not be 0: to NumPy's SeedSequence,
 # [seed, stage, epoch], the seed of the order, is the same as [seed, stage, epoch, 0, 0].

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxft.choices import Augment
 from jaxft.data import geometry
 from jaxft.data.augment import View, vary, view_of
 from jaxft.errors import DataError
+from jaxft.stage_options import Augment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""What is done to gradients between `jax.grad` and the optimizer.
+"""Transformations of gradients between `jax.grad` and the optimizer: clip, accumulate, check.
 
-Each of these reads every gradient it gets. Give them the trainable half alone (`partition`):
-then they cannot bring back the backward pass through what is frozen. For the same reason an
-average of the weights (`optax.incremental_update`) should be one of the trainable half.
+Each function reads every gradient that it receives. Pass the trainable half alone
+(`jaxft.partition`), so that XLA can leave out the backward pass of the frozen layers. For the same
+reason, an average of the weights (`optax.incremental_update`) should cover the trainable half only.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,20 @@ T = TypeVar("T")
 
 
 def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
-    """`torch.nn.utils.clip_grad_norm_`: times min(1, max_norm / (norm + 1e-6)).
+    """Clips gradients by their global norm, as `torch.nn.utils.clip_grad_norm_`.
 
-    Returns `(gradients, norm)`, the norm being that of all leaves before clipping.
+    Args:
+      gradients: a pytree of gradients.
+      max_norm: maximum L2 norm over all leaves.
 
-    >>> clipped, norm = clip({"a": jnp.array([3.0, 4.0]), "b": None}, max_norm=1.0)
-    >>> float(norm), clipped["a"].round(3).tolist()
-    (5.0, [0.6000000238418579, 0.800000011920929])
+    Returns:
+      `(gradients, norm)`: the gradients times min(1, max_norm / (norm + 1e-6)), and their norm
+      before clipping, [].
+
+    Example:
+      >>> clipped, norm = clip({"a": jnp.array([3.0, 4.0]), "b": None}, max_norm=1.0)
+      >>> float(norm), clipped["a"].round(3).tolist()
+      (5.0, [0.6000000238418579, 0.800000011920929])
     """
     norm = optax.tree.norm(gradients)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
@@ -32,11 +39,16 @@ def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
 
 
 def group_norms(tree: Tree, groups: Sequence[str]) -> dict[str, jax.Array]:
-    """The L2 norm of each group's leaves; `groups` names that of each leaf of `tree`.
+    """Returns the L2 norm, [], of each group's leaves.
 
-    >>> norms = group_norms({"a": jnp.array([3.0, 4.0]), "b": None, "c": jnp.ones(1)}, ["x", "y"])
-    >>> {group: float(norm) for group, norm in norms.items()}
-    {'x': 5.0, 'y': 1.0}
+    Args:
+      tree: a pytree, e.g. of gradients.
+      groups: the group of each leaf of `tree`, in leaf order.
+
+    Example:
+      >>> tree = {"a": jnp.array([3.0, 4.0]), "b": None, "c": jnp.ones(1)}
+      >>> {group: float(norm) for group, norm in group_norms(tree, ["x", "y"]).items()}
+      {'x': 5.0, 'y': 1.0}
     """
     leaves = jax.tree.leaves(tree)
     return {
@@ -46,13 +58,21 @@ def group_norms(tree: Tree, groups: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def accumulate(value_and_grad: Callable[[Any], T], batches: Any) -> T:
-    """The mean of `value_and_grad(batch)` over the leading axis of `batches`, one at a time.
+    """Averages `value_and_grad(batch)` over several batches, one batch at a time.
 
-    Takes the memory of one batch for the work of many. Equal batch sizes make the mean that of
-    the whole; the statistics of norm layers are still each batch's own.
+    Needs the memory of a single batch. With batches of equal size, the result is the mean over all
+    examples; norm layers still see the statistics of one batch at a time.
 
-    >>> accumulate(lambda x: (x.sum(), {"w": x}), jnp.array([[1.0], [3.0]]))[1]["w"].tolist()
-    [2.0]
+    Args:
+      value_and_grad: returns a pytree for one batch.
+      batches: batches stacked along a leading axis, [n b ...].
+
+    Returns:
+      The mean of the n results.
+
+    Example:
+      >>> accumulate(lambda x: (x.sum(), {"w": x}), jnp.array([[1.0], [3.0]]))[1]["w"].tolist()
+      [2.0]
     """
     count = jax.tree.leaves(batches)[0].shape[0]
     shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], batches))
@@ -66,15 +86,21 @@ def accumulate(value_and_grad: Callable[[Any], T], batches: Any) -> T:
 
 
 def if_finite(gradients: Tree, new: T, old: T) -> tuple[T, jax.Array]:
-    """`new` if all gradients are finite, else `old`: a step that would poison is not taken.
+    """Skips a step with non-finite gradients: returns `new` if all are finite, else `old`.
 
-    Returns `(new or old, finite)`; the two are pytrees of one structure, such as parameters and
-    optimizer state.
+    Args:
+      gradients: a pytree of gradients.
+      new: parameters, optimizer state etc. after the step.
+      old: the same before the step.
 
-    >>> state, finite = if_finite({"a": jnp.array(jnp.nan)}, new=jnp.ones(()), old=jnp.zeros(()))
-    >>> float(state), bool(finite)
-    (0.0, False)
+    Returns:
+      `(new or old, finite)`, where `finite` is bool [].
+
+    Example:
+      >>> state, finite = if_finite({"a": jnp.array(jnp.nan)}, new=jnp.ones(()), old=jnp.zeros(()))
+      >>> float(state), bool(finite)
+      (0.0, False)
     """
     leaves = [jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]
     finite = jnp.array(leaves, bool).all()
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite
+    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old), finite

@@ -1,19 +1,19 @@
-"""Learning-rate schedules in closed form: torch's, fastai's and ULMFiT's, from a stage's start.
+"""Learning-rate schedules of torch, fastai and ULMFiT as closed forms of the step within a stage.
 
-A schedule is a value without a state: an interrupted run changes nothing, and a new stage starts
-it anew. (ReduceLROnPlateau, which depends on what validation says, is in `plateau`.)
+Closed forms have no state: an interrupted run resumes them exactly, and each stage starts at time
+0. `ReduceLROnPlateau`, which depends on validation scores, is in `jaxft.optim.plateau`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, inf, isfinite, log, pi
+from math import floor, log, pi
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.dataclass_checks import checked
-from jaxft.errors import RecipeError
+from jaxft.optim.argument_checks import TORCH_HINTS, RangeChecked
 
 Unit = Literal["epoch", "step"]
 Shape = Literal["cos", "linear"]
@@ -23,137 +23,95 @@ Number = jax.Array | float
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A learning rate as a function of time: the epoch, or step, t trains at the rate of t.
-
-    `t` counts from 0 at the stage's start and may be traced, or an array of times; `total`, the
-    stage's length in the same unit, is static; `lr` is the group's base rate. Results are in
-    jax's default float type.
-    """
+    """Learning rate and optional momentum as functions of time: epoch (or step) t is time t."""
 
     @property
     def by(self) -> Unit:
-        """What times count."""
+        """Unit of time: `epoch` or `step`."""
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """The learning rate at a time."""
+        """Returns the learning rate at a time.
+
+        Args:
+          lr: base learning rate of the group.
+          t: time from the start of the stage, from 0; an array [...] of times, possibly traced.
+          total: length of the stage in the same unit; static.
+
+        Returns:
+          Learning rates [...] of JAX's default float type.
+        """
 
     def momentum(self, t: Time, total: int) -> jax.Array | None:
-        """The momentum (Adam: b1) at a time; None where the schedule leaves it alone."""
+        """Returns the momentum (Adam: b1) at a time [...], or None if the schedule has none."""
         return None
 
 
-# Arguments of torch's schedulers, and what to write here.
-OF_TORCH = {
-    "optimizer": "the stage that names a schedule applies it to its groups",
-    "last_epoch": "a schedule starts with its stage",
-    "verbose": "the rates of each epoch are in metrics.jsonl",
-    "max_lr": "the maximum is the group's rate, Stage(..., train={'fc': 1e-3})",
-    "epochs": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
-    "steps_per_epoch": "a schedule lasts as long as its stage, Stage(..., epochs=5)",
-}
-
-
-class Checked:
-    """A dataclass whose fields obey the rules of their names.
-
-    Raises RecipeError that lists all that do not.
-    """
-
-    def __post_init__(self) -> None:
-        if wrong := self.wrong_values(vars(self)):
-            raise RecipeError(f"{type(self).__name__}: {'; '.join(wrong)}.")
-
-    @classmethod
-    def wrong_values(cls, values: Mapping[str, Any]) -> list[str]:
-        """Returns a complaint for each value out of its range."""
-        return [
-            f"{name} is {values[name]!r}; it must be {rule}"
-            for rule, (names, obeys) in _RULES.items()
-            for name in names.split()
-            if values.get(name) is not None and not obeys(values[name])
-        ]
-
-
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "at least 1": ("step_size t_max total_iters total_steps length ratio", lambda x: 1 <= x < inf),
-    "at least 0": (
-        "eta_min patience threshold cooldown min_lr eps momentum weight_decay",
-        lambda x: 0 <= x < inf,
-    ),
-    "positive": ("gamma power div div_final div_factor final_div_factor", lambda x: 0 < x < inf),
-    "above 0 and below 1": ("factor", lambda x: 0 < x < 1),
-    "in [0, 1]": ("start_factor end_factor pct_start cut_frac alpha", lambda x: 0 <= x <= 1),
-    "in [0, 1)": ("base_momentum max_momentum b1 b2", lambda x: 0 <= x < 1),
-    "three of [0, 1)": ("moms", lambda x: all(0 <= m < 1 for m in x)),
-    "a rising tuple, from 1": ("milestones", lambda x: x == tuple(sorted({*x})) and x[:1] > (0,)),
-    "a schedule in closed form": ("then", lambda x: isinstance(x, Schedule)),
-    "finite": ("dampening", isfinite),
-}
-
-
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class Constant(Checked, Schedule):
-    """The base rate throughout."""
+class Constant(RangeChecked, Schedule):
+    """A constant learning rate."""
 
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """The base rate."""
+        """Returns lr."""
         return jnp.full_like(_float(t), lr)
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class StepLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.StepLR`: times gamma every step_size."""
+class StepLR(RangeChecked, Schedule):
+    """Multiplies the learning rate by gamma every step_size, as torch's `StepLR`."""
 
     step_size: int
     gamma: float = 0.1
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·gamma^⌊t/step_size⌋."""
+        """Returns lr·gamma^⌊t/step_size⌋."""
         return lr * _power(self.gamma, jnp.asarray(t) // self.step_size)
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class MultiStepLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.MultiStepLR`: times gamma at each milestone."""
+class MultiStepLR(RangeChecked, Schedule):
+    """Multiplies the learning rate by gamma at each milestone, as torch's `MultiStepLR`."""
 
     milestones: tuple[int, ...]
     gamma: float = 0.1
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·gamma^(how many milestones are at or before t)."""
+        """Returns lr·gamma^(number of milestones at or before t)."""
         return lr * _power(self.gamma, sum(jnp.asarray(t) >= m for m in self.milestones))
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class ExponentialLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.ExponentialLR`: times gamma each time."""
+class ExponentialLR(RangeChecked, Schedule):
+    """Multiplies the learning rate by gamma each epoch or step, as torch's `ExponentialLR`."""
 
     gamma: float
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·gamma^t."""
+        """Returns lr·gamma^t."""
         return lr * _power(self.gamma, t)
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class CosineAnnealingLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.CosineAnnealingLR`: half a cosine from lr to eta_min at t_max.
+class CosineAnnealingLR(RangeChecked, Schedule):
+    """Anneals from lr to eta_min along half a cosine, as torch's `CosineAnnealingLR`.
 
-    Without t_max that is the stage's end, which its last epoch does not quite reach. After t_max
-    the rate rises again, as torch's does.
+    Attributes:
+      t_max: time of the minimum; by default the end of the stage, one unit after the last epoch or
+        step. After t_max the learning rate rises again, as in torch.
+      eta_min: minimum learning rate.
 
-    >>> [f"{CosineAnnealingLR().rate(1.0, t, total=4):.2f}" for t in range(5)]
-    ['1.00', '0.85', '0.50', '0.15', '0.00']
+    Example:
+      >>> [f"{CosineAnnealingLR().rate(1.0, t, total=4):.2f}" for t in range(5)]
+      ['1.00', '0.85', '0.50', '0.15', '0.00']
     """
 
     t_max: int | None = None
@@ -161,31 +119,34 @@ class CosineAnnealingLR(Checked, Schedule):
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """eta_min + (lr - eta_min)·(1 + cos(π·t/t_max))/2."""
+        """Returns eta_min + (lr - eta_min)·(1 + cos(π·t/t_max))/2."""
         end = self.t_max or total
-        back_and_forth = end - abs(end - jnp.asarray(t) % (2 * end))
-        return _through([lr, self.eta_min], [end], back_and_forth, "cos")
+        reflected = end - abs(end - jnp.asarray(t) % (2 * end))
+        return _interpolate([lr, self.eta_min], [end], reflected, "cos")
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class PolynomialLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.PolynomialLR`: to 0 at total_iters (else the stage's end)."""
+class PolynomialLR(RangeChecked, Schedule):
+    """Decays to 0 at total_iters, by default the end of the stage, as torch's `PolynomialLR`."""
 
     total_iters: int | None = None
     power: float = 1.0
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·(1 - t/total_iters)^power, then 0."""
+        """Returns lr·(1 - t/total_iters)^power until total_iters, then 0."""
         end = self.total_iters or total
         return lr * (jnp.maximum(end - _float(t), 0) / end) ** self.power
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class LinearLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.LinearLR`: from one factor (also 0) to another, then constant."""
+class LinearLR(RangeChecked, Schedule):
+    """Changes linearly from one multiple of lr to another, then stays, as torch's `LinearLR`.
+
+    Unlike torch, start_factor may be 0.
+    """
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
@@ -193,51 +154,78 @@ class LinearLR(Checked, Schedule):
     by: Unit = "epoch"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·(start_factor + (end_factor - start_factor)·min(t/total_iters, 1))."""
-        return lr * _through([self.start_factor, self.end_factor], [self.total_iters], t, "linear")
+        """Returns lr·(start_factor + (end_factor - start_factor)·min(t/total_iters, 1))."""
+        factors = [self.start_factor, self.end_factor]
+        return lr * _interpolate(factors, [self.total_iters], t, "linear")
 
 
-@checked("then", **OF_TORCH)
+@checked("then", **TORCH_HINTS)
 @dataclass(frozen=True)
-class Warmup(Checked, Schedule):
-    """A linear rise to lr, and any schedule that starts after it, in that schedule's unit.
+class Warmup(RangeChecked, Schedule):
+    """Rises linearly to lr, then follows another schedule.
 
-    Torch's `SequentialLR([LinearLR(start_factor, total_iters=length), then], [length])`.
+    Equals torch's `SequentialLR([LinearLR(start_factor, total_iters=length), then], [length])`.
 
-    >>> schedule = Warmup(2, then=CosineAnnealingLR(by="step"), start_factor=0.5)
-    >>> schedule.by, [f"{schedule.rate(1.0, t, total=6):.2f}" for t in range(6)]
-    ('step', ['0.50', '0.75', '1.00', '0.85', '0.50', '0.15'])
+    Attributes:
+      length: duration of the rise, in the unit of `then`.
+      then: schedule after the rise, for the rest of the stage.
+      start_factor: multiple of lr at time 0.
+
+    Example:
+      >>> schedule = Warmup(2, then=CosineAnnealingLR(by="step"), start_factor=0.5)
+      >>> schedule.by, [f"{schedule.rate(1.0, t, total=6):.2f}" for t in range(6)]
+      ('step', ['0.50', '0.75', '1.00', '0.85', '0.50', '0.15'])
     """
 
     length: int
     then: "ClosedForm"
     start_factor: float = 1 / 3
 
+    @classmethod
+    def wrong_values(cls, values: Mapping[str, Any]) -> list[str]:
+        """Returns an error message for each wrong value."""
+        wrong = super().wrong_values(values)
+        if "then" in values and not isinstance(values["then"], Schedule):
+            wrong.append(f"then is {values['then']!r}; it must be a schedule in closed form")
+        return wrong
+
     @property
     def by(self) -> Unit:
-        """What times count: the same as for the schedule that follows."""
+        """Unit of time, the same as of `then`."""
         return self.then.by
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·(start_factor + (1 - start_factor)·t/length), then `then` as if time started anew."""
+        """Returns lr·(start_factor + (1 - start_factor)·t/length), then `then` from its time 0."""
         rise = LinearLR(self.start_factor, total_iters=self.length).rate(lr, t, total)
-        return jnp.where(t < self.length, rise, self.then.rate(lr, *self._since(t, total)))
+        return jnp.where(t < self.length, rise, self.then.rate(lr, *self._time_of_then(t, total)))
 
     def momentum(self, t: Time, total: int) -> jax.Array | None:
-        """That of `then`, which waits at its start during the rise."""
-        return self.then.momentum(*self._since(t, total))
+        """Returns the momentum of `then`; during the rise, its momentum at time 0."""
+        return self.then.momentum(*self._time_of_then(t, total))
 
-    def _since(self, t: Time, total: int) -> tuple[jax.Array, int]:
+    def _time_of_then(self, t: Time, total: int) -> tuple[jax.Array, int]:
         return jnp.maximum(jnp.asarray(t) - self.length, 0), max(total - self.length, 1)
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class OneCycleLR(Checked, Schedule):
-    """`torch.optim.lr_scheduler.OneCycleLR`: up to lr and down to next to nothing (Smith 2018).
+class OneCycleLR(RangeChecked, Schedule):
+    """The 1cycle policy (Smith 2018, arXiv:1803.09820), as torch's `OneCycleLR`.
 
-    The base rate is the maximum. `three_phase` comes down the way it went up before it goes on
-    to the end. Unlike torch's it may have its peak at the first step, and stays where it ended.
+    Rises from lr/div_factor to lr and falls to lr/(div_factor·final_div_factor), while the momentum
+    moves the other way. Unlike torch, the peak may be at the first step, and the last values stay
+    after total_steps.
+
+    Attributes:
+      total_steps: length of the cycle; by default the stage.
+      pct_start: fraction of the cycle that rises.
+      anneal_strategy: `cos` or `linear`.
+      cycle_momentum: whether the momentum (Adam: b1) moves too.
+      base_momentum: momentum at the peak.
+      max_momentum: momentum at both ends.
+      div_factor: lr divided by the initial learning rate.
+      final_div_factor: initial learning rate divided by the last one.
+      three_phase: whether to fall to lr/div_factor as fast as it rose, and then to the last value.
     """
 
     total_steps: int | None = None
@@ -252,12 +240,12 @@ class OneCycleLR(Checked, Schedule):
     by: Unit = "step"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """From lr/div_factor through lr to lr/(div_factor·final_div_factor)."""
+        """Goes from lr/div_factor through lr to lr/(div_factor·final_div_factor)."""
         low = 1 / self.div_factor
         return lr * self._cycle([low, 1.0, low, low / self.final_div_factor], t, total)
 
     def momentum(self, t: Time, total: int) -> jax.Array | None:
-        """From max_momentum through base_momentum back to max_momentum; None if not cycled."""
+        """Goes from max_momentum through base_momentum to max_momentum; None without a cycle."""
         high, low = self.max_momentum, self.base_momentum
         return self._cycle([high, low, high, high], t, total) if self.cycle_momentum else None
 
@@ -267,16 +255,22 @@ class OneCycleLR(Checked, Schedule):
         ends = [peak, 2 * peak, steps - 1]
         if not self.three_phase:
             del knots[2], ends[1]
-        return _through(knots, ends, t, self.anneal_strategy)
+        return _interpolate(knots, ends, t, self.anneal_strategy)
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class FastaiOneCycle(Checked, Schedule):
-    """fastai's `fit_one_cycle`: like OneCycleLR, but each step stands at t/total.
+class FastaiOneCycle(RangeChecked, Schedule):
+    """The 1cycle policy as fastai's `fit_one_cycle`.
 
-    The base rate is the maximum; the last step does not quite reach the end. `moms` are the
-    momenta at start, peak and end.
+    Rises from lr/div to lr and falls to lr/div_final on cosines. Unlike `OneCycleLR`, step t is at
+    t/total of the cycle, so that the last step does not reach the end.
+
+    Attributes:
+      pct_start: fraction of the cycle that rises.
+      div: lr divided by the initial learning rate.
+      div_final: lr divided by the learning rate at the end.
+      moms: momenta (Adam: b1) at the start, the peak and the end.
     """
 
     pct_start: float = 0.25
@@ -286,22 +280,27 @@ class FastaiOneCycle(Checked, Schedule):
     by: Unit = "step"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """From lr/div through lr to lr/div_final, on cosines."""
+        """Goes from lr/div through lr to lr/div_final, on cosines."""
         knots = [1 / self.div, 1.0, 1 / self.div_final]
-        return lr * _through(knots, [self.pct_start * total, total], t, "cos")
+        return lr * _interpolate(knots, [self.pct_start * total, total], t, "cos")
 
     def momentum(self, t: Time, total: int) -> jax.Array:
-        """Through `moms`, on cosines."""
-        return _through(self.moms, [self.pct_start * total, total], t, "cos")
+        """Goes through `moms`, on cosines."""
+        return _interpolate(self.moms, [self.pct_start * total, total], t, "cos")
 
 
-@checked(**OF_TORCH)
+@checked(**TORCH_HINTS)
 @dataclass(frozen=True)
-class SlantedTriangular(Checked, Schedule):
-    """A short linear rise from lr/ratio to lr and a long fall (ULMFiT, Howard and Ruder 2018).
+class SlantedTriangular(RangeChecked, Schedule):
+    """Slanted triangular learning rates of ULMFiT (Howard and Ruder 2018, arXiv:1801.06146).
 
-    The fall takes the rest, total - cut, as in the authors' code. The paper has
-    cut·(1/cut_frac - 1), the same if total·cut_frac is whole, but else rates may turn negative.
+    Rises linearly from lr/ratio to lr, then falls linearly until the end of the stage, as in the
+    authors' code. The paper's formula, cut·(1/cut_frac - 1) for the length of the fall, is the same
+    if total·cut_frac is whole; otherwise it may give negative learning rates.
+
+    Attributes:
+      cut_frac: fraction of the stage that rises.
+      ratio: lr divided by the lowest learning rate.
     """
 
     cut_frac: float = 0.1
@@ -309,9 +308,9 @@ class SlantedTriangular(Checked, Schedule):
     by: Unit = "step"
 
     def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """lr·(1 + p·(ratio - 1))/ratio with p from 0 to 1 at cut = ⌊total·cut_frac⌋, and back."""
+        """Returns lr·(1 + p·(ratio - 1))/ratio; p rises to 1 at ⌊total·cut_frac⌋, then falls."""
         cut = max(floor(total * self.cut_frac), 1)
-        p = _through([0.0, 1.0, 0.0], [cut, total], t, "linear")
+        p = _interpolate([0.0, 1.0, 0.0], [cut, total], t, "linear")
         return lr * (1 + p * (self.ratio - 1)) / self.ratio
 
 
@@ -319,26 +318,28 @@ ClosedForm = (
     Constant | StepLR | MultiStepLR | ExponentialLR | CosineAnnealingLR | PolynomialLR | LinearLR
     | Warmup | OneCycleLR | FastaiOneCycle | SlantedTriangular
 )  # fmt: skip
-"""The schedules that a recipe can name."""
+"""Schedules that a recipe can hold."""
 
 
-def _through(knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:
-    """From the first knot at time 0 to each next one at its end; the last one ever after."""
+def _interpolate(
+    knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape
+) -> jax.Array:
+    """Interpolates between knots, the first at time 0, the others at `ends`; then constant."""
     t = _float(t)
     value = jnp.full_like(t, knots[-1])
     segments = list(zip((0.0, *ends), ends, knots, knots[1:], strict=False))
     for start, end, a, b in reversed(segments):
-        if start >= end:  # a phase of no length: its neighbours meet there
+        if start >= end:  # an empty phase
             continue
-        left, done = (end - t) / (end - start), (t - start) / (end - start)
-        if shape == "cos":  # (1 ± cos(π·done))/2, in a form that keeps its digits near 0
-            left, done = jnp.sin(pi / 2 * left) ** 2, jnp.sin(pi / 2 * done) ** 2
-        value = jnp.where(t <= end, a * left + b * done, value)
+        weight_a, weight_b = (end - t) / (end - start), (t - start) / (end - start)
+        if shape == "cos":  # (1 ± cos(π·weight_b))/2, in a form that is precise near 0
+            weight_a, weight_b = jnp.sin(pi / 2 * weight_a) ** 2, jnp.sin(pi / 2 * weight_b) ** 2
+        value = jnp.where(t <= end, a * weight_a + b * weight_b, value)
     return value
 
 
 def _power(gamma: float, n: Time) -> jax.Array:
-    # The logarithm in double, or float32 would raise the rounding error of gamma to the n.
+    # Python's log is in double precision: with float32, the rounding error would grow with n.
     return jnp.exp(log(gamma) * _float(n))
 
 

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 from jax._src import distributed
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import identity, record
 from jaxft.errors import DataError, ParallelError, first_of

@@ -14,11 +14,11 @@ from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Source, Splits
 from jaxft.data.validate import without_warnings
-from jaxft.distributed import Devices, check_devices
+from jaxft.distributed import Devices, check_devices, is_main_process
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
-from jaxft.processes import is_first
-from jaxft.recipe import Recipe, resolve
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
@@ -107,7 +107,7 @@ def finetune(
     with interruptible() as interruption, lost_process.translated(), agreement.announced():
         recipe, folder = resolve(recipe), atomic.anywhere(workdir)
         check_devices()
-        console = console or Console(quiet=not is_first())
+        console = console or Console(quiet=not is_main_process())
         if stage is not None and fork_from is None:
             raise RecipeError(
                 f"stage {stage!r} is to be forked, but fork_from names no run to fork."
@@ -200,9 +200,9 @@ def _run(
     with (
         claim(workdir, recipe, extend=extend),
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
-        closing(MetricsLog(workdir, writes=is_first())) as metrics,
+        closing(MetricsLog(workdir, writes=is_main_process())) as metrics,
     ):
-        if is_first():
+        if is_main_process():
             environment.append(workdir)
         anchor = None
         if any(program.plan.stage.anchor for program in programs):
@@ -233,7 +233,7 @@ def _run(
         score = progress.handed_on(programs[-1].plan.stage)
         trees = devices.host((handed_on.params, handed_on.stats))
         exported = workdir / "model.safetensors"
-        if is_first():
+        if is_main_process():
             classes = splits.train.classes
             pixels = programs[0].pixels
             export.write(

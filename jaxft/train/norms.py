@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from jaxft.choices import NormChoice
 from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths
 from jaxft.models import NormMode
+from jaxft.stage_options import NormChoice
 
 # Of frozen layers. Those that train are in mode `batch`, but for E.
 _FROZEN_MODES: dict[NormChoice, NormMode] = {

@@ -13,8 +13,9 @@ import jax
 
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
-from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
+from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.models import Model, Norms
+from jaxft.patterns import Pattern
 from jaxft.train.norms import layer
 
 Args = tuple[Tree, Tree, Any]

@@ -20,7 +20,7 @@ from jaxft.errors import DataError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.models import Model, NormMode
 from jaxft.optim.gradients import group_norms
-from jaxft.optim.optimizers import multi_transform
+from jaxft.optim.transform import multi_transform
 from jaxft.recipe import Recipe
 from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage

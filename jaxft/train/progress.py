@@ -1,12 +1,11 @@
 """Where a run is, and when a stage ends: plain values, decided without any array."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.early_stopping import EarlyStop, Plateau, is_better
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 
@@ -65,18 +64,13 @@ class Progress:
         reductions: how often a `ReduceLROnPlateau` has reduced the rate.
         """
         epoch, until = self.epoch + 1, stage.until
-        improved = _better(score, self.best, *stage.best_by)
+        improved = is_better(score, self.best, *stage.best_by)
         rule = until if isinstance(until, EarlyStop) else EarlyStop()
-        bar = self.bar if self.epoch or rule.baseline == "start" else _NOTHING
-        mode = rule.mode or default_mode(rule.monitor)
-        cleared = _better(score, bar, rule.monitor, mode, by=rule.min_delta)
-        waited = 0 if cleared else self.waited + 1
-        if isinstance(until, EarlyStop) and waited >= until.patience and epoch >= until.min_epochs:
-            margin = f" by more than {until.min_delta:g}" if until.min_delta else ""
-            plural = "s" * (waited > 1)
-            done = f"{until.monitor} has not improved{margin} for {waited} epoch{plural}"
-        if isinstance(until, Plateau) and reductions > until.reductions:
-            done = f"the rate met its plateau number {reductions}"
+        bar, waited = rule.count(score, self.bar, self.waited, epoch=epoch)
+        if isinstance(until, EarlyStop):
+            done = until.end_reason(waited, epoch) or done
+        elif isinstance(until, Plateau):
+            done = until.end_reason(reductions) or done
         return dataclasses.replace(
             self,
             epoch=epoch,
@@ -84,7 +78,7 @@ class Progress:
             score=score,
             best=score if improved else self.best,
             best_epoch=epoch if improved else self.best_epoch,
-            bar=score if cleared else bar,
+            bar=bar,
             waited=waited,
             ended=done,
         )
@@ -92,15 +86,3 @@ class Progress:
     def handed_on(self, stage: Stage) -> Score:
         """The score of what the next stage starts from."""
         return self.best if stage.hand_on == "best" else self.score
-
-
-# Any number is better.
-_NOTHING = Score(loss=math.nan, accuracy=math.nan, top5=math.nan)
-
-
-def _better(new: Score, old: Score, monitor: Monitor, mode: Mode, by: float = 0.0) -> bool:
-    """Whether `new` is strictly better by more than a margin; every number is better than NaN."""
-    ours, theirs = getattr(new, monitor), getattr(old, monitor)
-    if math.isnan(theirs):
-        return not math.isnan(ours)
-    return bool(ours + by < theirs if mode == "min" else ours - by > theirs)

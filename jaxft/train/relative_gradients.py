@@ -13,7 +13,7 @@ import numpy as np
 from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.labels import Tree, combine, paths, unflatten
-from jaxft.optim.optimizers import restart
+from jaxft.optim.transform import restart
 from jaxft.train.memory import fitting_memory
 from jaxft.train.prefix import block_labels
 from jaxft.train.program import Compiled, Gauge, Snapshot

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
-from jaxft.optim.carry import carry_with_remarks
+from jaxft.optim.carry import carry_with_warnings
 from jaxft.stages import Stage
 from jaxft.train.opening import open_programs
 from jaxft.train.position import Position, at_start, changing, restored
@@ -164,7 +164,7 @@ def next_state(
     """
     if program.plan.stage.carry == "reset":
         return fresh, []
-    return carry_with_remarks(before, fresh, park=program.plan.park)
+    return carry_with_warnings(before, fresh, park=program.plan.park)
 
 
 def read(fields: Mapping[str, Any]) -> tuple[Progress, Sums, Mapping[str, Any]]:

@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 import jax
 
 from jaxft import data
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
-from jaxft.distributed import Devices
+from jaxft.distributed import Devices, any_process
 from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
-from jaxft.processes import agree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
@@ -75,7 +74,7 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether a signal has come, to any process; all must ask, at the same point."""
-        return agree(self.interruption.signal is not None)
+        return any_process(self.interruption.signal is not None)
 
     def evaluate(self, params: Tree, stats: Tree, inputs: Inputs | None = None) -> Score | None:
         """The score on the validation images, each counted once; none if a signal has come.

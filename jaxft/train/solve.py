@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxft import processes
+from jaxft.distributed import broadcast_from_main
 from jaxft.labels import Tree, paths
 from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
 from jaxft.train.evaluate import Score, score
@@ -56,7 +56,7 @@ def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> Non
             f"{fits[chosen].gradient_norm:.0e}, not {TOLERANCE:.0e}: it is not quite the minimum."
         )
     # Each process has solved it, and they might differ in the last bit.
-    head = processes.of_first(_head(fits[chosen], position.state.trainable))
+    head = broadcast_from_main(_head(fits[chosen], position.state.trainable))
     position.state = position.state._replace(trainable=run.devices.put(head))
     position.progress = position.progress.after_step()
     position.sums = Sums(

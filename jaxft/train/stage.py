@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jaxft.data import Batch, Cached
+from jaxft.distributed import any_process
 from jaxft.errors import NonFiniteError
 from jaxft.labels import paths
-from jaxft.processes import agree
 from jaxft.stages import Stage
 from jaxft.train.evaluate import Score
 from jaxft.train.execution import apart, sent
@@ -139,7 +139,7 @@ def _train_epoch(
                 if run.stop_asked():
                     look()
                     _stop(run, program, position)
-                if plan.stage.minutes and agree(_time_is_up(plan.stage, position)):
+                if plan.stage.minutes and any_process(_time_is_up(plan.stage, position)):
                     look()
                     return
             if every and position.progress.step % every == 0:
@@ -284,7 +284,7 @@ def _done(program: Program, position: Position) -> str:
         return f"{steps} of {steps} steps done"
     if steps >= program.steps:
         return f"{program.epochs} of {program.epochs} epochs done"
-    if stage.minutes and agree(_time_is_up(stage, position)):
+    if stage.minutes and any_process(_time_is_up(stage, position)):
         return f"its {stage.minutes:g} minutes are over"
     return ""
 

@@ -15,7 +15,7 @@ from jaxft.l2_sp import Anchor
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.optim import gradients
-from jaxft.optim.optimizers import pass_step
+from jaxft.optim.transform import pass_step
 from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 from jaxft.train.remat import block_by_block

@@ -11,7 +11,8 @@ from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.recipe import Recipe, resolve
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import resolve
 from jaxft.stages import Stage
 from jaxft.train import opening
 from jaxft.train.program import Compiled, Program, Snapshot

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.checkpoint import checkpoints
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.data.folder import class_folders_of
+from jaxft.distributed import ask_main_process
 from jaxft.errors import JaxftError, RecipeError
-from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import differences, listed
 from jaxft.train.extension import refused
@@ -120,7 +120,7 @@ def claim(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False)
     """
     folder = epath.Path(workdir)
     with ExitStack() as held:
-        if objection := first_answers(lambda: _claimed(folder, recipe, held, extend)):
+        if objection := ask_main_process(lambda: _claimed(folder, recipe, held, extend)):
             raise RecipeError(objection)
         yield
 

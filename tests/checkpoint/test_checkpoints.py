@@ -294,7 +294,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxft.checkpoint import Checkpoints
-from jaxft.processes import first_answers
+from jaxft.distributed import ask_main_process
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -316,7 +316,7 @@ with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(step, {}, {"params": {"x": part(step)}})
 if index == 0:
     (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
-assert first_answers(lambda: f"the first is {index}") == "the first is 0"
+assert ask_main_process(lambda: f"the first is {index}") == "the first is 0"
 with closing(Checkpoints(folder)) as checkpoints:
     for sharding, remarks in ((apart, 1), (everywhere, 0)):
         found = restored(sharding)

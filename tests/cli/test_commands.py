@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from jaxft import Recipe, RecipeError, models, weights
-from jaxft.recipe import read
+from jaxft.recipe_file import read
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart.py"
@@ -70,7 +70,7 @@ def text_as_image(root):
         (["--shots", "1000"], "DataError: shots=1000"),
         (["--train-split", "train[:0]"], "DataError: split 'train.:0.' is empty"),
         (["--val-split", "test"], "DataError: .*no split test"),
-        (["--erasing", "2"], "erasing is 2.0; a chance lies between 0 and 1"),
+        (["--erasing", "2"], "erasing is 2.0; a probability lies between 0 and 1"),
         pytest.param(
             ["--drop-last", "True", "--batch-size", "11"],
             "DataError: drop_last leaves nothing of 10",

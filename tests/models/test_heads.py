@@ -8,7 +8,7 @@ import pytest
 from jaxft import Recipe, RecipeError, Stage, WeightsError
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.models import create
-from jaxft.recipe import read, save
+from jaxft.recipe_file import read, save
 from jaxft.train.objective import Objective
 from jaxft.weights import load
 from jaxft.weights import save as save_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxft import ModelError, Recipe, RecipeError, Stage, finetune, models
-from jaxft.recipe import read, resolve
+from jaxft.recipe_file import read, resolve
 from jaxft.report.console import Console
 from jaxft.train.export import export
 

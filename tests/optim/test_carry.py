@@ -1,4 +1,4 @@
-"""Optimizer state across every kind of re-labelling."""
+"""`carry`: optimizer state across every kind of re-labelling."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxft
 from jaxft import SGD, Adam, RMSprop, Stage, Update
-from jaxft.optim.carry import carry_with_remarks
+from jaxft.optim.carry import carry_with_warnings
 from jaxft.optim.schedules import CosineAnnealingLR
 
 PARAMS = {name: {"kernel": jnp.arange(3.0), "bias": jnp.arange(2.0)} for name in "abc"}
@@ -27,7 +27,7 @@ def train(transform, state, steps, *, start=0):
 
 
 def relabel(rules, rule=optax.adam):
-    """A transform over the labels that `rules` give, one foreign optimizer each."""
+    """Returns a transform over the labels of `rules`, with an optax optimizer for each label."""
     labels = jaxft.label(PARAMS, rules)
     return jaxft.multi_transform({name: rule(0.1) for name in rules.values()}, labels)
 
@@ -41,7 +41,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_group_that_stays_goes_on_and_a_newcomer_starts_afresh():
+def test_carry_keeps_groups_that_stay_and_starts_new_ones_fresh():
     old, new = relabel({"c": "c"}), relabel({"c": "c", "b": "b"})
     before = train(old, old.init(PARAMS), 3)
     after = jaxft.carry(before, new.init(PARAMS))
@@ -55,13 +55,13 @@ def test_a_group_that_stays_goes_on_and_a_newcomer_starts_afresh():
     [
         ({"a": "x", "b": "y"}, {"a": "y", "b": "x"}),  # names swap
         ({"a": "x", "b": "x"}, {"a": "x", "b": "y"}),  # one splits
-        ({"a.kernel": "x", "a": "y"}, {"a": "z"}),  # two of one age merge
+        ({"a.kernel": "x", "a": "y"}, {"a": "z"}),  # two with equal step counts merge
         ({"*": "x"}, {"*": "y"}),
         ({"*": "x"}, {"a": "x", "*": "y"}),
     ],
     ids=str,
 )
-def test_every_parameter_keeps_its_own_moments(before, after):
+def test_carry_follows_parameters_into_renamed_split_and_merged_groups(before, after):
     old, new = relabel(before), relabel(after)
     state = train(old, old.init(PARAMS), 3)
     carried = jaxft.carry(state, new.init(PARAMS))
@@ -70,7 +70,7 @@ def test_every_parameter_keeps_its_own_moments(before, after):
     )
 
 
-def test_no_merging_of_different_ages():
+def test_carry_does_not_merge_groups_with_different_step_counts():
     first, second = relabel({"a": "a"}), relabel({"a": "a", "b": "b"})
     state = train(first, first.init(PARAMS), 2)
     state = train(second, jaxft.carry(state, second.init(PARAMS)), 2)
@@ -80,14 +80,14 @@ def test_no_merging_of_different_ages():
     assert_equal(carried, merged.init(PARAMS))
 
 
-def test_no_newcomers_into_a_group_that_counts():
+def test_carry_restarts_a_counting_group_with_new_parameters():
     old, new = relabel({"a": "x"}), relabel({"a": "x", "b": "x"})
     state = train(old, old.init(PARAMS), 2)
     with pytest.warns(UserWarning, match="'x' mixes"):
         assert_equal(jaxft.carry(state, new.init(PARAMS)), new.init(PARAMS))
 
 
-def test_newcomers_into_a_group_that_does_not_count():
+def test_carry_adds_new_parameters_to_a_group_without_count():
     def momentum(rate):
         return optax.sgd(rate, momentum=0.9)
 
@@ -99,7 +99,7 @@ def test_newcomers_into_a_group_that_does_not_count():
 
 
 @pytest.mark.parametrize("other", [SGD(momentum=0.9), RMSprop()], ids=["sgd", "rmsprop"])
-def test_a_changed_optimizer_starts_afresh_and_says_so(other):
+def test_carry_warns_about_a_changed_optimizer(other):
     plan = jaxft.plan([Stage("all", {"*": 0.1}, 1)], PARAMS)[0]
     old, new = plan.transform(Adam()), plan.transform(other)
     with pytest.warns(UserWarning, match=r"group '\*' has another optimizer now"):
@@ -107,7 +107,7 @@ def test_a_changed_optimizer_starts_afresh_and_says_so(other):
     assert_equal(state, new.init(PARAMS))
 
 
-def test_carry_restarts_schedules_of_foreign_optimizers():
+def test_carry_restarts_schedules_of_optax_optimizers():
     def scheduled(_):
         return optax.adam(optax.linear_schedule(1.0, 0.0, 100))
 
@@ -117,23 +117,23 @@ def test_carry_restarts_schedules_of_foreign_optimizers():
     assert (int(adam.count), int(schedule.count)) == (5, 0)
 
 
-def test_a_changed_optimizer_is_told_beside_an_unchanged_one():
+def test_carry_names_only_groups_whose_optimizer_changed():
     stages = [
         Stage("1", {"a": Update(0.1, optimizer=SGD(momentum=0.9)), "b": 0.1}, 1),
         Stage("2", {"a": 0.1, "b": 0.1}, 1, carry="keep"),
     ]
     old, new = (plan.transform(Adam()) for plan in jaxft.plan(stages, PARAMS))
-    _, remarks = carry_with_remarks(train(old, old.init(PARAMS), 1), new.init(PARAMS))
-    assert remarks == ["group 'a' has another optimizer now: it starts afresh."]
+    _, messages = carry_with_warnings(train(old, old.init(PARAMS), 1), new.init(PARAMS))
+    assert messages == ["group 'a' has another optimizer now: it starts fresh."]
 
 
-def test_rules_without_state_have_nothing_to_carry():
+def test_carry_from_an_optimizer_without_state():
     plan = jaxft.plan([Stage("all", {"*": 0.1}, 1)], PARAMS)[0]
     old, new = plan.transform(SGD()), plan.transform(Adam())
     assert_equal(jaxft.carry(old.init(PARAMS), new.init(PARAMS)), new.init(PARAMS))
 
 
-def test_the_schedule_starts_with_the_stage():
+def test_carry_restarts_schedules():
     stage = Stage("all", {"*": Update(0.1, CosineAnnealingLR())}, epochs=5)
     plan = jaxft.plan([stage], PARAMS)[0]
     transform = plan.transform(Adam())
@@ -144,7 +144,7 @@ def test_the_schedule_starts_with_the_stage():
 
 
 def run_plan(stages, *, steps=2):
-    """The states at the stages' ends, and what a fresh start of each would be."""
+    """Returns the plans of the stages and the optimizer states at their ends."""
     plans = jaxft.plan(stages, PARAMS)
     state, ends = None, []
     for plan in plans:
@@ -161,7 +161,7 @@ def rule_of(state, group):
     return state.inner_states[group].inner_state.rule
 
 
-def test_a_refrozen_group_is_parked_until_it_thaws():
+def test_carry_parks_a_refrozen_group_until_it_trains_again():
     def stage(name, *patterns, carry="keep"):
         return Stage(name, dict.fromkeys(patterns, 0.1), 1, carry=carry)
 
@@ -178,11 +178,11 @@ def test_a_refrozen_group_is_parked_until_it_thaws():
     ("carries", "park"),
     [
         (("reset", "keep", "keep"), {"b"}),
-        (("reset", "reset", "keep"), set()),  # gone before it could be parked
-        (("reset", "keep", "reset"), set()),  # nobody will ask for it
+        (("reset", "reset", "keep"), set()),  # dropped before it could be parked
+        (("reset", "keep", "reset"), set()),  # no later stage needs it
     ],
 )
-def test_only_what_will_be_asked_for_is_parked(carries, park):
+def test_plan_parks_only_groups_that_train_again(carries, park):
     trained = [{"a": 0.1, "b": 0.1}, {"a": 0.1}, {"a": 0.1, "b": 0.1}]
     stages = [Stage(str(k), trained[k], 1, carry=carry) for k, carry in enumerate(carries)]
     plans, ends = run_plan(stages)
@@ -197,7 +197,7 @@ subsets = st.lists(
 
 @settings(deadline=None, max_examples=30)
 @given(subsets, subsets)
-def test_there_and_back_with_keep_loses_nothing(first, second):
+def test_carry_there_and_back_loses_nothing(first, second):
     def stage(name, patterns):
         rates = dict.fromkeys(sorted(patterns, key=len, reverse=True), 0.1)
         return Stage(name, rates, 1, carry="keep")
@@ -209,15 +209,15 @@ def test_there_and_back_with_keep_loses_nothing(first, second):
         return
     there, away, back = (plan.transform(Adam()) for plan in plans)
     before = train(there, there.init(PARAMS), 2)
-    state, remarks = carry_with_remarks(before, away.init(PARAMS), park=plans[1].park)
-    assert not remarks
-    state, remarks = carry_with_remarks(state, back.init(PARAMS), park=plans[2].park)
-    assert not remarks
+    state, messages = carry_with_warnings(before, away.init(PARAMS), park=plans[1].park)
+    assert not messages
+    state, messages = carry_with_warnings(state, back.init(PARAMS), park=plans[2].park)
+    assert not messages
     for group in plans[0].rates:
         assert_equal(rule_of(state, group), rule_of(before, group))
 
 
-def test_the_structure_can_be_had_without_arrays():
+def test_carry_under_eval_shape():
     plans = jaxft.plan([Stage("x", {"a": 0.1}, 1), Stage("y", {"*": 0.1}, 1, carry="keep")], PARAMS)
     old, new = (plan.transform(Adam()) for plan in plans)
     shapes = jax.eval_shape(lambda: jaxft.carry(old.init(PARAMS), new.init(PARAMS)))

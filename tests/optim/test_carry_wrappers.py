@@ -1,4 +1,4 @@
-"""`carry` through the transforms that people wrap around, or put into, a multi_transform."""
+"""`carry` through transforms around and within a multi_transform."""
 
 import warnings
 
@@ -39,19 +39,19 @@ def partition_of(state):
     def is_partition(node):
         return hasattr(node, "inner_states")
 
-    (found,) = filter(is_partition, jax.tree.leaves(state, is_leaf=is_partition))
-    return found.inner_states
+    (partition,) = filter(is_partition, jax.tree.leaves(state, is_leaf=is_partition))
+    return partition.inner_states
 
 
 def moments(state, group):
-    """Adam's state in a group, however wrapped."""
+    """Returns the state of Adam in a group, within any wrappers."""
 
     def is_adam(node):
         return isinstance(node, optax.ScaleByAdamState)
 
     inner = partition_of(state)[group].inner_state
-    (found,) = filter(is_adam, jax.tree.leaves(inner, is_leaf=is_adam))
-    return found
+    (partition,) = filter(is_adam, jax.tree.leaves(inner, is_leaf=is_adam))
+    return partition
 
 
 AROUND = {
@@ -78,21 +78,21 @@ WITHIN = {
 
 
 def check_carried(before, after, fresh):
-    """The head keeps its moments and their count; all else is as in the new stage."""
+    """Checks that the head keeps moments and count, and that all else is as in `fresh`."""
     old, new = moments(before, "head"), moments(after, "head")
     assert int(old.count) == int(new.count) > 0
     np.testing.assert_array_equal(old.mu["head"]["w"], new.mu["head"]["w"])
     assert jax.tree.structure(after) == jax.tree.structure(fresh)
     carried, untouched = moments(after, "head"), moments(fresh, "head")
     kept = {id(leaf) for leaf in jax.tree.leaves(carried)}
-    other = [leaf for leaf in jax.tree.leaves(after) if id(leaf) not in kept]
-    own = {id(leaf) for leaf in jax.tree.leaves(untouched)}
-    expected = [leaf for leaf in jax.tree.leaves(fresh) if id(leaf) not in own]
-    jax.tree.map(np.testing.assert_array_equal, other, expected)
+    others = [leaf for leaf in jax.tree.leaves(after) if id(leaf) not in kept]
+    replaced = {id(leaf) for leaf in jax.tree.leaves(untouched)}
+    expected = [leaf for leaf in jax.tree.leaves(fresh) if id(leaf) not in replaced]
+    jax.tree.map(np.testing.assert_array_equal, others, expected)
 
 
 @pytest.mark.parametrize("wrapper", AROUND)
-def test_carry_finds_the_labels_within(wrapper):
+def test_carry_through_wrappers_around_multi_transform(wrapper):
     first, second = (AROUND[wrapper](labelled(rules)) for rules in (HEAD, ALL))
     before, fresh = train(first, first.init(PARAMS), 4), second.init(PARAMS)
     after = jaxft.carry(before, fresh)
@@ -101,7 +101,7 @@ def test_carry_finds_the_labels_within(wrapper):
 
 
 @pytest.mark.parametrize("wrapper", WITHIN)
-def test_carry_goes_into_what_a_group_wraps(wrapper):
+def test_carry_through_wrappers_within_a_group(wrapper):
     first = labelled(HEAD, WITHIN[wrapper], lr=0.1)
     second = labelled(ALL, WITHIN[wrapper], lr=0.001)
     before, fresh = train(first, first.init(PARAMS), 4), second.init(PARAMS)
@@ -110,7 +110,7 @@ def test_carry_goes_into_what_a_group_wraps(wrapper):
     train(second, after, 1)
 
 
-def test_carry_takes_the_learning_rate_of_the_new_stage():
+def test_carry_uses_the_learning_rate_of_the_new_stage():
     first, second = labelled(HEAD, injected(optax.adam), 0.1), labelled(ALL, injected(optax.adam))
     state = jaxft.carry(train(first, first.init(PARAMS), 2), second.init(PARAMS))
     rates = [
@@ -138,17 +138,17 @@ def test_carry_from_optax_multi_transform():
     check_carried(before, jaxft.carry(before, second.init(PARAMS)), second.init(PARAMS))
 
 
-def test_carry_names_moments_outside_of_the_labels():
+def test_carry_warns_about_moments_outside_of_multi_transform():
     first, second = (optax.chain(labelled(rules), optax.ema(0.9)) for rules in (HEAD, ALL))
     before = train(first, first.init(PARAMS), 2)
-    with pytest.warns(UserWarning, match=r"outside of the multi_transform \(ema\) starts afresh"):
+    with pytest.warns(UserWarning, match=r"outside of the multi_transform \(ema\) starts fresh"):
         after = jaxft.carry(before, second.init(PARAMS))
     assert int(after[1].count) == 0
     assert int(moments(after, "head").count) == 2
 
 
 @pytest.mark.parametrize("place", ["around", "within"])
-def test_carry_remarks_on_half_accumulated_gradients(place):
+def test_carry_warns_about_accumulated_gradients(place):
     if place == "around":
         first, second = (optax.MultiSteps(labelled(rules), 2) for rules in (HEAD, ALL))
     else:
@@ -168,7 +168,7 @@ def test_carry_remarks_on_half_accumulated_gradients(place):
     ],
     ids=["decay", "schedule", "clipping"],
 )
-def test_carry_keeps_adams_moments_whatever_is_chained_to_it(other):
+def test_carry_keeps_the_moments_of_adam_in_any_chain(other):
     for make, later in ((optax.adam, other), (other, optax.adam)):
         first, second = labelled(HEAD, make), labelled(ALL, later)
         before = train(first, first.init(PARAMS), 2)
@@ -205,7 +205,7 @@ def test_carry_pairs_several_multi_transforms_in_order():
     ],
     ids=["no labels before", "no labels after", "several"],
 )
-def test_carry_says_what_can_be_carried(old, new, message):
+def test_carry_rejects_states_without_multi_transform(old, new, message):
     with pytest.raises(LabelError, match=message):
         jaxft.carry(old.init(PARAMS), new.init(PARAMS))
 

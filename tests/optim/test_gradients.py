@@ -1,4 +1,4 @@
-"""Clipping, accumulation and finite checks, and what they must not cost."""
+"""Clipping, accumulation and finite checks, and their FLOPs with frozen layers."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxft.optim import gradients
 @pytest.mark.parametrize(
     ("max_norm", "factor"), [(1.0, 1.0 / (5 + 1e-6)), (5.0, 5 / (5 + 1e-6)), (6.0, 1)]
 )
-def test_clip_is_torchs(max_norm, factor):
+def test_clip_equals_torch(max_norm, factor):
     with jax.enable_x64(True):
         tree = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]]), "frozen": None}
         clipped, norm = gradients.clip(tree, max_norm)
@@ -24,7 +24,7 @@ def test_clip_is_torchs(max_norm, factor):
         assert clipped["frozen"] is None
 
 
-def test_accumulation_is_the_mean_over_batches():
+def test_accumulate_is_the_mean_over_batches():
     def loss(w, x):
         return jnp.mean((x @ w) ** 2)
 
@@ -36,7 +36,7 @@ def test_accumulation_is_the_mean_over_batches():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_a_step_with_a_bad_gradient_is_not_taken(bad):
+def test_if_finite_skips_a_step_with_a_bad_gradient(bad):
     new, old = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
     kept, finite = gradients.if_finite({"a": jnp.array([0.0, bad]), "b": None}, new, old)
     assert not finite
@@ -46,7 +46,7 @@ def test_a_step_with_a_bad_gradient_is_not_taken(bad):
     np.testing.assert_array_equal(kept["w"], 1)
 
 
-def test_no_gradients_are_finite():
+def test_if_finite_without_gradients():
     assert gradients.if_finite({"a": None}, 1.0, 0.0)[1]
 
 
@@ -59,10 +59,10 @@ STAGES = [
 ]
 
 
-def step_flops(stage, *, everything):
-    """FLOPs of a step with or without all that reads gradients.
+def step_flops(stage, *, with_readers):
+    """Returns the FLOPs of a step, with or without functions that read all gradients.
 
-    Both count one micro-batch: XLA counts the body of a scan once, however often it runs.
+    Both count one micro-batch: XLA counts the body of a scan once.
     """
     params, stats = jax.eval_shape(MODEL.init, jax.random.key(0))
     plan = jaxft.plan(STAGES, params)[stage]
@@ -79,7 +79,7 @@ def step_flops(stage, *, everything):
         def value_and_grad(images):
             return jax.value_and_grad(loss)(trainable, images)
 
-        if not everything:
+        if not with_readers:
             _, grads = value_and_grad(batches[0])
             updates, opt_state = transform.update(grads, opt_state, trainable)
             return optax.apply_updates(trainable, updates), opt_state
@@ -101,19 +101,19 @@ def step_flops(stage, *, everything):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4), ids=[stage.name for stage in STAGES])
-def test_what_reads_gradients_does_not_bring_back_the_frozen_backward(stage):
-    plain, full = (step_flops(stage, everything=everything) for everything in (False, True))
+def test_gradient_readers_do_not_restore_the_frozen_backward_pass(stage):
+    plain, full = (step_flops(stage, with_readers=with_readers) for with_readers in (False, True))
     assert full < 1.02 * plain
 
 
 @pytest.mark.slow
-def test_freezing_saves_the_backward():
-    head, late, later, whole = (step_flops(stage, everything=False) for stage in range(4))
+def test_freezing_saves_flops():
+    head, late, later, whole = (step_flops(stage, with_readers=False) for stage in range(4))
     assert head < 0.8 * late < 0.8 * later < 0.8 * whole
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [(SGD(momentum=0.9), 1), (Adam(), 2)], ids=repr)
-def test_the_state_is_that_of_what_trains(optimizer, moments):
+def test_optimizer_state_covers_trainable_parameters_only(optimizer, moments):
     params, _ = jax.eval_shape(MODEL.init, jax.random.key(0))
     for plan in jaxft.plan(STAGES, params):
         state = jax.eval_shape(plan.transform(optimizer).init, params)

@@ -1,4 +1,4 @@
-"""Optimizers against torch's formulas, and what multi_transform checks."""
+"""Optimizers against torch's formulas; multi_transform."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ import pytest
 
 import jaxft
 from jaxft import SGD, Adam, AdamW, RMSprop, Stage
-from jaxft.optim.optimizers import group_transform
 from jaxft.optim.schedules import Constant
+from jaxft.optim.transform import group_transform
 
 RATE, STEPS = 0.1, 6
 
 
-def rated(optimizer, rate):
+def with_lr(optimizer, rate):
     return group_transform(optimizer, rate, Constant(), steps=STEPS, steps_per_epoch=STEPS)
 
 
@@ -57,10 +57,10 @@ def torch_adam(p, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decoupled=Fal
     ],
     ids=lambda value: repr(value) if isinstance(value, SGD | Adam | AdamW) else "",
 )  # fmt: skip
-def test_optimizers_follow_torchs_formulas(optimizer, reference):
+def test_optimizers_equal_torchs_formulas(optimizer, reference):
     start = np.linspace(-1, 1, 4)
     with jax.enable_x64(True):
-        transform, params = rated(optimizer, RATE), jnp.asarray(start)
+        transform, params = with_lr(optimizer, RATE), jnp.asarray(start)
         state = transform.init(params)
         for step in range(STEPS):
             updates, state = transform.update(jnp.asarray(gradient(step)), state, params)
@@ -68,23 +68,23 @@ def test_optimizers_follow_torchs_formulas(optimizer, reference):
         np.testing.assert_allclose(params, reference(start), rtol=1e-12)
 
 
-def test_a_foreign_rule_takes_our_rates():
+def test_optax_optimizer_uses_the_learning_rates_of_the_stage():
     plan = jaxft.plan([Stage("all", {"*": 1e-2}, 1, optimizer=optax.scale_by_lion())], PARAMS)[0]
-    found = []
+    results = []
     for transform in (plan.transform(), optax.lion(1e-2, weight_decay=0.0)):
         state, params = transform.init(PARAMS), PARAMS
         for step in range(3):
             gradients = jax.tree.map(lambda p: jnp.sin(p + step), PARAMS)  # noqa: B023
             updates, state = transform.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-        found.append(params)
-    jax.tree.map(np.testing.assert_array_equal, *found)
+        results.append(params)
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 PARAMS = {"body": {"kernel": jnp.arange(3.0)}, "head": {"kernel": jnp.arange(2.0)}}
 
 
-def test_multi_transform_takes_full_and_halved_gradients():
+def test_multi_transform_accepts_full_and_trainable_gradients():
     labels = jaxft.label(PARAMS, {"head": "x"})
     transform = jaxft.multi_transform({"x": optax.sgd(0.5)}, labels)
     state = transform.init(PARAMS)

@@ -100,7 +100,7 @@ PLATEAUS = {  # name: schedule, the metric of each epoch
     ),
 }
 
-OTHERS = {  # what torch has not
+OTHERS = {  # without a counterpart in torch
     "fastai": (FastaiOneCycle(), 40),
     "fastai fine_tune, frozen": (FastaiOneCycle(pct_start=0.99), 37),
     "fastai fine_tune, thawed": (FastaiOneCycle(pct_start=0.3, div=5.0), 37),
@@ -111,8 +111,8 @@ OTHERS = {  # what torch has not
 ALL = CLOSED_FORMS | OTHERS
 
 
-def table(cases):
-    return pytest.mark.parametrize("name", cases)
+def cases(names):
+    return pytest.mark.parametrize("name", names)
 
 
 @pytest.fixture(scope="module")
@@ -120,33 +120,33 @@ def golden():
     return dict(np.load(GOLDEN))
 
 
-def whole(schedule, total):
-    """Rates [time, group] and momenta [time], or None, of a whole stage."""
-    times = jnp.arange(100)  # of one shape for all, so that jax compiles each operation once
+def evaluate(schedule, total):
+    """Returns the learning rates [time, group] and momenta [time], or None, of a stage."""
+    times = jnp.arange(100)  # the same shape for all, so that JAX compiles each operation once
     rates = [schedule.rate(lr, times, total) for lr in RATES]
     momenta = schedule.momentum(times, total)
     rates = np.stack([rate[:total] for rate in rates], axis=1)
     return rates, None if momenta is None else momenta[:total]
 
 
-@table(CLOSED_FORMS)
+@cases(CLOSED_FORMS)
 @pytest.mark.parametrize(("x64", "rtol"), [(True, 1e-12), (False, 2e-6)], ids=["x64", "x32"])
-def test_torchs_rates_and_momenta(golden, name, x64, rtol):
+def test_schedules_equal_torch(golden, name, x64, rtol):
     with jax.enable_x64(x64):
-        rates, momenta = whole(*CLOSED_FORMS[name])
-    # float32 rounds the end of a phase that ends between two steps, hence not 1e-6.
+        rates, momenta = evaluate(*CLOSED_FORMS[name])
+    # float32 rounds the end of a phase between two steps, hence rtol above 1e-6.
     assert rates.dtype == (np.float64 if x64 else np.float32)
-    torchs, sgd, adam = np.split(golden[name], [2, 3], axis=1)
-    # Torch multiplies from step to step, so that its zeros come out as some 1e-17.
-    np.testing.assert_allclose(rates, torchs, rtol=rtol, atol=1e-16)
-    for momentum, own in ((sgd, 0.5), (adam, 0.9)):  # `own`: what the optimizer was made with
-        ours = own if momenta is None else momenta
-        np.testing.assert_allclose(ours, momentum[:, 0], rtol=rtol)
+    torch_rates, sgd, adam = np.split(golden[name], [2, 3], axis=1)
+    # Torch multiplies from step to step, so that its zeros become about 1e-17.
+    np.testing.assert_allclose(rates, torch_rates, rtol=rtol, atol=1e-16)
+    for momentum, unscheduled in ((sgd, 0.5), (adam, 0.9)):
+        actual = unscheduled if momenta is None else momenta
+        np.testing.assert_allclose(actual, momentum[:, 0], rtol=rtol)
 
 
 @pytest.mark.slow
-@table(PLATEAUS)
-def test_torchs_plateau(golden, name):
+@cases(PLATEAUS)
+def test_reduce_lr_on_plateau_equals_torch(golden, name):
     plateau, values = PLATEAUS[name]
     state, rates = plateau.start(), []
     with jax.enable_x64(True):
@@ -157,7 +157,7 @@ def test_torchs_plateau(golden, name):
 
 
 @pytest.mark.slow
-def test_the_recording_is_torchs(golden):
+def test_recording_equals_torch(golden):
     pytest.importorskip("torch")
     from record_schedules import record
 
@@ -167,7 +167,7 @@ def test_the_recording_is_torchs(golden):
         np.testing.assert_allclose(values, golden[name], rtol=1e-13, atol=1e-16, err_msg=name)
 
 
-def test_fastais_one_cycle():
+def test_fastai_one_cycle_equals_fastai():
     def sched_cos(start, end, position):
         return start + (1 + np.cos(np.pi * (1 - position))) * (end - start) / 2
 
@@ -178,7 +178,7 @@ def test_fastais_one_cycle():
 
     for schedule, total in [OTHERS[name] for name in OTHERS if name.startswith("fastai")]:
         with jax.enable_x64(True):
-            rates, momenta = whole(schedule, total)
+            rates, momenta = evaluate(schedule, total)
         lr, pct, positions = RATES[0], schedule.pct_start, np.arange(total) / total
         expected = [
             combined_cos(pct, lr / schedule.div, lr, lr / 1e5, position) for position in positions
@@ -189,19 +189,19 @@ def test_fastais_one_cycle():
 
 
 @pytest.mark.parametrize(("total", "cut_frac", "ratio"), [(40, 0.1, 32.0), (30, 0.2, 5.0)])
-def test_the_slanted_triangle_of_the_paper(total, cut_frac, ratio):
+def test_slanted_triangular_equals_the_paper(total, cut_frac, ratio):
     cut = math.floor(total * cut_frac)
     t = np.arange(total)
     p = np.where(t < cut, t / cut, 1 - (t - cut) / (cut * (1 / cut_frac - 1)))
     with jax.enable_x64(True):
-        rates, _ = whole(SlantedTriangular(cut_frac, ratio), total)
+        rates, _ = evaluate(SlantedTriangular(cut_frac, ratio), total)
     expected = RATES[0] * (1 + p * (ratio - 1)) / ratio
     np.testing.assert_allclose(rates[:, 0], expected, rtol=1e-12)
 
 
-def test_one_cycle_waits_for_the_warm_up():
-    schedule, (after, _) = Warmup(5, OneCycleLR()), whole(OneCycleLR(), 35)
-    rates, momenta = whole(schedule, 40)
+def test_warmup_delays_one_cycle():
+    schedule, (after, _) = Warmup(5, OneCycleLR()), evaluate(OneCycleLR(), 35)
+    rates, momenta = evaluate(schedule, 40)
     np.testing.assert_allclose(rates[:5, 0], 0.1 * np.linspace(1 / 3, 1, 6)[:5], rtol=1e-6)
     np.testing.assert_array_equal(rates[5:], after)
     np.testing.assert_array_equal(momenta[:6], np.float32(0.95))
@@ -209,16 +209,16 @@ def test_one_cycle_waits_for_the_warm_up():
 
 
 @pytest.mark.slow
-@table(["constant", "step", "milestones", "exponential", "cosine", "polynomial", "linear", *OTHERS])
-def test_traced_and_mapped_times_give_the_same(name):
+@cases(["constant", "step", "milestones", "exponential", "cosine", "polynomial", "linear", *OTHERS])
+def test_schedules_accept_traced_and_mapped_times(name):
     schedule, total = ALL[name]
 
-    def at(t):
+    def rate_and_momentum(t):
         return schedule.rate(0.1, t, total), schedule.momentum(t, total)
 
     times = jnp.arange(0, total, 7)
-    one_by_one = [at(int(t)) for t in times]
-    jitted = jax.jit(at)
+    one_by_one = [rate_and_momentum(int(t)) for t in times]
+    jitted = jax.jit(rate_and_momentum)
     for (rate, momentum), t in zip(one_by_one, times, strict=True):
         assert rate.shape == ()
         assert rate.dtype == jnp.float32
@@ -229,28 +229,28 @@ def test_traced_and_mapped_times_give_the_same(name):
             assert traced_momentum is None
         else:
             np.testing.assert_allclose(momentum, traced_momentum, rtol=1e-6)
-    mapped = jax.vmap(lambda t: at(t)[0])(times)
+    mapped = jax.vmap(lambda t: rate_and_momentum(t)[0])(times)
     np.testing.assert_allclose(mapped, [rate for rate, _ in one_by_one], rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.slow
-@table(ALL)
-def test_a_stage_of_any_length_has_sound_rates(name):
+@cases(ALL)
+def test_schedules_of_any_length_are_finite_and_not_negative(name):
     schedule, _ = ALL[name]
     for total in (1, 2, 3, 10, 19):  # 10 · 0.1 = 1: an empty first phase
-        rates, momenta = whole(schedule, total)
+        rates, momenta = evaluate(schedule, total)
         assert np.all(np.isfinite(rates))
         assert np.all(rates >= 0)
         assert momenta is None or np.all((momenta >= 0.5) & (momenta <= 0.99))
     assert hash(schedule) == hash(ALL[name][0])
 
 
-def test_an_empty_phase_starts_at_the_peak():
-    rates, momenta = whole(OneCycleLR(pct_start=0.1), 10)  # torch divides by zero
+def test_one_cycle_with_an_empty_phase_starts_at_the_peak():
+    rates, momenta = evaluate(OneCycleLR(pct_start=0.1), 10)  # torch divides by zero
     np.testing.assert_allclose((rates[0, 0], momenta[0]), (0.1, 0.85), rtol=1e-6)
 
 
-def test_a_plateaus_state_is_plain_numbers():
+def test_reduce_lr_on_plateau_state_is_plain_numbers():
     plateau = ReduceLROnPlateau("max", patience=0, cooldown=2)
     assert plateau.start() == PlateauState(-math.inf, 0, 0, 0)
     state = plateau.after_epoch(PlateauState(1.0, 0, 0, 0), np.float32(0.5))
@@ -260,7 +260,7 @@ def test_a_plateaus_state_is_plain_numbers():
     assert [type(x) for x in better] == [float, int, int, int]
 
 
-def test_a_warm_up_from_zero_trains_nothing_at_first():
+def test_warmup_from_zero():
     schedule = Warmup(4, Constant(by="step"), start_factor=0.0)
     rates = [float(schedule.rate(0.5, t, total=6)) for t in range(6)]
     assert rates == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
@@ -301,7 +301,7 @@ def test_a_warm_up_from_zero_trains_nothing_at_first():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_values(make, message):
+def test_schedules_reject_wrong_values(make, message):
     pattern = re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(RecipeError, match=pattern):
         make()

@@ -13,7 +13,7 @@ import numpy as np
 from drawn import weight
 from narrow import narrowed
 
-from jaxft import recipe as recipes
+from jaxft import recipe_file as recipes
 from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
 from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.step import Rows

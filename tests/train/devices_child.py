@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from jaxft import distributed, processes
+from jaxft import distributed
 from jaxft.cli.finetune import run
 from jaxft.cli.process import exit_process
 from jaxft.report.console import Bar
@@ -38,7 +38,7 @@ def main(lines, *joining):
 
     def weighed(program, shapes):
         compiled = compile(program, shapes)
-        if processes.is_first() and compiled.step:
+        if distributed.is_main_process() and compiled.step:
             held = compiled.step.memory_analysis().argument_size_in_bytes
             stage, sharding = program.plan.stage.name, program.devices.sharding
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)

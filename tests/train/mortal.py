@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxft import Adam, Recipe, Stage, finetune
-from jaxft.recipe import save
+from jaxft.recipe_file import save
 from jaxft.report.console import Console
 
 QUIET = Console(quiet=True)

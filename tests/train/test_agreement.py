@@ -17,13 +17,13 @@ from jaxft.train import agreement
 
 CHILD = """
 import json, os, sys
-from jaxft import JaxftError, Recipe, Stage, finetune, parallel, processes
+from jaxft import JaxftError, Recipe, Stage, distributed, finetune
 from jaxft.report.console import Console
 from jaxft.train import agreement
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 agreement._VISIBLE = 0.5
-parallel.start(address, 2, process)
+distributed.start(address, 2, process)
 stages, errors = (Stage("all", {"*": 1e-3}, epochs=1),), {}
 for case in ("file", "size", "seed", "broken", "exit", "disk"):
     os.chdir(f"{folder}/{case}/host{process}")
@@ -40,7 +40,7 @@ for case in ("file", "size", "seed", "broken", "exit", "disk"):
         errors[case] = f"{type(error).__name__}: {error}"
 with open(f"{folder}/errors{process}.json", "w") as file:
     json.dump(errors, file)
-processes.barrier("end")
+distributed.barrier("end")
 """
 
 

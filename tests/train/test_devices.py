@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from jaxft import LogisticRegression, Recipe, RecipeError, Stage, finetune, models
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.labels import paths
-from jaxft.recipe import save
+from jaxft.recipe_file import save
 from jaxft.report.console import Console
 
 pytestmark = pytest.mark.slow

@@ -29,7 +29,7 @@ from jaxft import (
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Preprocessing
 from jaxft.optim.schedules import CosineAnnealingLR
-from jaxft.recipe import read
+from jaxft.recipe_file import read
 from jaxft.report.console import Console
 from jaxft.train.evaluate import eval_step, score
 from jaxft.train.start import drawn

@@ -15,7 +15,7 @@ from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, dat
 from jaxft.checkpoint import checksums, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.l2_sp import Anchor
-from jaxft.recipe import save
+from jaxft.recipe_file import save
 from jaxft.weights import load
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"

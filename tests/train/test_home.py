@@ -8,7 +8,7 @@ from flax import linen as nn
 from mortal import QUIET
 from PIL import Image
 
-from jaxft import Recipe, Stage, finetune, models, recipe
+from jaxft import Recipe, Stage, finetune, models, recipe_file
 
 
 class Net(nn.Module):
@@ -28,9 +28,9 @@ def test_home_is_expanded_in_each_path(tmp_path, monkeypatch):
             Image.fromarray(pixels).save(tmp_path / "images" / split / name / "0.png")
     first, second = (Stage(name, {"head": 1e-3}, epochs=1) for name in ("one", "two"))
     config = Recipe(model="net", data="folder:~/images", image_size=8, stages=(first,))
-    recipe.save(config, "~/config.yaml")
+    recipe_file.save(config, "~/config.yaml")
     model = models.Linen(Net(), shape=(8, 8, 3), head="head")
-    finetune(recipe.read("~/config.yaml"), "~/run", model=model, console=QUIET)
+    finetune(recipe_file.read("~/config.yaml"), "~/run", model=model, console=QUIET)
     finetune(
         dataclasses.replace(config, weights="~/run", head="keep"),
         "~/again",

@@ -12,7 +12,7 @@ from test_step import MODEL, PREPROCESSING, batch
 
 from jaxft import Adam, NonFiniteError, Stage, data, finetune, models, partition, plan
 from jaxft.models import Linen
-from jaxft.optim.optimizers import GroupState
+from jaxft.optim.transform import GroupState
 from jaxft.train.progress import Progress
 from jaxft.train.step import TrainState, train_step
 

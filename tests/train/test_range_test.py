@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
 from jaxft.optim import schedules
-from jaxft.recipe import save
+from jaxft.recipe_file import save
 from jaxft.train.range_test import Curve, ramp, range_test, valley
 from jaxft.train.relative_gradients import block_norms
 from jaxft.train.trial import named, trial

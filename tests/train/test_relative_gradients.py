@@ -19,7 +19,7 @@ from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.distributed import Devices
 from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
-from jaxft.optim.optimizers import restart
+from jaxft.optim.transform import restart
 from jaxft.train import stage
 from jaxft.train.program import Gauge, Snapshot, program
 from jaxft.train.progress import Progress

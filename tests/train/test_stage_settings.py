@@ -312,7 +312,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
         ({"class_weights": (1.0, 2.0)}, {}, "has 2 class_weights, and there are 10 classes: 0, 1"),
         ({"norms": "C"}, {}, "norms: in mode C all norm layers train, and 7 are frozen"),
         ({"norms": {"layer9": "A"}}, {}, "pattern 'layer9' matches"),
-        ({"accumulate": 4}, {}, "a batch of 6 cannot be worked through in 4 equal parts"),
+        ({"accumulate": 4}, {}, "a batch of 6 cannot be divided into 4 equal parts"),
         ({"accumulate": 4, "batch_size": 10}, {}, "a batch of 10 cannot"),
         ({"batch_size": 0}, {}, "batch_size must be at least 1"),
         ({"batch_size": 1}, {"mixup": 0.2}, "mixup mixes images of a batch; batch_size is 1"),
@@ -323,7 +323,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
         ({"clip_norm": 0.0}, {}, "clip_norm is 0.0"),
         ({"minutes": math.inf}, {}, "minutes is inf"),
         ({"steps": 0}, {}, "it has 0 steps"),
-        ({"until": Plateau()}, {}, "counts those of a ReduceLROnPlateau"),
+        ({"until": Plateau()}, {}, "needs a ReduceLROnPlateau"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.recipe import fields
+from jaxft.recipe_file import fields
 from jaxft.train import workdir
 from jaxft.train.workdir import check, check_apart, claim, saved
 
@@ -69,10 +69,10 @@ def test_a_second_run_is_refused_while_the_first_is_there(tmp_path):
 
 def test_the_other_processes_of_a_run_take_the_first_ones_word(tmp_path, monkeypatch):
     with claim(tmp_path, RECIPE):
-        monkeypatch.setattr(workdir, "first_answers", lambda ask: "")
+        monkeypatch.setattr(workdir, "ask_main_process", lambda ask: "")
         with claim(tmp_path, RECIPE):
             pass
-        monkeypatch.setattr(workdir, "first_answers", lambda ask: "it is not to be")
+        monkeypatch.setattr(workdir, "ask_main_process", lambda ask: "it is not to be")
         with pytest.raises(RecipeError, match="not to be"), claim(tmp_path, RECIPE):
             pass
 

@@ -1,0 +1,206 @@
+"""The optimizer of a stage: one transform per group, joined by `multi_transform`.
+
+A group's transform applies its optimizer, its learning rate and its schedule.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.errors import LabelError
+from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
+from jaxft.optim.optimizers import Rule
+from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.optim.schedules import ClosedForm
+
+
+class GroupState(NamedTuple):
+    """Optimizer state of one group.
+
+    `carry` takes over `rule`; the other fields start with the stage.
+    """
+
+    rule: optax.OptState
+    """State of the optimizer: moments and their count."""
+    position: jax.Array
+    """Steps since the start of the stage, int32 []."""
+    plateau: PlateauState | None
+    """State of a ReduceLROnPlateau schedule; None for other schedules."""
+    factors: Tree = None
+    """Factor of each tensor's learning rate, [] each, for relative learning rates; else None."""
+
+
+def group_transform(
+    rule: Rule,
+    lr: float,
+    schedule: ClosedForm | ReduceLROnPlateau,
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    relative: bool = False,
+) -> optax.GradientTransformation:
+    """Returns the transform of one group, with a `GroupState`.
+
+    Its update is the optimizer's direction times minus the scheduled learning rate.
+
+    Args:
+      rule: optimizer of the group.
+      lr: base learning rate.
+      schedule: changes the learning rate within the stage.
+      steps: length of the stage in steps.
+      steps_per_epoch: converts steps to epochs, for schedules by epoch.
+      relative: whether each tensor's learning rate is also multiplied by its entry of
+        `GroupState.factors`, which is 1 until `restart` sets it.
+    """
+    length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
+
+    def direction(position: jax.Array | int) -> optax.GradientTransformation:
+        if isinstance(rule, optax.GradientTransformation):
+            return rule
+        if isinstance(schedule, ReduceLROnPlateau):
+            return rule.direction()
+        return rule.direction(schedule.momentum(*_schedule_time(schedule, position, **length)))
+
+    def init(params: Tree) -> GroupState:
+        plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
+        return GroupState(
+            rule=direction(0).init(params),
+            position=jnp.zeros([], jnp.int32),
+            plateau=plateau and plateau.as_arrays(),
+            factors=jax.tree.map(lambda _: jnp.ones([]), params) if relative else None,
+        )
+
+    def update(
+        gradients: Tree, state: GroupState, params: Tree | None = None
+    ) -> tuple[Tree, GroupState]:
+        updates, moments = direction(state.position).update(gradients, state.rule, params)
+        # A scheduled momentum may be of a wider type; it must not widen the moments.
+        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
+        scheduled_lr = group_rate(lr, schedule, state, **length)
+        factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
+        updates = jax.tree.map(
+            lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u, updates, factors
+        )
+        return updates, state._replace(rule=moments, position=state.position + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def group_rate(
+    lr: float,
+    schedule: ClosedForm | ReduceLROnPlateau,
+    state: GroupState,
+    *,
+    steps: int,
+    steps_per_epoch: int,
+) -> jax.Array:
+    """Returns the learning rate of a group's next step, []. Arguments as `group_transform`."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        assert state.plateau is not None
+        return schedule.rate(lr, state.plateau)
+    time, total = _schedule_time(schedule, state.position, steps, steps_per_epoch)
+    return schedule.rate(lr, time, total)
+
+
+def _schedule_time(
+    schedule: ClosedForm, position: jax.Array | int, steps: int, steps_per_epoch: int
+) -> tuple[jax.Array | int, int]:
+    """Returns a position and the length of the stage in the unit of the schedule."""
+    if schedule.by == "epoch":
+        return position // steps_per_epoch, -(-steps // steps_per_epoch)
+    return position, steps
+
+
+def pass_step(opt_state: optax.OptState) -> optax.OptState:
+    """Returns the state after a skipped step: schedules advance, moments do not."""
+    return jax.tree.map(
+        lambda x: x._replace(position=x.position + 1) if isinstance(x, GroupState) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, GroupState),
+    )
+
+
+def restart(opt_state: optax.OptState, fresh: optax.OptState, factors: Tree) -> optax.OptState:
+    """Resets the optimizer of every group and sets the factors of its learning rates.
+
+    Schedules continue.
+
+    Args:
+      opt_state: state of a `StagePlan.transform` with relative learning rates.
+      fresh: initial state of the same transform.
+      factors: factor of each tensor, [] each, in the structure of the parameters.
+
+    Returns:
+      `opt_state` with the moments of `fresh` and the new factors.
+    """
+    states = dict(opt_state.inner_states)
+    for group, state in states.items():
+        if group == FROZEN:  # holds parked states, which stay
+            continue
+        fresh_state = fresh.inner_states[group].inner_state
+        group_factors = jax.tree.map(
+            lambda old, new: old if _is_masked(old) else jnp.asarray(new, old.dtype),
+            fresh_state.factors,
+            factors,
+            is_leaf=_is_masked,
+        )
+        restarted = state.inner_state._replace(rule=fresh_state.rule, factors=group_factors)
+        states[group] = state._replace(inner_state=restarted)
+    return opt_state._replace(inner_states=states)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def multi_transform(
+    transforms: Mapping[str, optax.GradientTransformation], labels: Tree
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.multi_transform` that freezes the label `frozen` and checks labels and transforms.
+
+    Initialise and update it with all parameters or with the trainable half (None where frozen).
+
+    Args:
+      transforms: a transform for each label except `frozen`.
+      labels: the label tree.
+
+    Raises:
+      LabelError: a label has no transform, or a transform no label; from `init`: the parameters
+        have another structure than the labels.
+
+    Example:
+      >>> labels = {"body": "frozen", "head": "head"}
+      >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
+      >>> params = {"body": jnp.ones(()), "head": jnp.ones(())}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> {name: float(update) for name, update in updates.items()}
+      {'body': 0.0, 'head': -0.5}
+    """
+    leaves = jax.tree.leaves(labels)
+    if wrong := [label for label in leaves if type(label) is not str]:
+        raise LabelError(f"labels must be strings, not {reprlib.repr(wrong[0])}.")
+    used = dict.fromkeys(leaves)
+    missing = [label for label in used if label != FROZEN and label not in transforms]
+    unused = [label for label in transforms if label not in used]
+    if FROZEN in transforms:
+        raise LabelError(
+            f"{FROZEN!r} is reserved for parameters that do not train. Rename the label."
+        )
+    if missing or unused:
+        sides = {"labels without a transform": missing, "transforms without a label": unused}
+        errors = [f"{side} {names}" for side, names in sides.items() if names]
+        raise LabelError(f"{'; '.join(errors)}. Every label but {FROZEN!r} takes one transform.")
+    # A label tree may be callable (a module of strings), and optax would call it.
+    transform = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
+    trainable_labels, _ = partition(labels, labels)
+
+    def init(params: Tree) -> optax.OptState:
+        is_half = same_structure(params, trainable_labels)
+        leaf_labels(params, trainable_labels if is_half else labels)  # checks the structure
+        return transform.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, transform.update)
