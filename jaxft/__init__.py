@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from jaxft.stages import Stage, Update
     from jaxft.train import Result, finetune
 
-# Module of each public name. Names are imported when they are first used: the `jaxft` program must
-# handle signals before it imports jax, and labelling a tree must not import Flax or Orbax.
+# The module of each name. Names are imported on first use: the `jaxft` program handles signals
+# before it imports jax, and to label a tree, nobody should wait for Flax, Orbax and TFDS.
 _MODULES = {
     name: module
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
-        "optim.transform": ["multi_transform"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
@@ -58,8 +58,8 @@ _MODULES = {
             "ParallelError",
         ],
         "recipe": ["Recipe"],
-        "train": ["finetune", "Result"],
         "report.console": ["Console"],
+        "train": ["Result", "finetune"],
     }.items()
     for name in names
 }  # fmt: skip
@@ -116,7 +116,7 @@ __all__ = [  # in the order of the documentation
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torchvision import datasets, models, transforms
 
-from jaxft import Recipe, finetune, recipe
+from jaxft import Recipe, finetune, recipe_file
 from jaxft.cli.command import check_writable, run_until_signal
 from jaxft.cli.process import exit_process
 from jaxft.report.console import Console
@@ -185,7 +185,7 @@ def main(arguments: list[str]) -> None:
     earlier = [json.loads(line) for line in rows.read_text().splitlines()]
     accuracies = {(row["recipe"], row["by"], row["seed"]): row["accuracy"] for row in earlier}
     for name in RECIPES:
-        written = recipe.read(CONFIGS / f"{name}.py")
+        written = recipe_file.read(CONFIGS / f"{name}.py")
         for seed in range(args.seeds):
             runs = {
                 "PyTorch": lambda: pytorch(name, args, seed, written.batch_size),  # noqa: B023

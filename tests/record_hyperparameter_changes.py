@@ -18,20 +18,20 @@ OPTIMIZERS = {
 
 
 def record(seed):
-    """One optimizer throughout: groups join it, and its param_groups are edited."""
+    """Trains with a single optimizer; adds groups to it and edits its param_groups."""
     name, stages = tests.random_plan(seed)
     params = {g: torch.nn.Parameter(torch.tensor(p)) for g, p in tests.start().items()}
     optimizer, rows, step = None, [], 0
     for trains in stages:
         for group, opts in trains.items():
-            own = {"params": [params[group]], "name": group, **torch_options(opts)}
+            new_group = {"params": [params[group]], "name": group, **torch_options(opts)}
             if optimizer is None:
-                optimizer = OPTIMIZERS[name]([own])
+                optimizer = OPTIMIZERS[name]([new_group])
             known = {g["name"]: g for g in optimizer.param_groups}
             if group in known:
                 known[group].update(torch_options(opts))
             else:
-                optimizer.add_param_group(own)
+                optimizer.add_param_group(new_group)
         for _ in range(tests.STEPS):
             for group, p in params.items():
                 grad = torch.tensor(tests.gradient(p.detach().numpy(), step))
@@ -43,10 +43,10 @@ def record(seed):
 
 
 def torch_options(opts):
-    found = {name: getattr(x, "item", lambda x=x: x)() for name, x in opts.items()}
-    if "b1" in found:
-        found["betas"] = (found.pop("b1"), found.pop("b2"))
-    return found
+    options = {name: getattr(x, "item", lambda x=x: x)() for name, x in opts.items()}
+    if "b1" in options:
+        options["betas"] = (options.pop("b1"), options.pop("b2"))
+    return options
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def optimizer(rule):
 
 
 def scheduler(schedule, optimizer, total):
-    """Torch's own; what the schedule leaves at its default is left to torch's default."""
+    """Returns torch's scheduler; fields with their default keep torch's default."""
     if isinstance(schedule, Warmup):
         rise = {"start_factor": schedule.start_factor, "total_iters": schedule.length}
         parts = [
@@ -31,46 +31,46 @@ def scheduler(schedule, optimizer, total):
         ]
         return lr_scheduler.SequentialLR(optimizer, parts, milestones=[schedule.length])
     name = type(schedule).__name__
-    given = {
+    arguments = {
         field.name: getattr(schedule, field.name)
         for field in dataclasses.fields(schedule)
         if field.name != "by" and getattr(schedule, field.name) != field.default
     }
     if name == "CosineAnnealingLR":
-        given["T_max"] = given.pop("t_max", total)
+        arguments["T_max"] = arguments.pop("t_max", total)
     if name == "PolynomialLR":
-        given.setdefault("total_iters", total)
+        arguments.setdefault("total_iters", total)
     if name == "OneCycleLR":
-        given = {
+        arguments = {
             "total_steps": total,
             "max_lr": [group["lr"] for group in optimizer.param_groups],
-            **given,
+            **arguments,
         }
     if name == "Constant":
         return lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return getattr(lr_scheduler, name)(optimizer, **given)
+    return getattr(lr_scheduler, name)(optimizer, **arguments)
 
 
 def closed_form(schedule, total, rule):
-    """Each step's rate of each group and momentum, [time, 3]."""
+    """Returns the learning rates of both groups and the momentum at each step, [time 3]."""
     optim, rows = optimizer(rule), []
-    torchs = scheduler(schedule, optim, total)
+    torch_scheduler = scheduler(schedule, optim, total)
     for t in range(total):
         group = optim.param_groups[0]
         momentum = group["momentum"] if rule == "sgd" else group["betas"][0]
         rows.append([*(group["lr"] for group in optim.param_groups), momentum])
         optim.step()
         if t + 1 < total:
-            torchs.step()
+            torch_scheduler.step()
     return np.array(rows, np.float64)
 
 
 def plateau(schedule: ReduceLROnPlateau, values):
     """Rates [epoch, group] after each epoch's value."""
     optim, rates = optimizer("sgd"), []
-    torchs = scheduler(schedule, optim, None)
+    torch_scheduler = scheduler(schedule, optim, None)
     for value in values:
-        torchs.step(value)
+        torch_scheduler.step(value)
         rates.append([group["lr"] for group in optim.param_groups])
     return rates
 

@@ -24,7 +24,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(rule, groups):
-    """Torch's optimizer of our name; weight decay is set per group, for `decay_vectors`."""
+    """Returns torch's optimizer of the same name; `decay_vectors` needs a decay per group."""
     options = dataclasses.asdict(rule)
     kind, _, _ = (options.pop(name) for name in ("rule", "decay_vectors", "weight_decay"))
     if kind.startswith("adam"):
@@ -33,7 +33,7 @@ def make_optimizer(rule, groups):
 
 
 def make_groups(rule, params, stage):
-    """Torch's param groups: one for each of ours, and for vectors that shall not decay."""
+    """Returns torch's param groups, each of jaxft's divided into matrices and vectors."""
     groups = []
     for name, parameters in params.items():
         for vectors in (False, True):
@@ -46,7 +46,7 @@ def make_groups(rule, params, stage):
 
 
 def record(case):
-    """A row for each stage: the parameters at its end, then the losses of its steps."""
+    """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = tests.CASES[case]
     params = {
         name: {k: torch.nn.Parameter(torch.tensor(v)) for k, v in block.items()}

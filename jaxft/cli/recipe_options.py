@@ -29,7 +29,7 @@ def read_recipe(
       program: the command as the user typed it, for messages.
 
     Raises:
-      RecipeError: see `jaxft.recipe.read`.
+      RecipeError: see `jaxft.recipe_file.read`.
       SystemExit: after `--help`, an unknown option or a value of another type.
     """
     return tyro.cli(

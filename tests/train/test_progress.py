@@ -219,7 +219,7 @@ def test_restored_epoch(hand_on, expected):
         ),
         (lambda: EarlyStop(min_delta=NAN), "min_delta is nan"),
         (lambda: Plateau(-1), "reductions is -1"),
-        (lambda: Stage("x", {"*": 1.0}, 3, until=Plateau(1)), "Plateau, which counts those of a"),
+        (lambda: Stage("x", {"*": 1.0}, 3, until=Plateau(1)), "Plateau, which needs a"),
     ],
 )
 def test_wrong_early_stop_is_refused(rule, message):

@@ -324,7 +324,7 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
         ({"clip_norm": 0.0}, {}, "clip_norm is 0.0"),
         ({"minutes": math.inf}, {}, "minutes is inf"),
         ({"steps": 0}, {}, "it has 0 steps"),
-        ({"until": Plateau()}, {}, "counts those of a ReduceLROnPlateau"),
+        ({"until": Plateau()}, {}, "needs a ReduceLROnPlateau"),
     ],
     ids=str,
 )
