@@ -35,11 +35,11 @@ CPU_NOISE = 1.5
 # Slow tests that run by default all the same: each kind of proof once.
 SMOKE = (
     # a network's outputs are torch's
-    "tests/models/test_resnet.py::test_outputs_are_torchs[resnet18]",
-    "tests/models/test_resnet.py::test_outputs_are_torchs[cifar_resnet20]",
+    "tests/models/test_resnet.py::test_resnet_outputs_and_statistics_equal_torchs[resnet18]",
+    "tests/models/test_resnet.py::test_resnet_outputs_and_statistics_equal_torchs[cifar_resnet20]",
     # a recipe trains as in torch, step by step
-    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
-    "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[lp_ft, its own, its own]",
+    "tests/parity/test_recipes.py::test_recipe_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
+    "tests/parity/test_recipes.py::test_recipe_trains_as_in_pytorch[lp_ft, its own, its own]",
     # a whole run, and its exported model
     "tests/train/test_finetune.py::test_run_files_and_epochs",
     "tests/train/test_finetune.py::test_exported_model_reproduces_validation_score",
