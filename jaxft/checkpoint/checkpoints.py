@@ -288,7 +288,10 @@ class Checkpoints:
         self._manager.reload()
 
     def _clean_up(self) -> str:
-        """Deletes the remains of finished and interrupted writes. No write may be in progress."""
+        """Deletes the remains of finished and interrupted writes. No write may be in progress.
+
+        Returns "", the answer that `first_answers` sends to the other processes.
+        """
         for step, replaced in layout.replaced_checkpoints(self.folder).items():
             if step in layout.complete_steps(self.folder):
                 replaced.rmtree()

@@ -46,14 +46,14 @@ def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) ->
         head with several layers are not numbered.
     """
     # Compiled, so that XLA drops the initialisation of the body: no memory or time goes to it.
-    head = jax.jit(lambda key: at(model.init(key)[0], model.head.split(".")))(key)
+    head = jax.jit(lambda key: subtree(model.init(key)[0], model.head.split(".")))(key)
     if isinstance(start, Mapping):
         if (given := _shapes(start)) != (expected := _shapes(head)):
             raise WeightsError(f"the head given has {given}; {model.name} wants {expected}")
         return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), dict(start), head)
     if start == "fresh":
         return head
-    layer = at(head, last_layer(model, head))
+    layer = subtree(head, last_layer(model, head))
     if start == "zeros":
         layer.update(jax.tree.map(jnp.zeros_like, layer))
     else:
@@ -79,7 +79,7 @@ def last_layer(model: Model, head: Tree) -> tuple[str, ...]:
     return (max(head, key=int),)
 
 
-def at(tree: Tree, keys: Iterable[str]) -> Tree:
+def subtree(tree: Tree, keys: Iterable[str]) -> Tree:
     """Returns the subtree at a sequence of keys."""
     for key in keys:
         tree = tree[key]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxft.errors import WeightsError, first_of
 from jaxft.models.model import Model, Tree
-from jaxft.weights.head import at, last_layer
+from jaxft.weights.head import last_layer, subtree
 
 Order = tuple[int, ...]
 """Index of the head's output for each class of the images."""
@@ -78,8 +78,8 @@ def reordered(model: Model, tree: Tree, order: Order) -> Tree:
     """
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     head = tuple(model.head.split("."))
-    layer = (*head, *last_layer(model, at(params, head)))
-    shapes = {(*layer, name): jnp.shape(leaf) for name, leaf in at(params, layer).items()}
+    layer = (*head, *last_layer(model, subtree(params, head)))
+    shapes = {(*layer, name): jnp.shape(leaf) for name, leaf in subtree(params, layer).items()}
     if any(shape[-1:] not in ((len(order),), (1,)) for shape in shapes.values()):
         raise WeightsError(
             f"which axis of {model.name}'s last layer holds its outputs is not known, and the "

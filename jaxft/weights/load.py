@@ -166,9 +166,9 @@ def from_state_dict(
 def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | None) -> Weights:
     """Selects the tensors of `model`, renames them to its names, and remarks on the others.
 
-    The body may be below any prefix. With `head="keep"`, the head may be outside that prefix. All
-    other tensors outside the prefix are ignored, and buffers directly below it. With another head,
-    modules that are not part of the body are ignored too.
+    The body may be below any prefix. With `head="keep"`, the head may be outside that prefix. Other
+    tensors outside the prefix and buffers directly below it are ignored; with a new head also the
+    modules below the prefix that are not part of the body.
 
     Args:
       weights: Result of `read`.

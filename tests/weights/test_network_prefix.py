@@ -48,12 +48,12 @@ WRAPPED = {
         ("keep", "fresh"),
         "ignored the rest (1): val_acc.* (1).",
     ),
-    "buffers beside": (
+    "buffers outside": (
         lambda s: add_prefix("backbone.", s) | {"mean": ONE, "std": ONE},
         ("keep", "fresh"),
         "ignored the rest (2): mean (1), std (1).",
     ),
-    "buffers within": (
+    "buffers inside": (
         lambda s: s | {"mean": ONE, "std": ONE},
         ("keep", "fresh"),
         "and ignored the rest (2): mean (1), std (1).",
@@ -90,7 +90,7 @@ WRAPPED = {
         ("fresh",),
         "ignored the rest (1): predictor.* (1).",
     ),
-    "copy beside the root": (
+    "copy next to the root": (
         lambda s: s | add_prefix("ema.", s),
         ("fresh",),
         "ignored the rest (37): ema.* (37).",

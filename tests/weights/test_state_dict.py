@@ -53,11 +53,11 @@ USED = {
         {"generator": state("x"), "args": OpaqueObject("argparse.Namespace")},
         ["used 'generator' of F, which also holds 'args'"],
     ),
-    "beside an accuracy": (
+    "next to an accuracy": (
         {"best": tensor(), "encoder": state("x")},
         ["used 'encoder' of F, which also holds 'best'"],
     ),
-    "beside an extra state": (
+    "with an extra state": (
         state("x") | {"fc._extra_state": {"scale": tensor()}},
         ["ignored values of F that are not tensors: 'fc._extra_state' (a dict)"],
     ),

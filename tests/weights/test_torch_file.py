@@ -165,10 +165,10 @@ def test_open_torch_refuses_zip_bombs(tmp_path):
 
 
 def make_zip(tmp_path: Path, names: list[str]) -> bytes:
-    with zipfile.ZipFile(tmp_path / "made", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         for name in names:
             archive.writestr(name, b"N.")
-    return (tmp_path / "made").read_bytes()
+    return (tmp_path / "archive.zip").read_bytes()
 
 
 TAR = b"pickle".ljust(257, b"\0") + b"ustar".ljust(255, b"\0")
