@@ -79,7 +79,7 @@ def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
     def step() -> list[float]:
         nonlocal state
         state, record = compiled.step(state, frozen, *batches, number, None)
-        loss, _, _, examples = map(np.ravel, jax.device_get(record.tally))
+        loss, _, _, examples = map(np.ravel, jax.device_get(record.metrics))
         return (loss / examples).tolist()
 
     return step, compiled

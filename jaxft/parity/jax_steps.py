@@ -95,7 +95,7 @@ def _stage(
         yield Step(
             rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},
             outputs={block: np.asarray(x)[:count] for block, x in outputs.items()},
-            loss={"loss": np.asarray(_minimised(program, record.tally.loss / count, rows))},
+            loss={"loss": np.asarray(_minimised(program, record.metrics.loss / count, rows))},
             stats=_as_torch(of_stats, at.stats),
             grads=_as_torch(of_params, record.gradients),
             moments=_moments(of_params, at.opt_state),

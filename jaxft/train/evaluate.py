@@ -1,35 +1,17 @@
 """Evaluation: every example counts once, whatever the batch size."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.train.execution import one_by_one
-from jaxft.train.step import Tally, tally
-
-
-@dataclass(frozen=True)
-class Score:
-    """Means over a set of examples: cross entropy in nats, accuracies from 0 to 1."""
-
-    loss: float
-    accuracy: float
-    top5: float
-
-
-def score(tallies: Iterable[Tally]) -> Score:
-    """The means of many batches' sums, stacked or not; added on the host in float64."""
-    rows = [np.reshape(tally, (4, -1)) for tally in jax.device_get(list(tallies))]
-    loss, correct, top5, examples = np.concatenate(rows, 1, dtype=np.float64).sum(1)
-    return Score(float(loss / examples), float(correct / examples), float(top5 / examples))
+from jaxft.train.metrics import Metrics
 
 
 def eval_step(
@@ -41,7 +23,7 @@ def eval_step(
     places: int = 1,
     examples: Mapping[int, int] | None = None,
 ) -> Any:
-    """The jitted evaluation of a batch, `(params, stats, batch) -> tally`, with running statistics.
+    """Returns the jitted `(params, stats, batch) -> metrics`, which uses running statistics.
 
     With `tta="flip"`, test-time augmentation, the logits are averaged over an image and its mirror.
     Logits, as torchvision's `TenCrop` example does, not probabilities: the mean is logits again, to
@@ -50,13 +32,13 @@ def eval_step(
     Beginning with the block `first`, a batch has instead of images what the blocks before it make
     of each and, or not, of its mirror: [b v ...].
 
-    With more `places` than one, so many batches are stacked, and their tallies too; the last
+    With more `places` than one, so many batches are stacked, and their metrics too; the last
     argument is how many of them there are.
 
     examples: see `train_step`.
     """
 
-    def step(params: Tree, stats: Tree, batch: Batch) -> Tally:
+    def step(params: Tree, stats: Tree, batch: Batch) -> Metrics:
         if examples:
             count = examples[len(batch.mask)]
             batch = jax.tree.map(lambda x: x[:count], batch)
@@ -67,10 +49,10 @@ def eval_step(
             views = [jnp.asarray(batch.image)[:, i] for i in range(batch.image.shape[1])]
         run = partial(model.apply, params, stats, norms="running", first=first)
         logits = [run(view)[0] for view in views]
-        return tally(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
+        return Metrics.of_batch(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
 
-    def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Tally:
-        def further(_: None, batch: Batch, i: jax.Array) -> tuple[None, Tally]:
+    def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Metrics:
+        def further(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:
             return None, step(params, stats, batch)
 
         return one_by_one(further, None, batches, count)[1]

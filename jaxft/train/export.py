@@ -14,7 +14,7 @@ from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.recipe import Recipe
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import Score
 from jaxft.train.resume import read
 from jaxft.train.workdir import saved
 from jaxft.weights.description import fields

@@ -17,7 +17,7 @@ from jaxft.labels import Tree, paths
 from jaxft.models import Model
 from jaxft.models.model import OPTIONS
 from jaxft.recipe import Recipe
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import Score
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.resume import state_shapes
@@ -172,7 +172,11 @@ def begin(run: Run, fork: Fork, score: Score, at: Snapshot) -> Progress:
         Progress.at_start(check(fork, run.recipe), fork.step, score),
         ended=f"it is that of {fork.workdir}",
     )
-    run.save({**dataclasses.asdict(progress), "sums": fork.fields["sums"]}, at._asdict(), keep=True)
+    run.save(
+        {**dataclasses.asdict(progress), "epoch_metrics": fork.fields["epoch_metrics"]},
+        at._asdict(),
+        keep=True,
+    )
     return progress
 
 

@@ -124,7 +124,7 @@ class Inputs:
         self._run, self._program, self._compiled, self._at = run, program, compiled, at
         self.batch_size = program.recipe.batch_size
         self.score = compiled.score
-        """`(params, stats, batch) -> tally`, of batches of `val`; none if that is not kept."""
+        """`(params, stats, batch) -> metrics`, of batches of `val`; none if that is not kept."""
 
     def train(self, view: int = 0) -> np.ndarray:
         """[n ...] of a view of the images to train on.

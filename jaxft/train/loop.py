@@ -24,11 +24,12 @@ from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.train import agreement, export, fork
 from jaxft.train.batch_sizes import batch_sizes, oversized
-from jaxft.train.evaluate import Score, eval_step
+from jaxft.train.evaluate import eval_step
 from jaxft.train.extension import check as check_extension
 from jaxft.train.fork import Fork
 from jaxft.train.interruption import Interruption, interruptible
 from jaxft.train.kept import Kept
+from jaxft.train.metrics import Score
 from jaxft.train.opening import (
     check_image_size,
     check_network,

@@ -10,8 +10,8 @@ import numpy as np
 from jaxft.data import Batch
 from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree
-from jaxft.train.evaluate import Score
 from jaxft.train.kept import finite_rows
+from jaxft.train.metrics import Score
 from jaxft.train.run import Run
 
 

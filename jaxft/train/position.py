@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from jaxft.labels import Tree, combine, filled, partition, paths, unflatten
+from jaxft.train.metrics import EpochMetrics
 from jaxft.train.norms import layer
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.step import TrainState
-from jaxft.train.sums import Sums
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Position:
       progress: the counts.
       state, frozen: the arrays, as the steps have them.
       best: those of the stage's best epoch so far, as validation saw them.
-      sums: of the epoch that is under way.
+      epoch_metrics: of the epoch that is under way.
       began: when the stage's first step since a start began, by `time.perf_counter`; 0 before.
       validated: when its last validation so far was over, likewise.
     """
@@ -33,7 +33,7 @@ class Position:
     state: TrainState
     frozen: Tree
     best: Snapshot
-    sums: Sums
+    epoch_metrics: EpochMetrics
     began: float = 0.0
     validated: float = 0.0
     _ticked: float = field(default_factory=time.perf_counter)
@@ -53,7 +53,10 @@ class Position:
     def fields(self) -> dict[str, Any]:
         """Its progress as JSON."""
         self.tick()
-        return {**dataclasses.asdict(self.progress), "sums": dataclasses.asdict(self.sums)}
+        return {
+            **dataclasses.asdict(self.progress),
+            "epoch_metrics": dataclasses.asdict(self.epoch_metrics),
+        }
 
     def tick(self) -> None:
         """Counts the time since the last tick as the stage's."""
@@ -81,11 +84,11 @@ def changing(program: Program, at: Snapshot) -> Snapshot:
 def at_start(program: Program, progress: Progress, current: Snapshot) -> Position:
     """The position at a stage's start, whose arrays are its candidate 0."""
     state, frozen = program.state(current)
-    return Position(progress, state, frozen, best=current, sums=Sums())
+    return Position(progress, state, frozen, best=current, epoch_metrics=EpochMetrics())
 
 
 def restored(
-    program: Program, progress: Progress, sums: Sums, arrays: Mapping[str, Tree]
+    program: Program, progress: Progress, epoch_metrics: EpochMetrics, arrays: Mapping[str, Tree]
 ) -> Position:
     """The position that a checkpoint holds, whose items are `arrays`."""
     items = dict(arrays)
@@ -97,4 +100,4 @@ def restored(
     state, frozen = program.state(now)
     if average is not None:
         state = state._replace(average=tuple(average))
-    return Position(progress, state, frozen, best, sums)
+    return Position(progress, state, frozen, best, epoch_metrics)

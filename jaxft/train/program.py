@@ -28,12 +28,13 @@ from jaxft.train.batch_sizes import BatchSizes, batch_sizes
 from jaxft.train.compilation import flops
 from jaxft.train.evaluate import eval_step
 from jaxft.train.execution import one_by_one
+from jaxft.train.metrics import StepRecord
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.prefix import Prefix, compile_prefix
 from jaxft.train.single_image import check_single_image
 from jaxft.train.solvable import check_solvable
-from jaxft.train.step import Record, TrainState, train_step
+from jaxft.train.step import TrainState, train_step
 
 
 class Snapshot(NamedTuple):
@@ -202,7 +203,7 @@ class Program:
 
     def train_step(
         self, *, keep_gradients: bool = False
-    ) -> Callable[..., tuple[TrainState, Record]]:
+    ) -> Callable[..., tuple[TrainState, StepRecord]]:
         """The stage's step, given the number of its batch for a key; see `Compiled.step`."""
         stage, recipe = self.plan.stage, self.recipe
         step = train_step(
@@ -228,13 +229,13 @@ class Program:
 
         def numbered(
             state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree = None
-        ) -> tuple[TrainState, Record]:
+        ) -> tuple[TrainState, StepRecord]:
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             return step(state, frozen, batch, key, start)
 
         return numbered
 
-    def train_steps(self) -> Callable[..., tuple[TrainState, Record]]:
+    def train_steps(self) -> Callable[..., tuple[TrainState, StepRecord]]:
         """`train_step` with the first `count` of stacked batches."""
         step = self.train_step()
 
@@ -245,8 +246,8 @@ class Program:
             count: jax.Array,
             number: jax.Array,
             start: Tree,
-        ) -> tuple[TrainState, Record]:
-            def further(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, Record]:
+        ) -> tuple[TrainState, StepRecord]:
+            def further(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, StepRecord]:
                 return step(state, frozen, batch, number + i, start)
 
             # The loop leaves open where its outcome lies.

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.stages import Stage
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import Score
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,8 @@ def _range_test(trial: Trial, low: float, high: float) -> Curve:
     losses: list[float] = []
     for step, batch in enumerate(trial.batches(program.steps)):
         state, record = compiled.step(state, frozen, batch, np.int32(step), start)
-        tally = jax.device_get(record.tally)
-        losses.append(float(tally.loss / tally.examples))
+        metrics = jax.device_get(record.metrics)
+        losses.append(float(metrics.loss / metrics.examples))
         smoothed = smooth(losses)
         if not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * smoothed.min():
             break

@@ -1,48 +1,8 @@
-"""What a stage says of itself: its length and cost, a row an epoch, a sentence at its end."""
-
-import resource
-import sys
-from typing import Any
-
-import jax
+"""Console text of a stage: its length and cost, and how it ended."""
 
 from jaxft.stage_plan import StagePlan
 from jaxft.train.program import Compiled, Program
 from jaxft.train.progress import Progress
-from jaxft.train.sums import Sums
-
-
-def row(plan: StagePlan, progress: Progress, sums: Sums, *, seconds: float) -> dict[str, Any]:
-    """An epoch as `metrics.jsonl` has it; `seconds` are with its validation."""
-    trained, validated = sums.score, progress.score
-    return {
-        "stage": plan.stage.name,
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
-        "train_top5": trained.top5,
-        "val_loss": validated.loss,
-        "val_accuracy": validated.accuracy,
-        "val_top5": validated.top5,
-        "rates": dict(sums.rates),
-        "gradient_norms": sums.mean(sums.gradient_norms),
-        "update_norms": sums.mean(sums.update_norms),
-        "skipped_steps": sums.skipped,
-        "seconds": seconds,
-        "images_per_second": sums.tally[-1] / sums.seconds if sums.seconds else 0.0,
-        "input_wait_seconds": sums.idle,
-        "peak_memory_mib": _peak_memory_mib(),
-    }
-
-
-def _peak_memory_mib() -> float:
-    """Of the first device, or of the process where devices do not tell, as the CPU does not."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return float(stats["peak_bytes_in_use"] / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def title(program: Program, of: int) -> str:

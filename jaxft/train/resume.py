@@ -13,13 +13,13 @@ from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
 from jaxft.optim.carry import carry_with_remarks
 from jaxft.stages import Stage
+from jaxft.train.metrics import EpochMetrics
 from jaxft.train.opening import open_programs
 from jaxft.train.position import Position, at_start, changing, restored
 from jaxft.train.program import Program, Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.reopening import from_end, reopened
 from jaxft.train.run import Run
-from jaxft.train.sums import Sums
 
 
 def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Snapshot] | None:
@@ -60,7 +60,7 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
         return None
     for remark in found.remarks:
         run.console.say(remark)
-    progress, sums, _ = read(found.progress)
+    progress, epoch_metrics, _ = read(found.progress)
     program = run.programs[progress.stage]
     if (done := _reopened(run, found.progress)) is not None:
         run.console.say(
@@ -71,12 +71,12 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, Position | Sn
         position = at_start(
             program, from_end(program.plan.stage, progress, done, program.steps_per_epoch), at
         )
-        position.sums = sums if position.progress.position else Sums()
+        position.epoch_metrics = epoch_metrics if position.progress.position else EpochMetrics()
         return position.progress, position
     run.console.say(_where(program, progress))
     if progress.ended:
         return progress, Snapshot(**found.arrays)
-    return progress, restored(program, progress, sums, found.arrays)
+    return progress, restored(program, progress, epoch_metrics, found.arrays)
 
 
 def _reopen(run: Run, check: Callable[[Mapping[str, Any]], None]) -> None:
@@ -167,13 +167,14 @@ def next_state(
     return carry_with_remarks(before, fresh, park=program.plan.park)
 
 
-def read(fields: Mapping[str, Any]) -> tuple[Progress, Sums, Mapping[str, Any]]:
+def read(fields: Mapping[str, Any]) -> tuple[Progress, EpochMetrics, Mapping[str, Any]]:
     """What `Run.save` was given of the progress, and what it added of the images."""
     rest = dict(fields)
     del rest["recipe"]
     rest.pop("rows", None)
-    data, sums = rest.pop("data"), Sums.from_fields(rest.pop("sums"))
-    return Progress.from_fields(rest), sums, data
+    data = rest.pop("data")
+    epoch_metrics = EpochMetrics.from_fields(rest.pop("epoch_metrics"))
+    return Progress.from_fields(rest), epoch_metrics, data
 
 
 def _where(program: Program, progress: Progress) -> str:

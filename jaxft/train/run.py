@@ -21,12 +21,11 @@ from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.batch_sizes import batch_sizes
-from jaxft.train.evaluate import Score, score
 from jaxft.train.execution import groups, sent
 from jaxft.train.interruption import Interruption
 from jaxft.train.kept import Inputs, Kept
+from jaxft.train.metrics import Metrics, Score
 from jaxft.train.program import Program
-from jaxft.train.step import Tally
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ class Run:
     splits: Splits
     programs: tuple[Program, ...]
     devices: Devices
-    eval_step: Callable[[Tree, Tree, Batch], Tally]
+    eval_step: Callable[[Tree, Tree, Batch], Metrics]
     checkpoints: Checkpoints
     metrics: MetricsLog
     console: Console
@@ -85,14 +84,14 @@ class Run:
         val, places = self.splits.val, self.recipe.steps_per_execution
         if inputs is None or inputs.score is None:
             step = partial(self.eval_step, params, stats)
-            tallies = self.of_each_batch(val, step, places=places, replayed=True)
+            batches = self.of_each_batch(val, step, places=places, replayed=True)
         elif (rows := inputs.val()) is None:
             return None
         else:
             step = partial(inputs.score, params, stats)
             size = inputs.batch_size
-            tallies = self.of_each_batch(val, step, batch_size=size, places=places, kept=rows)
-        return None if tallies is None else score(tallies)
+            batches = self.of_each_batch(val, step, batch_size=size, places=places, kept=rows)
+        return None if batches is None else Metrics.total(batches).score
 
     def of_each_batch(
         self,

@@ -9,13 +9,11 @@ import numpy as np
 from jaxft import processes
 from jaxft.labels import Tree, paths
 from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
-from jaxft.train.evaluate import Score, score
 from jaxft.train.kept import Inputs
+from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.position import Position
 from jaxft.train.program import Program
 from jaxft.train.run import Run
-from jaxft.train.step import Tally, tally
-from jaxft.train.sums import Sums
 
 
 def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> None:
@@ -36,15 +34,15 @@ def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> Non
         raise run.stopped()
     val = _Features(rows[:, 0], run.splits.val.targets)
     fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=solver.c)
-    tallies = [_tally(fit, train) for fit in fits]
-    scores = [score([_tally(fit, val)]) for fit in fits]
+    trained = [_metrics(fit, train) for fit in fits]
+    scores = [_metrics(fit, val).score for fit in fits]
     chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
     for i, fit in enumerate(fits):
         remark = f"{fit.iterations} iterations" + ", chosen" * (i == chosen)
         loss, accuracy = scores[i].loss, scores[i].accuracy
         run.console.epoch_row(
             f"C={np.format_float_scientific(fit.c, trim='-', exp_digits=1)}",
-            score([tallies[i]]).loss,
+            trained[i].score.loss,
             loss,
             accuracy,
             None,
@@ -59,8 +57,8 @@ def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> Non
     head = processes.of_first(_head(fits[chosen], position.state.trainable))
     position.state = position.state._replace(trainable=run.devices.put(head))
     position.progress = position.progress.after_step()
-    position.sums = Sums(
-        tally=tuple(map(float, tallies[chosen])), steps=1, seconds=time.perf_counter() - started
+    position.epoch_metrics = EpochMetrics(
+        metrics=trained[chosen], steps=1, seconds=time.perf_counter() - started
     )
 
 
@@ -71,9 +69,10 @@ class _Features(NamedTuple):
     target: np.ndarray
 
 
-def _tally(fit: Fit, of: _Features) -> Tally:
+def _metrics(fit: Fit, of: _Features) -> Metrics:
     logits = np.asarray(of.rows, np.float64) @ fit.kernel + fit.bias
-    return tally(jax.numpy.asarray(logits, np.float32), of.target, np.ones(len(logits), bool))
+    mask = np.ones(len(logits), bool)
+    return Metrics.total([Metrics.of_batch(jax.numpy.asarray(logits, np.float32), of.target, mask)])
 
 
 def _merit(fit: Fit, score: Score) -> tuple[float, float, float]:

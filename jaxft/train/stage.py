@@ -16,19 +16,16 @@ from jaxft.errors import NonFiniteError
 from jaxft.labels import paths
 from jaxft.processes import agree
 from jaxft.stages import Stage
-from jaxft.train.evaluate import Score
 from jaxft.train.execution import apart, sent
 from jaxft.train.kept import Inputs
+from jaxft.train.metrics import EpochMetrics, Score, StepRecord
 from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import layer
 from jaxft.train.position import Position, shown
 from jaxft.train.program import Compiled, Program, Snapshot
-from jaxft.train.record import row
 from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.run import Run
 from jaxft.train.solve import solve
-from jaxft.train.step import Record
-from jaxft.train.sums import Sums
 from jaxft.train.waiting import Waiting
 
 
@@ -91,8 +88,8 @@ def _train_epoch(
             )
             batches = chain(first, batches)
         state, per_epoch = position.state.opt_state, program.steps_per_epoch
-        position.sums = Sums(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
-    unseen: list[tuple[Record, int]] = []  # of so many steps each
+        position.epoch_metrics = EpochMetrics(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
+    unseen: list[tuple[StepRecord, int]] = []  # of so many steps each
     idle, mark = 0.0, time.perf_counter()
 
     def look() -> None:
@@ -104,7 +101,7 @@ def _train_epoch(
         ]
         _check_finite(run, program, position, records)
         now = time.perf_counter()
-        position.sums = position.sums.plus(records, seconds=now - mark, idle=idle)
+        position.epoch_metrics = position.epoch_metrics.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
         unseen.clear()
 
@@ -132,7 +129,7 @@ def _train_epoch(
             synced = last or sum(count for _, count in unseen) >= recipe.sync_steps
             if synced:
                 look()
-            bar.advance(position.sums.score.loss, len(taken))
+            bar.advance(position.epoch_metrics.metrics.score.loss, len(taken))
             if last:
                 return  # validation asks at once whether it is to stop
             if synced or jax.process_count() == 1:
@@ -172,9 +169,17 @@ def _end_epoch(
     improved = progress.best_epoch == progress.epoch
     if improved:
         position.best = shown(compiled.copy(position.state), position.frozen)
-    seconds = position.sums.seconds + time.perf_counter() - started
-    told = row(plan, progress, position.sums, seconds=seconds)
-    skipped = f"{position.sums.skipped} steps skipped" if position.sums.skipped else ""
+    seconds = position.epoch_metrics.seconds + time.perf_counter() - started
+    told = position.epoch_metrics.row(
+        plan.stage.name,
+        epoch=progress.epoch,
+        step=progress.step,
+        validated=validated,
+        seconds=seconds,
+    )
+    skipped = (
+        f"{position.epoch_metrics.skipped} steps skipped" if position.epoch_metrics.skipped else ""
+    )
     run.console.epoch_row(
         progress.epoch,
         told["train_loss"],
@@ -207,7 +212,9 @@ def _stop(run: Run, program: Program, position: Position) -> Never:
     )
 
 
-def _check_finite(run: Run, program: Program, position: Position, records: list[Record]) -> None:
+def _check_finite(
+    run: Run, program: Program, position: Position, records: list[StepRecord]
+) -> None:
     if program.recipe.on_nonfinite == "skip":
         return
     progress, first = position.progress, position.progress.step - len(records) + 1
@@ -224,10 +231,10 @@ def _check_finite(run: Run, program: Program, position: Position, records: list[
         )
 
 
-def _not_finite(program: Program, position: Position, record: Record) -> str:
+def _not_finite(program: Program, position: Position, record: StepRecord) -> str:
     """Names what a step made that is not finite."""
-    examples = int(record.tally.examples)
-    mean = float(record.tally.loss) / examples
+    examples = int(record.metrics.examples)
+    mean = float(record.metrics.loss) / examples
     if record.weight == 0:
         return (
             f"all {examples} images of the batch are of classes whose class_weights are 0, and a "
@@ -250,7 +257,7 @@ def _not_finite(program: Program, position: Position, record: Record) -> str:
     return "the loss and gradients are finite, but the optimizer's update is not. "
 
 
-def _way_out(record: Record, step: int) -> str:
+def _way_out(record: StepRecord, step: int) -> str:
     if record.weight == 0:
         return "Or use reduction='sum', a larger batch_size, or leave images of these classes out."
     if step == 1:  # no update has been made yet
@@ -295,9 +302,9 @@ def _time_is_up(stage: Stage, position: Position) -> bool:
 
 
 def _advice(run: Run, position: Position) -> str | None:
-    train, sums = run.splits.train, position.sums
+    train, metrics = run.splits.train, position.epoch_metrics
     cached = not isinstance(train, Cached) or train.complete
-    return Waiting(sums.seconds, sums.idle).advice(
+    return Waiting(metrics.seconds, metrics.idle).advice(
         position.progress.epoch,
         workers=run.recipe.workers,
         cores=os.cpu_count() or 1,

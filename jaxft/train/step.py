@@ -16,6 +16,7 @@ from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.optim import gradients
 from jaxft.optim.optimizers import pass_step
+from jaxft.train.metrics import Metrics, StepRecord
 from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 from jaxft.train.remat import block_by_block
@@ -29,51 +30,6 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     average: tuple[Tree, Tree] | None = None
     """Of `(trainable, stats)` over the steps, where the stage has an `ema`."""
-
-
-class Tally(NamedTuple):
-    """Sums over the examples seen, padding left out; scalars."""
-
-    loss: jax.Array
-    correct: jax.Array
-    top5: jax.Array
-    examples: jax.Array
-
-
-class Record(NamedTuple):
-    """What a step tells of itself; norms are L2, by group, and scalars."""
-
-    tally: Tally
-    gradient_norms: dict[str, jax.Array]
-    """Before clipping."""
-    update_norms: dict[str, jax.Array]
-    """Of the change to the parameters."""
-    finite: jax.Array
-    """Whether logits, loss, gradients, updates and new running statistics are."""
-    gradients: Tree = None
-    """Before clipping, where the step was asked to keep them."""
-    weight: jax.Array | None = None
-    """Sum of the images' weights, by which a mean loss divides."""
-
-
-def tally(logits: jax.Array, target: ArrayLike, mask: ArrayLike) -> Tally:
-    """Cross entropy and hits of logits `[b k]`, summed over the rows that are not padding.
-
-    With five classes or fewer every row is among the top five. One whose own logit is NaN is no
-    hit, though `argmax` finds it: a network that has diverged must not score.
-    """
-    target, mask = jnp.asarray(target), jnp.asarray(mask)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    # Within a fusion XLA may drop NaN from the loss on CPU.
-    losses = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, losses)
-    own = jnp.take_along_axis(logits, target[:, None], axis=-1)
-    rank = jnp.sum(~(logits <= own), axis=-1)  # NaN goes before numbers, and its own is the last
-    return Tally(
-        loss=jnp.sum(losses, where=mask),
-        correct=jnp.sum((logits.argmax(-1) == target) & (rank == 0), where=mask),
-        top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
-        examples=jnp.sum(mask),
-    )
 
 
 def train_step(
@@ -96,7 +52,7 @@ def train_step(
     keep_gradients: bool = False,
     first: str | None = None,
     remat: bool = False,
-) -> Callable[..., tuple[TrainState, Record]]:
+) -> Callable[..., tuple[TrainState, StepRecord]]:
     """The jitted step of a stage: `(state, frozen, batch, key, start=None) -> (state, record)`.
 
     The loss is the mean cross entropy over the batch's actual rows, or as `objective` has it.
@@ -127,7 +83,7 @@ def train_step(
 
     def loss(
         trainable: Tree, stats: Tree, frozen: Tree, part: _Rows, total: jax.Array
-    ) -> tuple[jax.Array, tuple[Tree, Tally]]:
+    ) -> tuple[jax.Array, tuple[Tree, Metrics]]:
         logits, stats = apply(
             combine(trainable, frozen),
             stats,
@@ -146,11 +102,12 @@ def train_step(
         # Within a fusion XLA may drop NaN from the loss on CPU.
         lost = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
         told = jnp.where(lost, jnp.nan, share)
-        return minimised, (stats, tally(logits, part.target, part.mask)._replace(loss=told))
+        metrics = Metrics.of_batch(logits, part.target, part.mask)
+        return minimised, (stats, metrics._replace(loss=told))
 
     def backward(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[Tree, Tree, Tally, jax.Array]:
+    ) -> tuple[Tree, Tree, Metrics, jax.Array]:
         """Gradients, new statistics, sums and total weight of a whole batch."""
         images = jnp.asarray(batch.image) if first else preprocessing.normalize(batch.image)
         images, targets = objective.vary(images, batch.target, batch.mask, model.num_classes, key)
@@ -166,7 +123,7 @@ def train_step(
             found, (stats, sums) = gradient(state.stats, frozen, rows, total)
             return found, stats, sums, total
 
-        def add(sofar: tuple[Tree, Tree, Tally], part: _Rows) -> tuple[tuple, None]:
+        def add(sofar: tuple[Tree, Tree, Metrics], part: _Rows) -> tuple[tuple, None]:
             found, (stats, sums) = gradient(sofar[1], frozen, part, total)
             added = jax.tree.map(jnp.add, (sofar[0], sofar[2]), (found, sums))
             return (added[0], stats, added[1]), None
@@ -182,7 +139,7 @@ def train_step(
 
     def step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
-    ) -> tuple[TrainState, Record]:
+    ) -> tuple[TrainState, StepRecord]:
         trainable, _, opt_state, average = state
         found, stats, sums, weight = backward(state, frozen, batch, key)
         mean, sums = sums.loss, sums._replace(loss=sums.loss * sums.examples)
@@ -209,7 +166,7 @@ def train_step(
                 (trainable, stats),
             )
         new = TrainState(trainable, stats, opt_state, average)
-        record = Record(sums, gradient_norms, update_norms, finite, kept, weight)
+        record = StepRecord(sums, gradient_norms, update_norms, finite, kept, weight)
         if skip_nonfinite:
             old = state._replace(opt_state=pass_step(state.opt_state))
             nothing = jax.tree.map(jnp.zeros_like, record)

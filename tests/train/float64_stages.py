@@ -82,7 +82,7 @@ def _train(stages):
         for group in records[0].gradient_norms:
             norms = [record.gradient_norms[group] for record in records]
             yield f"{index}/norms/{group}", np.stack(norms)
-        losses = [record.tally.loss / record.tally.examples for record in records]
+        losses = [record.metrics.loss / record.metrics.examples for record in records]
         yield f"{index}/losses", np.stack(losses)
 
 

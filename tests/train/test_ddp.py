@@ -56,7 +56,7 @@ def train(replicas):
     state, losses = TrainState(params, stats, transform.init(params)), []
     for k in range(STEPS):
         state, sums = step(state, frozen, batch(k), jax.random.key(0))
-        losses.append(sums.tally.loss / sums.tally.examples)
+        losses.append(sums.metrics.loss / sums.metrics.examples)
     trained = jax.tree.map(lambda t, x: t.to_torch(x), tensors, (state.trainable, state.stats))
     names = [t.name for t in jax.tree.leaves(tensors)]
     arrays = dict(zip(names, map(sample, jax.tree.leaves(trained)), strict=True))

@@ -12,7 +12,7 @@ from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, 
 
 from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import Score
 from jaxft.train.progress import Progress
 from jaxft.train.run import Run
 

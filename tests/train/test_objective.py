@@ -163,7 +163,7 @@ def test_a_step_counts_rows_and_hits_of_their_own_classes():
     sums = []
     for objective in (Objective(label_smoothing=0.3), Objective()):
         step, state, frozen = prepare(objective)
-        sums.append(step(state, frozen, batch(real=5), KEY)[1].tally)
+        sums.append(step(state, frozen, batch(real=5), KEY)[1].metrics)
     assert [int(s.examples) for s in sums] == [5, 5]
     assert int(sums[0].correct) == int(sums[1].correct)  # smoothing changes no image
     assert float(sums[0].loss) != float(sums[1].loss)
@@ -179,7 +179,7 @@ def test_the_sum_moves_by_as_many_means_as_there_are_rows(accumulate):
         start = jax.device_get(state.trainable)
         state, record = step(state, frozen, batch(real=5), KEY)
         moved.append(jax.tree.map(lambda a, b: a - b, state.trainable, start))
-        losses.append(float(record.tally.loss))
+        losses.append(float(record.metrics.loss))
     assert losses[0] == losses[1]
     for mean, summed in zip(*map(jax.tree.leaves, moved), strict=True):
         np.testing.assert_allclose(summed, 5 * mean, rtol=1e-3, atol=1e-6)

@@ -9,12 +9,11 @@ from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.labels import paths
 from jaxft.train import opening
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.position import at_start, restored
 from jaxft.train.program import Snapshot
 from jaxft.train.progress import Progress
 from jaxft.train.resume import structure
-from jaxft.train.sums import Sums
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 START = MODEL.init(jax.random.key(0))
@@ -57,6 +56,6 @@ def test_the_best_is_written_without_what_it_shares(trains, norms, params, stats
             arrays[name],
             is_leaf=lambda x: x is None,
         )
-    again = restored(program, best.progress, Sums(), arrays)
+    again = restored(program, best.progress, EpochMetrics(), arrays)
     jax.tree.map(np.testing.assert_array_equal, again.best, now)
     assert not np.array_equal(again.shown.params["fc"]["bias"], now.params["fc"]["bias"])

@@ -10,7 +10,7 @@ import pytest
 
 import jaxft
 from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
-from jaxft.train.evaluate import Score
+from jaxft.train.metrics import Score
 from jaxft.train.progress import Progress
 from jaxft.train.record import epilogue
 

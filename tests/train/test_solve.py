@@ -22,8 +22,9 @@ from jaxft import (
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train import solve
-from jaxft.train.evaluate import eval_step, score
+from jaxft.train.evaluate import eval_step
 from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.metrics import Metrics
 from jaxft.train.run import Run
 
 C = (1e-2, 1e4, 1.0)
@@ -84,7 +85,9 @@ def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
     for fit in logistic_regression(features, batch.target, 5, c=C):
         head = {"kernel": np.float32(fit.kernel), "bias": np.float32(fit.bias)}
         scores.append(
-            score([eval_step(model, pre)({**before[0], "fc": head}, stats, pictures(val, pre))])
+            Metrics.total(
+                [eval_step(model, pre)({**before[0], "fc": head}, stats, pictures(val, pre))]
+            ).score
         )
     best = max(range(3), key=lambda i: (scores[i].accuracy, -scores[i].loss))
     assert best == 2  # neither the strongest nor the weakest penalty

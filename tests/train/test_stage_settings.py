@@ -32,7 +32,8 @@ from jaxft.data.digits import read
 from jaxft.distributed import Devices
 from jaxft.optim import schedules
 from jaxft.report.console import Console
-from jaxft.train.evaluate import Score, eval_step, score
+from jaxft.train.evaluate import eval_step
+from jaxft.train.metrics import Metrics, Score
 from jaxft.train.objective import Objective
 from jaxft.train.program import program
 from jaxft.train.progress import Progress
@@ -193,7 +194,7 @@ def test_an_average_is_validated_exported_and_handed_on(tmp_path):
     assert np.abs(average["fc.weight"] - two["fc.weight"]).max() > 1e-3
     params, stats = weights.load(tmp_path / "average" / "model.safetensors", MODEL)
     batch = Batch(VAL.images, VAL.targets, np.ones(24, bool))
-    found = score([eval_step(MODEL, SIZE)(params, stats, batch)])
+    found = Metrics.total([eval_step(MODEL, SIZE)(params, stats, batch)]).score
     for row in rows:  # the average has not moved since
         assert row["val_loss"] == pytest.approx(found.loss, rel=1e-5)
         assert row["val_accuracy"] == found.accuracy

@@ -102,7 +102,7 @@ def test_a_skipped_step_leaves_all_but_the_schedule():
     compiled, state, frozen, start = start_of(stage, on_nonfinite="skip")
     state, record = compiled.step(state, frozen, batch(0), np.int32(0), start)
     assert record.finite
-    assert record.tally.examples == 8
+    assert record.metrics.examples == 8
     before, nan = jax.device_get(state), jax.tree.map(lambda x: x * jnp.nan, start)
     state, record = compiled.step(state, frozen, batch(1), np.int32(1), nan)
     assert not any(np.any(x) for x in jax.tree.leaves(record))
