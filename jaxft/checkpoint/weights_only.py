@@ -9,14 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft.checkpoint import checksums
+from jaxft.checkpoint import checksums, layout
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.checkpoint.checkpoints import absolute, cause_of, hush, read_progress, whole_steps
 from jaxft.errors import CheckpointError
-from jaxft.labels import Tree, filled
+from jaxft.labels import Tree
 from jaxft.processes import is_first
-
-_ITEMS = ("params", "stats")
 
 
 def save_weights(
@@ -59,16 +57,14 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     place = _newest(folder)
     if damage := checksums.damage(place):
         raise CheckpointError(f"{place} is damaged: {damage}. Bring it back from a copy.")
-    if (place / "params").is_dir():
-        # Not every network has statistics; of the best there is what the stage changes.
-        now = {item: _arrays(place / item) for item in _ITEMS if (place / item).is_dir()}
-        best = _arrays(place / "best") if (place / "best").is_dir() else now
-        params, stats = (filled(best.get(item, {}), now.get(item, {})) for item in _ITEMS)
-        return params, stats
+    if _is_run(place):
+        return layout.best_weights(
+            lambda item: _arrays(place / item) if (place / item).is_dir() else None
+        )
     if not (place / "_METADATA").is_file():
         raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
     both = _arrays(place)
-    if not {*_ITEMS} <= both.keys():
+    if not {*layout.WEIGHTS} <= both.keys():
         raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
     return both["params"], both["stats"]
 
@@ -79,15 +75,16 @@ def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
     `folder` is as in `read_weights`.
     """
     place = _newest(folder)
-    if (place / "params").is_dir():
-        try:
-            progress = read_progress(place) or {}
-            return {**progress["recipe"], "classes": progress["data"]["classes"]}
-        except (KeyError, TypeError):
-            return {}  # an older run's; a damaged one is found when its arrays are read
+    if _is_run(place):
+        header = read_progress(place)  # None if damaged, which reading the arrays finds
+        return layout.Header.from_json(header).description if header else {}
     hush()
     with ocp.StandardCheckpointer() as reader:
         return reader.metadata(absolute(place)).custom_metadata or {}
+
+
+def _is_run(place: epath.Path) -> bool:
+    return bool((place / layout.WEIGHTS[0]).is_dir())
 
 
 def _newest(folder: str | PathLike[str]) -> epath.Path:

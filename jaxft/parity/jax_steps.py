@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxft import data
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
@@ -20,8 +21,8 @@ from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
-from jaxft.train.program import Program, Snapshot
-from jaxft.train.resume import next_state
+from jaxft.train.program import Program
+from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 
 # What optax calls what it remembers of each parameter.
@@ -49,7 +50,7 @@ def jax_steps(
     at = Snapshot(*devices.put(start), None)
     for stage in programs:
         fresh = stage.transform.init(at.params)
-        state = next_state(stage, at.opt_state, fresh)[0] if stage.index else fresh
+        state = next_opt_state(stage, at.opt_state, fresh)[0] if stage.index else fresh
         at = at._replace(opt_state=devices.put(state))
         at = yield from _stage(stage, at, start[0], epoch, watch)
 

@@ -10,12 +10,13 @@ from typing import Any
 from jaxft import weights
 from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.layout import Header
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
-from jaxft.train.resume import read
+from jaxft.train.state import Progress
 from jaxft.train.workdir import saved
 from jaxft.weights.description import fields
 from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
@@ -77,8 +78,9 @@ def export(
     with closing(Checkpoints(checkpoints)) as kept:
         step = kept.latest_step()
         assert step is not None
-        progress, _, of_data = read(kept.progress(step))
-    classes, pixels = of_data["classes"], of_data.get("pixels", "uint8")
+        header = Header.from_json(kept.progress(step))
+    progress = Progress.from_fields(header.progress)
+    classes, pixels = header.data["classes"], header.data.get("pixels", "uint8")
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
     network = model or recipe.network(len(classes))
     try:

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.data import Batch, Source
 from jaxft.data.batches import augmented
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import paths
 from jaxft.train.norms import layer
 from jaxft.train.prefix import block_labels
-from jaxft.train.program import Compiled, Program, Snapshot
+from jaxft.train.program import Compiled, Program
 
 if TYPE_CHECKING:
     from jaxft.train.run import Run

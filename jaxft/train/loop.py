@@ -22,11 +22,10 @@ from jaxft.recipe import Recipe, resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
-from jaxft.train import agreement, export, fork
+from jaxft.train import agreement, export
 from jaxft.train.batch_sizes import batch_sizes, oversized
-from jaxft.train.evaluate import eval_step
-from jaxft.train.extension import check as check_extension
-from jaxft.train.fork import Fork
+from jaxft.train.eval_step import eval_step
+from jaxft.train.extend import check_extension
 from jaxft.train.interruption import Interruption, interruptible
 from jaxft.train.kept import Kept
 from jaxft.train.metrics import Score
@@ -40,6 +39,7 @@ from jaxft.train.opening import (
     wanted_classes,
 )
 from jaxft.train.program import Program
+from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
 from jaxft.train.run import Run
 from jaxft.train.sequence import train_stages
 from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
@@ -119,8 +119,8 @@ def finetune(
         if begun:
             recipe = recipe.expecting(begun.preprocessing)
         elif fork_from is not None:
-            forked = fork.find(fork_from, stage)
-            ended = fork.check(forked, recipe)
+            forked = find_fork(fork_from, stage)
+            ended = stage_of_fork(forked, recipe)
             recipe = recipe.expecting(forked.recipe.preprocessing)
         check(folder, recipe, extend=extend)
         if data is None:
@@ -144,7 +144,7 @@ def finetune(
         origin, remarks = recipe.weights or "random weights", list[str]()
         if forked:
             origin = f"stage {forked.stage!r} of {forked.workdir}"
-            forked = fork.in_order(forked, recipe, model, classes)
+            forked = in_order(forked, recipe, model, classes)
         elif start is not None:
             origin = "the arrays given"
         is_random = not (begun or forked or source) and start is None
@@ -163,7 +163,7 @@ def finetune(
             old = open_programs(shorter, model, splits, devices, start)
             check_extension(folder, begun, old, programs, start)
         if forked:
-            fork.check_arrays(forked, ended, programs, *start)
+            check_fork(forked, ended, programs, *start)
         if recipe.from_scratch:  # its patterns must not fail after hours of the others
             compared = open_programs(scratch, model, splits, devices, start)
         agreement.reach(folder, recipe, splits)
@@ -208,7 +208,7 @@ def _run(
         anchor = None
         if any(program.plan.stage.anchor for program in programs):
             if checkpoints.latest_step() is None:
-                pretrained = fork.start(forked, model) if forked else start
+                pretrained = start_of_fork(forked, model) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
                 weights_only.save_weights(workdir / "start", *pretrained, replace=True)
             anchor = devices.put(weights_only.read_weights(workdir / "start")[0])

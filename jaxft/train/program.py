@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxft import data
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.data import Batch, Source, steps_per_epoch
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
@@ -26,7 +27,7 @@ from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
 from jaxft.train.batch_sizes import BatchSizes, batch_sizes
 from jaxft.train.compilation import flops
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.execution import one_by_one
 from jaxft.train.metrics import StepRecord
 from jaxft.train.norms import norm_modes
@@ -34,15 +35,7 @@ from jaxft.train.objective import Objective
 from jaxft.train.prefix import Prefix, compile_prefix
 from jaxft.train.single_image import check_single_image
 from jaxft.train.solvable import check_solvable
-from jaxft.train.step import TrainState, train_step
-
-
-class Snapshot(NamedTuple):
-    """All arrays of a run at one moment: full parameters, statistics, optimizer state."""
-
-    params: Tree
-    stats: Tree
-    opt_state: optax.OptState
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 
 class Gauge(NamedTuple):
@@ -206,12 +199,12 @@ class Program:
     ) -> Callable[..., tuple[TrainState, StepRecord]]:
         """The stage's step, given the number of its batch for a key; see `Compiled.step`."""
         stage, recipe = self.plan.stage, self.recipe
-        step = train_step(
-            self.model,
-            self.transform,
-            recipe.preprocessing,
-            self.norms,
-            self.objective,
+        config = StepConfig(
+            model=self.model,
+            transform=self.transform,
+            preprocessing=recipe.preprocessing,
+            norms=self.norms,
+            objective=self.objective,
             labels=self.plan.labels,
             anchor=stage.anchor,
             clip_norm=stage.clip_norm,
@@ -226,6 +219,7 @@ class Program:
             first=self.prefix.first if self.prefix.train else None,
             remat=recipe.remat,
         )
+        step = train_step(config)
 
         def numbered(
             state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree = None

@@ -2,7 +2,7 @@
 
 from jaxft.stage_plan import StagePlan
 from jaxft.train.program import Compiled, Program
-from jaxft.train.progress import Progress
+from jaxft.train.state import Progress
 
 
 def title(program: Program, of: int) -> str:

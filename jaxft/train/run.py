@@ -1,6 +1,6 @@
 """A run: what stays the same from its first stage to its last."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,8 +24,9 @@ from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.execution import groups, sent
 from jaxft.train.interruption import Interruption
 from jaxft.train.kept import Inputs, Kept
-from jaxft.train.metrics import Metrics, Score
+from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.program import Program
+from jaxft.train.state import Progress, header_of
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Run:
 
     Attributes:
       programs: one a stage.
-      eval_step: see `jaxft.train.evaluate.eval_step`.
+      eval_step: see `jaxft.train.eval_step.eval_step`.
       start: the parameters that the run started from, if a stage has an anchor.
       kept: what stages keep of their prefixes.
       seen: batches to validate, in memory; likely the same.
@@ -61,16 +62,22 @@ class Run:
         return record(self.splits)
 
     def save(
-        self, progress: dict[str, Any], arrays: dict[str, Tree], *, keep: bool = False
+        self,
+        progress: Progress,
+        epoch_metrics: EpochMetrics,
+        items: Mapping[str, Tree],
+        *,
+        keep: bool = False,
     ) -> None:
         """Starts to write a checkpoint; see `Checkpoints.save`."""
-        header = {
-            **progress,
-            "data": self.data,
-            "recipe": recipes.fields(self.recipe),
-            "rows": self.metrics.rows,
-        }
-        self.checkpoints.save(progress["step"], header, arrays, keep=keep)
+        header = header_of(
+            progress,
+            epoch_metrics,
+            data=self.data,
+            recipe=recipes.fields(self.recipe),
+            rows=self.metrics.rows,
+        )
+        self.checkpoints.save(progress.step, header.to_json(), items, keep=keep)
 
     def stop_asked(self) -> bool:
         """Whether a signal has come, to any process; all must ask, at the same point."""

@@ -4,21 +4,19 @@ from functools import partial
 
 import jax
 
-from jaxft.train import fork
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.train.compilation import Ahead
-from jaxft.train.fork import Fork
 from jaxft.train.kept import Inputs
 from jaxft.train.memory import fitting_memory
 from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import mode_names
-from jaxft.train.position import Position, at_start
-from jaxft.train.program import Compiled, Program, Snapshot
-from jaxft.train.progress import Progress
+from jaxft.train.program import Compiled, Program
 from jaxft.train.record import cost, epilogue, gap, spared, title
-from jaxft.train.resume import next_state, resume, state_shapes, structure
+from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
 from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
 from jaxft.train.start import Start
+from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
 
 
 def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:
@@ -31,9 +29,9 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
     if found:
         index = found[0].stage + bool(found[0].ended)
     else:
-        index = fork.check(forked, run.recipe) + 1 if forked else 0
+        index = stage_of_fork(forked, run.recipe) + 1 if forked else 0
     for program in run.programs[index:]:  # better now than after hours
-        run.checkpoints.check_room(structure(run.programs, program.index, *shapes))
+        run.checkpoints.check_room(item_shapes(run.programs, program.index, *shapes))
     if index < len(run.programs):
         ahead = _compile(run, index, shapes)
         run.console.say(f"Compiling stage {run.programs[index].plan.stage.name!r} ...")
@@ -46,23 +44,23 @@ def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress,
         program = run.programs[index]
         with fitting_memory(program):
             compiled = ahead.result(partial(_glance, run))
-            position = (
-                at if isinstance(at, Position) else _enter(run, program, compiled, progress, at)
+            current = (
+                at if isinstance(at, StageState) else _enter(run, program, compiled, progress, at)
             )
             seconds = ahead.seconds
             told = f"{cost(program, compiled, seconds)}\n{spared(program)}"
-            _announce(run, program, told, position)
+            _announce(run, program, told, current)
             if index + 1 < len(run.programs):
                 ahead = _compile(run, index + 1, shapes)
-            at = train_stage(run, program, compiled, position)
-        progress = position.progress
+            at = train_stage(run, program, compiled, current)
+        progress = current.progress
         run.console.row("")
         after = run.programs[index + 1 : index + 2]
         keep = any(program.plan.stage.carry == "keep" for program in after)
         run.console.say(epilogue(program.plan, progress, keep=keep))
         if validated:
-            run.console.say(gap(position.began - validated, seconds))
-        validated, index = position.validated, index + 1
+            run.console.say(gap(current.began - validated, seconds))
+        validated, index = current.validated, index + 1
     assert isinstance(at, Snapshot)  # the last stage has ended
     return progress, at
 
@@ -75,7 +73,7 @@ def _begin(
     Raises NonFiniteError for a score that is not finite, InterruptedRunError if a signal has come.
     """
     if forked:
-        at = fork.take(run, forked, *jax.eval_shape(lambda: start))
+        at = read_fork(run, forked, *jax.eval_shape(lambda: start))
     else:
         at = Snapshot(*run.devices.put(start), None)
     inputs = None
@@ -88,7 +86,7 @@ def _begin(
     place = f"stage {name!r}, before the first step"
     check_validation(run, at.params, at.stats, score, place=place)
     if forked:
-        return fork.begin(run, forked, score, at), at
+        return begin_fork(run, forked, score, at), at
     return Progress.at_start(0, 0, score), at
 
 
@@ -96,7 +94,7 @@ def _compile(run: Run, index: int, shapes: Start) -> Ahead[Compiled]:
     """Begins to compile a stage, in the background."""
 
     def compiled() -> Compiled:
-        state = state_shapes(run.programs, index, shapes[0])
+        state = opt_state_shapes(run.programs, index, shapes[0])
         return run.programs[index].compile(Snapshot(*shapes, state))
 
     return Ahead(compiled)
@@ -104,20 +102,20 @@ def _compile(run: Run, index: int, shapes: Start) -> Ahead[Compiled]:
 
 def _enter(
     run: Run, program: Program, compiled: Compiled, before: Progress, at: Snapshot
-) -> Position:
+) -> StageState:
     """A stage's start, from what the one before has handed on; of the first, the run's."""
     state, progress = compiled.fresh(at.params), before
     if program.index:
-        state, remarks = next_state(program, at.opt_state, state)
+        state, remarks = next_opt_state(program, at.opt_state, state)
         for remark in remarks:
             run.console.say(remark)
         score = before.handed_on(run.programs[before.stage].plan.stage)
         progress = Progress.at_start(program.index, before.step, score)
-    return at_start(program, progress, at._replace(opt_state=state))
+    return StageState.at_start(program, progress, at._replace(opt_state=state))
 
 
-def _announce(run: Run, program: Program, cost: str, position: Position) -> None:
-    plan, progress, params = program.plan, position.progress, position.best.params
+def _announce(run: Run, program: Program, cost: str, current: StageState) -> None:
+    plan, progress, params = program.plan, current.progress, current.best.params
     names = mode_names(params, plan.labels, program.norms)
     for remark in plan.remarks:
         run.console.say(f"Stage {plan.stage.name!r}: {remark}")

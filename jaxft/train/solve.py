@@ -11,13 +11,13 @@ from jaxft.labels import Tree, paths
 from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
 from jaxft.train.kept import Inputs
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
-from jaxft.train.position import Position
 from jaxft.train.program import Program
 from jaxft.train.run import Run
+from jaxft.train.state import StageState
 
 
-def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> None:
-    """Moves `position` by the stage's step, after which its head is that of the best penalty.
+def solve(run: Run, program: Program, inputs: Inputs, current: StageState) -> None:
+    """Moves `current` by the stage's step, after which its head is that of the best penalty.
 
     Nothing is saved on the way: a run that ends in here does all of it again.
 
@@ -25,7 +25,7 @@ def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> Non
       InterruptedRunError: a signal asked it to stop.
       DataError: the network makes features that are not finite.
     """
-    started = position.began = time.perf_counter()
+    started = current.began = time.perf_counter()
     solver = program.plan.stage.solver
     assert solver is not None
     train = _Features(inputs.train(), run.splits.train.targets)
@@ -54,10 +54,10 @@ def solve(run: Run, program: Program, inputs: Inputs, position: Position) -> Non
             f"{fits[chosen].gradient_norm:.0e}, not {TOLERANCE:.0e}: it is not quite the minimum."
         )
     # Each process has solved it, and they might differ in the last bit.
-    head = processes.of_first(_head(fits[chosen], position.state.trainable))
-    position.state = position.state._replace(trainable=run.devices.put(head))
-    position.progress = position.progress.after_step()
-    position.epoch_metrics = EpochMetrics(
+    head = processes.of_first(_head(fits[chosen], current.state.trainable))
+    current.state = current.state._replace(trainable=run.devices.put(head))
+    current.progress = current.progress.after_step()
+    current.epoch_metrics = EpochMetrics(
         metrics=trained[chosen], steps=1, seconds=time.perf_counter() - started
     )
 

@@ -11,6 +11,7 @@ from typing import Never
 import jax
 import numpy as np
 
+from jaxft.checkpoint.layout import Arrays, Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
 from jaxft.labels import paths
@@ -21,32 +22,32 @@ from jaxft.train.kept import Inputs
 from jaxft.train.metrics import EpochMetrics, Score, StepRecord
 from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import layer
-from jaxft.train.position import Position, shown
-from jaxft.train.program import Compiled, Program, Snapshot
+from jaxft.train.program import Compiled, Program
 from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.run import Run
 from jaxft.train.solve import solve
+from jaxft.train.state import StageState, shown
 from jaxft.train.waiting import Waiting
 
 
-def train_stage(run: Run, program: Program, compiled: Compiled, position: Position) -> Snapshot:
-    """Trains from `position`, which moves along, to the stage's end; returns what it hands on.
+def train_stage(run: Run, program: Program, compiled: Compiled, current: StageState) -> Snapshot:
+    """Trains from `current`, which moves along, to the stage's end; returns what it hands on.
 
     Raises:
       InterruptedRunError: a signal asked it to stop; it has saved where it was.
       NonFiniteError: what a step makes or the validation loss is not finite, and the recipe has
         it stop.
     """
-    start = position.progress
-    inputs = Inputs(run, program, compiled, lambda: position.best)
+    start = current.progress
+    inputs = Inputs(run, program, compiled, lambda: current.best)
     if program.plan.stage.solver:
         if start.position == 0:  # else only its validation is missing
-            solve(run, program, inputs, position)
-        handed_on = _end_epoch(run, program, compiled, inputs, position)
+            solve(run, program, inputs, current)
+        handed_on = _end_epoch(run, program, compiled, inputs, current)
         assert handed_on is not None
         return handed_on
     # The step donates its state, and what it comes from is the stage's candidate 0.
-    position.state = compiled.copy(position.state)
+    current.state = compiled.copy(current.state)
     batches = program.batches(
         run.splits.train,
         epochs=program.epochs,
@@ -57,9 +58,9 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
     advised = False
     with closing(batches):
         while True:
-            _train_epoch(run, program, compiled, position, batches)
-            handed_on = _end_epoch(run, program, compiled, inputs, position)
-            if not advised and (advice := _advice(run, position)):
+            _train_epoch(run, program, compiled, current, batches)
+            handed_on = _end_epoch(run, program, compiled, inputs, current)
+            if not advised and (advice := _advice(run, current)):
                 run.console.say(advice)
                 advised = True  # once a stage: it does not get better
             if handed_on:
@@ -67,28 +68,28 @@ def train_stage(run: Run, program: Program, compiled: Compiled, position: Positi
 
 
 def _train_epoch(
-    run: Run, program: Program, compiled: Compiled, position: Position, batches: Iterator[Batch]
+    run: Run, program: Program, compiled: Compiled, current: StageState, batches: Iterator[Batch]
 ) -> None:
     """Takes the steps that the epoch has left, unless its stage's time is up before."""
     recipe, plan = program.recipe, program.plan
     places, every = recipe.steps_per_execution, recipe.checkpoint_steps
-    epoch, length = position.progress.epoch, program.epoch_length(position.progress.epoch)
+    epoch, length = current.progress.epoch, program.epoch_length(current.progress.epoch)
     anchor = run.start if plan.stage.anchor else None  # as the step was compiled
-    if position.progress.position == 0:
+    if current.progress.position == 0:
         if compiled.gauge:
             first = list(islice(batches, min(BATCHES, length)))
-            position.state = set_out(
+            current.state = set_out(
                 compiled,
                 run.devices,
-                position.state,
-                position.frozen,
+                current.state,
+                current.frozen,
                 map(run.devices.batch, first),
-                step=position.progress.step,
+                step=current.progress.step,
                 start=anchor,
             )
             batches = chain(first, batches)
-        state, per_epoch = position.state.opt_state, program.steps_per_epoch
-        position.epoch_metrics = EpochMetrics(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
+        state, per_epoch = current.state.opt_state, program.steps_per_epoch
+        current.epoch_metrics = EpochMetrics(rates=plan.rates_at(state, steps_per_epoch=per_epoch))
     unseen: list[tuple[StepRecord, int]] = []  # of so many steps each
     idle, mark = 0.0, time.perf_counter()
 
@@ -99,78 +100,78 @@ def _train_epoch(
         records = [
             own for each in zip(fetched, counts, strict=True) for own in apart(*each, places)
         ]
-        _check_finite(run, program, position, records)
+        _check_finite(run, program, current, records)
         now = time.perf_counter()
-        position.epoch_metrics = position.epoch_metrics.plus(records, seconds=now - mark, idle=idle)
+        current.epoch_metrics = current.epoch_metrics.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
         unseen.clear()
 
-    with run.console.epoch(epoch + 1, length, position.progress.position) as bar:
-        while position.progress.position < length:
+    with run.console.epoch(epoch + 1, length, current.progress.position) as bar:
+        while current.progress.position < length:
             asked = time.perf_counter()
-            to_save = every - position.progress.step % every if every else places
-            ahead = min(places, to_save, program.alike(epoch, position.progress.position))
+            to_save = every - current.progress.step % every if every else places
+            ahead = min(places, to_save, program.alike(epoch, current.progress.position))
             taken = list(islice(batches, ahead))
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
             sending = sent(run.devices, taken, places)
-            number = np.int32(position.progress.step)
-            position.state, record = compiled.step(
-                position.state, position.frozen, *sending, number, anchor
+            number = np.int32(current.progress.step)
+            current.state, record = compiled.step(
+                current.state, current.frozen, *sending, number, anchor
             )
-            position.began = position.began or time.perf_counter()
+            current.began = current.began or time.perf_counter()
             for _ in taken:
-                position.progress = position.progress.after_step()
+                current.progress = current.progress.after_step()
             unseen.append((record, len(taken)))
             jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
 
-            last = position.progress.position == length
+            last = current.progress.position == length
             synced = last or sum(count for _, count in unseen) >= recipe.sync_steps
             if synced:
                 look()
-            bar.advance(position.epoch_metrics.metrics.score.loss, len(taken))
+            bar.advance(current.epoch_metrics.metrics.score.loss, len(taken))
             if last:
                 return  # validation asks at once whether it is to stop
             if synced or jax.process_count() == 1:
                 if run.stop_asked():
                     look()
-                    _stop(run, program, position)
-                if plan.stage.minutes and agree(_time_is_up(plan.stage, position)):
+                    _stop(run, program, current)
+                if plan.stage.minutes and agree(_time_is_up(plan.stage, current)):
                     look()
                     return
-            if every and position.progress.step % every == 0:
+            if every and current.progress.step % every == 0:
                 look()
-                _save(run, program, position)
+                _save(run, program, current)
 
 
 def _end_epoch(
-    run: Run, program: Program, compiled: Compiled, inputs: Inputs, position: Position
+    run: Run, program: Program, compiled: Compiled, inputs: Inputs, current: StageState
 ) -> Snapshot | None:
     """Validates, records and saves; returns what the stage hands on, if that was its end."""
     plan, started = program.plan, time.perf_counter()
-    validated = run.evaluate(*position.shown[:2], inputs)
+    validated = run.evaluate(*current.shown[:2], inputs)
     if validated is None:
-        _stop(run, program, position)
-    position.validated = time.perf_counter()
-    _check_score(run, program, position, validated)
+        _stop(run, program, current)
+    current.validated = time.perf_counter()
+    _check_score(run, program, current, validated)
     opt_state = plan.after_epoch(
-        position.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
+        current.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
     )
-    position.state = position.state._replace(opt_state=run.devices.put(opt_state))
-    position.tick()
-    progress = position.progress.after_epoch(
+    current.state = current.state._replace(opt_state=run.devices.put(opt_state))
+    current.tick()
+    progress = current.progress.after_epoch(
         plan.stage,
         validated,
-        done=_done(program, position),
+        done=_done(program, current),
         reductions=plan.reductions(opt_state),
     )
-    position.progress = progress
+    current.progress = progress
     improved = progress.best_epoch == progress.epoch
     if improved:
-        position.best = shown(compiled.copy(position.state), position.frozen)
-    seconds = position.epoch_metrics.seconds + time.perf_counter() - started
-    told = position.epoch_metrics.row(
+        current.best = shown(compiled.copy(current.state), current.frozen)
+    seconds = current.epoch_metrics.seconds + time.perf_counter() - started
+    told = current.epoch_metrics.row(
         plan.stage.name,
         epoch=progress.epoch,
         step=progress.step,
@@ -178,7 +179,7 @@ def _end_epoch(
         seconds=seconds,
     )
     skipped = (
-        f"{position.epoch_metrics.skipped} steps skipped" if position.epoch_metrics.skipped else ""
+        f"{current.epoch_metrics.skipped} steps skipped" if current.epoch_metrics.skipped else ""
     )
     run.console.epoch_row(
         progress.epoch,
@@ -190,22 +191,25 @@ def _end_epoch(
     )
     run.metrics.write(told)
     if not progress.ended:
-        _save(run, program, position)
+        _save(run, program, current)
         return None
-    handed_on = position.best if plan.stage.hand_on == "best" else position.shown
-    run.save(position.fields(), handed_on._asdict(), keep=True)
+    handed_on = current.best if plan.stage.hand_on == "best" else current.shown
+    current.tick()
+    items = Arrays(handed_on).to_items()
+    run.save(current.progress, current.epoch_metrics, items, keep=True)
     return handed_on
 
 
-def _save(run: Run, program: Program, position: Position) -> None:
-    run.save(position.fields(), position.arrays(program))
+def _save(run: Run, program: Program, current: StageState) -> None:
+    current.tick()
+    run.save(current.progress, current.epoch_metrics, current.items(program))
 
 
-def _stop(run: Run, program: Program, position: Position) -> Never:
+def _stop(run: Run, program: Program, current: StageState) -> Never:
     """Saves, unless that has been done at this very step, and ends the run."""
-    step = position.progress.step
+    step = current.progress.step
     if run.checkpoints.latest_step() != step:
-        _save(run, program, position)
+        _save(run, program, current)
     raise run.interruption.error(
         f"came in stage {program.plan.stage.name!r}, and step {step} is saved. The same command "
         "goes on from there"
@@ -213,25 +217,25 @@ def _stop(run: Run, program: Program, position: Position) -> Never:
 
 
 def _check_finite(
-    run: Run, program: Program, position: Position, records: list[StepRecord]
+    run: Run, program: Program, current: StageState, records: list[StepRecord]
 ) -> None:
     if program.recipe.on_nonfinite == "skip":
         return
-    progress, first = position.progress, position.progress.step - len(records) + 1
+    progress, first = current.progress, current.progress.step - len(records) + 1
     for step, record in enumerate(records, first):
         if record.finite:
             continue
         saved = run.checkpoints.latest_step()
         raise NonFiniteError(
             f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: "
-            + _not_finite(program, position, record)
+            + _not_finite(program, current, record)
             + (f"The checkpoint of step {saved} is good. " if saved else "")
             + "With --on-nonfinite skip the same command goes on and leaves such steps out. "
             + _way_out(record, step)
         )
 
 
-def _not_finite(program: Program, position: Position, record: StepRecord) -> str:
+def _not_finite(program: Program, current: StageState, record: StepRecord) -> str:
     """Names what a step made that is not finite."""
     examples = int(record.metrics.examples)
     mean = float(record.metrics.loss) / examples
@@ -245,7 +249,7 @@ def _not_finite(program: Program, position: Position, record: StepRecord) -> str
     groups = [name for name, norm in record.gradient_norms.items() if not math.isfinite(norm)]
     if groups:
         return f"the loss is {mean:.4g}, but gradients of {', '.join(groups)} are not finite. "
-    stats = position.state.stats
+    stats = current.state.stats
     leaves = zip(paths(stats), jax.tree.leaves(stats), strict=True)
     wrong = dict.fromkeys(layer(path) for path, x in leaves if not np.isfinite(x).all())
     if wrong:
@@ -268,11 +272,11 @@ def _way_out(record: StepRecord, step: int) -> str:
     )
 
 
-def _check_score(run: Run, program: Program, position: Position, score: Score) -> None:
-    progress, saved = position.progress, run.checkpoints.latest_step()
+def _check_score(run: Run, program: Program, current: StageState, score: Score) -> None:
+    progress, saved = current.progress, run.checkpoints.latest_step()
     check_validation(
         run,
-        *position.shown[:2],
+        *current.shown[:2],
         score,
         place=f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, "
         f"step {progress.step}",
@@ -281,9 +285,9 @@ def _check_score(run: Run, program: Program, position: Position, score: Score) -
     )
 
 
-def _done(program: Program, position: Position) -> str:
+def _done(program: Program, current: StageState) -> str:
     """Why there is no further epoch, if there is none."""
-    stage, progress = program.plan.stage, position.progress
+    stage, progress = program.plan.stage, current.progress
     if stage.solver:
         return "it is solved"
     steps = progress.epoch * program.steps_per_epoch + progress.position
@@ -291,21 +295,21 @@ def _done(program: Program, position: Position) -> str:
         return f"{steps} of {steps} steps done"
     if steps >= program.steps:
         return f"{program.epochs} of {program.epochs} epochs done"
-    if stage.minutes and agree(_time_is_up(stage, position)):
+    if stage.minutes and agree(_time_is_up(stage, current)):
         return f"its {stage.minutes:g} minutes are over"
     return ""
 
 
-def _time_is_up(stage: Stage, position: Position) -> bool:
-    position.tick()
-    return stage.minutes is not None and position.progress.seconds >= 60 * stage.minutes
+def _time_is_up(stage: Stage, current: StageState) -> bool:
+    current.tick()
+    return stage.minutes is not None and current.progress.seconds >= 60 * stage.minutes
 
 
-def _advice(run: Run, position: Position) -> str | None:
-    train, metrics = run.splits.train, position.epoch_metrics
+def _advice(run: Run, current: StageState) -> str | None:
+    train, metrics = run.splits.train, current.epoch_metrics
     cached = not isinstance(train, Cached) or train.complete
     return Waiting(metrics.seconds, metrics.idle).advice(
-        position.progress.epoch,
+        current.progress.epoch,
         workers=run.recipe.workers,
         cores=os.cpu_count() or 1,
         cached=cached,

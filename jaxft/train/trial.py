@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
@@ -14,9 +15,9 @@ from jaxft.models import Model
 from jaxft.recipe import Recipe, resolve
 from jaxft.stages import Stage
 from jaxft.train import opening
-from jaxft.train.program import Compiled, Program, Snapshot
+from jaxft.train.program import Compiled, Program
 from jaxft.train.start import Start, drawn, given
-from jaxft.train.step import TrainState
+from jaxft.train.train_step import TrainState
 
 
 @dataclass(frozen=True)

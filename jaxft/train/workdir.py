@@ -11,12 +11,13 @@ from etils import epath
 from jaxft import recipe as recipes
 from jaxft.checkpoint import checkpoints
 from jaxft.checkpoint.atomic import in_bucket
+from jaxft.checkpoint.layout import Header
 from jaxft.data.folder import class_folders_of
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import differences, listed
-from jaxft.train.extension import refused
+from jaxft.train.extend import refused
 
 
 def saved(workdir: str | PathLike[str]) -> Recipe | None:
@@ -25,17 +26,19 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
     The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
     """
     folder = epath.Path(workdir) / "checkpoints"
-    fields = checkpoints.newest_progress(folder)
-    if fields is None:
+    values = checkpoints.newest_progress(folder)
+    if values is None:
         return None
-    begun = recipes.from_fields(fields["recipe"], source=f"the newest checkpoint in {folder}")
+    begun = recipes.from_fields(
+        Header.from_json(values).recipe, source=f"the newest checkpoint in {folder}"
+    )
     return begun.expecting(begun.preprocessing)
 
 
 def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> None:
     """Raises RecipeError unless the folder is free, or holds the run of this very recipe.
 
-    With `extend`, the recipe may be that run's trained for longer; see `jaxft.train.extension`.
+    With `extend`, the recipe may be that run's trained for longer; see `jaxft.train.extend`.
     """
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():

@@ -22,8 +22,8 @@ from jaxft.checkpoint import checksums
 from jaxft.report.console import Console
 from jaxft.train.compilation import Ahead
 from jaxft.train.program import Program
-from jaxft.train.progress import Progress
 from jaxft.train.run import Run
+from jaxft.train.state import Progress
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 

@@ -12,7 +12,7 @@ from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.train.execution import apart, one_by_one, sent
-from jaxft.train.progress import Progress
+from jaxft.train.state import Progress
 
 # Eight batches of 4, the last half empty: calls end at checkpoints, at epochs' ends, between.
 SINGLE = dataclasses.replace(

@@ -31,7 +31,7 @@ from jaxft.data import Preprocessing
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.recipe import read
 from jaxft.report.console import Console
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics
 from jaxft.train.start import drawn
 from jaxft.train.workdir import claim

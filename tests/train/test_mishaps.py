@@ -18,7 +18,7 @@ from mortal import (
 from jaxft import CheckpointError, RecipeError, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
-from jaxft.train.progress import Progress
+from jaxft.train.state import Progress
 
 
 @pytest.mark.slow
@@ -60,24 +60,6 @@ def test_of_a_damaged_checkpoint_the_one_before_counts(whole, tmp_path, monkeypa
     assert "Going on from step 9: stage 'late'" in said
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == ["corrupt-12"]
-
-
-@pytest.mark.slow
-def test_checkpoint_of_an_older_version_has_no_rows(whole, tmp_path, monkeypatch):
-    """Those of `metrics.jsonl` up to its step stay."""
-    save = Checkpoints.save
-
-    def save_without_rows(self, step, progress, arrays, *, keep=False):
-        kept = {name: value for name, value in progress.items() if name != "rows"}
-        save(self, step, kept, arrays, keep=keep)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_without_rows)
-        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
-        with pytest.raises(KilledError):
-            go_on(tmp_path)
-    go_on(tmp_path)
-    assert_same_end(tmp_path, whole)
 
 
 @pytest.mark.slow

@@ -11,11 +11,11 @@ import pytest
 from jaxft import SGD, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.program import program
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)
 TARGET = np.array([0, 2, 1, 2], np.int32)
@@ -154,7 +154,16 @@ def prepare(objective, model=MODEL, **options):
     transform = stage.transform(SGD())
     trainable, frozen = partition(params, stage.labels)
     state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-    step = train_step(model, transform, PREPROCESSING, norms, objective, **options)
+    step = train_step(
+        StepConfig(
+            model=model,
+            transform=transform,
+            preprocessing=PREPROCESSING,
+            norms=norms,
+            objective=objective,
+            **options,
+        )
+    )
     return step, state, frozen
 
 

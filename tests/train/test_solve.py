@@ -22,7 +22,7 @@ from jaxft import (
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train import solve
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.metrics import Metrics
 from jaxft.train.run import Run

@@ -32,12 +32,12 @@ from jaxft.data.digits import read
 from jaxft.distributed import Devices
 from jaxft.optim import schedules
 from jaxft.report.console import Console
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
 from jaxft.train.objective import Objective
 from jaxft.train.program import program
-from jaxft.train.progress import Progress
 from jaxft.train.run import Run
+from jaxft.train.state import Progress
 
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")
@@ -271,7 +271,7 @@ def test_how_stages_end(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Progress, "after_step", after_step)
     fake = SimpleNamespace(perf_counter=lambda: clock() + passed[0])
-    monkeypatch.setattr("jaxft.train.position.time", fake)
+    monkeypatch.setattr("jaxft.train.state.time", fake)
     head, cosine = {"fc": 0.01}, schedules.CosineAnnealingLR(by="step")
     stages = (
         Stage("steps", head, steps=6, schedule=cosine),

@@ -8,10 +8,10 @@ import pytest
 from jaxft import SGD, Adam, Stage, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import combine, leaf_labels
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
 from jaxft.train.norms import norm_modes
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
@@ -45,7 +45,14 @@ def prepare(start, stage, optimizer):
     transform = stage_plan.transform(optimizer)
     trainable, frozen = partition(params, stage_plan.labels)
     state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-    return train_step(MODEL, transform, PREPROCESSING, norms), state, frozen, stage_plan
+    return (
+        train_step(
+            StepConfig(model=MODEL, transform=transform, preprocessing=PREPROCESSING, norms=norms)
+        ),
+        state,
+        frozen,
+        stage_plan,
+    )
 
 
 @pytest.mark.slow
@@ -112,7 +119,9 @@ def test_the_key_draws_dropout(start):
         norms = norm_modes(params, stats, stage_plan.labels)
         trainable, frozen = partition(params, stage_plan.labels)
         state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-        step = train_step(model, transform, PREPROCESSING, norms)
+        step = train_step(
+            StepConfig(model=model, transform=transform, preprocessing=PREPROCESSING, norms=norms)
+        )
         state, _ = step(state, frozen, batch(), jax.random.key(seed))
         return np.asarray(state.trainable["fc"]["kernel"])
 

@@ -10,12 +10,13 @@ from float64_stages import assert_as_recorded, rows, train
 from test_ddp import MODEL, batch
 
 from jaxft import Anchor, Recipe, Stage, data, plan
+from jaxft.checkpoint.layout import Snapshot
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.train.compilation import flops
-from jaxft.train.evaluate import eval_step
-from jaxft.train.program import Snapshot, program
+from jaxft.train.eval_step import eval_step
+from jaxft.train.program import program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
 EMA = 0.75
