@@ -100,7 +100,7 @@ class Stage:
         of images, as torch does for probabilities. Validation losses are plain cross entropy.
       relative_rates: at the start of each epoch every tensor's rate becomes the base rate times its
         relative gradient norm, by the largest one's, and every optimizer starts afresh (Auto-RGN,
-        see `jaxft.train.relative_gradients`).
+        see `jaxft.train.auto_rgn`).
       batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: instead of the
         recipe's.
 

@@ -34,7 +34,7 @@ from jaxft import SGD, Recipe, Stage, finetune
 from jaxft.report.console import Console
 from jaxft.train.execution import sent
 from jaxft.train.keeping import keeping
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 from jaxft.train.trial import Trial, trial
 from jaxft.weights.key_maps import torch_tensors
 

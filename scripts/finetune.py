@@ -22,8 +22,8 @@ import sys
 from jaxft import InterruptedRunError, JaxftError, distributed, finetune, lost_process, processes
 from jaxft.command_line import EXIT_CODES, leave, print_fields, read_with
 from jaxft.train import agreement
-from jaxft.train.compilation import keep_programs
-from jaxft.train.loop import Result
+from jaxft.train.compiled_stage import keep_programs
+from jaxft.train.finetune import Result
 
 
 def main(arguments: list[str]) -> None:

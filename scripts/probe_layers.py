@@ -20,9 +20,9 @@ from jaxft import Stage
 from jaxft.command_line import read_with, run
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
-from jaxft.train.compilation import keep_programs
-from jaxft.train.prefix import block_labels
-from jaxft.train.relative_gradients import BATCHES, block_norms
+from jaxft.train.auto_rgn import BATCHES, block_norms
+from jaxft.train.compiled_stage import keep_programs
+from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.trial import trial
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp, numpy as np
 from etils import epath
 from jaxft import Recipe, Stage, weights
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import Header
+from jaxft.checkpoint.contents import Header
 from jaxft.recipe import fields
 from jaxft.report import environment
 from jaxft.report.metrics_log import MetricsLog

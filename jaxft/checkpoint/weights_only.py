@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft.checkpoint import checksums, layout
+from jaxft.checkpoint import checksums, contents
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.checkpoint.checkpoints import absolute, cause_of, hush, read_progress, whole_steps
 from jaxft.errors import CheckpointError
@@ -58,13 +58,13 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     if damage := checksums.damage(place):
         raise CheckpointError(f"{place} is damaged: {damage}. Bring it back from a copy.")
     if _is_run(place):
-        return layout.best_weights(
+        return contents.best_weights(
             lambda item: _arrays(place / item) if (place / item).is_dir() else None
         )
     if not (place / "_METADATA").is_file():
         raise CheckpointError(f"{place} is neither a checkpoint nor a folder of a run's.")
     both = _arrays(place)
-    if not {*layout.WEIGHTS} <= both.keys():
+    if not {*contents.WEIGHTS} <= both.keys():
         raise CheckpointError(f"{place} holds {', '.join(both)}; it should hold params and stats.")
     return both["params"], both["stats"]
 
@@ -77,14 +77,14 @@ def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
     place = _newest(folder)
     if _is_run(place):
         header = read_progress(place)  # None if damaged, which reading the arrays finds
-        return layout.Header.from_json(header).description if header else {}
+        return contents.Header.from_json(header).description if header else {}
     hush()
     with ocp.StandardCheckpointer() as reader:
         return reader.metadata(absolute(place)).custom_metadata or {}
 
 
 def _is_run(place: epath.Path) -> bool:
-    return bool((place / layout.WEIGHTS[0]).is_dir())
+    return bool((place / contents.WEIGHTS[0]).is_dir())
 
 
 def _newest(folder: str | PathLike[str]) -> epath.Path:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxft import data
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
@@ -21,7 +21,7 @@ from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxft import weights
 from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import Header
+from jaxft.checkpoint.contents import Header
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model

@@ -16,14 +16,14 @@ import numpy as np
 from etils import epath
 
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import Header
+from jaxft.checkpoint.contents import Header
 from jaxft.early_stopping import EarlyStop
 from jaxft.errors import RecipeError
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import ABSENT, Difference, differences
 from jaxft.stages import Stage
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 from jaxft.train.start import Start
 from jaxft.train.state import Progress, opt_state_shapes
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe
-from jaxft.train.prefix import Prefix, inert_blocks
-from jaxft.train.program import Program
+from jaxft.train.frozen_prefix import Prefix, inert_blocks
+from jaxft.train.stage_program import Program
 
 
 def keeping(

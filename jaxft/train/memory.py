@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import jax
 
 from jaxft.errors import RecipeError
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 
 
 @contextmanager

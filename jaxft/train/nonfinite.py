@@ -10,9 +10,9 @@ import numpy as np
 from jaxft.data import Batch
 from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree
-from jaxft.train.kept import finite_rows
+from jaxft.train.feature_cache import finite_rows
 from jaxft.train.metrics import Score
-from jaxft.train.run import Run
+from jaxft.train.trainer import Run
 
 
 def check_validation(

@@ -14,7 +14,7 @@ from jaxft.models import Model, user_factory
 from jaxft.recipe import Recipe
 from jaxft.stage_plan import plan
 from jaxft.train.keeping import keeping
-from jaxft.train.program import Program, program
+from jaxft.train.stage_program import Program, program
 from jaxft.train.start import Start
 from jaxft.weights import Weights
 from jaxft.weights.load import fitted

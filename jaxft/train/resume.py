@@ -13,7 +13,7 @@ import jax
 from jaxft import recipe as recipes
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import WEIGHTS, Arrays, Header, Snapshot
+from jaxft.checkpoint.contents import WEIGHTS, Arrays, Header, Snapshot
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError, RecipeError
 from jaxft.labels import Tree, paths
@@ -24,9 +24,9 @@ from jaxft.stages import Stage
 from jaxft.train.extend import from_end, reopened
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.opening import open_programs
-from jaxft.train.program import Program
-from jaxft.train.run import Run
+from jaxft.train.stage_program import Program
 from jaxft.train.state import Progress, StageState, item_shapes, opt_state_shapes
+from jaxft.train.trainer import Run
 from jaxft.train.workdir import saved
 from jaxft.weights.description import check_options
 from jaxft.weights.finite_check import check_finite

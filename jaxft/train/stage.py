@@ -11,22 +11,22 @@ from typing import Never
 import jax
 import numpy as np
 
-from jaxft.checkpoint.layout import Arrays, Snapshot
+from jaxft.checkpoint.contents import Arrays, Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.errors import NonFiniteError
 from jaxft.labels import paths
 from jaxft.processes import agree
 from jaxft.stages import Stage
+from jaxft.train.auto_rgn import BATCHES, set_out
 from jaxft.train.execution import apart, sent
-from jaxft.train.kept import Inputs
+from jaxft.train.feature_cache import Inputs
+from jaxft.train.linear_probe_stage import solve
 from jaxft.train.metrics import EpochMetrics, Score, StepRecord
 from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import layer
-from jaxft.train.program import Compiled, Program
-from jaxft.train.relative_gradients import BATCHES, set_out
-from jaxft.train.run import Run
-from jaxft.train.solve import solve
+from jaxft.train.stage_program import Compiled, Program
 from jaxft.train.state import StageState, shown
+from jaxft.train.trainer import Run
 from jaxft.train.waiting import Waiting
 
 

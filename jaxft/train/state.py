@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import optax
 
-from jaxft.checkpoint.layout import Arrays, Header, Snapshot
+from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.optim.carry import carry_with_remarks
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.norms import layer
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 from jaxft.train.train_step import TrainState
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
@@ -15,7 +15,7 @@ from jaxft.models import Model
 from jaxft.recipe import Recipe, resolve
 from jaxft.stages import Stage
 from jaxft.train import opening
-from jaxft.train.program import Compiled, Program
+from jaxft.train.stage_program import Compiled, Program
 from jaxft.train.start import Start, drawn, given
 from jaxft.train.train_step import TrainState
 

@@ -11,7 +11,7 @@ from etils import epath
 from jaxft import recipe as recipes
 from jaxft.checkpoint import checkpoints
 from jaxft.checkpoint.atomic import in_bucket
-from jaxft.checkpoint.layout import Header
+from jaxft.checkpoint.contents import Header
 from jaxft.data.folder import class_folders_of
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.processes import first_answers

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxft import distributed, processes
 from jaxft.report.console import Bar
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 

@@ -10,11 +10,11 @@ from drawn import weight
 from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, data, plan
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import combine
-from jaxft.train.program import program
+from jaxft.train.stage_program import program
 from jaxft.weights.key_maps import torch_tensors
 
 STEPS, ROWS, LAST = 4, 8, 5  # of a stage, of a batch, of a stage's last batch

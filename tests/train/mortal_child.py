@@ -20,10 +20,10 @@ from pathlib import Path
 
 from jaxft.checkpoint import checksums
 from jaxft.report.console import Console
-from jaxft.train.compilation import Ahead
-from jaxft.train.program import Program
-from jaxft.train.run import Run
+from jaxft.train.compiled_stage import Ahead
+from jaxft.train.stage_program import Program
 from jaxft.train.state import Progress
+from jaxft.train.trainer import Run
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 

@@ -13,8 +13,8 @@ from mortal import RECIPE, KilledError, assert_same_end, die, go_on, odd_names, 
 from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.train.metrics import Score
-from jaxft.train.run import Run
 from jaxft.train.state import Progress
+from jaxft.train.trainer import Run
 
 pytestmark = pytest.mark.slow
 

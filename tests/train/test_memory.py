@@ -7,10 +7,10 @@ import pytest
 from test_start import ALL, GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune
-from jaxft.train.program import Program
-from jaxft.train.range_test import ramp, range_test
-from jaxft.train.relative_gradients import block_norms
-from jaxft.train.run import Run
+from jaxft.train.auto_rgn import block_norms
+from jaxft.train.lr_finder import ramp, range_test
+from jaxft.train.stage_program import Program
+from jaxft.train.trainer import Run
 from jaxft.train.trial import trial
 
 IN_MEMORY = {"data": GIVEN["data"]}

@@ -11,7 +11,7 @@ from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
 from jaxft.distributed import Devices
 from jaxft.report.console import Console
 from jaxft.train.norms import mode_names, norm_modes
-from jaxft.train.program import program
+from jaxft.train.stage_program import program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "norm_modes.npz"
 LATE = {"fc": 0.05, "layer3": 0.02}

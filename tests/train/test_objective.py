@@ -14,7 +14,7 @@ from jaxft.distributed import Devices
 from jaxft.train.eval_step import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
-from jaxft.train.program import program
+from jaxft.train.stage_program import program
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)

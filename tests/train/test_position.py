@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxft import Recipe, Stage, data, models
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.labels import paths

@@ -10,14 +10,14 @@ import pytest
 from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, go_on, rows
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening
+from jaxft.train.feature_cache import Kept
 from jaxft.train.interruption import InterruptedRunError
-from jaxft.train.kept import Kept
-from jaxft.train.run import Run
 from jaxft.train.state import Progress
+from jaxft.train.trainer import Run
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")

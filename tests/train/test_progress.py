@@ -10,8 +10,8 @@ import pytest
 
 import jaxft
 from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
+from jaxft.report.stage_text import epilogue
 from jaxft.train.metrics import Score
-from jaxft.train.record import epilogue
 from jaxft.train.state import Progress
 
 NAN, INF = float("nan"), float("inf")

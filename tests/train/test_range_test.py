@@ -15,8 +15,8 @@ from PIL import Image
 from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
 from jaxft.optim import schedules
 from jaxft.recipe import save
-from jaxft.train.range_test import Curve, ramp, range_test, valley
-from jaxft.train.relative_gradients import block_norms
+from jaxft.train.auto_rgn import block_norms
+from jaxft.train.lr_finder import Curve, ramp, range_test, valley
 from jaxft.train.trial import named, trial
 
 ROOT = Path(__file__).parents[2]

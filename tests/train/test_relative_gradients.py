@@ -15,15 +15,15 @@ from test_ddp import Wide, batch
 
 from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan
 from jaxft.checkpoint import weights_only
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.distributed import Devices
 from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
 from jaxft.optim.optimizers import restart
 from jaxft.train import stage
-from jaxft.train.program import Gauge, program
-from jaxft.train.relative_gradients import factors, relative_norms, set_out
+from jaxft.train.auto_rgn import factors, relative_norms, set_out
+from jaxft.train.stage_program import Gauge, program
 from jaxft.train.state import Progress
 from jaxft.weights.key_maps import torch_tensors
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft import Recipe, Stage, data, models
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening

@@ -21,11 +21,11 @@ from jaxft import (
 )
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
-from jaxft.train import solve
+from jaxft.train import linear_probe_stage
 from jaxft.train.eval_step import eval_step
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.metrics import Metrics
-from jaxft.train.run import Run
+from jaxft.train.trainer import Run
 
 C = (1e-2, 1e4, 1.0)
 PROBE = Stage("probe", {"fc": LogisticRegression(C)})
@@ -111,7 +111,10 @@ def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
 @pytest.mark.slow
 def test_of_equal_penalties_the_stronger_is_taken():
     fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
-    at = [solve._merit(fit._replace(c=c), solve.Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)]
+    at = [
+        linear_probe_stage._merit(fit._replace(c=c), linear_probe_stage.Score(1.0, 0.5, 1.0))
+        for c in (0.1, 1.0, 0.01)
+    ]
     assert max(at) == at[2]
 
 

@@ -35,9 +35,9 @@ from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
 from jaxft.train.objective import Objective
-from jaxft.train.program import program
-from jaxft.train.run import Run
+from jaxft.train.stage_program import program
 from jaxft.train.state import Progress
+from jaxft.train.trainer import Run
 
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")

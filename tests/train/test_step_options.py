@@ -10,13 +10,13 @@ from float64_stages import assert_as_recorded, rows, train
 from test_ddp import MODEL, batch
 
 from jaxft import Anchor, Recipe, Stage, data, plan
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
-from jaxft.train.compilation import flops
+from jaxft.train.compiled_stage import flops
 from jaxft.train.eval_step import eval_step
-from jaxft.train.program import program
+from jaxft.train.stage_program import program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
 EMA = 0.75

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import Header
+from jaxft.checkpoint.contents import Header
 from jaxft.recipe import fields
 from jaxft.train import workdir
 from jaxft.train.workdir import check, check_apart, claim, saved

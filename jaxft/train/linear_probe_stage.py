@@ -9,11 +9,11 @@ import numpy as np
 from jaxft import processes
 from jaxft.labels import Tree, paths
 from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
-from jaxft.train.kept import Inputs
+from jaxft.train.feature_cache import Inputs
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
-from jaxft.train.program import Program
-from jaxft.train.run import Run
+from jaxft.train.stage_program import Program
 from jaxft.train.state import StageState
+from jaxft.train.trainer import Run
 
 
 def solve(run: Run, program: Program, inputs: Inputs, current: StageState) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.labels import Tree, combine, paths, unflatten
 from jaxft.optim.optimizers import restart
+from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.memory import fitting_memory
-from jaxft.train.prefix import block_labels
-from jaxft.train.program import Compiled, Gauge
+from jaxft.train.stage_program import Compiled, Gauge
 from jaxft.train.train_step import TrainState
 from jaxft.train.trial import Trial
 

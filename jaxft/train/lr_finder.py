@@ -14,8 +14,8 @@ import numpy as np
 from jaxft.errors import RecipeError
 from jaxft.optim.schedules import ExponentialLR
 from jaxft.stages import Stage
+from jaxft.train.auto_rgn import BATCHES, set_out
 from jaxft.train.memory import fitting_memory
-from jaxft.train.relative_gradients import BATCHES, set_out
 from jaxft.train.trial import Trial
 
 BETA = 0.98

@@ -26,8 +26,8 @@ from jaxft.train import agreement, export
 from jaxft.train.batch_sizes import batch_sizes, oversized
 from jaxft.train.eval_step import eval_step
 from jaxft.train.extend import check_extension
+from jaxft.train.feature_cache import Kept
 from jaxft.train.interruption import Interruption, interruptible
-from jaxft.train.kept import Kept
 from jaxft.train.metrics import Score
 from jaxft.train.opening import (
     check_image_size,
@@ -38,11 +38,11 @@ from jaxft.train.opening import (
     read_weights,
     wanted_classes,
 )
-from jaxft.train.program import Program
 from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
-from jaxft.train.run import Run
-from jaxft.train.sequence import train_stages
+from jaxft.train.stage_program import Program
 from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
+from jaxft.train.train_stages import train_stages
+from jaxft.train.trainer import Run
 from jaxft.train.workdir import check, check_apart, claim, saved
 from jaxft.weights.description import MARK, STRIDES
 

@@ -4,19 +4,19 @@ from functools import partial
 
 import jax
 
-from jaxft.checkpoint.layout import Snapshot
-from jaxft.train.compilation import Ahead
-from jaxft.train.kept import Inputs
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.report.stage_text import cost, epilogue, gap, spared, title
+from jaxft.train.compiled_stage import Ahead
+from jaxft.train.feature_cache import Inputs
 from jaxft.train.memory import fitting_memory
 from jaxft.train.nonfinite import check_validation
 from jaxft.train.norms import mode_names
-from jaxft.train.program import Compiled, Program
-from jaxft.train.record import cost, epilogue, gap, spared, title
 from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
-from jaxft.train.run import Run
 from jaxft.train.stage import train_stage
+from jaxft.train.stage_program import Compiled, Program
 from jaxft.train.start import Start
 from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
+from jaxft.train.trainer import Run
 
 
 def train_stages(run: Run, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:

@@ -22,10 +22,10 @@ from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.batch_sizes import batch_sizes
 from jaxft.train.execution import groups, sent
+from jaxft.train.feature_cache import Inputs, Kept
 from jaxft.train.interruption import Interruption
-from jaxft.train.kept import Inputs, Kept
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
-from jaxft.train.program import Program
+from jaxft.train.stage_program import Program
 from jaxft.train.state import Progress, header_of
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxft import data
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, steps_per_epoch
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
@@ -26,13 +26,13 @@ from jaxft.recipe import Recipe
 from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
 from jaxft.train.batch_sizes import BatchSizes, batch_sizes
-from jaxft.train.compilation import flops
+from jaxft.train.compiled_stage import flops
 from jaxft.train.eval_step import eval_step
 from jaxft.train.execution import one_by_one
+from jaxft.train.frozen_prefix import Prefix, compile_prefix
 from jaxft.train.metrics import StepRecord
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
-from jaxft.train.prefix import Prefix, compile_prefix
 from jaxft.train.single_image import check_single_image
 from jaxft.train.solvable import check_solvable
 from jaxft.train.train_step import StepConfig, TrainState, train_step

@@ -1,7 +1,7 @@
 """Console text of a stage: its length and cost, and how it ended."""
 
 from jaxft.stage_plan import StagePlan
-from jaxft.train.program import Compiled, Program
+from jaxft.train.stage_program import Compiled, Program
 from jaxft.train.state import Progress
 
 

@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.checkpoint.layout import Snapshot
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source
 from jaxft.data.batches import augmented
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import paths
+from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.norms import layer
-from jaxft.train.prefix import block_labels
-from jaxft.train.program import Compiled, Program
+from jaxft.train.stage_program import Compiled, Program
 
 if TYPE_CHECKING:
-    from jaxft.train.run import Run
+    from jaxft.train.trainer import Run
 
 Half = Literal["train", "val"]
 
