@@ -31,10 +31,23 @@ CHANGES_NOTHING = (
     "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
 # What a stage may say for itself.
-_OF_A_STAGE = (
-    "batch_size", "augment", "views", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
-)  # fmt: skip
 
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Fields of a recipe that a stage may override, resolved for one stage; see `Recipe`."""
+
+    batch_size: int
+    augment: Augment
+    views: int
+    erasing: float
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    balance: Balance
+
+
+_OF_A_STAGE = tuple(field.name for field in dataclasses.fields(StageSettings))
 
 _RATE = "rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 
@@ -273,6 +286,15 @@ class Recipe:
                 f"{stage.accumulate} equal parts; set accumulate to a divisor."
             )
         return recipe
+
+    def settings(self, stage: Stage) -> "StageSettings":
+        """Returns the settings of a stage: its own where it has them, else the recipe's.
+
+        Raises:
+          RecipeError: the stage and the recipe do not go together.
+        """
+        recipe = self.during(stage)
+        return StageSettings(**{field: getattr(recipe, field) for field in _OF_A_STAGE})
 
     def check_own_network(self) -> None:
         """Raises RecipeError for fields that shape jaxft's networks alone."""

@@ -21,8 +21,7 @@ from jaxft.checkpoint.atomic import anywhere
 from jaxft.command_line import check_folder, read_with, run
 from jaxft.report.lr_plot import draw, rate_table, write_curve
 from jaxft.train.compiled_stage import keep_programs
-from jaxft.train.lr_finder import highest, ramp, range_test
-from jaxft.train.trial import named, trial
+from jaxft.train.lr_finder import highest, named, ramp, range_test, trial
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from jaxft.report.console import Console
 from jaxft.train.auto_rgn import BATCHES, block_norms
 from jaxft.train.compiled_stage import keep_programs
 from jaxft.train.frozen_prefix import block_labels
-from jaxft.train.trial import trial
+from jaxft.train.lr_finder import trial
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     keep_programs()
     recipe = read_with(known.config, options)
     tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="E"))
-    norms = block_norms(tried)
+    norms = block_norms(tried.program, tried.params, tried.stats, tried.batches(BATCHES))
     console = Console()
     origin = recipe.weights or "random weights"
     console.say(

@@ -21,7 +21,7 @@ from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, Rows, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
-from jaxft.train.stage_program import Program
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 
@@ -35,7 +35,7 @@ _MOMENTS = {
 
 
 def jax_steps(
-    programs: Sequence[Program],
+    programs: Sequence[StageProgram],
     start: tuple[Tree, Tree],
     epoch: Sequence[Rows],
     *,
@@ -66,7 +66,7 @@ def network(recipe: Recipe, num_classes: int) -> Model:
 
 def programs(
     recipe: Recipe, model: Model, start: tuple[Tree, Tree], epoch: Sequence[Rows]
-) -> tuple[Program, ...]:
+) -> tuple[StageProgram, ...]:
     """The recipe's stages, over these batches."""
     targets = np.concatenate([rows.targets for rows in epoch])
     nothing = np.zeros((len(targets), 1, 1, 3), np.uint8)
@@ -76,7 +76,7 @@ def programs(
 
 
 def _stage(
-    program: Program, at: Snapshot, anchor: Tree, epoch: Sequence[Rows], watch: bool
+    program: StageProgram, at: Snapshot, anchor: Tree, epoch: Sequence[Rows], watch: bool
 ) -> Generator[Step, None, Snapshot]:
     of_params, of_stats = torch_tensors(at.params, at.stats)
     labels = leaf_labels(at.params, program.plan.labels)
@@ -105,7 +105,9 @@ def _stage(
     return at
 
 
-def _outputs(program: Program, params: Tree, stats: Tree, batch: Batch) -> dict[str, jax.Array]:
+def _outputs(
+    program: StageProgram, params: Tree, stats: Tree, batch: Batch
+) -> dict[str, jax.Array]:
     """Of each block; of the last, the logits."""
     model, found = program.model, {}
     x = program.recipe.preprocessing.normalize(batch.image)
@@ -118,7 +120,7 @@ def _outputs(program: Program, params: Tree, stats: Tree, batch: Batch) -> dict[
     return found
 
 
-def _minimised(program: Program, mean: jax.Array, rows: Rows) -> jax.Array:
+def _minimised(program: StageProgram, mean: jax.Array, rows: Rows) -> jax.Array:
     """The loss of a batch, of which a step tells the mean."""
     weights = program.objective.class_weights
     total = np.sum(np.asarray(weights)[rows.targets]) if weights else len(rows.targets)

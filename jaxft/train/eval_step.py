@@ -1,4 +1,4 @@
-"""Evaluation: every example counts once, whatever the batch size."""
+"""The evaluation step: every example counts once, whatever the batch size."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.train.execution import one_by_one
+from jaxft.train.compiled_stage import one_by_one
 from jaxft.train.metrics import Metrics
 
 
@@ -20,22 +20,22 @@ def eval_step(
     *,
     tta: Literal["none", "flip"] = "none",
     first: str | None = None,
-    places: int = 1,
+    steps_per_call: int = 1,
     examples: Mapping[int, int] | None = None,
 ) -> Any:
     """Returns the jitted `(params, stats, batch) -> metrics`, which uses running statistics.
 
-    With `tta="flip"`, test-time augmentation, the logits are averaged over an image and its mirror.
-    Logits, as torchvision's `TenCrop` example does, not probabilities: the mean is logits again, to
-    which loss and calibration apply as to any, and its loss is never above the mean of the two.
-
-    Beginning with the block `first`, a batch has instead of images what the blocks before it make
-    of each and, or not, of its mirror: [b v ...].
-
-    With more `places` than one, so many batches are stacked, and their metrics too; the last
-    argument is how many of them there are.
-
-    examples: see `train_step`.
+    Args:
+      model: the network.
+      preprocessing: normalises the images.
+      tta: `flip` averages the logits over an image and its mirror. It averages logits, as
+        torchvision's `TenCrop` example does, and not probabilities, so that loss and calibration
+        apply to the result; its loss is never above the mean of the two.
+      first: first block to run, if batches hold features of the blocks before it: `[b v ...]`, with
+        one or two views (the mirror) of each image.
+      steps_per_call: above 1, batches are stacked, and so are their metrics; the last argument is
+        the number of batches.
+      examples: see `jaxft.train.train_step.StepConfig`.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Metrics:
@@ -52,9 +52,9 @@ def eval_step(
         return Metrics.of_batch(sum(logits[1:], logits[0]) / len(logits), batch.target, batch.mask)
 
     def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Metrics:
-        def further(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:
+        def one(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:
             return None, step(params, stats, batch)
 
-        return one_by_one(further, None, batches, count)[1]
+        return one_by_one(one, None, batches, count)[1]
 
-    return jax.jit(step if places == 1 else steps)
+    return jax.jit(step if steps_per_call == 1 else steps)

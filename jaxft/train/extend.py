@@ -23,8 +23,8 @@ from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import ABSENT, Difference, differences
 from jaxft.stages import Stage
-from jaxft.train.stage_program import Program
-from jaxft.train.start import Start
+from jaxft.train.opening import Start
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, opt_state_shapes
 
 
@@ -52,8 +52,8 @@ def _is_more(each: Difference) -> bool:
 def check_extension(
     workdir: str | PathLike[str],
     before: Recipe,
-    old: Sequence[Program],
-    new: Sequence[Program],
+    old: Sequence[StageProgram],
+    new: Sequence[StageProgram],
     start: Start,
 ) -> None:
     """Checks that the run can end as if it had been longer from the start.
@@ -90,7 +90,7 @@ def check_extension(
         )
 
 
-def _check_rates(old: Program, new: Program) -> None:
+def _check_rates(old: StageProgram, new: StageProgram) -> None:
     """Raises RecipeError if a schedule that spans the stage would have been another."""
     for group, update in new.plan.updates().items():
         schedule = update.schedule

@@ -1,38 +1,43 @@
-"""A stage's prefix: the first blocks of the network, as far as the stage leaves them as they are.
+"""The frozen prefix of a stage: the first blocks of the network that the stage does not change.
 
-What they make of an image is then the same each time, and can be kept instead of made again: always
-of the images to validate, and of those to train on where they come in as many views as are kept.
+Its features of an image are always the same, so they can be cached instead of computed in each
+step. For training images this needs a fixed number of views.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
-from jaxft.models import Model, Norms
+from jaxft.models import Model, NormMode, Norms
+from jaxft.recipe import Recipe, StageSettings
+from jaxft.stage_plan import StagePlan
 from jaxft.train.norms import layer
-
-Args = tuple[Tree, Tree, Any]
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """What of the network need not run in each step, and what is done about it.
+class FrozenPrefix:
+    """Blocks that a stage leaves as they are, and which of their features are cached.
 
     Attributes:
-      blocks: those that stay as they are, from the input on.
+      blocks: the frozen blocks, from the input on.
       first: the block after them.
-      row: shape and type of what they make of one image.
-      train, val: whether that is kept of the images to train on, and to validate.
-      reason: why not of those to train on.
-      mib: all that is kept, of `views` views of each image to train on.
-      cuts: the blocks at which it is cut into programs: where prefixes of the run's stages end.
-      taps: those of them whose output later stages want; the same pass over the images makes it.
+      row: shape and dtype of the features of one image.
+      train, val: whether the features of training and validation images are cached.
+      reason: why those of the training images are not.
+      mib: size of all cached features in MiB.
+      room: size that the recipe allows, in MiB.
+      batch_size: images per pass, on which the last bits of the features depend.
+      same_views: whether the training images look the same in all stages where this is true.
+      cuts: blocks at which the prefix is cut into programs: the ends of the prefixes of all stages.
+      taps: cuts whose features later stages need; the same pass over the images computes them.
     """
 
     blocks: tuple[str, ...] = ()
@@ -42,17 +47,128 @@ class Prefix:
     val: bool = False
     reason: str = "it has not been asked for"
     mib: float = 0.0
+    room: int = 0
+    batch_size: int = 0
+    same_views: bool = False
     cuts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """The last block of each prefix that a pass over the images is for, this one's last."""
+        """Last block of each prefix that a pass over the images serves, this one's last."""
         return (*self.taps, *self.blocks[-1:])
 
 
+def frozen_prefix(
+    plan: StagePlan,
+    recipe: Recipe,
+    settings: StageSettings,
+    model: Model,
+    norms: Mapping[str, NormMode],
+    like: tuple[Tree, Tree],
+    *,
+    images: tuple[int, int],
+    epochs: int,
+) -> FrozenPrefix:
+    """Returns the frozen prefix of a stage by itself; see `connect`.
+
+    Args:
+      plan: the stage over the network's parameters.
+      recipe: the run's recipe.
+      settings: settings of the stage.
+      model: the network.
+      norms: mode of each norm layer.
+      like: parameters and statistics, or their shapes.
+      images: number of training and validation images.
+      epochs: length of the stage.
+    """
+    solved = plan.stage.solver is not None
+    params, stats = like
+    blocks, why = inert_blocks(model, params, plan.labels, norms)
+    if not blocks:
+        return FrozenPrefix(reason=why)
+    side = recipe.preprocessing.image_size
+    features, _ = jax.eval_shape(
+        partial(model.apply, norms="running", last=blocks[-1]),
+        *(params, stats, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
+    )
+    row = jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
+    mib = row.size * row.dtype.itemsize / 2**20
+    to_train, to_validate = images
+    of_val = mib * to_validate * (2 if recipe.tta == "flip" else 1)
+    of_both = of_val + mib * to_train * (1 if solved else _views(settings))
+    field = "disk_cache_mib" if recipe.disk_cache_mib else "cache_mib"
+    room = getattr(recipe, field)
+    # A linear probe needs all features at once, whatever the room.
+    reason = "" if solved else _why_not(recipe, settings, epochs)
+    if not reason and not solved and of_both > room:
+        reason = f"what comes out is {of_both:,.0f} MiB, and {field} {room}"
+    train, val = not reason, solved or of_val <= room
+    return FrozenPrefix(
+        blocks,
+        model.blocks[len(blocks)],
+        row,
+        train,
+        val,
+        reason,
+        mib=of_both if train else of_val if val else 0.0,
+        room=room,
+        batch_size=settings.batch_size,
+        same_views=solved or settings.augment == "none",
+    )
+
+
+def connect(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
+    """Returns the prefixes of a run's stages with their cuts and taps."""
+    ends = {end for each in prefixes for end in each.blocks[-1:]}
+    return [
+        replace(
+            prefix,
+            cuts=tuple(block for block in prefix.blocks if block in ends),
+            taps=_taps(prefix, prefixes[index + 1 :]),
+        )
+        for index, prefix in enumerate(prefixes)
+    ]
+
+
+def _taps(prefix: FrozenPrefix, later: Sequence[FrozenPrefix]) -> tuple[str, ...]:
+    """Returns the ends of later prefixes whose features this one's pass computes, if they fit."""
+    ends: list[str] = []
+    free, intact = prefix.room - prefix.mib, len(prefix.blocks)
+    for other in later if prefix.val else ():
+        depth = len(other.blocks)
+        # Features of other views of the training images would be of no use.
+        useless = prefix.train and not (other.train and prefix.same_views and other.same_views)
+        same = other.val and other.batch_size == prefix.batch_size
+        if same and not useless and 0 < depth < intact and other.mib <= free:
+            free -= other.mib
+            ends.insert(0, other.blocks[-1])
+        intact = min(intact, depth)
+    return tuple(ends)
+
+
+def _views(settings: StageSettings) -> int:
+    """Returns the number of views of each training image; 0: one for each epoch."""
+    return 1 if settings.augment == "none" else settings.views
+
+
+def _why_not(recipe: Recipe, settings: StageSettings, epochs: int) -> str:
+    """Returns why the features of the training images cannot be cached, if they cannot."""
+    if settings.erasing or settings.mixup or settings.cutmix:
+        return "erasing, mixup and cutmix change the images in each step"
+    if recipe.drop_path:
+        return "drop_path leaves out other blocks in each step"
+    if not _views(settings):
+        return f"augment={settings.augment!r} draws a new view each epoch; views=K keeps to K"
+    if settings.balance == "sampling" and settings.augment != "none":
+        return "balance='sampling' draws views of their own for what an epoch repeats"
+    if _views(settings) >= epochs:
+        return "each view is seen once"
+    return ""
+
+
 def block_labels(model: Model, params: Tree) -> Tree:
-    """The label tree in which each parameter has the name of its block."""
+    """Returns the label tree in which each parameter has the name of its block."""
     named = zip(model.blocks, model.block_patterns, strict=True)
     rules: dict[Pattern, str] = {p: block for block, patterns in named for p in patterns}
     return label(params, rules)
@@ -61,7 +177,7 @@ def block_labels(model: Model, params: Tree) -> Tree:
 def inert_blocks(
     model: Model, params: Tree, labels: Tree, norms: Norms
 ) -> tuple[tuple[str, ...], str]:
-    """The longest run of blocks from the input that stay as they are, and why the next does not."""
+    """Returns the longest run of unchanged blocks from the input, and why the next one changes."""
     modes = dict.fromkeys(map(layer, paths(params)), norms) if isinstance(norms, str) else norms
     changing: dict[str, str] = {}
     names, of_block = leaf_labels(params, labels), jax.tree.leaves(block_labels(model, params))
@@ -75,15 +191,25 @@ def inert_blocks(
 
 
 def compile_prefix(
-    model: Model, preprocessing: Preprocessing, devices: Devices, cuts: Sequence[str], like: Args
+    model: Model,
+    preprocessing: Preprocessing,
+    devices: Devices,
+    cuts: Sequence[str],
+    like: tuple[Tree, Tree, Any],
 ) -> dict[str, Any]:
-    """The compiled `(params, stats, x) -> output` of the blocks up to each of `cuts`, by the cut.
+    """Compiles `(params, stats, x) -> features` for the blocks up to each of `cuts`.
 
-    A program for each: what is kept is then the same to the last bit, whichever stage made it and
-    whatever more it made. Shapes are `like` those of a first call, whose `x` are images, uint8
-    [b h w 3].
+    A program for each cut makes the features the same to the last bit, whichever stage computes
+    them.
+
+    Args:
+      model: the network.
+      preprocessing: normalises the images.
+      devices: where the programs run.
+      cuts: blocks at which the prefix is cut.
+      like: arguments of the first program, or their shapes; `x` is uint8 images `[b h w 3]`.
     """
-    made: dict[str, Any] = {}
+    programs: dict[str, Any] = {}
     params, stats, x = like
     first = model.blocks[0]
     for last in cuts:
@@ -91,11 +217,11 @@ def compile_prefix(
         def step(
             params: Tree, stats: Tree, x: jax.Array, first: str = first, last: str = last
         ) -> jax.Array:
-            x = x if made else preprocessing.normalize(x)
+            x = x if programs else preprocessing.normalize(x)
             return model.apply(params, stats, x, norms="running", first=first, last=last)[0]
 
         lowered = jax.jit(step).lower(params, stats, x)
         x = devices.abstract_batch(lowered.out_info)
-        made[last] = lowered.compile()
+        programs[last] = lowered.compile()
         first = model.blocks[model.blocks.index(last) + 1]
-    return made
+    return programs

@@ -16,6 +16,9 @@ from jax.typing import ArrayLike
 
 from jaxft.labels import Tree
 
+_SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
+_SLOW_SECONDS = 2.0  # an epoch, below which it is not
+
 
 @dataclass(frozen=True)
 class Score:
@@ -103,6 +106,13 @@ class StepRecord(NamedTuple):
     weight: jax.Array | None = None
 
 
+class GradientNorms(NamedTuple):
+    """L2 norms of gradients and weights by label, scalars."""
+
+    gradients: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """Sums over the steps of an epoch so far; a checkpoint within an epoch holds them.
@@ -180,6 +190,25 @@ class EpochMetrics:
             "input_wait_seconds": self.idle,
             "peak_memory_mib": _peak_memory_mib(),
         }
+
+    def input_advice(self, epoch: int, *, workers: int, cores: int, cached: bool) -> str | None:
+        """Returns a sentence if reading images slows the run and something can be done about it.
+
+        Args:
+          epoch: number of the epoch in the stage, from 1; in the first one the cache only fills.
+          workers: threads that read images.
+          cores: cores of the machine.
+          cached: whether all training images are in memory.
+        """
+        is_short = self.idle < _SLOW_SECONDS or self.idle < _SLOW_SHARE * self.seconds
+        if epoch == 1 or is_short:
+            return None
+        ways = ["more workers (--workers)"] if workers < cores else []
+        ways += [] if cached else ["a larger --cache-mib"]
+        if not ways:
+            return None
+        share = self.idle / self.seconds
+        return f"Reading images took {share:.0%} of epoch {epoch}: {' or '.join(ways)} would help."
 
     def _mean(self, norms: Mapping[str, float]) -> dict[str, float]:
         return {group: x / self.steps if self.steps else math.nan for group, x in norms.items()}

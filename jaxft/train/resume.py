@@ -24,22 +24,24 @@ from jaxft.stages import Stage
 from jaxft.train.extend import from_end, reopened
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.opening import open_programs
-from jaxft.train.stage_program import Program
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, StageState, item_shapes, opt_state_shapes
-from jaxft.train.trainer import Run
+from jaxft.train.trainer import Trainer
 from jaxft.train.workdir import saved
 from jaxft.weights.description import check_options
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head_classes import Order, class_order, reordered, reordering
 
 
-def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, StageState | Snapshot] | None:
+def resume(
+    trainer: Trainer, params: Tree, stats: Tree
+) -> tuple[Progress, StageState | Snapshot] | None:
     """Reads the newest checkpoint of the run that can be read.
 
     Prints a remark on each newer one.
 
     Args:
-      run: the run.
+      trainer: the run's trainer.
       params, stats: parameters and statistics, or their shapes.
 
     Returns:
@@ -49,11 +51,11 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, StageState | 
     Raises:
       CheckpointError: the images have changed; or see `Checkpoints.newest`.
     """
-    data = run.data  # before the first step, while the files are those that were checked
+    data = trainer.data  # before the first step, while the files are those that were checked
 
     def check(progress: Progress, header: Header) -> None:
         if changed := changes(header.data, data):
-            path = run.checkpoints.path(progress.step)
+            path = trainer.checkpoints.path(progress.step)
             raise CheckpointError(
                 f"the images have changed since {path} was written:"
                 + "".join(f"\n  {line}" for line in changed)
@@ -67,23 +69,23 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, StageState | 
         check(progress, header)
         ended = bool(progress.ended)
         # The end of a stage has the groups of the recipe that wrote it.
-        programs = _programs_of(run, header, params, stats) if ended else run.programs
+        programs = _programs_of(trainer, header, params, stats) if ended else trainer.programs
         shapes = item_shapes(programs, progress.stage, params, stats, ended=ended)
-        return run.devices.abstract(shapes)
+        return trainer.devices.abstract(shapes)
 
-    _drop_end_of_longer_stage(run, check)
-    found = run.checkpoints.newest(like)
+    _drop_end_of_longer_stage(trainer, check)
+    found = trainer.checkpoints.newest(like)
     if found is None:
-        run.metrics.begin()
+        trainer.metrics.begin()
         return None
     header = Header.from_json(found.progress)
-    run.metrics.begin(header.rows)
+    trainer.metrics.begin(header.rows)
     for remark in found.remarks:
-        run.console.say(remark)
+        trainer.console.say(remark)
     progress = Progress.from_fields(header.progress)
-    program = run.programs[progress.stage]
-    if (done := _steps_if_reopened(run, progress, header)) is not None:
-        run.console.say(
+    program = trainer.programs[progress.stage]
+    if (done := _steps_if_reopened(trainer, progress, header)) is not None:
+        trainer.console.say(
             f"Stage {program.plan.stage.name!r} had ended ({progress.ended}), and there is no "
             "earlier checkpoint of it to read: it goes on from what it handed on."
         )
@@ -92,62 +94,68 @@ def resume(run: Run, params: Tree, stats: Tree) -> tuple[Progress, StageState | 
         if progress.position:
             current.epoch_metrics = EpochMetrics.from_fields(header.epoch_metrics)
         return progress, current
-    run.console.say(_where(program, progress))
+    trainer.console.say(_where(program, progress))
     if progress.ended:
         return progress, Arrays.from_items(found.arrays).current
     return progress, StageState.restored(program, header, found.arrays)
 
 
-def _drop_end_of_longer_stage(run: Run, check: Callable[[Progress, Header], None]) -> None:
+def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Header], None]) -> None:
     """Drops the newest checkpoint if it is the end of a stage that has become longer.
 
     The one before it in the stage then counts. Without one, the end stays.
     """
-    *_, earlier, newest = (0, 0, *run.checkpoints.steps())
+    *_, earlier, newest = (0, 0, *trainer.checkpoints.steps())
     if not earlier:
         return
     try:
-        headers = [Header.from_json(run.checkpoints.progress(step)) for step in (newest, earlier)]
-        run.checkpoints.verify(earlier)
+        headers = [
+            Header.from_json(trainer.checkpoints.progress(step)) for step in (newest, earlier)
+        ]
+        trainer.checkpoints.verify(earlier)
     except CheckpointError:
         return  # `Checkpoints.newest` reports it
     end, before = (Progress.from_fields(header.progress) for header in headers)
     within = before.stage == end.stage and not before.ended
-    if within and _steps_if_reopened(run, end, headers[0]) is not None:
+    if within and _steps_if_reopened(trainer, end, headers[0]) is not None:
         check(end, headers[0])
-        run.console.say(
-            f"Stage {run.recipe.stages[end.stage].name!r} had ended ({end.ended}). It has "
+        trainer.console.say(
+            f"Stage {trainer.recipe.stages[end.stage].name!r} had ended ({end.ended}). It has "
             f"become longer, and goes on from step {earlier}, the last one saved before."
         )
-        run.checkpoints.drop(newest)
+        trainer.checkpoints.drop(newest)
 
 
-def _steps_if_reopened(run: Run, progress: Progress, header: Header) -> int | None:
+def _steps_if_reopened(trainer: Trainer, progress: Progress, header: Header) -> int | None:
     """Returns the result of `jaxft.train.extend.reopened` for the stage of a checkpoint."""
-    if _has_same_stages(run, header):
+    if _has_same_stages(trainer, header):
         return None
-    program = run.programs[progress.stage]
+    program = trainer.programs[progress.stage]
     before = _stages(header)[progress.stage]
     return reopened(before, program.plan.stage, progress, program.steps_per_epoch)
 
 
-def _has_same_stages(run: Run, header: Header) -> bool:
-    return bool(header.recipe["stages"] == recipes.fields(run.recipe)["stages"])
+def _has_same_stages(trainer: Trainer, header: Header) -> bool:
+    return bool(header.recipe["stages"] == recipes.fields(trainer.recipe)["stages"])
 
 
 def _stages(header: Header) -> tuple[Stage, ...]:
     return recipes.from_fields(header.recipe, source="the checkpoint's recipe").stages
 
 
-def _programs_of(run: Run, header: Header, params: Tree, stats: Tree) -> tuple[Program, ...]:
+def _programs_of(
+    trainer: Trainer, header: Header, params: Tree, stats: Tree
+) -> tuple[StageProgram, ...]:
     """Returns the programs of the recipe in a checkpoint's header."""
-    if _has_same_stages(run, header):
-        return run.programs
-    recipe = dataclasses.replace(run.recipe, stages=_stages(header))
-    return open_programs(recipe, run.programs[0].model, run.splits, run.devices, (params, stats))
+    if _has_same_stages(trainer, header):
+        return trainer.programs
+    recipe = dataclasses.replace(trainer.recipe, stages=_stages(header))
+    return open_programs(
+        recipe, trainer.programs[0].model, trainer.splits, trainer.devices, (params, stats)
+    )
 
 
-def _where(program: Program, progress: Progress) -> str:
+def _where(program: StageProgram, progress: Progress) -> str:
     if progress.ended:
         where = f"ended after epoch {progress.epoch}"
     elif progress.position:
@@ -254,7 +262,7 @@ def in_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[str]) -
 
 
 def check_fork(
-    fork: Fork, index: int, programs: Sequence[Program], params: Tree, stats: Tree
+    fork: Fork, index: int, programs: Sequence[StageProgram], params: Tree, stats: Tree
 ) -> None:
     """Checks that the arrays of the fork fit the new recipe.
 
@@ -272,7 +280,7 @@ def check_fork(
 
 
 def _taken_over(
-    index: int, programs: Sequence[Program], params: Tree, stats: Tree
+    index: int, programs: Sequence[StageProgram], params: Tree, stats: Tree
 ) -> dict[str, Tree]:
     """Returns the shapes of the items that the stage after `index` reads.
 
@@ -283,27 +291,27 @@ def _taken_over(
     return {name: tree for name, tree in items.items() if keeps or name in WEIGHTS}
 
 
-def read_fork(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
+def read_fork(trainer: Trainer, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
     """Reads the arrays at the end of the fork's stage.
 
     Args:
-      run: the new run.
+      trainer: the new run's trainer.
       fork: end of the other run's stage; see `check_fork`.
       params, stats: parameters and statistics, or their shapes.
     """
-    index = stage_of_fork(fork, run.recipe)
-    like = _taken_over(index, run.programs, params, stats)
+    index = stage_of_fork(fork, trainer.recipe)
+    like = _taken_over(index, trainer.programs, params, stats)
     if set(Snapshot._fields) <= like.keys():
         with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
-            items = checkpoints.restore(fork.step, run.devices.abstract(like))
+            items = checkpoints.restore(fork.step, trainer.devices.abstract(like))
         snapshot = Arrays.from_items(items).current
     else:
         trees = weights_only.read_weights(fork.checkpoint)
-        fresh = jax.jit(run.programs[index].transform.init)(trees[0])
-        snapshot = Snapshot(*run.devices.put((*trees, fresh)))
+        fresh = jax.jit(trainer.programs[index].transform.init)(trees[0])
+        snapshot = Snapshot(*trainer.devices.put((*trees, fresh)))
     if fork.order:
-        snapshot = Snapshot(*reordered(run.programs[0].model, tuple(snapshot), fork.order))
-    arrays = run.devices.host((snapshot.params, snapshot.stats))
+        snapshot = Snapshot(*reordered(trainer.programs[0].model, tuple(snapshot), fork.order))
+    arrays = trainer.devices.host((snapshot.params, snapshot.stats))
     check_finite(
         f"the end of stage {fork.stage!r} of {fork.workdir} (0 is params, 1 is stats)",
         paths(arrays),
@@ -312,18 +320,18 @@ def read_fork(run: Run, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
     return snapshot
 
 
-def begin_fork(run: Run, fork: Fork, score: Score, snapshot: Snapshot) -> Progress:
+def begin_fork(trainer: Trainer, fork: Fork, score: Score, snapshot: Snapshot) -> Progress:
     """Saves the end of the fork's stage as the new run's first checkpoint; returns its progress.
 
     From here on the run is an ordinary one. `score` is the validation score of the arrays in this
     run, whose images, preprocessing and seed may differ from the other run's.
     """
     progress = dataclasses.replace(
-        Progress.at_start(stage_of_fork(fork, run.recipe), fork.step, score),
+        Progress.at_start(stage_of_fork(fork, trainer.recipe), fork.step, score),
         ended=f"it is that of {fork.workdir}",
     )
     metrics = EpochMetrics.from_fields(fork.header.epoch_metrics)
-    run.save(progress, metrics, Arrays(snapshot).to_items(), keep=True)
+    trainer.save(progress, metrics, Arrays(snapshot).to_items(), keep=True)
     return progress
 
 

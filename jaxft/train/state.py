@@ -17,7 +17,7 @@ from jaxft.optim.carry import carry_with_remarks
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.norms import layer
-from jaxft.train.stage_program import Program
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
 
 
@@ -142,13 +142,15 @@ class StageState:
     _ticked: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def at_start(cls, program: Program, progress: Progress, current: Snapshot) -> "StageState":
+    def at_start(cls, program: StageProgram, progress: Progress, current: Snapshot) -> "StageState":
         """Returns the start of a stage; its arrays are the candidate 0 for the best epoch."""
         state, frozen = program.state(current)
         return cls(progress, state, frozen, best=current)
 
     @classmethod
-    def restored(cls, program: Program, header: Header, items: Mapping[str, Tree]) -> "StageState":
+    def restored(
+        cls, program: StageProgram, header: Header, items: Mapping[str, Tree]
+    ) -> "StageState":
         """Returns the state in a checkpoint within a stage."""
         arrays = Arrays.from_items(items)
         state, frozen = program.state(arrays.current)
@@ -163,7 +165,7 @@ class StageState:
         """The arrays that validation sees: their average, if the stage has one."""
         return shown(self.state, self.frozen)
 
-    def items(self, program: Program) -> dict[str, Tree]:
+    def items(self, program: StageProgram) -> dict[str, Tree]:
         """Returns the arrays of a checkpoint within the stage, by item."""
         trainable, stats, opt_state, average = self.state
         current = Snapshot(combine(trainable, self.frozen), stats, opt_state)
@@ -196,7 +198,7 @@ def shown(state: TrainState, frozen: Tree) -> Snapshot:
     return Snapshot(combine(trainable, frozen), stats, state.opt_state)
 
 
-def changing(program: Program, snapshot: Snapshot) -> Snapshot:
+def changing(program: StageProgram, snapshot: Snapshot) -> Snapshot:
     """Keeps the arrays that the stage's steps change and replaces all others by None."""
     trainable, _ = partition(snapshot.params, program.plan.labels)
     stats = [
@@ -207,7 +209,7 @@ def changing(program: Program, snapshot: Snapshot) -> Snapshot:
 
 
 def item_shapes(
-    programs: Sequence[Program], stage: int, params: Tree, stats: Tree, *, ended: bool = False
+    programs: Sequence[StageProgram], stage: int, params: Tree, stats: Tree, *, ended: bool = False
 ) -> dict[str, Tree]:
     """Returns the items of a checkpoint within a stage, or of its end, as shapes."""
     snapshot = Snapshot(params, stats, opt_state_shapes(programs, stage, params))
@@ -217,7 +219,7 @@ def item_shapes(
     return Arrays(snapshot, changing(programs[stage], snapshot), average).to_items()
 
 
-def opt_state_shapes(programs: Sequence[Program], stage: int, params: Tree) -> optax.OptState:
+def opt_state_shapes(programs: Sequence[StageProgram], stage: int, params: Tree) -> optax.OptState:
     """Returns the shapes of a stage's optimizer state, with the parked groups of all before it."""
 
     def opt_state(params: Tree) -> optax.OptState:
@@ -230,7 +232,7 @@ def opt_state_shapes(programs: Sequence[Program], stage: int, params: Tree) -> o
 
 
 def next_opt_state(
-    program: Program, before: optax.OptState, fresh: optax.OptState
+    program: StageProgram, before: optax.OptState, fresh: optax.OptState
 ) -> tuple[optax.OptState, list[str]]:
     """Returns the optimizer state at a stage's start, from the stage before; and remarks."""
     if program.plan.stage.carry == "reset":

@@ -17,7 +17,7 @@ from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.optim import gradients
 from jaxft.optim.optimizers import pass_step
-from jaxft.train.metrics import Metrics, StepRecord
+from jaxft.train.metrics import GradientNorms, Metrics, StepRecord
 from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 
@@ -90,7 +90,7 @@ class StepConfig:
 def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord]]:
     """Returns the jitted step `(state, frozen, batch, key, start=None) -> (state, record)`.
 
-    The loss is that of `config.objective`. Only the trainable half has gradients, so that the
+    Only the trainable half has gradients, so that the
     compiled step has no backward pass through the blocks before it. The state is donated: its
     buffers become the next state's.
 
@@ -147,6 +147,32 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         return config.devices.constrain((new, record)) if config.devices else (new, record)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def gradient_norms(
+    step: Callable[..., tuple[TrainState, StepRecord]], labels: Tree
+) -> Callable[..., GradientNorms]:
+    """Returns a function of a step's arguments that takes no step and donates no state.
+
+    It returns the norms of a batch's gradients and of the weights that train, by `labels`. The
+    gradients' norms are NaN where the loss or any gradient is not finite.
+
+    Args:
+      step: a step built with `keep_gradients`.
+      labels: label tree of the parameters.
+    """
+    groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
+
+    def norms(state: TrainState, *batch: Any) -> GradientNorms:
+        record = step(state, *batch)[1]
+        # The record of a step that is skipped is zero.
+        grad_norms = jax.tree.map(
+            lambda norm: jnp.where(record.finite, norm, jnp.nan),
+            gradients.group_norms(record.gradients, groups),
+        )
+        return GradientNorms(grad_norms, gradients.group_norms(state.trainable, groups))
+
+    return norms
 
 
 def _gradient(

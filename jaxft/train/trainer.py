@@ -1,4 +1,4 @@
-"""A run: what stays the same from its first stage to its last."""
+"""The trainer: everything that the stages of a run share."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -11,6 +11,7 @@ import jax
 from jaxft import data
 from jaxft import recipe as recipes
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
 from jaxft.distributed import Devices
@@ -21,31 +22,38 @@ from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.train.batch_sizes import batch_sizes
-from jaxft.train.execution import groups, sent
-from jaxft.train.feature_cache import Inputs, Kept
+from jaxft.train.compiled_stage import CompiledStage, groups, sent
+from jaxft.train.feature_cache import FeatureCache, StageFeatures
 from jaxft.train.interruption import Interruption
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
-from jaxft.train.stage_program import Program
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, header_of
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What all stages share.
+class Trainer:
+    """Everything that the stages of a run share: evaluation, checkpoints, stop requests.
 
     Attributes:
-      programs: one a stage.
+      recipe: the run's recipe.
+      splits: training and validation images.
+      programs: a program for each stage.
+      devices: where the run runs.
       eval_step: see `jaxft.train.eval_step.eval_step`.
-      start: the parameters that the run started from, if a stage has an anchor.
-      kept: what stages keep of their prefixes.
-      seen: batches to validate, in memory; likely the same.
+      checkpoints: the run's checkpoints.
+      metrics: `metrics.jsonl` and TensorBoard.
+      console: where it prints.
+      interruption: whether a signal has come.
+      start: parameters that the run started from, if a stage has an anchor.
+      feature_cache: features of frozen prefixes.
+      batch_cache: validation batches, in memory; may be the same cache.
     """
 
     recipe: Recipe
     splits: Splits
-    programs: tuple[Program, ...]
+    programs: tuple[StageProgram, ...]
     devices: Devices
     eval_step: Callable[[Tree, Tree, Batch], Metrics]
     checkpoints: Checkpoints
@@ -53,8 +61,8 @@ class Run:
     console: Console
     interruption: Interruption
     start: Tree | None
-    kept: Kept
-    seen: Kept
+    feature_cache: FeatureCache
+    batch_cache: FeatureCache
 
     @cached_property
     def data(self) -> dict[str, object]:
@@ -80,24 +88,45 @@ class Run:
         self.checkpoints.save(progress.step, header.to_json(), items, keep=keep)
 
     def stop_asked(self) -> bool:
-        """Whether a signal has come, to any process; all must ask, at the same point."""
+        """Returns whether a signal came, to any process; all must ask at the same point."""
         return agree(self.interruption.signal is not None)
 
-    def evaluate(self, params: Tree, stats: Tree, inputs: Inputs | None = None) -> Score | None:
-        """The score on the validation images, each counted once; none if a signal has come.
+    def features(
+        self, program: StageProgram, compiled: CompiledStage, snapshot: Callable[[], Snapshot]
+    ) -> StageFeatures:
+        """Returns the features of a stage's frozen prefix; `snapshot` returns arrays with it."""
+        return StageFeatures(
+            program,
+            compiled,
+            snapshot,
+            self.splits,
+            self.devices,
+            self.feature_cache,
+            self.of_each_batch,
+            self.stopped,
+        )
 
-        inputs: what the images have become, to begin with.
+    def evaluate(
+        self, params: Tree, stats: Tree, features: StageFeatures | None = None
+    ) -> Score | None:
+        """Returns the score on the validation images, each counted once; None if a signal came.
+
+        Args:
+          params, stats: the weights.
+          features: the stage's cached features, to start from them if there are any.
         """
-        val, places = self.splits.val, self.recipe.steps_per_execution
-        if inputs is None or inputs.score is None:
+        val, steps_per_call = self.splits.val, self.recipe.steps_per_execution
+        if features is None or features.compiled.score is None:
             step = partial(self.eval_step, params, stats)
-            batches = self.of_each_batch(val, step, places=places, replayed=True)
-        elif (rows := inputs.val()) is None:
+            batches = self.of_each_batch(val, step, steps_per_call=steps_per_call, replayed=True)
+        elif (rows := features.val()) is None:
             return None
         else:
-            step = partial(inputs.score, params, stats)
-            size = inputs.batch_size
-            batches = self.of_each_batch(val, step, batch_size=size, places=places, kept=rows)
+            step = partial(features.compiled.score, params, stats)
+            size = features.program.settings.batch_size
+            batches = self.of_each_batch(
+                val, step, batch_size=size, steps_per_call=steps_per_call, kept=rows
+            )
         return None if batches is None else Metrics.total(batches).score
 
     def of_each_batch(
@@ -106,16 +135,22 @@ class Run:
         step: Callable[..., T],
         *,
         batch_size: int | None = None,
-        places: int = 1,
+        steps_per_call: int = 1,
         replayed: bool = False,
         **instead: Any,
     ) -> list[T] | None:
-        """What a compiled step makes of the source's images in their order, each seen once.
+        """Calls a compiled step for the source's images in their order, each seen once.
 
-        With more `places` than one it is given up to so many batches, stacked, and their number
-        (see `jaxft.train.execution`). `batch_size` is the recipe's by default; for what may be
-        `instead` of the images as they are evaluated see `jaxft.data.eval_batches`. Those to
-        validate may be `replayed` from memory. None if a signal has come.
+        Args:
+          source: the images.
+          step: see `jaxft.train.compiled_stage.sent` for its arguments.
+          batch_size: the recipe's by default.
+          steps_per_call: number of batches that `step` receives at once.
+          replayed: whether batches may come from memory, as those to validate may.
+          instead: arguments of `jaxft.data.eval_batches` that replace the evaluation view.
+
+        Returns:
+          The result of each call; None if a signal came.
         """
         recipe, size = self.recipe, batch_size or self.recipe.batch_size
         sizes = batch_sizes(self.programs[0].model, self.devices, len(source), size)
@@ -131,18 +166,21 @@ class Run:
         )
         if replayed:
             count = data.steps_per_epoch(source, size)
-            batches = self.seen.replayed(("images", size), batches, count)
-        made: list[T] = []
+            batches = self.batch_cache.replayed(("images", size), batches, count)
+        results: list[T] = []
         with closing(batches):
-            for index, group in enumerate(groups(batches, places)):
-                made.append(step(*sent(self.devices, group, places)))
-                jax.block_until_ready(made[-2:-1])  # or the host fills the device ahead
-                if index * places % recipe.sync_steps < places and self.stop_asked():
+            for index, group in enumerate(groups(batches, steps_per_call)):
+                results.append(step(*sent(self.devices, group, steps_per_call)))
+                jax.block_until_ready(results[-2:-1])  # or the host fills the device ahead
+                if (
+                    index * steps_per_call % recipe.sync_steps < steps_per_call
+                    and self.stop_asked()
+                ):
                     return None
-        return made
+        return results
 
     def stopped(self) -> InterruptedRunError:
-        """The error of a run that has been asked to stop, and has nothing to save."""
+        """Returns the error of a run that a signal has stopped, and that has nothing to save."""
         saved = self.checkpoints.latest_step()
         where = f"step {saved} is saved" if saved else "nothing has been trained yet"
         return self.interruption.error(f"came, and {where}. The same command goes on from there")

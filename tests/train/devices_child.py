@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxft import distributed, processes
 from jaxft.report.console import Bar
-from jaxft.train.stage_program import Program
+from jaxft.train.stage_program import StageProgram
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 
@@ -45,7 +45,7 @@ def main(lines, *joining):
         advance(bar, loss, taken)
 
     Bar.advance = counted
-    compile = Program.compile
+    compile = StageProgram.compile
 
     def weighed(program, shapes):
         compiled = compile(program, shapes)
@@ -55,7 +55,7 @@ def main(lines, *joining):
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)
         return compiled
 
-    Program.compile = weighed
+    StageProgram.compile = weighed
     code = 0
     for arguments, steps in json.loads(lines):  # noqa: B007
         try:

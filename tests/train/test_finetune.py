@@ -33,7 +33,7 @@ from jaxft.recipe import read
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics
-from jaxft.train.start import drawn
+from jaxft.train.opening import drawn
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 

@@ -14,7 +14,7 @@ from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
-from jaxft.train.trainer import Run
+from jaxft.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_pat
     workdir = tmp_path / "killed"
     scores = iter([Score(1.0, 0.5, 1.0), None])
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", lambda *_: next(scores))
+        patch.setattr(Trainer, "evaluate", lambda *_: next(scores))
         with pytest.raises(InterruptedRunError, match="step 4 is saved"):
             go_on(workdir)
     with monkeypatch.context() as patch:
@@ -92,7 +92,7 @@ def test_the_row_of_an_epoch_whose_end_is_lost_is_not_there_twice(whole, tmp_pat
 def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatch):
     """Of the run's start, of an epoch, and of the same once more."""
     workdir = tmp_path / "killed"
-    real = Run.evaluate
+    real = Trainer.evaluate
     for call in (1, 2, 1):
         calls = []
 
@@ -103,7 +103,7 @@ def test_validation_that_was_cut_short_is_done_again(whole, tmp_path, monkeypatc
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "evaluate", failing)
+            patch.setattr(Trainer, "evaluate", failing)
             with pytest.raises(KilledError):
                 go_on(workdir)
     go_on(workdir)

@@ -14,10 +14,10 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening
-from jaxft.train.feature_cache import Kept
+from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.state import Progress
-from jaxft.train.trainer import Run
+from jaxft.train.trainer import Trainer
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
@@ -74,7 +74,7 @@ def test_a_run_is_the_same_with_and_without(recipe, kept, tmp_path):
 def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
-    real, used = Kept.add, []
+    real, used = FeatureCache.add, []
 
     def add(self, key, tree):
         real(self, key, tree)
@@ -82,7 +82,7 @@ def test_on_disk_it_is_the_same_and_leaves_nothing(kept, disk, tmp_path, monkeyp
         used.append((usage.used, list(disk.folder.iterdir())))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "add", add)
+        patch.setattr(FeatureCache, "add", add)
         go_on(tmp_path / "run", recipe)
     assert_same_end(tmp_path / "run", kept)
     assert max(used)[0] > 2**17  # 230 images of a KiB, by two prefixes
@@ -102,7 +102,12 @@ def test_killed_anywhere_it_ends_the_same(kept, tmp_path, monkeypatch):
                 go_on(tmp_path / "run", PLAIN)
         if step == 12:
             with monkeypatch.context() as patch:
-                die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
+                die(
+                    patch,
+                    Trainer,
+                    "of_each_batch",
+                    lambda run, source, _: source is run.splits.train,
+                )
                 with pytest.raises(KilledError):
                     go_on(tmp_path / "run", PLAIN)
     go_on(tmp_path / "run", PLAIN)
@@ -115,7 +120,7 @@ def test_asked_to_stop_while_a_prefix_is_at_work(tmp_path, monkeypatch):
     # Of 13 batches to validate, twice: by all blocks, and then by the head; and of 4 to train on.
     asked = iter([False] * (2 * 13 + 2) + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "stop_asked", lambda _: next(asked))
+        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
             go_on(tmp_path / "run", recipe)
     for workdir in ("run", "unbroken"):
@@ -138,7 +143,7 @@ def test_as_many_views_as_epochs_are_as_without_end(tmp_path):
 
 def passes(recipe, workdir, monkeypatch):
     """Which half each pass over images was of, in order."""
-    real, found = Run.of_each_batch, []
+    real, found = Trainer.of_each_batch, []
 
     def counted(run, source, step, **options):
         if options.get("kept") is None:
@@ -146,7 +151,7 @@ def passes(recipe, workdir, monkeypatch):
         return real(run, source, step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "of_each_batch", counted)
+        patch.setattr(Trainer, "of_each_batch", counted)
         go_on(workdir, recipe)
     return found
 
@@ -213,7 +218,7 @@ def test_views_are_not_fewer_than_none():
 
 
 def test_the_longest_unused_make_room():
-    kept, array = Kept(4 * 40), np.zeros(10, np.float32)
+    kept, array = FeatureCache(4 * 40), np.zeros(10, np.float32)
     for key in "abbcd":  # one of them again
         kept.add(key, array)
     assert kept.get("a") is array
@@ -225,7 +230,7 @@ def test_the_longest_unused_make_room():
 
 @pytest.mark.parametrize(("room", "again"), [(10 + 3 * 9, "xyz"), (10 + 3 * 9 - 1, "pqr")])
 def test_batches_are_replayed_if_all_have_been_seen_and_fit(room, again):
-    kept = Kept(room)
+    kept = FeatureCache(room)
     kept.add("rows of a prefix", np.zeros(10, np.int8))  # which must not go for it
 
     def batches(names):

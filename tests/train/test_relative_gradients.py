@@ -22,8 +22,9 @@ from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
 from jaxft.optim.optimizers import restart
 from jaxft.train import stage
-from jaxft.train.auto_rgn import factors, relative_norms, set_out
-from jaxft.train.stage_program import Gauge, program
+from jaxft.train.auto_rgn import factors, relative_norms, with_relative_rates
+from jaxft.train.metrics import GradientNorms
+from jaxft.train.stage_program import stage_program
 from jaxft.train.state import Progress
 from jaxft.weights.key_maps import torch_tensors
 
@@ -70,7 +71,7 @@ def test_epochs_are_the_authors_also_of_a_run_that_was_killed(tmp_path, monkeypa
 
     def spied(*args, step, **rest):
         measured.append(step)
-        return set_out(*args, step=step, **rest)
+        return with_relative_rates(*args, step=step, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "set_out", spied)
@@ -106,7 +107,7 @@ def gauge(gradients, weights):
     def norms(values):
         return dict(zip("abc", map(np.float64, values), strict=True))
 
-    return Gauge(norms(gradients), norms(weights))
+    return GradientNorms(norms(gradients), norms(weights))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +136,11 @@ def test_a_batch_that_is_not_finite_does_not_count(on_nonfinite):
     recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)
     params, stats = start()
     (stage,) = plan(recipe.stages, params)
-    made = program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
+    made = stage_program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
     state, frozen = made.state(Snapshot(params, stats, made.transform.init(params)))
     images = np.full((BATCH, 16, 16, 3), np.nan)
     noise = Batch(images, np.zeros(BATCH, np.int32), np.ones(BATCH, bool))
-    found = jax.jit(made.gauge(made.tensors))(state, frozen, noise, np.int32(0))
+    found = jax.jit(made.gradient_norms(made.tensor_labels))(state, frozen, noise, np.int32(0))
     assert np.isnan([*found.gradients.values()]).all()
     assert relative_norms([found]) == {}
 

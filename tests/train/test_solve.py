@@ -24,8 +24,8 @@ from jaxft.report.console import Console
 from jaxft.train import linear_probe_stage
 from jaxft.train.eval_step import eval_step
 from jaxft.train.interruption import InterruptedRunError
-from jaxft.train.metrics import Metrics
-from jaxft.train.trainer import Run
+from jaxft.train.metrics import Metrics, Score
+from jaxft.train.trainer import Trainer
 
 C = (1e-2, 1e4, 1.0)
 PROBE = Stage("probe", {"fc": LogisticRegression(C)})
@@ -112,8 +112,7 @@ def test_the_head_is_the_best_logistic_regression_and_the_rest_stays(alone):
 def test_of_equal_penalties_the_stronger_is_taken():
     fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
     at = [
-        linear_probe_stage._merit(fit._replace(c=c), linear_probe_stage.Score(1.0, 0.5, 1.0))
-        for c in (0.1, 1.0, 0.01)
+        linear_probe_stage._merit(fit._replace(c=c), Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)
     ]
     assert max(at) == at[2]
 
@@ -150,8 +149,8 @@ def test_states_of_the_optimizer_go_over_it_but_for_the_heads(unbroken):
 def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
     workdir = tmp_path / "killed"
     owner, name, where = {
-        "features": (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        "validation": (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
+        "features": (Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        "validation": (Trainer, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
         "end": (Checkpoints, "save", lambda _, step, *__: step == 3),
     }[at]
     with monkeypatch.context() as patch:
@@ -165,17 +164,17 @@ def test_killed_anywhere_it_is_done_again(at, unbroken, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, monkeypatch):
-    workdir, real, calls = tmp_path / "stopped", Run.evaluate, iter(range(3))
+    workdir, real, calls = tmp_path / "stopped", Trainer.evaluate, iter(range(3))
 
     def stopped_at_the_third(run, *trees):
         return None if next(calls) == 2 else real(run, *trees)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", stopped_at_the_third)
+        patch.setattr(Trainer, "evaluate", stopped_at_the_third)
         with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
             go_on(workdir, SOLVED)
     with monkeypatch.context() as patch:
-        die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
+        die(patch, Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train)
         go_on(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
@@ -184,7 +183,7 @@ def test_stopped_in_its_validation_it_is_not_solved_again(unbroken, tmp_path, mo
 def test_stopped_before_anything_it_has_nothing_to_save(alone, tmp_path, monkeypatch):
     asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "stop_asked", lambda _: next(asked))
+        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
             go_on(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
     go_on(tmp_path / "run", ALONE)

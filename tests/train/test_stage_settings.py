@@ -35,9 +35,9 @@ from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
 from jaxft.train.objective import Objective
-from jaxft.train.stage_program import program
+from jaxft.train.stage_program import stage_program
 from jaxft.train.state import Progress
-from jaxft.train.trainer import Run
+from jaxft.train.trainer import Trainer
 
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")
@@ -72,7 +72,7 @@ def programs(*stages, **fields):
     given = recipe(*stages, **fields)
     start = jax.eval_shape(MODEL.init, jax.random.key(0))
     return [
-        program(index, stage, given, MODEL, TRAIN, Devices(), start)
+        stage_program(index, stage, given, MODEL, TRAIN, Devices(), start)
         for index, stage in enumerate(plan(stages, start[0]))
     ]
 
@@ -85,16 +85,16 @@ def test_a_setting_of_a_stage_is_of_no_other(field):
         Stage("after", {"fc": 0.1}, 1),
     )
     for other in (before, after):
-        assert dataclasses.replace(other.recipe, stages=own.recipe.stages) == dataclasses.replace(
-            own.recipe, **{field: getattr(other.recipe, field)}
+        assert other.settings == dataclasses.replace(
+            own.settings, **{field: getattr(other.settings, field)}
         )
         assert other.objective == Objective()
-    assert getattr(own.recipe, field) == OWN[field] != getattr(before.recipe, field)
+    assert getattr(own.settings, field) == OWN[field] != getattr(before.settings, field)
     if hasattr(own.objective, field):
         assert own.objective == Objective(**{field: OWN[field]})
     steps = 3 if field == "batch_size" else 4
     assert (before.steps, own.steps, after.steps) == (4, steps, 4)
-    assert (before.rows, own.rows) == (6, own.recipe.batch_size)
+    assert (before.rows, own.rows) == (6, own.settings.batch_size)
 
 
 def test_a_stage_can_take_back_what_the_recipe_says():
@@ -260,7 +260,7 @@ def test_the_plateaus_are_torchs():
 def test_how_stages_end(tmp_path, monkeypatch, capsys):
     """Whichever of steps, epochs, minutes and plateaus comes first, within an epoch or after it."""
     losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
-    monkeypatch.setattr(Run, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
     after, clock, passed = Progress.after_step, time.perf_counter, [0.0]
 
     def after_step(

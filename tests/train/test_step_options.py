@@ -16,7 +16,7 @@ from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.train.compiled_stage import flops
 from jaxft.train.eval_step import eval_step
-from jaxft.train.stage_program import program
+from jaxft.train.stage_program import stage_program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
 EMA = 0.75
@@ -71,7 +71,7 @@ def start_of(stage, **settings):
     params, stats = MODEL.init(jax.random.key(0))
     (planned,) = plan([stage], params)
     source = data.arrays(*rows(0), classes="0123456789")
-    prepared = program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
+    prepared = stage_program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
     at = Snapshot(params, stats, prepared.transform.init(params))
     compiled = prepared.compile(at)
     state, frozen = prepared.state(at)
