@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jaxft.report.console import Console
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
-    from jaxft.train import Result, finetune
+    from jaxft.train.finetune import Result, finetune
 
 # The module of each name. Names are imported on first use: the `jaxft` program handles signals
 # before it imports jax, and to label a tree, nobody should wait for Flax, Orbax and TFDS.
@@ -59,7 +59,7 @@ _MODULES = {
         ],
         "recipe": ["Recipe"],
         "report.console": ["Console"],
-        "train": ["Result", "finetune"],
+        "train.finetune": ["Result", "finetune"],
     }.items()
     for name in names
 }  # fmt: skip

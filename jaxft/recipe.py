@@ -22,10 +22,23 @@ RESULT_NEUTRAL_FIELDS = (
     "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
     "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
-# Fields that a stage can override.
-_STAGE_FIELDS = (
-    "batch_size", "augment", "views", "erasing", "mixup", "cutmix", "label_smoothing", "balance",
-)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Fields of a recipe that a stage may override, resolved for one stage; see `Recipe`."""
+
+    batch_size: int
+    augment: Augment
+    views: int
+    erasing: float
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    balance: Balance
+
+
+_STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageSettings))
 
 _LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 
@@ -271,6 +284,15 @@ class Recipe:
                 f"{stage.accumulate} equal parts; set accumulate to a divisor."
             )
         return recipe
+
+    def settings(self, stage: Stage) -> StageSettings:
+        """Returns the settings of a stage, which take the recipe's value where it sets none.
+
+        Raises:
+          RecipeError: the stage's fields are wrong, or contradict the recipe.
+        """
+        recipe = self.during(stage)
+        return StageSettings(**{field: getattr(recipe, field) for field in _STAGE_FIELDS})
 
     def check_own_network(self) -> None:
         """Raises RecipeError if the recipe sets options of jaxft's networks.

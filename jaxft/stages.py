@@ -103,7 +103,7 @@ class Stage:
         unweighted.
       relative_rates: at the start of each epoch, scale each tensor's learning rate by its relative
         gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
-        `jaxft.train.relative_gradients`).
+        `jaxft.train.auto_rgn`).
       batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: override the
         recipe's fields.
 

@@ -34,10 +34,10 @@ from plain_pytorch import RATES
 
 from jaxft import SGD, Recipe, Stage, finetune
 from jaxft.report.console import Console
-from jaxft.train.execution import sent
-from jaxft.train.keeping import keeping
-from jaxft.train.program import Program
-from jaxft.train.trial import Trial, trial
+from jaxft.train.compiled_stage import sent
+from jaxft.train.lr_finder import Trial, trial
+from jaxft.train.opening import with_prefixes
+from jaxft.train.stage_program import StageProgram
 from jaxft.weights.key_maps import torch_tensors
 
 Steps = Callable[[], list[float]]
@@ -69,7 +69,7 @@ def the_recipe(args: argparse.Namespace) -> Recipe:
     )
 
 
-def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
+def our_step(trial: Trial, program: StageProgram) -> tuple[Steps, Any]:
     """Returns a function that trains on the trial's first batch, and the compiled programs."""
     compiled, state, frozen = dataclasses.replace(trial, program=program).compile()
     (batch,) = trial.batches(1)
@@ -82,7 +82,7 @@ def our_step(trial: Trial, program: Program) -> tuple[Steps, Any]:
     def step() -> list[float]:
         nonlocal state
         state, record = compiled.step(state, frozen, *batches, number, None)
-        loss, _, _, examples = map(np.ravel, jax.device_get(record.tally))
+        loss, _, _, examples = map(np.ravel, jax.device_get(record.metrics))
         return (loss / examples).tolist()
 
     return step, compiled
@@ -132,7 +132,7 @@ def compare_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
         roomy = dataclasses.replace(
             whole, recipe=dataclasses.replace(whole.recipe, cache_mib=2**20)
         )
-        (kept,) = keeping([roomy], tried.params, tried.stats, images=(1, 1))
+        (kept,) = with_prefixes([roomy], (tried.params, tried.stats), images=(1, 1))
         several = dataclasses.replace(whole.recipe, steps_per_execution=STEPS_PER_CALL)
         programs = {
             "ours": whole,

@@ -28,7 +28,7 @@ from flax import linen as nn
 
 from jaxft import Adam, Anchor, JaxftError, Recipe, Stage, data, finetune, models
 from jaxft.report.console import Console
-from jaxft.train.compilation import keep_programs
+from jaxft.train.compiled_stage import keep_programs
 from jaxft.train.interruption import InterruptedRunError
 
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")

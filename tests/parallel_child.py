@@ -19,7 +19,7 @@ from jaxft import SGD, Stage, distributed, models, partition, plan
 from jaxft.data import Preprocessing, train_batches
 from jaxft.distributed import Devices
 from jaxft.labels import combine
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 BATCH_SIZE, STEPS = 10, 3
@@ -45,7 +45,15 @@ def train(devices):
     params, stats = MODEL.init(jax.random.key(0))
     stage = plan([Stage("late", {"layer*": 0.1, "fc": 0.1}, 1)], params)[0]
     transform = stage.transform(SGD(momentum=0.9))
-    step = train_step(MODEL, transform, preprocessing, "batch", devices=devices)
+    step = train_step(
+        StepConfig(
+            model=MODEL,
+            transform=transform,
+            preprocessing=preprocessing,
+            norms="batch",
+            devices=devices,
+        )
+    )
     trainable, frozen = partition(params, stage.labels)
     start = TrainState(trainable, stats, transform.init(params))
     state, frozen = devices.put(start), devices.put(frozen)

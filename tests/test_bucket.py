@@ -17,6 +17,7 @@ import jax.numpy as jnp, numpy as np
 from etils import epath
 from jaxft import Recipe, Stage, weights
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Header
 from jaxft.recipe_file import fields
 from jaxft.report import environment
 from jaxft.report.metrics_log import MetricsLog
@@ -41,11 +42,11 @@ assert saved(folder) is None
 with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
     assert checkpoints.newest(lambda progress: {}) is None
     for step, score, keep in ((2, 2, True), (3, 0, False), (3, 3, False)):
-        progress = {"score": score, "recipe": fields(recipe)}
-        checkpoints.save(step, progress, {"params": whole}, keep=keep)
+        header = Header({"score": score}, {}, {"classes": ["a", "b"]}, fields(recipe), ())
+        checkpoints.save(step, header.to_json(), {"params": whole}, keep=keep)
 assert saved(folder) == recipe
 found = newest()
-assert (found.step, found.progress["score"], found.remarks) == (3, 3, ())
+assert (found.step, found.progress["progress"]["score"], found.remarks) == (3, 3, ())
 (tensor,) = weights.read(folder, own_names=True).tensors.values()
 np.testing.assert_array_equal(tensor.read(), whole["x"])
 np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
@@ -53,7 +54,7 @@ np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
 # Killed while 3 was being replaced: there is a beginning of the new one, without its last object.
 (folder / "checkpoints" / "3").rename(folder / "checkpoints" / "replaced-3")
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
-assert newest().progress["score"] == 3
+assert newest().progress["progress"]["score"] == 3
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
 found = newest()
 assert (found.step, len(found.remarks)) == (2, 1)

@@ -15,7 +15,7 @@ from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.recipe_file import read, resolve, save
 from jaxft.report.console import Console
-from jaxft.train.start import drawn
+from jaxft.train.opening import drawn
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIDE, BATCH = 32, 4  # pixels, images

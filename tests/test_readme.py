@@ -24,8 +24,8 @@ from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.report.lr_plot import rate_table
 from jaxft.train.export import export
+from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.norms import mode_names, norm_modes
-from jaxft.train.prefix import block_labels
 
 ROOT = Path(__file__).parents[1]
 FILES = (

@@ -9,15 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxft.checkpoint import checksums
+from jaxft.checkpoint import checksums, contents
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.checkpoint.layout import complete_steps, read_progress
 from jaxft.checkpoint.orbax_adapter import absolute_path, filter_logs, write_error_cause
 from jaxft.distributed import is_main_process
 from jaxft.errors import CheckpointError
-from jaxft.labels import Tree, filled
-
-_ITEMS = ("params", "stats")
+from jaxft.labels import Tree
 
 
 def save_weights(
@@ -75,16 +73,14 @@ def read_weights(folder: str | PathLike[str]) -> tuple[Tree, Tree]:
     path = _newest(folder)
     if damage := checksums.damage(path):
         raise CheckpointError(f"{path} is damaged: {damage}. Restore it from a copy.")
-    if (path / "params").is_dir():
-        # A network may have no statistics, and `best` holds only the arrays that the stage trains.
-        last = {item: _read_item(path / item) for item in _ITEMS if (path / item).is_dir()}
-        best = _read_item(path / "best") if (path / "best").is_dir() else last
-        params, stats = (filled(best.get(item, {}), last.get(item, {})) for item in _ITEMS)
-        return params, stats
+    if _is_run(path):
+        return contents.best_weights(
+            lambda item: _read_item(path / item) if (path / item).is_dir() else None
+        )
     if not (path / "_METADATA").is_file():
         raise CheckpointError(f"{path} is neither a checkpoint nor a folder of a run's.")
     trees = _read_item(path)
-    if not {*_ITEMS} <= trees.keys():
+    if not {*contents.WEIGHTS} <= trees.keys():
         raise CheckpointError(f"{path} holds {', '.join(trees)}; it should hold params and stats.")
     return trees["params"], trees["stats"]
 
@@ -96,15 +92,16 @@ def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
       folder: As in `read_weights`.
     """
     path = _newest(folder)
-    if (path / "params").is_dir():
-        try:
-            progress = read_progress(path) or {}
-            return {**progress["recipe"], "classes": progress["data"]["classes"]}
-        except (KeyError, TypeError):
-            return {}  # of an older version; damage is found when the arrays are read
+    if _is_run(path):
+        header = read_progress(path)  # None if damaged, which reading the arrays finds
+        return contents.Header.from_json(header).description if header else {}
     filter_logs()
     with ocp.StandardCheckpointer() as reader:
         return reader.metadata(absolute_path(path)).custom_metadata or {}
+
+
+def _is_run(place: epath.Path) -> bool:
+    return bool((place / contents.WEIGHTS[0]).is_dir())
 
 
 def _newest(folder: str | PathLike[str]) -> epath.Path:

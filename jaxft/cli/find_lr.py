@@ -18,9 +18,8 @@ from jaxft.cli.command import check_writable, command_parser, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.recipe import Recipe
 from jaxft.report.lr_plot import draw, rate_table, write_curve
-from jaxft.train.compilation import keep_programs
-from jaxft.train.range_test import highest, ramp, range_test
-from jaxft.train.trial import named, trial
+from jaxft.train.compiled_stage import keep_programs
+from jaxft.train.lr_finder import highest, named, ramp, range_test, trial
 
 
 def run(arguments: Sequence[str], program: str = "jaxft find-lr") -> int:

@@ -19,7 +19,7 @@ from jaxft.cli.command import command_parser, report_errors
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options, read_recipe
 from jaxft.train import Result, agreement, finetune
-from jaxft.train.compilation import keep_programs
+from jaxft.train.compiled_stage import keep_programs
 
 
 def run(arguments: Sequence[str], program: str = "jaxft finetune") -> int:

@@ -17,10 +17,10 @@ from jaxft.cli.recipe_options import read_recipe
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.stages import Stage
-from jaxft.train.compilation import keep_programs
-from jaxft.train.prefix import block_labels
-from jaxft.train.relative_gradients import BATCHES, block_norms
-from jaxft.train.trial import trial
+from jaxft.train.auto_rgn import BATCHES, block_norms
+from jaxft.train.compiled_stage import keep_programs
+from jaxft.train.frozen_prefix import block_labels
+from jaxft.train.lr_finder import trial
 
 
 def run(arguments: Sequence[str], program: str = "jaxft probe-layers") -> int:
@@ -35,7 +35,7 @@ def _probe_layers(arguments: Sequence[str], program: str) -> None:
     keep_programs()
     recipe = read_recipe(known.config, options, program)
     stage = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="E"))
-    ratios = block_norms(stage)
+    ratios = block_norms(stage.program, stage.params, stage.stats, stage.batches(BATCHES))
     console = Console()
     origin = recipe.weights or "random weights"
     console.say(

@@ -15,6 +15,7 @@ import optax
 from jaxft.labels import Tree
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
@@ -75,14 +76,36 @@ def accumulate(value_and_grad: Callable[[Any], T], batches: Any) -> T:
       [2.0]
     """
     count = jax.tree.leaves(batches)[0].shape[0]
-    shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], batches))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def add(total: T, batch: Any) -> tuple[T, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(batch)), None
-
-    total, _ = jax.lax.scan(add, zeros, batches)
+    total, _ = accumulate_sums(lambda _, batch: (value_and_grad(batch), None), None, batches)
     return jax.tree.map(lambda x: x / count, total)
+
+
+def accumulate_sums(
+    function: Callable[[C, Any], tuple[T, C]], carry: C, parts: Any, rest: Any = None
+) -> tuple[T, C]:
+    """Sums `function(carry, part) -> (value, carry)` over the leading axis of `parts`, in a loop.
+
+    The carry, such as running statistics, passes from each part to the next.
+
+    Args:
+      function: returns the value of a part, and the carry for the next part.
+      carry: argument of the first call.
+      parts: pytree of arrays with a leading axis of parts.
+      rest: one more part after them, which may have another shape.
+
+    Returns:
+      The sum of the values, and the last carry.
+    """
+    shapes, _ = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], parts))
+    zeros: T = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(sofar: tuple[T, C], part: Any) -> tuple[tuple[T, C], None]:
+        total, carry = sofar
+        value, carry = function(carry, part)
+        return (jax.tree.map(jnp.add, total, value), carry), None
+
+    sofar, _ = jax.lax.scan(add, (zeros, carry), parts)
+    return sofar if rest is None else add(sofar, rest)[0]
 
 
 def if_finite(gradients: Tree, new: T, old: T) -> tuple[T, jax.Array]:
@@ -101,6 +124,17 @@ def if_finite(gradients: Tree, new: T, old: T) -> tuple[T, jax.Array]:
       >>> float(state), bool(finite)
       (0.0, False)
     """
-    leaves = [jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]
-    finite = jnp.array(leaves, bool).all()
-    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old), finite
+    finite = all_finite(gradients)
+    return select(finite, new, old), finite
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """Returns whether all elements of all leaves are finite, bool `[]`."""
+    leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return jnp.array(leaves, bool).all()
+
+
+def select(condition: jax.Array, new: T, old: T) -> T:
+    """Returns the pytree `new` where the condition, bool `[]`, is true, else `old`."""
+    selected: T = jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    return selected

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxft import data
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
@@ -23,8 +24,8 @@ from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, NumpyBatch, Step
 from jaxft.recipe import Recipe
 from jaxft.train.opening import open_programs
-from jaxft.train.program import Program, Snapshot
-from jaxft.train.resume import next_state
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 
 # Fields of optax states that hold a moment of each parameter.
@@ -37,7 +38,7 @@ _MOMENTS = {
 
 
 def jax_steps(
-    programs: Sequence[Program],
+    programs: Sequence[StageProgram],
     start: tuple[Tree, Tree],
     epoch: Sequence[NumpyBatch],
     *,
@@ -57,7 +58,9 @@ def jax_steps(
     snapshot = Snapshot(*devices.put(start), None)
     for program in programs:
         fresh = program.transform.init(snapshot.params)
-        opt_state = next_state(program, snapshot.opt_state, fresh)[0] if program.index else fresh
+        opt_state = (
+            next_opt_state(program, snapshot.opt_state, fresh)[0] if program.index else fresh
+        )
         snapshot = snapshot._replace(opt_state=devices.put(opt_state))
         snapshot = yield from _stage_steps(program, snapshot, start[0], epoch, record_outputs)
 
@@ -73,7 +76,7 @@ def network(recipe: Recipe, num_classes: int) -> Model:
 
 def programs(
     recipe: Recipe, model: Model, start: tuple[Tree, Tree], epoch: Sequence[NumpyBatch]
-) -> tuple[Program, ...]:
+) -> tuple[StageProgram, ...]:
     """Builds the programs of the recipe's stages for an epoch of these batches."""
     targets = np.concatenate([batch.targets for batch in epoch])
     placeholders = np.zeros((len(targets), 1, 1, 3), np.uint8)
@@ -84,7 +87,7 @@ def programs(
 
 
 def _stage_steps(
-    program: Program,
+    program: StageProgram,
     snapshot: Snapshot,
     anchor: Tree,
     epoch: Sequence[NumpyBatch],
@@ -108,7 +111,7 @@ def _stage_steps(
         outputs = block_outputs(params, state.stats, batch) if record_outputs else {}
         state, record = train_step(state, frozen, batch, np.int32(position), anchor)
         snapshot = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
-        loss = _training_loss(program, record.tally.loss / count, rows)
+        loss = _training_loss(program, record.metrics.loss / count, rows)
         yield Step(
             rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},
             outputs={block: np.asarray(x)[:count] for block, x in outputs.items()},
@@ -122,7 +125,7 @@ def _stage_steps(
 
 
 def _block_outputs(
-    program: Program, params: Tree, stats: Tree, batch: Batch
+    program: StageProgram, params: Tree, stats: Tree, batch: Batch
 ) -> dict[str, jax.Array]:
     """Computes the output of each block; the output of the last block is called `logits`."""
     model, outputs = program.model, {}
@@ -136,7 +139,7 @@ def _block_outputs(
     return outputs
 
 
-def _training_loss(program: Program, mean: jax.Array, batch: NumpyBatch) -> jax.Array:
+def _training_loss(program: StageProgram, mean: jax.Array, batch: NumpyBatch) -> jax.Array:
     """Computes the loss that the stage minimises from the mean loss of a batch."""
     weights = program.objective.class_weights
     total = np.sum(np.asarray(weights)[batch.targets]) if weights else len(batch.targets)

@@ -1,5 +1,5 @@
 """Training: a step, an evaluation, a stage, a run."""
 
-from jaxft.train.loop import Result, finetune
+from jaxft.train.finetune import Result, finetune
 
 __all__ = ["Result", "finetune"]

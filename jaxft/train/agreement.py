@@ -1,4 +1,4 @@
-"""Processes of a run compare what they have opened, before the first of them trains.
+"""Compares recipe, images and versions between the processes of a run, before they train.
 
 Everything travels through the key-value store of `jax.distributed`, not through a collective
 computation: one that a process never joins, because it failed, would keep all others waiting.
@@ -31,7 +31,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxft")
 _SHOWN = 8  # differences
 _VISIBLE = 10.0  # seconds until a new file must have come through a network file system
 _LAST_WORDS = 60.0  # seconds that a process which failed waits for the others to hear of it
-_LONG = 60.0  # seconds until a line tells for whom a process waits
+_LONG = 60.0  # seconds until a line names the processes that are missing
 _COMPARED = 20_000  # names of images that one process sends to the others
 _DIGEST = "names, sizes or classes of {} images (digest)"
 _SLICE = 2000  # milliseconds of one wait, after which Python may handle a signal
@@ -66,7 +66,7 @@ def reach(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
     All processes must call it, or fail within `announced`.
 
     Raises:
-      ParallelError: in every process, with what differs; or with another process's error.
+      ParallelError: in every process, with the differences, or with another process's error.
     """
     if _count() == 1:
         return

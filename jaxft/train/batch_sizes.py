@@ -1,21 +1,30 @@
-"""Array shapes of a run's batches: which networks see padding, and which never do."""
+"""Batch sizes: array shapes of a run's batches, and sizes that are too small or too large."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 
 from jaxft.distributed import Devices
-from jaxft.models import Model
+from jaxft.errors import RecipeError
+from jaxft.labels import Tree
+from jaxft.models import Model, Norms
 from jaxft.models.nnx_adapter import NNXModel
+from jaxft.recipe import Recipe
+from jaxft.stages import Stage
 
 
 @dataclass(frozen=True)
 class BatchSizes:
     """Rows of the arrays of full batches and of an epoch's last batch.
 
-    The networks of jaxft leave rows outside a mask out of everything, so all their batches have one
-    shape. Nothing is known of a user's network: it may standardise images itself (zeros become NaN)
-    or let rows influence each other. It sees the examples of a batch alone, and an epoch's last
-    batch has a shape and a compiled program of its own, as in a loop over torch's `DataLoader`.
+    The networks of jaxft ignore the rows outside a mask, so all their batches have one shape. A
+    user's network may standardise images itself (zeros become NaN) or let rows influence each
+    other. It sees the examples of a batch alone, and an epoch's last batch has another shape and a
+    second compiled program, as in a loop over torch's `DataLoader`.
 
     Attributes:
       batch_size: examples of a full batch.
@@ -40,7 +49,7 @@ class BatchSizes:
 def batch_sizes(
     model: Model, devices: Devices, images: int, batch_size: int, *, drop_last: bool = False
 ) -> BatchSizes:
-    """Returns the sizes of batches that hold each of so many images once."""
+    """Returns the sizes of batches that hold each image once; `images` is their number."""
     last = batch_size if drop_last else images % batch_size or batch_size
     rows = last_rows = devices.rows(batch_size)
     masked = isinstance(model, NNXModel)
@@ -52,9 +61,9 @@ def batch_sizes(
 
 
 def oversized(sizes: Sequence[BatchSizes], images: int) -> list[str]:
-    """Returns a remark for each batch size above the number of images that costs time for nothing.
+    """Returns a remark for each batch size above the number of images.
 
-    A network that takes a mask computes all rows of a batch.
+    A network that takes a mask computes all rows of a batch, also the empty ones.
     """
     larger = {each.batch_size for each in sizes if each.masked and each.batch_size > images}
     return [
@@ -62,3 +71,90 @@ def oversized(sizes: Sequence[BatchSizes], images: int) -> list[str]:
         f"{size:,} rows all the same: batch_size {images} takes less time and memory."
         for size in sorted(larger)
     ]
+
+
+def check_single_image(
+    model: Model,
+    trees: tuple[Tree, Tree],
+    norms: Norms,
+    sizes: BatchSizes,
+    *,
+    image_size: int,
+    accumulate: int = 1,
+    replicas: int = 1,
+    reaches_last: bool = True,
+) -> None:
+    """Checks that batch statistics are of more than one value per channel, as torch does.
+
+    A batch, a part of it by `accumulate`, or the share of a replica may be a single image. Norm
+    layers with batch statistics fail on it where they see 1x1 pixels.
+
+    Args:
+      trees: parameters and statistics, or their shapes.
+      reaches_last: whether the stage has steps enough to see an epoch's last batch.
+
+    Raises:
+      RecipeError: a norm layer would see one value per channel.
+    """
+    part = sizes.batch_size // accumulate
+    batches = {sizes.batch_size, *([sizes.last] if reaches_last else [])}
+    parts = {count for n in batches for count in (min(part, n), n % part)}
+    share = -(-part // replicas) if accumulate > 1 else sizes.rows // replicas
+    shares = {min(share, n - i * share) for n in parts for i in range(replicas)}
+    if 1 not in shares:
+        return
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    try:
+        jax.eval_shape(partial(model.apply, norms=norms), *trees, image)
+    except ValueError as error:
+        if "more than one value per channel" not in str(error):
+            raise
+        where = "a batch" if part == sizes.batch_size else "a part of a batch"
+        if sizes.last != sizes.batch_size:
+            where += " (or of an epoch's last one)" if accumulate > 1 else ", or the last one,"
+        raise RecipeError(
+            f"{where} has a single image, on which {error}, as in torch. Set drop_last=True or "
+            "another batch_size or accumulate, or norms 'B' (frozen layers) or 'E' (layers that "
+            "train), which use running statistics."
+        ) from error
+
+
+@contextmanager
+def fitting_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) -> Iterator[None]:
+    """Turns XLA's out-of-memory error into a RecipeError that names the recipe's ways out.
+
+    `batch_size` is the stage's.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"stage {stage.name!r}: a batch of {batch_size} images of "
+            f"{recipe.preprocessing.image_size} pixels does not fit into the memory of "
+            f"{jax.devices()[0].device_kind}: {line}\n"
+            "What a run has saved stays. To need less memory:\n  "
+            + "\n  ".join(_save_memory(stage, recipe, batch_size, model))
+        ) from error
+
+
+def _save_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) -> list[str]:
+    advice = []
+    if not recipe.remat and len(model.blocks) > 1 and jax.default_backend() != "cpu":
+        advice.append(
+            "remat=True (--remat True) computes each block again in the backward pass: a forward "
+            "pass more, the same results, and this run goes on with it."
+        )
+    parts = 2 * stage.accumulate
+    if batch_size % parts == 0:
+        advice.append(
+            f"accumulate={parts} in the stage works a batch through in {parts} parts: norm layers "
+            "then see a part at a time. It is another recipe, for another --workdir."
+        )
+    advice.append(
+        f"batch_size={max(1, batch_size // 2)} or smaller, with lower rates, is another "
+        "recipe, too."
+    )
+    return advice

@@ -1,4 +1,4 @@
-"""What a run hands back: its weights for torch, what one must know to use them, and a program."""
+"""Exports a run: weights with torch's names, their description, and a compiled program."""
 
 import dataclasses
 import json
@@ -10,12 +10,13 @@ from typing import Any
 from jaxft import weights
 from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Header
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
 from jaxft.recipe import Recipe
-from jaxft.train.evaluate import Score
-from jaxft.train.resume import read
+from jaxft.train.metrics import Score
+from jaxft.train.state import Progress
 from jaxft.train.workdir import saved
 from jaxft.weights.description import fields
 from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
@@ -35,8 +36,15 @@ def write(
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
 
-    pixels: `float32` if the images were normalised already, so that `mean` and `std` do not apply.
-    program: of `model.jaxexport`, where it is written too; see `lifetime`.
+    Args:
+      folder: where to write.
+      recipe: the run's recipe.
+      model: the network.
+      params, stats: its weights.
+      classes: names of the classes, in the order of the logits.
+      score: validation score of the weights.
+      pixels: `float32` if images are normalised already, so that `mean` and `std` do not apply.
+      program: description of `model.jaxexport`, if that is written too; see `lifetime`.
     """
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
@@ -60,12 +68,19 @@ def export(
     model: Model | None = None,
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> tuple[Path, Score]:
-    """Writes what a run's newest checkpoint has to hand back, whether the run has ended or not.
+    """Exports the newest checkpoint of a run, whether the run has ended or not.
 
-    That is `model.safetensors` and `model.json`, as a run itself writes them at its end, and
-    `model.jaxexport`, see `weights.export.serialize`; into `folder`, or else into the workdir.
-    `model` is that which the run was given, if it was given one.
-    Returns the weights' path and their validation score: the best of the stage so far.
+    Writes `model.safetensors` and `model.json`, as a run does at its end, and `model.jaxexport`;
+    see `jaxft.weights.jax_export.serialize`.
+
+    Args:
+      workdir: folder of the run.
+      folder: where to write; by default the workdir.
+      model: the network, if `finetune` received one.
+      platforms: platforms of the compiled program.
+
+    Returns:
+      The path of the weights and their validation score: the best of the stage so far.
 
     Raises:
       CheckpointError: the workdir holds no run with a whole checkpoint.
@@ -77,8 +92,9 @@ def export(
     with closing(Checkpoints(checkpoints)) as kept:
         step = kept.latest_step()
         assert step is not None
-        progress, _, of_data = read(kept.progress(step))
-    classes, pixels = of_data["classes"], of_data.get("pixels", "uint8")
+        header = Header.from_json(kept.progress(step))
+    progress = Progress.from_fields(header.progress)
+    classes, pixels = header.data["classes"], header.data.get("pixels", "uint8")
     score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
     network = model or recipe.network(len(classes))
     try:

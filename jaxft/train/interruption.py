@@ -10,13 +10,13 @@ from jaxft.errors import InterruptedRunError
 
 
 class Interruption:
-    """Whether a signal has asked the run to stop.
+    """Records whether a signal has asked the run to stop.
 
     Attributes:
-      signal: the number of that signal; None while there is none.
-      waits: whether the run ends itself, when it has saved its step. Until then a signal raises
-        KeyboardInterrupt where the program is.
-      resumes: whether the workdir holds a checkpoint to go on from.
+      signal: number of the signal; None before one.
+      waits: whether a signal waits until the run has saved its step. Otherwise it raises
+        KeyboardInterrupt at once.
+      resumes: whether the workdir holds a checkpoint to continue from.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Interruption:
         return self.error(f"came before training; the same command {next_start}")
 
     def error(self, what: str) -> InterruptedRunError:
-        """Returns the error that says of the signal what became of it."""
+        """Returns the error of this signal; `what` completes its sentence."""
         number = self.signal or signal.SIGTERM  # or it reached another process
         return InterruptedRunError(f"{signal.Signals(number).name} {what}.", number)
 

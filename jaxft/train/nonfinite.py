@@ -1,6 +1,7 @@
-"""Validation losses that are not finite: the run ends, and the message names the block."""
+"""Steps and validation losses that are not finite: errors that name the part and the way out."""
 
 import math
+from collections.abc import Sequence
 from itertools import compress
 
 import jax
@@ -9,23 +10,93 @@ import numpy as np
 
 from jaxft.data import Batch
 from jaxft.errors import NonFiniteError
-from jaxft.labels import Tree
-from jaxft.train.evaluate import Score
-from jaxft.train.kept import finite_rows
-from jaxft.train.run import Run
+from jaxft.labels import Tree, paths
+from jaxft.train.feature_cache import finite_rows
+from jaxft.train.metrics import Score, StepRecord
+from jaxft.train.norms import layer
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import StageState
+from jaxft.train.trainer import Trainer
+
+
+def check_steps(
+    trainer: Trainer, program: StageProgram, current: StageState, records: Sequence[StepRecord]
+) -> None:
+    """Checks the last steps of a stage.
+
+    Args:
+      trainer: the run's trainer.
+      program: the stage.
+      current: its state after these steps.
+      records: record of each step.
+
+    Raises:
+      NonFiniteError: a step is not finite, and the recipe does not skip such steps.
+    """
+    if program.recipe.on_nonfinite == "skip":
+        return
+    progress, first = current.progress, current.progress.step - len(records) + 1
+    for step, record in enumerate(records, first):
+        if record.finite:
+            continue
+        saved = trainer.checkpoints.latest_step()
+        raise NonFiniteError(
+            f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: "
+            + _not_finite(current, record)
+            + (f"The checkpoint of step {saved} is good. " if saved else "")
+            + "With --on-nonfinite skip the same command goes on and leaves such steps out. "
+            + _way_out(record, step)
+        )
+
+
+def _not_finite(current: StageState, record: StepRecord) -> str:
+    """Returns a sentence on the part of a step that is not finite."""
+    examples = int(record.metrics.examples)
+    mean = float(record.metrics.loss) / examples
+    if record.weight == 0:
+        return (
+            f"all {examples} images of the batch are of classes whose class_weights are 0, and a "
+            "mean over a weight of 0 is NaN. "
+        )
+    if not math.isfinite(mean):
+        return f"the loss is {mean}. "
+    groups = [name for name, norm in record.gradient_norms.items() if not math.isfinite(norm)]
+    if groups:
+        return f"the loss is {mean:.4g}, but gradients of {', '.join(groups)} are not finite. "
+    stats = current.state.stats
+    leaves = zip(paths(stats), jax.tree.leaves(stats), strict=True)
+    wrong = dict.fromkeys(layer(path) for path, x in leaves if not np.isfinite(x).all())
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return (
+            f"the loss is {mean:.4g}, but running statistics of {', '.join([*wrong][:5])}{more} "
+            "are not finite. "
+        )
+    return "the loss and gradients are finite, but the optimizer's update is not. "
+
+
+def _way_out(record: StepRecord, step: int) -> str:
+    if record.weight == 0:
+        return "Or use reduction='sum', a larger batch_size, or leave images of these classes out."
+    if step == 1:  # no update has been made yet
+        return "It is the run's first step: look at the images, the weights and the network."
+    return (
+        "If the loss had been rising, lower rates or a clip_norm make another recipe, for another "
+        "--workdir; --fork-from takes over the stages that went well."
+    )
 
 
 def check_validation(
-    run: Run, params: Tree, stats: Tree, score: Score, *, place: str, remark: str = ""
+    trainer: Trainer, params: Tree, stats: Tree, score: Score, *, place: str, remark: str = ""
 ) -> None:
     """Checks the validation loss of these weights, at a place such as "epoch 1".
 
     Raises:
       NonFiniteError: it is NaN or infinite, and the recipe does not skip what is not finite.
     """
-    if math.isfinite(score.loss) or run.recipe.on_nonfinite == "skip":
+    if math.isfinite(score.loss) or trainer.recipe.on_nonfinite == "skip":
         return
-    block = _first_block(run, params, stats)
+    block = _first_block(trainer, params, stats)
     raise NonFiniteError(
         f"{place}: the validation loss is {score.loss}{remark}. "
         + (f"The first block whose output is not finite is {block!r}. " if block else "")
@@ -35,12 +106,12 @@ def check_validation(
     )
 
 
-def _first_block(run: Run, params: Tree, stats: Tree) -> str | None:
+def _first_block(trainer: Trainer, params: Tree, stats: Tree) -> str | None:
     """Returns the first block whose output is not finite for any image to validate.
 
     None if there is no such block, if the network is one block, or if a signal has come.
     """
-    model, preprocessing = run.programs[0].model, run.recipe.preprocessing
+    model, preprocessing = trainer.programs[0].model, trainer.recipe.preprocessing
     if len(model.blocks) == 1:
         return None
 
@@ -52,5 +123,5 @@ def _first_block(run: Run, params: Tree, stats: Tree) -> str | None:
             found.append(~finite_rows(x).all(where=jnp.asarray(batch.mask)))
         return jnp.stack(found)
 
-    flags = run.of_each_batch(run.splits.val, lambda batch: wrong(params, stats, batch))
+    flags = trainer.of_each_batch(trainer.splits.val, lambda batch: wrong(params, stats, batch))
     return next(compress(model.blocks, np.any(jax.device_get(flags or []), axis=0)), None)

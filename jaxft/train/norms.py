@@ -1,4 +1,4 @@
-"""Which statistics each norm layer uses in a stage, and what such a combination is called."""
+"""Norm modes of a stage: which statistics each norm layer uses."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths
 from jaxft.models import NormMode
 from jaxft.stage_options import NormChoice
 
-# Of frozen layers. Those that train are in mode `batch`, but for E.
+# Modes of frozen layers. Layers that train use mode `batch`, except with E.
 _FROZEN_MODES: dict[NormChoice, NormMode] = {
     "A": "batch",
     "B": "running",
@@ -19,14 +19,18 @@ _FROZEN_MODES: dict[NormChoice, NormMode] = {
 def norm_modes(
     params: Tree, stats: Tree, labels: Tree, choices: Mapping[str, NormChoice] | None = None
 ) -> Mapping[str, NormMode]:
-    """The mode of each norm layer, by its path.
+    """Returns the mode of each norm layer, by path.
 
-    `choices` are by pattern, and the first that matches counts. Without one it is B: what is frozen
-    computes as it did when it was pretrained, and its running statistics stay bit-identical.
+    Args:
+      params, stats: parameters and statistics, or their shapes.
+      labels: label tree of the stage.
+      choices: choice by pattern; the first pattern that matches counts. The default is B: frozen
+        layers compute as when they were pretrained, and their running statistics stay
+        bit-identical.
 
     Raises:
-      PatternError: a pattern that matches no norm layer, or is shadowed.
-      RecipeError: C, whose norm layers all train, for some that are frozen.
+      PatternError: a pattern matches no norm layer, or is shadowed.
+      RecipeError: a frozen layer has the choice C, where all norm layers train.
     """
     if not paths(stats):
         return {}
@@ -54,18 +58,18 @@ def norm_modes(
 
 
 def trained_layers(params: Tree, labels: Tree) -> set[str]:
-    """The paths of the layers of which some parameter trains."""
+    """Returns the paths of the layers with a parameter that trains."""
     named = zip(paths(params), leaf_labels(params, labels), strict=True)
     return {layer(path) for path, label in named if label != FROZEN}
 
 
 def mode_names(params: Tree, labels: Tree, modes: Mapping[str, NormMode]) -> dict[str, str]:
-    """What each layer's mode is called: its letter of `NormChoice`, and the mode."""
+    """Returns each layer's letter of `NormChoice` and its mode, such as `B running`."""
     trained = trained_layers(params, labels)
     letters = {"batch": "AC", "running": "BE", "batch_fixed": "D"}  # frozen, or trains
     return {name: f"{letters[mode][name in trained]} {mode}" for name, mode in modes.items()}
 
 
 def layer(path: str) -> str:
-    """The path of the layer that has this parameter or statistic."""
+    """Returns the path of the layer that has this parameter or statistic."""
     return path.rpartition(".")[0]

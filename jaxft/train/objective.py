@@ -1,4 +1,4 @@
-"""What a step minimises: erased and mixed images, and the cross entropy with soft targets."""
+"""The loss of a step: cross entropy with soft targets, on images that are erased and mixed."""
 
 import zlib
 from dataclasses import dataclass
@@ -15,15 +15,16 @@ from jaxft.data.random_erasing import erase, erasing_boxes
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How a batch becomes a loss; by default plain cross entropy.
+    """Loss of a batch; by default plain cross entropy.
 
-    label_smoothing: the share of each target that is spread over all classes.
-    class_weights: one a class, as torch's `CrossEntropyLoss(weight=...)`; none: all alike. The mean
-      divides by the sum of the images' weights; with mixup or cutmix by the number of images.
-    reduction: `sum`: gradients are those of the sum over the batch, as torch's `reduction="sum"`.
-    erasing: the chance that a box of an image is erased.
-    mixup, cutmix: the alphas of their Beta distributions; 0 is without. With both, each batch is
-      mixed by one of them, as a coin falls.
+    Attributes:
+      label_smoothing: share of each target that is spread over all classes.
+      class_weights: a weight for each class, as torch's `CrossEntropyLoss(weight=...)`. The mean
+        divides by the sum of the images' weights; with mixup or cutmix by the number of images.
+      reduction: `sum` minimises the sum over the batch, as torch's `reduction="sum"`.
+      erasing: probability that a box of an image is erased.
+      mixup, cutmix: alphas of their Beta distributions; 0 turns them off. With both, a coin flip
+        chooses one for each batch.
     """
 
     label_smoothing: float = 0.0
@@ -41,9 +42,10 @@ class Objective:
         num_classes: int,
         key: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalised images [b h w c] and their targets: float32 [b k], not yet smoothed.
+        """Erases and mixes normalised images `[b h w c]`; returns them and their targets.
 
-        The targets are `target` itself, int [b], if the loss is plain cross entropy.
+        Targets are float32 `[b k]`, not yet smoothed, or `target` itself, int `[b]`, if the loss
+        is plain cross entropy.
         """
         if self.erasing:
             count, height, width, _ = images.shape
@@ -65,9 +67,9 @@ class Objective:
         return images, targets
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
-        """The cross entropy of logits [b k] with each row's targets: [b k], or classes int [b].
+        """Returns the cross entropy `[b]` of logits `[b k]` and targets `[b k]` or int `[b]`.
 
-        Their sum over that of `weights` is the mean of torch's
+        Divided by the sum of `weights`, its sum is the mean of torch's
         `CrossEntropyLoss(weight=..., label_smoothing=...)`.
         """
         if targets.ndim == 1:
@@ -77,17 +79,17 @@ class Objective:
         return -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
 
     def weights(self, targets: jax.Array) -> jax.Array:
-        """How much each row counts, [b]: the weight of its class.
+        """Returns the weight of each row `[b]`: the weight of its class.
 
-        With mixup or cutmix a row has several classes and counts as 1: as torch's loss for targets
-        that are probabilities, whose mean divides by the number of rows.
+        With mixup or cutmix a row has several classes and the weight 1, as in torch's loss of
+        probabilities, whose mean divides by the number of rows.
         """
         if targets.ndim == 1 or self.mixup or self.cutmix:
             return jnp.ones(len(targets), jnp.float32)
         return targets @ self._class_weights(targets)
 
     def reduced(self, mean: jax.Array, total: jax.Array) -> jax.Array:
-        """What is minimised, of a mean (or a part of it) and the sum of the batch's `weights`."""
+        """Returns the loss to minimise, given a mean (or a part of it) and the sum of `weights`."""
         return mean * total if self.reduction == "sum" else mean
 
     def _class_weights(self, targets: jax.Array) -> jax.Array:
@@ -97,5 +99,5 @@ class Objective:
 
 
 def _named(key: jax.Array, name: str) -> jax.Array:
-    """A key of its own for each use, as the parts of a network draw theirs by path."""
+    """Returns a separate key for each use, as the layers of a network draw theirs by path."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -1,27 +1,47 @@
-"""What a run opens before its first step: images, weights, network, a program for each stage."""
+"""Opens everything that a run needs before its first step.
 
+Images, network, the arrays that it starts from, and a program for each stage.
+"""
+
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
 from jaxft.distributed import Devices
-from jaxft.errors import DataError, ModelError, RecipeError
+from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
+from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.models import Model, user_factory
 from jaxft.recipe import Recipe
-from jaxft.stage_plan import plan
-from jaxft.train.keeping import keeping
-from jaxft.train.program import Program, program
-from jaxft.train.start import Start
+from jaxft.stage_plan import StagePlan, plan
+from jaxft.train.frozen_prefix import connect, frozen_prefix
+from jaxft.train.linear_probe_stage import check_linear_head
+from jaxft.train.stage_program import StageProgram, stage_program
 from jaxft.weights import Weights
-from jaxft.weights.load import fitted
+from jaxft.weights.finite_check import check_finite
+from jaxft.weights.head import with_head
+from jaxft.weights.load import fitted, load_fitted
+
+Start = tuple[Tree, Tree]
+"""Parameters and statistics; only their shapes where a run starts from a checkpoint."""
+
+_SHOWN = 8  # arrays that do not fit
 
 
 def check_network(recipe: Recipe, given: Model | None) -> None:
-    """Raises JaxftError for what can be known of a network before anything takes time."""
+    """Checks the network as far as possible without building it.
+
+    Raises:
+      JaxftError: the network does not exist, or does not go with the recipe.
+    """
     if given is not None:
         user_factory.checked(given, "model is")
         _check_own(recipe, given)
@@ -33,7 +53,7 @@ def check_network(recipe: Recipe, given: Model | None) -> None:
 
 
 def _check_own(recipe: Recipe, model: Model) -> None:
-    """Raises RecipeError where the recipe does not go with a network of the user's own."""
+    """Raises RecipeError where the recipe does not go with a user's network."""
     recipe.check_own_network()
     if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):
         raise RecipeError(
@@ -49,7 +69,11 @@ def _check_own(recipe: Recipe, model: Model) -> None:
 
 
 def check_image_size(recipe: Recipe, model: Model) -> None:
-    """Raises ModelError where a network of the user's own takes other images than the recipe's."""
+    """Checks that a user's network takes images of the recipe's size.
+
+    Raises:
+      ModelError: it does not.
+    """
     side = recipe.preprocessing.image_size
     if isinstance(model, models.Linen | models.NNX) and model.shape != (side, side, 3):
         raise ModelError(
@@ -60,9 +84,10 @@ def check_image_size(recipe: Recipe, model: Model) -> None:
 
 
 def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
-    """The recipe's images, those given or those it names; decoded ones are kept as they fit.
+    """Opens the given images or the recipe's, with a cache for decoded ones.
 
-    Raises DataError for what is wrong with them, or if they are all of one class.
+    Raises:
+      DataError: something is wrong with them, or all training images are of one class.
     """
     splits = data.open_source(
         recipe.data if given is None else given,
@@ -81,20 +106,20 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         )
     count = sum(map(len, splits))
 
-    def kept(source: Source) -> Source:
+    def cached(source: Source) -> Source:
         if isinstance(source, ArraySource):  # is in memory
             return source
         return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
 
     remarks = (*splits.remarks, *_dropped(recipe, len(splits.train)))
-    return Splits(kept(splits.train), kept(splits.val), remarks)
+    return Splits(cached(splits.train), cached(splits.val), remarks)
 
 
 def _dropped(recipe: Recipe, images: int) -> list[str]:
-    """Remarks of what `drop_last` leaves out of each epoch, by the stages' batch sizes."""
+    """Returns a remark on the images that `drop_last` leaves out, for each batch size."""
     if not recipe.drop_last or recipe.balance == "sampling":
         return []
-    sizes = dict.fromkeys(recipe.during(stage).batch_size for stage in recipe.stages)
+    sizes = dict.fromkeys(recipe.settings(stage).batch_size for stage in recipe.stages)
     return [
         f"drop_last leaves out {images % size} of {images:,} images in each epoch, other ones each "
         f"time: they do not fill a batch of {size}."
@@ -106,9 +131,10 @@ def _dropped(recipe: Recipe, images: int) -> list[str]:
 def read_weights(
     recipe: Recipe, model: Model, classes: Sequence[str]
 ) -> tuple[Weights | None, Recipe]:
-    """The recipe's weights, and the recipe with the preprocessing that they expect.
+    """Reads the recipe's weights; returns them and the recipe with the preprocessing they expect.
 
-    Raises WeightsError if they do not fit the network, or bring a head of other classes to keep.
+    Raises:
+      WeightsError: they do not fit the network, or the recipe keeps a head of other classes.
     """
     if recipe.weights is None:
         return None, recipe.expecting(Preprocessing())
@@ -118,12 +144,16 @@ def read_weights(
 
 
 def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | None:
-    """The classes that a head which is kept must be of; None if it may be of any."""
+    """Returns the classes that a pretrained head must have; None if it may have any."""
     return classes if recipe.head_classes == "match" else None
 
 
 def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:
-    """The network given, or that of the recipe; RecipeError if it has not these classes."""
+    """Returns the given network, or else the recipe's.
+
+    Raises:
+      RecipeError: it has another number of classes.
+    """
     model = given or recipe.network(len(classes))
     if given is None and user_factory.names_factory(recipe.model):
         _check_own(recipe, model)
@@ -137,13 +167,165 @@ def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) 
 
 def open_programs(
     recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: Start
-) -> tuple[Program, ...]:
-    """A program for each of the recipe's stages; `like` may be shapes."""
+) -> tuple[StageProgram, ...]:
+    """Returns a program for each of the recipe's stages; `like` may be shapes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the console shows the remarks when their stage begins
         plans = plan(recipe.stages, like[0])
+    for each in plans:
+        if each.stage.solver:
+            image_size = recipe.preprocessing.image_size
+            check_linear_head(each, model, *like, image_size=image_size)
     programs = [
-        program(index, stage, recipe, model, splits.train, devices, like)
+        stage_program(index, stage, recipe, model, splits.train, devices, like)
         for index, stage in enumerate(plans)
     ]
-    return keeping(programs, *like, images=(len(splits.train), len(splits.val)))
+    return with_prefixes(programs, like, images=(len(splits.train), len(splits.val)))
+
+
+def with_prefixes(
+    programs: Sequence[StageProgram], like: tuple[Tree, Tree], *, images: tuple[int, int]
+) -> tuple[StageProgram, ...]:
+    """Returns the stages of a run with their frozen prefixes.
+
+    Args:
+      programs: the stages.
+      like: parameters and statistics, or their shapes.
+      images: number of training and validation images.
+    """
+    prefixes = [
+        frozen_prefix(
+            each.plan, each.recipe, each.settings, each.model, each.norms, like,
+            images=images, epochs=each.epochs,
+        )
+        for each in programs
+    ]  # fmt: skip
+    connected = zip(programs, connect(prefixes), strict=True)
+    return tuple(dataclasses.replace(each, prefix=prefix) for each, prefix in connected)
+
+
+def shapes(model: Model) -> Start:
+    """Returns the shapes of a network's arrays, for a run that starts from a checkpoint."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def drawn(
+    recipe: Recipe, model: Model, source: Weights | None, classes: Sequence[str] | None = None
+) -> Start:
+    """Returns pretrained weights with the head that the recipe asks for, or random weights.
+
+    Args:
+      recipe: the run's recipe.
+      model: the network.
+      source: pretrained weights that are fitted to the network, see `jaxft.weights.load.fitted`;
+        None: random ones.
+      classes: classes of the images in the order of the logits; None: any.
+    """
+    key = jax.random.key(recipe.seed)
+    if source:
+        return load_fitted(source, model, recipe.head, key, classes)
+    params, stats = model.init(key)
+    if recipe.head in ("zeros", "xavier"):
+        params = with_head(model, params, recipe.head, key)
+    return params, stats
+
+
+def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]:
+    """Fits the caller's arrays to the network; see `start` of `jaxft.finetune`.
+
+    Returns:
+      The start in the network's containers, and a remark for each change.
+
+    Raises:
+      WeightsError: arrays do not fit, are not floating point, are not finite, or are running
+        variances below 0.
+    """
+    if not (isinstance(start, tuple | list) and len(start) == 2):
+        raise WeightsError(
+            f"start must be (params, stats), as {model.name}'s init returns; it is a "
+            f"{type(start).__name__}."
+        )
+    expected = shapes(model)
+    wanted = dict(zip(paths(expected), jax.tree.leaves(expected), strict=True))
+    found = dict(zip(paths(tuple(start)), map(_array, jax.tree.leaves(start)), strict=True))
+    wrong = _mismatches(wanted, found)
+    in_head = tuple(f"{tree}.{model.head}." for tree in (0, 1))
+    only_head = all(
+        path.startswith(in_head) and (path not in found or _is_floating(found[path]))
+        for path in wrong
+    )
+    if wrong and (recipe.head == "keep" or not only_head):
+        lines = [f"{path}: {mismatch}" for path, mismatch in wrong.items()]
+        raise WeightsError(
+            "\n  ".join(
+                [f"start does not fit {model.name} (0 is params, 1 is stats):"]
+                + first_of(lines, _SHOWN)
+                + ['Only the head differs: head="fresh" draws a new one.'] * only_head
+            )
+        )
+    remarks = []
+    if wrong or recipe.head in ("zeros", "xavier"):
+        new = drawn(recipe, model, None)
+        heads = dict(zip(wanted, jax.tree.leaves(new), strict=True))
+        found = {path: (heads if path.startswith(in_head) else found)[path] for path in wanted}
+        why = f"does not fit {model.num_classes} classes" if wrong else "is replaced"
+        remarks.append(
+            f"The head of start, {model.head}, {why}: a new one is drawn (head={recipe.head!r})."
+        )
+    cast = Counter(
+        f"{x.dtype} to {wanted[path].dtype}"
+        for path, x in found.items()
+        if x.dtype != wanted[path].dtype
+    )
+    remarks += [f"{count} arrays of start are cast from {how}." for how, count in cast.items()]
+    # By path, for a FrozenDict or NNX state may have another order.
+    leaves = [jnp.asarray(found[path], like.dtype) for path, like in wanted.items()]
+    fitted: Start = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    check_finite("start (0 is params, 1 is stats)", wanted, fitted)
+    return fitted, remarks
+
+
+def frozen_at_random(plans: Sequence[StagePlan], params: Tree) -> list[str]:
+    """Returns a remark on the first stage that freezes parameters which no stage has trained yet.
+
+    `params` are random; only their paths are read.
+    """
+    trained: set[str] = set()
+    for each in plans:
+        labels = dict(zip(paths(params), leaf_labels(params, each.labels), strict=True))
+        trained |= {path for path, label in labels.items() if label != FROZEN}
+        if untrained := [path for path in labels if path not in trained]:
+            parts = ", ".join(dict.fromkeys(path.partition(".")[0] for path in untrained))
+            return [
+                f"Stage {each.stage.name!r} freezes random weights: {parts}. Nothing pretrained "
+                "was given; name it by weights=... or start=..., or train these layers first."
+            ]
+    return []
+
+
+def _array(leaf: Any) -> jax.Array | np.ndarray:
+    """Returns the leaf as an array; an array of objects if it is not numeric."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    try:
+        return np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError):  # such as a torch tensor on a GPU
+        return np.asarray(None)
+
+
+def _is_floating(array: jax.Array | np.ndarray) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _mismatches(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """Returns why an array does not fit, by path."""
+    wrong = {path: f"missing {list(wanted[path].shape)}" for path in wanted if path not in found}
+    for path, array in found.items():
+        like = wanted.get(path)
+        if like is None:
+            wrong[path] = f"{list(array.shape)} is not in the network"
+        elif not _is_floating(array):
+            wrong[path] = f"{array.dtype}, not floating point"
+        elif array.shape != like.shape:
+            wrong[path] = f"{list(array.shape)}, not {list(like.shape)}"
+    return wrong

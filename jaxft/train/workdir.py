@@ -11,12 +11,13 @@ from etils import epath
 from jaxft import recipe_file as recipes
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.atomic import in_bucket
+from jaxft.checkpoint.contents import Header
 from jaxft.data.folder import class_roots
 from jaxft.distributed import ask_main_process
 from jaxft.errors import JaxftError, RecipeError
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import differences, listed
-from jaxft.train.extension import refused
+from jaxft.train.extend import refused
 
 
 def saved(workdir: str | PathLike[str]) -> Recipe | None:
@@ -25,17 +26,22 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
     The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
     """
     folder = epath.Path(workdir) / "checkpoints"
-    fields = layout.newest_progress(folder)
-    if fields is None:
+    values = layout.newest_progress(folder)
+    if values is None:
         return None
-    begun = recipes.from_fields(fields["recipe"], source=f"the newest checkpoint in {folder}")
+    begun = recipes.from_fields(
+        Header.from_json(values).recipe, source=f"the newest checkpoint in {folder}"
+    )
     return begun.expecting(begun.preprocessing)
 
 
 def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> None:
-    """Raises RecipeError unless the folder is free, or holds the run of this very recipe.
+    """Checks that the folder is free, or holds a run of the same recipe.
 
-    With `extend`, the recipe may be that run's trained for longer; see `jaxft.train.extension`.
+    With `extend`, the recipe may be longer than the run's; see `jaxft.train.extend`.
+
+    Raises:
+      RecipeError: it is not.
     """
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():
@@ -74,7 +80,7 @@ def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False)
 
 
 def _is_longer(file: epath.Path, before: Recipe) -> bool:
-    """Whether it is a whole recipe of the run extended, of which no checkpoint knows yet."""
+    """Returns whether the file is a recipe that extends the run, and that no checkpoint has yet."""
     try:
         recipe = recipes.read(file)
         recipe = recipe.expecting(recipe.preprocessing)
@@ -84,9 +90,12 @@ def _is_longer(file: epath.Path, before: Recipe) -> bool:
 
 
 def check_apart(workdir: str | PathLike[str], data: str) -> None:
-    """Raises RecipeError if the folder lies where the folder of a class would.
+    """Checks that the folder does not lie among the folders of the classes.
 
-    The next look at the images, on resume or by another run, would take it for a class.
+    A resumed run, or another one, would take it for a class.
+
+    Raises:
+      RecipeError: it does.
     """
     kind, _, place = data.partition(":")
     if kind != "folder" or in_bucket(workdir):
@@ -100,23 +109,22 @@ def check_apart(workdir: str | PathLike[str], data: str) -> None:
 
 
 def _visible(folder: epath.Path) -> list[str]:
-    """What lies there, but for what a run leaves that is killed at birth."""
+    """Returns the names in the folder, without the lock and the hidden files of a killed run."""
     names = [path.name for path in folder.iterdir()]
     return [name for name in names if name != "lock" and not name.startswith(".")]
 
 
 @contextmanager
 def claim(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> Iterator[None]:
-    """Makes the folder this recipe's, and this run the only one in it, for the time of the run.
+    """Saves the recipe in the folder, and locks the folder for the time of the run.
 
-    The processes of a run all call it; the first claims the folder for them.
+    All processes of a run must call it; the first one locks the folder.
 
-    In a bucket there is no lock that a death would free: there nothing holds a second run off
-    but the check of its recipe, and who starts two of the same one gets the rows and checkpoints
-    of either.
+    A bucket has no lock that the end of a process would free. There only the check of the recipe
+    keeps a second run out: two runs of the same recipe mix their rows and checkpoints.
 
     Raises:
-      RecipeError: see `check`; or another run is at work there, or it cannot be written.
+      RecipeError: see `check`; or another run uses the folder, or it cannot be written.
     """
     folder = epath.Path(workdir)
     with ExitStack() as held:

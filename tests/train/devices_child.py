@@ -16,7 +16,7 @@ from jaxft import distributed
 from jaxft.cli.finetune import run
 from jaxft.cli.process import exit_process
 from jaxft.report.console import Bar
-from jaxft.train.program import Program
+from jaxft.train.stage_program import StageProgram
 
 
 def main(lines, *joining):
@@ -34,7 +34,7 @@ def main(lines, *joining):
         advance(bar, loss, taken)
 
     Bar.advance = counted
-    compile = Program.compile
+    compile = StageProgram.compile
 
     def weighed(program, shapes):
         compiled = compile(program, shapes)
@@ -44,7 +44,7 @@ def main(lines, *joining):
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)
         return compiled
 
-    Program.compile = weighed
+    StageProgram.compile = weighed
     codes = []
     for arguments, steps in json.loads(lines):  # noqa: B007
         codes.append(run([*arguments, *(joining or ("--processes", "1"))]))

@@ -10,10 +10,11 @@ from drawn import weight
 from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, data, plan
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import combine
-from jaxft.train.program import Snapshot, program
+from jaxft.train.stage_program import stage_program
 from jaxft.weights.key_maps import torch_tensors
 
 STEPS, ROWS, LAST = 4, 8, 5  # of a stage, of a batch, of a stage's last batch
@@ -64,7 +65,7 @@ def _train(stages):
     )  # fmt: skip
     at = Snapshot(*start, None)
     for index, stage in enumerate(plan(stages, start[0])):
-        stage = program(index, stage, recipe, MODEL, source, Devices(), start)
+        stage = stage_program(index, stage, recipe, MODEL, source, Devices(), start)
         at = at._replace(opt_state=stage.transform.init(at.params))
         compiled = stage.compile(at)
         state, frozen = stage.state(at)
@@ -82,7 +83,7 @@ def _train(stages):
         for group in records[0].gradient_norms:
             norms = [record.gradient_norms[group] for record in records]
             yield f"{index}/norms/{group}", np.stack(norms)
-        losses = [record.tally.loss / record.tally.examples for record in records]
+        losses = [record.metrics.loss / record.metrics.examples for record in records]
         yield f"{index}/losses", np.stack(losses)
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from jaxft.checkpoint import checksums
 from jaxft.report.console import Console
-from jaxft.train.compilation import Ahead
-from jaxft.train.program import Program
-from jaxft.train.progress import Progress
-from jaxft.train.run import Run
+from jaxft.train.compiled_stage import Ahead
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress
+from jaxft.train.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
 
@@ -46,14 +46,14 @@ def strike_before(owner, name, point_reached):
 
 
 def never_compile(index):
-    real = Program.compile
+    real = StageProgram.compile
 
     def compile_or_hang(program, shapes):
         if program.index == index:
             threading.Event().wait()
         return real(program, shapes)
 
-    Program.compile = compile_or_hang
+    StageProgram.compile = compile_or_hang
 
 
 if __name__ == "__main__":
@@ -66,7 +66,7 @@ if __name__ == "__main__":
     elif kind == "stage":
         strike_before(Console, "say", lambda _, __, text: text.startswith(f"Stage {at!r} ended"))
     elif kind == "score":
-        strike_before(Run, "evaluate", lambda call, *_: call == int(at))
+        strike_before(Trainer, "evaluate", lambda call, *_: call == int(at))
     else:
         never_compile(int(at) - 1)
         strike_before(Ahead, "result", lambda call, *_: call == int(at))

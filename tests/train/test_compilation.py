@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.train.compilation import Ahead, flops, keep_programs
+from jaxft.train.compiled_stage import Ahead, flops, keep_programs
 
 
 def test_ahead_returns_result_of_function():

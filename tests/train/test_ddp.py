@@ -10,7 +10,7 @@ from drawn import weight
 
 from jaxft import SGD, Stage, models, plan
 from jaxft.data import Batch
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 from jaxft.weights.key_maps import torch_tensors
 
 pytestmark = pytest.mark.slow
@@ -51,12 +51,16 @@ def train(replicas):
     start = jax.tree.map(lambda t: jnp.asarray(t.from_torch(weight(t.name, t.shape))), tensors)
     params, stats = start
     transform = plan([Stage("all", {"*": RATE}, 1)], params)[0].transform(SGD(momentum=0.9))
-    step = train_step(MODEL, transform, Wide(), "batch", replicas=replicas)
+    step = train_step(
+        StepConfig(
+            model=MODEL, transform=transform, preprocessing=Wide(), norms="batch", replicas=replicas
+        )
+    )
     frozen = jax.tree.map(lambda _: None, params)
     state, losses = TrainState(params, stats, transform.init(params)), []
     for k in range(STEPS):
         state, sums = step(state, frozen, batch(k), jax.random.key(0))
-        losses.append(sums.tally.loss / sums.tally.examples)
+        losses.append(sums.metrics.loss / sums.metrics.examples)
     trained = jax.tree.map(lambda t, x: t.to_torch(x), tensors, (state.trainable, state.stats))
     names = [t.name for t in jax.tree.leaves(tensors)]
     arrays = dict(zip(names, map(sample, jax.tree.leaves(trained)), strict=True))

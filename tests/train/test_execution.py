@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, train_to_end
 
-import jaxft.train.stage
+import jaxft.train.gradient_stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.distributed import Devices
-from jaxft.train.execution import apart, one_by_one, sent
-from jaxft.train.progress import Progress
+from jaxft.train.compiled_stage import apart, one_by_one, sent
+from jaxft.train.state import Progress
 
 # Eight batches of 4, the last half empty: calls end at checkpoints, at epochs' ends, between.
 SINGLE = dataclasses.replace(
@@ -49,11 +49,11 @@ def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
 def test_calls_end_at_checkpoints_and_epochs(tmp_path, monkeypatch):
     calls = []
 
-    def counted(devices, batches, places):
+    def counted(devices, batches, steps_per_call):
         calls.append(len(batches))
-        return sent(devices, batches, places)
+        return sent(devices, batches, steps_per_call)
 
-    monkeypatch.setattr(jaxft.train.stage, "sent", counted)
+    monkeypatch.setattr(jaxft.train.gradient_stage, "sent", counted)
     train_to_end(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
     # Checkpoints at steps 7, 14, 21; epochs end at steps 8, 16, 24, the stages at 16 and 28.
     assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]

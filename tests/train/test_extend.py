@@ -11,7 +11,7 @@ from mortal import QUIET, KilledError, assert_close, assert_same_end, die, rows
 from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models
 from jaxft.optim import schedules
 from jaxft.report.console import Console
-from jaxft.train.progress import Progress
+from jaxft.train.state import Progress
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
 IMAGES = data.arrays(PIXELS, np.arange(24) % 2, classes=["a", "b"])

@@ -31,8 +31,9 @@ from jaxft.data import Preprocessing
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.recipe_file import read
 from jaxft.report.console import Console
-from jaxft.train.evaluate import eval_step, score
-from jaxft.train.start import drawn
+from jaxft.train.eval_step import eval_step
+from jaxft.train.metrics import Metrics
+from jaxft.train.opening import drawn
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 
@@ -104,7 +105,7 @@ def test_exported_model_reproduces_validation_score(unbroken):
     source = data.open_source("digits:5-9", shots=6, seed=0).val
     batches = data.eval_batches(source, RECIPE.preprocessing, batch_size=64, workers=1)
     evaluate = eval_step(model, RECIPE.preprocessing)
-    again = score([evaluate(params, stats, batch) for batch in batches])
+    again = Metrics.total([evaluate(params, stats, batch) for batch in batches]).score
     assert again.accuracy == result.score.accuracy
     assert again.loss == pytest.approx(result.score.loss, rel=1e-5)
 

@@ -21,9 +21,9 @@ from mortal import (
 
 from jaxft import Anchor, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.train.evaluate import Score
-from jaxft.train.progress import Progress
-from jaxft.train.run import Run
+from jaxft.train.metrics import Score
+from jaxft.train.state import Progress
+from jaxft.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,7 @@ def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monke
     workdir = tmp_path / "killed"
     scores = iter([Score(1.0, 0.5, 1.0), None])
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", lambda *_: next(scores))
+        patch.setattr(Trainer, "evaluate", lambda *_: next(scores))
         with pytest.raises(InterruptedRunError, match="step 4 is saved"):
             train_to_end(workdir)
     with monkeypatch.context() as patch:
@@ -106,7 +106,7 @@ def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monke
 def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
     """At the start of the run, of an epoch, and once more of the same epoch."""
     workdir = tmp_path / "killed"
-    real = Run.evaluate
+    real = Trainer.evaluate
     for call in (1, 2, 1):
         calls = []
 
@@ -117,7 +117,7 @@ def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "evaluate", failing)
+            patch.setattr(Trainer, "evaluate", failing)
             with pytest.raises(KilledError):
                 train_to_end(workdir)
     train_to_end(workdir)

@@ -11,10 +11,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxft import SGD, Recipe, Stage, data
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening
-from jaxft.train.program import Snapshot
 
 SIDE, BATCH = 224, 16
 RECIPE = Recipe(

@@ -7,11 +7,10 @@ import pytest
 from test_start import ALL, GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune
-from jaxft.train.program import Program
-from jaxft.train.range_test import ramp, range_test
-from jaxft.train.relative_gradients import block_norms
-from jaxft.train.run import Run
-from jaxft.train.trial import trial
+from jaxft.train.auto_rgn import block_norms
+from jaxft.train.lr_finder import ramp, range_test, trial
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.trainer import Trainer
 
 IN_MEMORY = {"data": GIVEN["data"]}
 
@@ -31,14 +30,14 @@ def refuse(*_, **__):
     raise FULL
 
 
-def compile_without_step(self, shapes, compile=Program.compile):
+def compile_without_step(self, shapes, compile=StageProgram.compile):
     return compile(self, shapes)._replace(step=refuse)
 
 
 PLACES = {
-    "compile": (Program, "compile", refuse),
-    "step": (Program, "compile", compile_without_step),
-    "evaluation": (Run, "evaluate", refuse),
+    "compile": (StageProgram, "compile", refuse),
+    "step": (StageProgram, "compile", compile_without_step),
+    "evaluation": (Trainer, "evaluate", refuse),
 }
 
 
@@ -56,11 +55,11 @@ def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
     recipe = dataclasses.replace(ALL, stages=stages)
     whole = run(tmp_path / "whole", recipe)
 
-    def second_stage_fails(self, shapes, compile=Program.compile):
+    def second_stage_fails(self, shapes, compile=StageProgram.compile):
         return refuse() if self.index else compile(self, shapes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Program, "compile", second_stage_fails)
+        patch.setattr(StageProgram, "compile", second_stage_fails)
         with pytest.raises(RecipeError, match="stage 'more': a batch of 8 images"):
             run(tmp_path / "run", recipe)
     assert run(tmp_path / "run", recipe).weights.read_bytes() == whole.weights.read_bytes()
@@ -70,15 +69,18 @@ def test_other_runtime_error_is_not_replaced(tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: the driver")
 
-    monkeypatch.setattr(Program, "compile", fail)
+    monkeypatch.setattr(StageProgram, "compile", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         run(tmp_path / "run")
 
 
 def test_out_of_memory_of_range_test_and_block_norms(monkeypatch):
     tried = trial(ALL, ramp(ALL.stages[0], low=1e-4, high=1.0, steps=10), model=NET, **IN_MEMORY)
-    monkeypatch.setattr(Program, "compile", refuse)
-    monkeypatch.setattr(Program, "gauge", refuse)
-    for probe in (lambda: range_test(tried, low=1e-4, high=1.0), lambda: block_norms(tried)):
+    monkeypatch.setattr(StageProgram, "compile", refuse)
+    monkeypatch.setattr(StageProgram, "gradient_norms", refuse)
+    for probe in (
+        lambda: range_test(tried, low=1e-4, high=1.0),
+        lambda: block_norms(tried.program, tried.params, tried.stats, tried.batches(5)),
+    ):
         with pytest.raises(RecipeError, match=ADVICE):
             probe()

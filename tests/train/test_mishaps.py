@@ -18,7 +18,7 @@ from mortal import (
 from jaxft import CheckpointError, RecipeError, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
-from jaxft.train.progress import Progress
+from jaxft.train.state import Progress
 
 
 @pytest.mark.slow
@@ -60,24 +60,6 @@ def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monke
     assert "Going on from step 9: stage 'late'" in said
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == ["corrupt-12"]
-
-
-@pytest.mark.slow
-def test_checkpoint_without_metrics_rows_keeps_them(whole, tmp_path, monkeypatch):
-    """Earlier versions saved no rows; `metrics.jsonl` keeps its rows up to the step."""
-    save = Checkpoints.save
-
-    def save_without_rows(self, step, progress, arrays, *, keep=False):
-        kept = {name: value for name, value in progress.items() if name != "rows"}
-        save(self, step, kept, arrays, keep=keep)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_without_rows)
-        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
-        with pytest.raises(KilledError):
-            train_to_end(tmp_path)
-    train_to_end(tmp_path)
-    assert_same_end(tmp_path, whole)
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from test_step import MODEL, PREPROCESSING, batch
 from jaxft import Adam, NonFiniteError, Stage, data, finetune, models, partition, plan
 from jaxft.models import Linen
 from jaxft.optim.transform import GroupState
-from jaxft.train.progress import Progress
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.state import Progress
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 
 class DividesByZero(nn.Module):
@@ -108,7 +108,15 @@ def test_skipped_step_changes_only_the_schedule_position():
     transform = stage.transform(Adam())
     trainable, frozen = partition(params, stage.labels)
     step = train_step(
-        MODEL, transform, PREPROCESSING, "batch", labels=stage.labels, ema=0.5, skip_nonfinite=True
+        StepConfig(
+            model=MODEL,
+            transform=transform,
+            preprocessing=PREPROCESSING,
+            norms="batch",
+            labels=stage.labels,
+            ema=0.5,
+            skip_nonfinite=True,
+        )
     )
 
     def start():

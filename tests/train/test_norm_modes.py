@@ -11,7 +11,7 @@ from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
 from jaxft.distributed import Devices
 from jaxft.report.console import Console
 from jaxft.train.norms import mode_names, norm_modes
-from jaxft.train.program import program
+from jaxft.train.stage_program import stage_program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "norm_modes.npz"
 LATE = {"fc": 0.05, "layer3": 0.02}
@@ -136,7 +136,7 @@ def test_norm_modes_that_do_not_fit_are_refused(norms, error, message):
     recipe = Recipe(model=MODEL.name, data="random", stages=(stage,))
     source = data.arrays(np.zeros((1, 8, 8, 3), np.uint8), [0], classes="0123456789")
     with pytest.raises(error, match=message):
-        program(0, *plan([stage], PARAMS), recipe, MODEL, source, Devices(), (PARAMS, STATS))
+        stage_program(0, *plan([stage], PARAMS), recipe, MODEL, source, Devices(), (PARAMS, STATS))
 
 
 @pytest.mark.parametrize("norms", ["F", {"layer3": "b", "*": "A"}, {"*": "batch"}])

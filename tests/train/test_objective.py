@@ -11,11 +11,11 @@ import pytest
 from jaxft import SGD, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
-from jaxft.train.evaluate import eval_step
+from jaxft.train.eval_step import eval_step
 from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
-from jaxft.train.program import program
-from jaxft.train.step import TrainState, train_step
+from jaxft.train.stage_program import stage_program
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)
 TARGET = np.array([0, 2, 1, 2], np.int32)
@@ -158,7 +158,16 @@ def prepare(objective, model=MODEL, **options):
     transform = stage.transform(SGD())
     trainable, frozen = partition(params, stage.labels)
     state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-    step = train_step(model, transform, PREPROCESSING, norms, objective, **options)
+    step = train_step(
+        StepConfig(
+            model=model,
+            transform=transform,
+            preprocessing=PREPROCESSING,
+            norms=norms,
+            objective=objective,
+            **options,
+        )
+    )
     return step, state, frozen
 
 
@@ -167,7 +176,7 @@ def test_label_smoothing_changes_loss_but_not_counts():
     sums = []
     for objective in (Objective(label_smoothing=0.3), Objective()):
         step, state, frozen = prepare(objective)
-        sums.append(step(state, frozen, batch(real=5), KEY)[1].tally)
+        sums.append(step(state, frozen, batch(real=5), KEY)[1].metrics)
     assert [int(s.examples) for s in sums] == [5, 5]
     assert int(sums[0].correct) == int(sums[1].correct)  # smoothing changes no image
     assert float(sums[0].loss) != float(sums[1].loss)
@@ -183,7 +192,7 @@ def test_sum_reduction_scales_the_step_by_rows(accumulate):
         start = jax.device_get(state.trainable)
         state, record = step(state, frozen, batch(real=5), KEY)
         moved.append(jax.tree.map(lambda a, b: a - b, state.trainable, start))
-        losses.append(float(record.tally.loss))
+        losses.append(float(record.metrics.loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for mean, summed in zip(*map(jax.tree.leaves, moved), strict=True):
         np.testing.assert_allclose(summed, 5 * mean, rtol=1e-3, atol=1e-6)
@@ -195,7 +204,7 @@ def test_objective_of_recipe():
     fields = {"reduction": "sum", "label_smoothing": 0.1, "erasing": 0.2, "mixup": 0.3}
     recipe = Recipe(model=MODEL.name, data="random", stages=stages, **fields)
     source = data.arrays(*batch()[:2], classes="01234")
-    prepared = program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
+    prepared = stage_program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
     assert prepared.objective == Objective(**fields)
 
 

@@ -11,8 +11,7 @@ from mortal import QUIET, assert_close, assert_same_end, rows
 from jaxft import SGD, Recipe, Stage, data, finetune
 from jaxft.models import NNX, Linen
 from jaxft.train.batch_sizes import BatchSizes, oversized
-from jaxft.train.range_test import ramp, range_test
-from jaxft.train.trial import trial
+from jaxft.train.lr_finder import ramp, range_test, trial
 
 
 class Standardises(nn.Module):

@@ -5,16 +5,13 @@ import numpy as np
 import pytest
 
 from jaxft import Recipe, Stage, data, models
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.labels import paths
 from jaxft.train import opening
-from jaxft.train.evaluate import Score
-from jaxft.train.position import at_start, restored
-from jaxft.train.program import Snapshot
-from jaxft.train.progress import Progress
-from jaxft.train.resume import structure
-from jaxft.train.sums import Sums
+from jaxft.train.metrics import EpochMetrics, Score
+from jaxft.train.state import Progress, StageState, header_of, item_shapes
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 START = MODEL.init(jax.random.key(0))
@@ -41,13 +38,13 @@ def test_best_epoch_shares_unchanged_arrays(trains, norms, params, stats):
     program = stage(Stage("only", trains, 1, norms=norms))
     now = Snapshot(*START, program.transform.init(START[0]))
     worse = Score(1.0, 0.0, 0.0)
-    best = at_start(program, Progress.at_start(0, 0, worse), now)
-    arrays = best.arrays(program)
+    best = StageState.at_start(program, Progress.at_start(0, 0, worse), now)
+    arrays = best.items(program)
     for name, tree, moving in zip(("params", "stats"), START, (params, stats), strict=True):
         written = arrays["best"][name]
         assert paths(written) == [path for path in paths(tree) if path.startswith(moving)]
     shapes = jax.eval_shape(lambda: arrays)
-    assert structure((program,), 0, *jax.eval_shape(lambda: START)) == shapes
+    assert item_shapes((program,), 0, *jax.eval_shape(lambda: START)) == shapes
 
     # Steps move what they change; the best stays what it was.
     for name in ("params", "stats"):
@@ -57,6 +54,7 @@ def test_best_epoch_shares_unchanged_arrays(trains, norms, params, stats):
             arrays[name],
             is_leaf=lambda x: x is None,
         )
-    again = restored(program, best.progress, Sums(), arrays)
+    header = header_of(best.progress, EpochMetrics(), data={}, recipe={}, rows=())
+    again = StageState.restored(program, header, arrays)
     jax.tree.map(np.testing.assert_array_equal, again.best, now)
     assert not np.array_equal(again.shown.params["fc"]["bias"], now.params["fc"]["bias"])

@@ -19,14 +19,14 @@ from mortal import (
 )
 
 from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening
+from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.interruption import InterruptedRunError
-from jaxft.train.kept import Kept
-from jaxft.train.program import Snapshot
-from jaxft.train.progress import Progress
-from jaxft.train.run import Run
+from jaxft.train.state import Progress
+from jaxft.train.trainer import Trainer
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
@@ -84,7 +84,7 @@ def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
     """The run ends as with features in memory, leaves no file, and reports a full disk."""
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
-    real, used = Kept.add, []
+    real, used = FeatureCache.add, []
 
     def add(self, key, tree):
         real(self, key, tree)
@@ -92,7 +92,7 @@ def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
         used.append((usage.used, list(disk.folder.iterdir())))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "add", add)
+        patch.setattr(FeatureCache, "add", add)
         run(tmp_path / "run", recipe)
     assert_same_end(tmp_path / "run", cached)
     assert max(used)[0] > 2**17  # 230 images, 1 KiB each, by two prefixes
@@ -108,7 +108,7 @@ def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path, monkeypatch):
     points = [
         (Progress, "after_step", lambda progress: progress.step + 1 == 6),
         (Progress, "after_step", lambda progress: progress.step + 1 == 12),
-        (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        (Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train),
         (Progress, "after_step", lambda progress: progress.step + 1 == 23),
     ]
     for owner, name, reached in points:
@@ -126,7 +126,7 @@ def test_signal_while_prefix_computes_features(tmp_path, monkeypatch):
     # 13 batches to validate, by all blocks and then by the prefix; and 2 of 4 to train on.
     asked = iter([False] * (2 * 13 + 2) + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "stop_asked", lambda _: next(asked))
+        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
             train_to_end(tmp_path / "run", recipe)
     assert_same_end(run(tmp_path / "run", recipe), run(tmp_path / "unbroken", recipe))
@@ -146,7 +146,7 @@ def test_views_as_many_as_epochs_change_nothing(tmp_path):
 
 def passes(recipe, workdir, monkeypatch):
     """Returns the split of each pass over images in a run."""
-    real, found = Run.of_each_batch, []
+    real, found = Trainer.of_each_batch, []
 
     def counted(run, source, step, **options):
         if options.get("kept") is None:
@@ -154,7 +154,7 @@ def passes(recipe, workdir, monkeypatch):
         return real(run, source, step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "of_each_batch", counted)
+        patch.setattr(Trainer, "of_each_batch", counted)
         run(workdir, recipe)
     return found
 
@@ -221,7 +221,7 @@ def test_views_must_not_be_negative():
 
 
 def test_cache_evicts_least_recently_used():
-    kept, array = Kept(4 * 40), np.zeros(10, np.float32)
+    kept, array = FeatureCache(4 * 40), np.zeros(10, np.float32)
     for key in "abbcd":  # "b" twice
         kept.add(key, array)
     assert kept.get("a") is array
@@ -233,7 +233,7 @@ def test_cache_evicts_least_recently_used():
 
 @pytest.mark.parametrize(("room", "again"), [(10 + 3 * 9, "xyz"), (10 + 3 * 9 - 1, "pqr")])
 def test_cache_replays_batches_if_all_were_seen_and_fit(room, again):
-    kept = Kept(room)
+    kept = FeatureCache(room)
     kept.add("rows of a prefix", np.zeros(10, np.int8))  # must not be evicted for batches
 
     def batches(names):

@@ -10,9 +10,9 @@ import pytest
 
 import jaxft
 from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
-from jaxft.train.evaluate import Score
-from jaxft.train.progress import Progress
-from jaxft.train.record import epilogue
+from jaxft.report.stage_text import epilogue
+from jaxft.train.metrics import Score
+from jaxft.train.state import Progress
 
 NAN, INF = float("nan"), float("inf")
 EPOCHS = "epochs done"  # that the stage has no further epoch

@@ -15,9 +15,8 @@ from PIL import Image
 from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
 from jaxft.optim import schedules
 from jaxft.recipe_file import save
-from jaxft.train.range_test import Curve, ramp, range_test, valley
-from jaxft.train.relative_gradients import block_norms
-from jaxft.train.trial import named, trial
+from jaxft.train.auto_rgn import block_norms
+from jaxft.train.lr_finder import Curve, named, ramp, range_test, trial, valley
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/range_test.npz"
@@ -174,7 +173,9 @@ def test_probe_layers(tmp_path, capsys):
     gradients = jax.grad(loss)(tried.params)
     blocks = dict(zip(model.blocks, model.block_patterns, strict=True))
     expected = {b: norm(gradients, p) / norm(tried.params, p) for b, p in blocks.items()}
-    assert block_norms(tried) == pytest.approx(expected, rel=1e-4)
+    assert block_norms(tried.program, tried.params, tried.stats, tried.batches(5)) == pytest.approx(
+        expected, rel=1e-4
+    )
     rows = [line.split() for line in printed.splitlines() if line.startswith("  ")][1:]
     assert [row[0] for row in rows] == list(blocks)
     assert [row[2] for row in rows] == [f"{ratio:.3g}" for ratio in expected.values()]

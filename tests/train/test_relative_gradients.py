@@ -15,15 +15,17 @@ from test_ddp import Wide, batch
 
 from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan
 from jaxft.checkpoint import weights_only
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.distributed import Devices
 from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
 from jaxft.optim.transform import restart
 from jaxft.train import stage
-from jaxft.train.program import Gauge, Snapshot, program
-from jaxft.train.progress import Progress
-from jaxft.train.relative_gradients import factors, relative_norms, set_out
+from jaxft.train.auto_rgn import factors, relative_norms, with_relative_rates
+from jaxft.train.metrics import GradientNorms
+from jaxft.train.stage_program import stage_program
+from jaxft.train.state import Progress
 from jaxft.weights.key_maps import torch_tensors
 
 with jax.enable_x64(True):
@@ -69,7 +71,7 @@ def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
 
     def spied(*args, step, **rest):
         measured.append(step)
-        return set_out(*args, step=step, **rest)
+        return with_relative_rates(*args, step=step, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "set_out", spied)
@@ -105,7 +107,7 @@ def gauge(gradients, weights):
     def norms(values):
         return dict(zip("abc", map(np.float64, values), strict=True))
 
-    return Gauge(norms(gradients), norms(weights))
+    return GradientNorms(norms(gradients), norms(weights))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +136,11 @@ def test_auto_rgn_ignores_batch_that_is_not_finite(on_nonfinite):
     recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)
     params, stats = start()
     (stage,) = plan(recipe.stages, params)
-    made = program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
+    made = stage_program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
     state, frozen = made.state(Snapshot(params, stats, made.transform.init(params)))
     images = np.full((BATCH, 16, 16, 3), np.nan)
     noise = Batch(images, np.zeros(BATCH, np.int32), np.ones(BATCH, bool))
-    found = jax.jit(made.gauge(made.tensors))(state, frozen, noise, np.int32(0))
+    found = jax.jit(made.gradient_norms(made.tensor_labels))(state, frozen, noise, np.int32(0))
     assert np.isnan([*found.gradients.values()]).all()
     assert relative_norms([found]) == {}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxft import Recipe, Stage, data, models
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.train import opening
-from jaxft.train.program import Snapshot
-from jaxft.train.remat import block_by_block
+from jaxft.train.train_step import block_by_block
 
 MODEL = models.create("cifar_resnet8", num_classes=4, dropout=0.2, drop_path=0.2)
 START = MODEL.init(jax.random.key(0))

@@ -21,10 +21,11 @@ from jaxft import (
 )
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
-from jaxft.train import solve
-from jaxft.train.evaluate import eval_step, score
+from jaxft.train import linear_probe_stage
+from jaxft.train.eval_step import eval_step
 from jaxft.train.interruption import InterruptedRunError
-from jaxft.train.run import Run
+from jaxft.train.metrics import Metrics, Score
+from jaxft.train.trainer import Trainer
 
 C = (1e-2, 1e4, 1.0)
 PROBE = Stage("probe", {"fc": LogisticRegression(C)})
@@ -84,7 +85,9 @@ def test_linear_probe_sets_head_to_best_logistic_regression(alone):
     for fit in logistic_regression(features, batch.target, 5, c=C):
         head = {"kernel": np.float32(fit.kernel), "bias": np.float32(fit.bias)}
         scores.append(
-            score([eval_step(model, pre)({**before[0], "fc": head}, stats, pictures(val, pre))])
+            Metrics.total(
+                [eval_step(model, pre)({**before[0], "fc": head}, stats, pictures(val, pre))]
+            ).score
         )
     best = max(range(3), key=lambda i: (scores[i].accuracy, -scores[i].loss))
     assert best == 2  # neither the strongest nor the weakest penalty
@@ -108,7 +111,9 @@ def test_linear_probe_sets_head_to_best_logistic_regression(alone):
 @pytest.mark.slow
 def test_linear_probe_prefers_stronger_of_equal_penalties():
     fit = logistic_regression([[0.0], [1.0]], [0, 1], 2)[0]
-    at = [solve._merit(fit._replace(c=c), solve.Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)]
+    at = [
+        linear_probe_stage._merit(fit._replace(c=c), Score(1.0, 0.5, 1.0)) for c in (0.1, 1.0, 0.01)
+    ]
     assert max(at) == at[2]
 
 
@@ -144,8 +149,8 @@ def test_linear_probe_killed_is_solved_again(unbroken, tmp_path, monkeypatch):
     """While features are computed, in validation, and before its checkpoint."""
     workdir = tmp_path / "killed"
     points = (
-        (Run, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        (Run, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
+        (Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train),
+        (Trainer, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
         (Checkpoints, "save", lambda _, step, *__: step == 3),
     )
     for owner, name, reached in points:
@@ -160,17 +165,17 @@ def test_linear_probe_killed_is_solved_again(unbroken, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_path, monkeypatch):
-    workdir, real, calls = tmp_path / "stopped", Run.evaluate, iter(range(3))
+    workdir, real, calls = tmp_path / "stopped", Trainer.evaluate, iter(range(3))
 
     def stopped_at_the_third(run, *trees):
         return None if next(calls) == 2 else real(run, *trees)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", stopped_at_the_third)
+        patch.setattr(Trainer, "evaluate", stopped_at_the_third)
         with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
             train_to_end(workdir, SOLVED)
     with monkeypatch.context() as patch:
-        die(patch, Run, "of_each_batch", lambda run, source, _: source is run.splits.train)
+        die(patch, Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train)
         train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
@@ -179,7 +184,7 @@ def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_pa
 def test_linear_probe_stopped_at_start_saves_nothing(alone, tmp_path, monkeypatch):
     asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "stop_asked", lambda _: next(asked))
+        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
         with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
             train_to_end(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
     train_to_end(tmp_path / "run", ALONE)

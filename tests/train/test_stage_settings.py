@@ -32,11 +32,12 @@ from jaxft.data.digits import read
 from jaxft.distributed import Devices
 from jaxft.optim import schedules
 from jaxft.report.console import Console
-from jaxft.train.evaluate import Score, eval_step, score
+from jaxft.train.eval_step import eval_step
+from jaxft.train.metrics import Metrics, Score
 from jaxft.train.objective import Objective
-from jaxft.train.program import program
-from jaxft.train.progress import Progress
-from jaxft.train.run import Run
+from jaxft.train.stage_program import stage_program
+from jaxft.train.state import Progress
+from jaxft.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 
@@ -73,7 +74,7 @@ def programs(*stages, **fields):
     given = recipe(*stages, **fields)
     start = jax.eval_shape(MODEL.init, jax.random.key(0))
     return [
-        program(index, stage, given, MODEL, TRAIN, Devices(), start)
+        stage_program(index, stage, given, MODEL, TRAIN, Devices(), start)
         for index, stage in enumerate(plan(stages, start[0]))
     ]
 
@@ -86,16 +87,16 @@ def test_stage_setting_applies_to_that_stage_only(field):
         Stage("after", {"fc": 0.1}, 1),
     )
     for other in (before, after):
-        assert dataclasses.replace(other.recipe, stages=own.recipe.stages) == dataclasses.replace(
-            own.recipe, **{field: getattr(other.recipe, field)}
+        assert other.settings == dataclasses.replace(
+            own.settings, **{field: getattr(other.settings, field)}
         )
         assert other.objective == Objective()
-    assert getattr(own.recipe, field) == OWN[field] != getattr(before.recipe, field)
+    assert getattr(own.settings, field) == OWN[field] != getattr(before.settings, field)
     if hasattr(own.objective, field):
         assert own.objective == Objective(**{field: OWN[field]})
     steps = 3 if field == "batch_size" else 4
     assert (before.steps, own.steps, after.steps) == (4, steps, 4)
-    assert (before.rows, own.rows) == (6, own.recipe.batch_size)
+    assert (before.rows, own.rows) == (6, own.settings.batch_size)
 
 
 def test_stage_setting_overrides_recipe():
@@ -194,7 +195,7 @@ def test_ema_is_validated_exported_and_restored(tmp_path):
     assert np.abs(average["fc.weight"] - two["fc.weight"]).max() > 1e-3
     params, stats = weights.load(tmp_path / "average" / "model.safetensors", MODEL)
     batch = Batch(VAL.images, VAL.targets, np.ones(24, bool))
-    found = score([eval_step(MODEL, SIZE)(params, stats, batch)])
+    found = Metrics.total([eval_step(MODEL, SIZE)(params, stats, batch)]).score
     for row in rows:  # the average has not moved since
         assert row["val_loss"] == pytest.approx(found.loss, rel=1e-5)
         assert row["val_accuracy"] == found.accuracy
@@ -260,7 +261,7 @@ def test_recorded_plateau_schedule_is_torchs():
 def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, capsys):
     """The first that is reached ends the stage, within an epoch or after it."""
     losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
-    monkeypatch.setattr(Run, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
     after, clock, passed = Progress.after_step, time.perf_counter, [0.0]
 
     def after_step(
@@ -271,7 +272,7 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Progress, "after_step", after_step)
     fake = SimpleNamespace(perf_counter=lambda: clock() + passed[0])
-    monkeypatch.setattr("jaxft.train.position.time", fake)
+    monkeypatch.setattr("jaxft.train.state.time", fake)
     head, cosine = {"fc": 0.01}, schedules.CosineAnnealingLR(by="step")
     stages = (
         Stage("steps", head, steps=6, schedule=cosine),

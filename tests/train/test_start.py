@@ -24,7 +24,7 @@ from jaxft import (
     weights,
 )
 from jaxft.train.export import export
-from jaxft.train.start import frozen_at_random
+from jaxft.train.opening import frozen_at_random
 
 
 class Net(nn.Module):

@@ -8,9 +8,10 @@ import pytest
 from jaxft import SGD, Adam, Stage, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import combine, leaf_labels
-from jaxft.train.evaluate import Score, eval_step, score
+from jaxft.train.eval_step import eval_step
+from jaxft.train.metrics import Metrics, Score
 from jaxft.train.norms import norm_modes
-from jaxft.train.step import Tally, TrainState, tally, train_step
+from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
@@ -44,7 +45,14 @@ def prepare(start, stage, optimizer):
     transform = stage_plan.transform(optimizer)
     trainable, frozen = partition(params, stage_plan.labels)
     state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-    return train_step(MODEL, transform, PREPROCESSING, norms), state, frozen, stage_plan
+    return (
+        train_step(
+            StepConfig(model=MODEL, transform=transform, preprocessing=PREPROCESSING, norms=norms)
+        ),
+        state,
+        frozen,
+        stage_plan,
+    )
 
 
 @pytest.mark.slow
@@ -111,7 +119,9 @@ def test_step_draws_dropout_from_its_key(start):
         norms = norm_modes(params, stats, stage_plan.labels)
         trainable, frozen = partition(params, stage_plan.labels)
         state = jax.tree.map(jnp.copy, TrainState(trainable, stats, transform.init(params)))
-        step = train_step(model, transform, PREPROCESSING, norms)
+        step = train_step(
+            StepConfig(model=model, transform=transform, preprocessing=PREPROCESSING, norms=norms)
+        )
         state, _ = step(state, frozen, batch(), jax.random.key(seed))
         return np.asarray(state.trainable["fc"]["kernel"])
 
@@ -129,17 +139,17 @@ def test_step_ignores_padding(start):
     step, state, frozen, _ = prepare(start, 2, SGD())
     short = Batch(*(rows[:5] for rows in batch(size=8, real=5)))
     exact, exact_sums = step(state, frozen, short, KEY)
-    assert int(sums.tally.examples) == int(exact_sums.tally.examples) == 5
+    assert int(sums.metrics.examples) == int(exact_sums.metrics.examples) == 5
     for a, b in zip(*map(jax.tree.leaves, (padded, exact)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_score_counts_each_example_once():
-    tallies = [
-        Tally(np.float32(8), np.int32(3), np.int32(4), np.int32(4)),
-        Tally(np.float32(2), np.int32(1), np.int32(1), np.int32(1)),
+    batches = [
+        Metrics(np.float32(8), np.int32(3), np.int32(4), np.int32(4)),
+        Metrics(np.float32(2), np.int32(1), np.int32(1), np.int32(1)),
     ]
-    assert score(tallies) == Score(loss=2.0, accuracy=0.8, top5=1.0)
+    assert Metrics.total(batches).score == Score(loss=2.0, accuracy=0.8, top5=1.0)
 
 
 NAN = np.nan
@@ -166,19 +176,19 @@ HITS = [  # logits of six classes, the target, whether it is a hit, whether amon
 
 def test_tally_of_hits_by_hand():
     logits, target, hit, among = map(np.array, zip(*HITS, strict=True))
-    each = jax.vmap(tally)(
+    each = jax.vmap(Metrics.of_batch)(
         logits[:, None].astype(np.float32), target[:, None], np.ones((15, 1), bool)
     )
     np.testing.assert_array_equal(each.correct, hit)
     np.testing.assert_array_equal(each.top5, among)
-    whole = tally(jnp.asarray(logits, jnp.float32), target, np.arange(15) < 9)
+    whole = Metrics.of_batch(jnp.asarray(logits, jnp.float32), target, np.arange(15) < 9)
     assert (int(whole.correct), int(whole.top5), int(whole.examples)) == (3, 7, 9)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_tally_of_top5_with_few_classes(classes):
     logits = jnp.arange(classes * 1.0)[None].repeat(classes, 0)
-    sums = tally(logits.at[0, 0].set(NAN), np.arange(classes), np.ones(classes, bool))
+    sums = Metrics.of_batch(logits.at[0, 0].set(NAN), np.arange(classes), np.ones(classes, bool))
     assert (int(sums.correct), int(sums.top5)) == (1, classes - 1)
 
 

@@ -10,12 +10,13 @@ from float64_stages import assert_as_recorded, rows, train
 from test_ddp import MODEL, batch
 
 from jaxft import Anchor, Recipe, Stage, data, plan
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
-from jaxft.train.compilation import flops
-from jaxft.train.evaluate import eval_step
-from jaxft.train.program import Snapshot, program
+from jaxft.train.compiled_stage import flops
+from jaxft.train.eval_step import eval_step
+from jaxft.train.stage_program import stage_program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
 EMA = 0.75
@@ -70,7 +71,7 @@ def start_of(stage, **settings):
     params, stats = MODEL.init(jax.random.key(0))
     (planned,) = plan([stage], params)
     source = data.arrays(*rows(0), classes="0123456789")
-    prepared = program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
+    prepared = stage_program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
     at = Snapshot(params, stats, prepared.transform.init(params))
     compiled = prepared.compile(at)
     state, frozen = prepared.state(at)
@@ -102,7 +103,7 @@ def test_skipped_step_changes_only_the_schedule():
     compiled, state, frozen, start = start_of(stage, on_nonfinite="skip")
     state, record = compiled.step(state, frozen, batch(0), np.int32(0), start)
     assert record.finite
-    assert record.tally.examples == 8
+    assert record.metrics.examples == 8
     before, nan = jax.device_get(state), jax.tree.map(lambda x: x * jnp.nan, start)
     state, record = compiled.step(state, frozen, batch(1), np.int32(1), nan)
     assert not any(np.any(x) for x in jax.tree.leaves(record))

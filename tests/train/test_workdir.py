@@ -11,6 +11,7 @@ import pytest
 
 from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Header
 from jaxft.recipe_file import fields
 from jaxft.train import workdir
 from jaxft.train.workdir import check, check_apart, claim, saved
@@ -22,7 +23,8 @@ RECIPE = RECIPE.expecting(RECIPE.preprocessing)
 def begin(folder):
     """Writes a run with one checkpoint."""
     with claim(folder, RECIPE), closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        checkpoints.save(1, {"recipe": fields(RECIPE)}, {"params": {"x": jnp.ones(1)}})
+        header = Header({}, {}, {}, fields(RECIPE), ()).to_json()
+        checkpoints.save(1, header, {"params": {"x": jnp.ones(1)}})
 
 
 def test_workdir_belongs_to_run_from_its_first_checkpoint(tmp_path):

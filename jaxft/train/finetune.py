@@ -1,4 +1,13 @@
-"""A whole run: everything is opened and checked, then stage follows stage, then hand back."""
+"""The story of a run: opens and checks everything, trains the stages, writes the result.
+
+A run finds its start in this order:
+
+1. the newest checkpoint in its workdir (`jaxft.train.resume.resume`),
+2. the end of another run's stage (`fork_from`),
+3. the arrays in `start`,
+4. the recipe's pretrained weights,
+5. random weights.
+"""
 
 import dataclasses
 import os
@@ -22,39 +31,44 @@ from jaxft.recipe_file import resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
-from jaxft.train import agreement, export, fork
+from jaxft.train import agreement, export
 from jaxft.train.batch_sizes import batch_sizes, oversized
-from jaxft.train.evaluate import Score, eval_step
-from jaxft.train.extension import check as check_extension
-from jaxft.train.fork import Fork
+from jaxft.train.eval_step import eval_step
+from jaxft.train.extend import check_extension
+from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.interruption import Interruption, interruptible
-from jaxft.train.kept import Kept
+from jaxft.train.metrics import Score
 from jaxft.train.opening import (
+    Start,
     check_image_size,
     check_network,
+    drawn,
+    frozen_at_random,
+    given,
     open_network,
     open_programs,
     open_splits,
     read_weights,
+    shapes,
     wanted_classes,
 )
-from jaxft.train.program import Program
-from jaxft.train.run import Run
-from jaxft.train.sequence import train_stages
-from jaxft.train.start import Start, drawn, frozen_at_random, given, shapes
+from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.train_stages import train_stages
+from jaxft.train.trainer import Trainer
 from jaxft.train.workdir import check, check_apart, claim, saved
 from jaxft.weights.description import MARK, STRIDES
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ends with.
+    """Result of a run.
 
     Attributes:
-      score: by validation, of the weights handed back.
-      weights: the torch-named safetensors file; `model.json` lies beside it.
-      checkpoint: the last checkpoint's folder.
-      from_scratch: the score of the same network from random weights, if the recipe asks.
+      score: validation score of the exported weights.
+      weights: safetensors file with torch's names; `model.json` lies beside it.
+      checkpoint: folder of the last checkpoint.
+      from_scratch: score of the same network from random weights, if the recipe asks for it.
     """
 
     score: Score
@@ -76,32 +90,39 @@ def finetune(
     extend: bool = False,
     console: Console | None = None,
 ) -> Result:
-    """Runs a recipe in a folder of its own, or goes on with the run that the folder holds.
+    """Trains a recipe's stages in a folder, or continues the run in that folder.
 
-    A run killed at any moment and called again ends bit-identically to one that was not. SIGTERM
-    or one SIGINT has it save where it is and end; before training they end it at once. Their
-    handlers are those of before when this returns or raises.
+    A run that is killed at any moment and called again ends bit-identically to an unbroken one.
+    SIGTERM or one SIGINT makes it save a checkpoint and stop; before training they stop it at once.
+    Their handlers are restored in the end.
 
-    data: images to use instead of those that the recipe names, such as `jaxft.data.arrays(...)`;
-      `recipe.data` is then no more than their name, in what is printed and saved.
-    model: the network to use instead of the one that `recipe.model` names, such as
-      `jaxft.models.Linen(...)`; likewise.
-    start: `(params, stats)` of that network to start from, instead of weights or random ones.
-      Arrays are cast to the network's dtypes. A head of another size, or none, is replaced by a
-      new one, as `recipe.head` says; with `head="zeros"` or `"xavier"` any head is.
-    fork_from: another run's workdir: this one starts from the end of its stage called `stage` (of
-      its last that has ended) and goes on with the recipe's stage after that.
-    extend: the run in `workdir` may go on with more epochs (or steps, minutes, patience) in its
-      last stage, and with stages after it. It ends as if it had been that long from the start; a
-      stage whose rates depend on its length is refused. Where appended stages divide groups of
-      parameters it ends so to rounding. What has ended by `EarlyStop` stays ended
-      unless its patience grows. A last stage that had ended goes on from its newest checkpoint
-      before the end.
+    Args:
+      recipe: network, images and stages.
+      workdir: folder of the run, on a disk or in a bucket.
+      data: images to use instead of the recipe's, such as `jaxft.data.arrays(...)`. `recipe.data`
+        is then only their name in the output.
+      model: network to use instead of the recipe's, such as `jaxft.models.Linen(...)`.
+        `recipe.model` is then only its name.
+      start: `(params, stats)` of the network to start from, instead of pretrained or random
+        weights. They are cast to the network's dtypes. A missing head, or one of another size, is
+        replaced by a new one, see `recipe.head`; with `head="zeros"` or `"xavier"` any head is.
+      fork_from: workdir of another run. This one starts from the end of its stage called `stage`
+        and continues with the recipe's stage after that.
+      stage: name of that stage; by default the last one that has ended.
+      extend: allow more epochs (or steps, minutes, patience) in the last stage of the run in
+        `workdir`, and stages after it. The run ends as if it had been that long from the start, up
+        to rounding if appended stages divide groups of parameters. A last stage that has ended
+        continues from its newest checkpoint before the end. A stage that has ended by `EarlyStop`
+        stays ended unless its patience grows.
+      console: where to print.
+
+    Returns:
+      The score and the paths of the exported weights and of the last checkpoint.
 
     Raises:
-      JaxftError: anything wrong with recipe, data, weights or folder, before training starts;
-        later only what could not be known (an image that has become unreadable, a full disk).
-      InterruptedRunError: a signal has ended it.
+      JaxftError: recipe, data, weights or folder are wrong. It is raised before training starts,
+        except for later events such as a full disk.
+      InterruptedRunError: a signal stopped the run.
       NonFiniteError: the loss has become NaN or infinite.
     """
     with interruptible() as interruption, lost_process.translated(), agreement.announced():
@@ -113,21 +134,25 @@ def finetune(
                 f"stage {stage!r} is to be forked, but fork_from names no run to fork."
             )
         check_network(recipe, model)
+
+        # Find the run's start, and check the folder.
         begun, source, forked = saved(folder), None, None
         interruption.resumes = begun is not None
         if begun:
             recipe = recipe.expecting(begun.preprocessing)
         elif fork_from is not None:
-            forked = fork.find(fork_from, stage)
-            ended = fork.check(forked, recipe)
+            forked = find_fork(fork_from, stage)
+            ended = stage_of_fork(forked, recipe)
             recipe = recipe.expecting(forked.recipe.preprocessing)
         check(folder, recipe, extend=extend)
         if data is None:
             check_apart(folder, recipe.data)
+
+        # Open images, network, weights and devices.
         splits = open_splits(recipe, data)
         classes = splits.train.classes
         model = open_network(recipe, model, classes)
-        # A run that has begun needs its pretrained weights no more: they may be out of reach.
+        # A run that has begun does not need its pretrained weights, which may be out of reach.
         if not begun and not forked:
             source, recipe = read_weights(recipe, model, classes)
         check_image_size(recipe, model)
@@ -143,7 +168,7 @@ def finetune(
         origin, remarks = recipe.weights or "random weights", list[str]()
         if forked:
             origin = f"stage {forked.stage!r} of {forked.workdir}"
-            forked = fork.in_order(forked, recipe, model, classes)
+            forked = in_order(forked, recipe, model, classes)
         elif start is not None:
             origin = "the arrays given"
         is_random = not (begun or forked or source) and start is None
@@ -153,6 +178,8 @@ def finetune(
             start = drawn(recipe, model, source, wanted_classes(recipe, classes))
         else:
             start, remarks = given(recipe, model, start)
+
+        # Bind the stages to network, images and devices, and check them.
         programs = open_programs(recipe, model, splits, devices, start)
         remarks += oversized([program.sizes for program in programs], len(splits.train))
         if is_random:
@@ -162,10 +189,12 @@ def finetune(
             old = open_programs(shorter, model, splits, devices, start)
             check_extension(folder, begun, old, programs, start)
         if forked:
-            fork.check_arrays(forked, ended, programs, *start)
-        if recipe.from_scratch:  # its patterns must not fail after hours of the others
+            check_fork(forked, ended, programs, *start)
+        if recipe.from_scratch:  # its patterns must not fail after hours of training
             compared = open_programs(scratch, model, splits, devices, start)
         agreement.reach(folder, recipe, splits)
+
+        # Print what is about to run, then train.
         console.row(_prologue(recipe, splits, start[0], origin))
         remarks += environment.idle_accelerator()
         of_start = [each.remarks for each in (source, forked) if each]
@@ -186,7 +215,7 @@ def finetune(
 
 
 def _run(
-    programs: tuple[Program, ...],
+    programs: tuple[StageProgram, ...],
     splits: Splits,
     start: Start,
     forked: Fork | None,
@@ -196,6 +225,7 @@ def _run(
     interruption: Interruption,
     extend: bool = False,
 ) -> Result:
+    """Trains the stages of opened programs in a folder and exports the result."""
     devices, model = programs[0].devices, programs[0].model
     with (
         claim(workdir, recipe, extend=extend),
@@ -204,34 +234,33 @@ def _run(
     ):
         if is_main_process():
             environment.append(workdir)
-        anchor = None
+        anchor_params = None
         if any(program.plan.stage.anchor for program in programs):
             if checkpoints.latest_step() is None:
-                pretrained = fork.start(forked, model) if forked else start
+                pretrained = start_of_fork(forked, model) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
                 weights_only.save_weights(workdir / "start", *pretrained, replace=True)
-            anchor = devices.put(weights_only.read_weights(workdir / "start")[0])
-        places = recipe.steps_per_execution
+            anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
         evaluator = eval_step(
             model,
             recipe.preprocessing,
             tta=recipe.tta,
-            places=places,
+            steps_per_call=recipe.steps_per_execution,
             examples=sizes.examples,
         )
-        seen = kept = Kept(recipe.cache_mib * 2**20)
+        batch_cache = feature_cache = FeatureCache(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:
-            kept = Kept(recipe.disk_cache_mib * 2**20, on_disk=True)
-        run = Run(
+            feature_cache = FeatureCache(recipe.disk_cache_mib * 2**20, on_disk=True)
+        trainer = Trainer(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
-            interruption, anchor, kept, seen,
+            interruption, anchor_params, feature_cache, batch_cache,
         )  # fmt: skip
-        progress, handed_on = train_stages(run, start, forked)
-        if run.stop_asked():
-            raise run.stopped()
+        progress, end = train_stages(trainer, start, forked)
+        if trainer.stop_asked():
+            raise trainer.stopped()
         score = progress.handed_on(programs[-1].plan.stage)
-        trees = devices.host((handed_on.params, handed_on.stats))
+        trees = devices.host((end.params, end.stats))
         exported = workdir / "model.safetensors"
         if is_main_process():
             classes = splits.train.classes

@@ -1,52 +1,13 @@
-"""What a stage says of itself: its length and cost, a row an epoch, a sentence at its end."""
-
-import resource
-import sys
-from typing import Any
-
-import jax
+"""Console text of a stage: its length and cost, and how it ended."""
 
 from jaxft.stage_plan import StagePlan
-from jaxft.train.program import Compiled, Program
-from jaxft.train.progress import Progress
-from jaxft.train.sums import Sums
+from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress
 
 
-def row(plan: StagePlan, progress: Progress, sums: Sums, *, seconds: float) -> dict[str, Any]:
-    """An epoch as `metrics.jsonl` has it; `seconds` are with its validation."""
-    trained, validated = sums.score, progress.score
-    return {
-        "stage": plan.stage.name,
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
-        "train_top5": trained.top5,
-        "val_loss": validated.loss,
-        "val_accuracy": validated.accuracy,
-        "val_top5": validated.top5,
-        "rates": dict(sums.rates),
-        "gradient_norms": sums.mean(sums.gradient_norms),
-        "update_norms": sums.mean(sums.update_norms),
-        "skipped_steps": sums.skipped,
-        "seconds": seconds,
-        "images_per_second": sums.tally[-1] / sums.seconds if sums.seconds else 0.0,
-        "input_wait_seconds": sums.idle,
-        "peak_memory_mib": _peak_memory_mib(),
-    }
-
-
-def _peak_memory_mib() -> float:
-    """Of the first device, or of the process where devices do not tell, as the CPU does not."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return float(stats["peak_bytes_in_use"] / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-
-
-def title(program: Program, of: int) -> str:
-    """Which stage it is `of` how many, and how long."""
+def title(program: StageProgram, of: int) -> str:
+    """Returns the title of a stage, with its number `of` how many and its length."""
     stage, steps = program.plan.stage, program.steps
     most = "at most " if stage.until or stage.minutes else ""
     if stage.solver:
@@ -60,17 +21,17 @@ def title(program: Program, of: int) -> str:
 
 
 def gap(seconds: float, compiled: float) -> str:
-    """How long the devices waited for a stage; `compiled` are the seconds it took to compile."""
+    """Returns a sentence on the time before a stage's first step; both arguments are in seconds."""
     return (
         f"Its first step came {seconds:.2f} s after the last validation before it; compiling it "
         f"took {compiled:.2f} s."
     )
 
 
-def cost(program: Program, compiled: Compiled, seconds: float) -> str:
-    """What a step takes, or of a stage that is solved the features of a batch.
+def cost(program: StageProgram, compiled: CompiledStage, seconds: float) -> str:
+    """Returns the cost of a step, or for a linear probe of the features of a batch.
 
-    `seconds` were spent on compiling it.
+    `seconds` is the compile time.
     """
     if program.plan.stage.solver:
         cost = f"{_flop(compiled.prefix_flops)} a batch"
@@ -85,8 +46,8 @@ def _flop(count: float) -> str:
     return f"{count / 1e9:.3g} GFLOP" if count >= 1e9 else f"{count / 1e6:.3g} MFLOP"
 
 
-def spared(program: Program) -> str:
-    """Which blocks run once, and why not in training if so."""
+def spared(program: StageProgram) -> str:
+    """Returns a sentence on the cached blocks, and why training images are not cached."""
     prefix = program.prefix
     if not prefix.blocks:
         return f"No block's work is kept: {prefix.reason}."
@@ -100,9 +61,9 @@ def spared(program: Program) -> str:
 
 
 def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
-    """Why the stage ended, and which epoch goes on from it.
+    """Returns why the stage ended, and which epoch the next stage starts from.
 
-    `keep`: whether the next stage carries the optimizer state on.
+    `keep`: whether the next stage keeps the optimizer state.
     """
     sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
     if plan.stage.hand_on == "last":

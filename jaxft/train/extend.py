@@ -1,10 +1,11 @@
-"""Going on with a run for longer: more epochs in its last stage, or further stages after it.
+"""Extends a run: more epochs in its last stage, or further stages after it.
 
-The run goes on as if its recipe had been the longer one from the start. For a stage that has ended
-that means from its newest checkpoint before its end, since what a stage hands on need not be its
-last epoch.
+The run ends as if its recipe had been the longer one from the start. A stage that has ended
+therefore continues from its newest checkpoint before the end, because the weights that a stage
+ends with need not be those of its last epoch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from os import PathLike
@@ -15,17 +16,20 @@ import numpy as np
 from etils import epath
 
 from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Header
+from jaxft.early_stopping import EarlyStop
 from jaxft.errors import RecipeError
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
 from jaxft.recipe_differences import ABSENT, Difference, differences
-from jaxft.train.program import Program
-from jaxft.train.resume import state_shapes
-from jaxft.train.start import Start
+from jaxft.stages import Stage
+from jaxft.train.opening import Start
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress, opt_state_shapes
 
 
 def refused(before: Recipe, now: Recipe) -> list[Difference]:
-    """Returns the differences by which `now` is more than `before`, trained for longer."""
+    """Returns the differences between the recipes that `--extend` does not allow."""
     last = before.stages[-1].name
     longer = [f"stages[{last}].{field}" for field in ("epochs", "steps", "minutes")]
     longer += [f"stages[{last}].until.{field}" for field in ("patience", "min_epochs")]
@@ -45,14 +49,14 @@ def _is_more(each: Difference) -> bool:
     return bool(each.now > each.before)
 
 
-def check(
+def check_extension(
     workdir: str | PathLike[str],
     before: Recipe,
-    old: Sequence[Program],
-    new: Sequence[Program],
+    old: Sequence[StageProgram],
+    new: Sequence[StageProgram],
     start: Start,
 ) -> None:
-    """Raises RecipeError if the run could not go on as if it had been longer from the start.
+    """Checks that the run can end as if it had been longer from the start.
 
     Args:
       workdir: the run's folder.
@@ -60,18 +64,23 @@ def check(
       old: the programs of that recipe's stages.
       new: the programs of the longer recipe's stages.
       start: parameters and statistics, or their shapes.
+
+    Raises:
+      RecipeError: it cannot.
     """
     index = len(old) - 1
     with closing(Checkpoints(epath.Path(workdir) / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step()
-        progress = checkpoints.progress(step) if step is not None else None
-    if progress is None or progress["stage"] < index:
+        if step is None:
+            return
+        progress = Progress.from_fields(Header.from_json(checkpoints.progress(step)).progress)
+    if progress.stage < index:
         return  # nothing of the last stage has been trained
-    if old[index].plan.stage == new[index].plan.stage and progress["ended"]:
+    if old[index].plan.stage == new[index].plan.stage and progress.ended:
         return
     _check_rates(old[index], new[index])
     was, now = (
-        jax.tree.leaves_with_path(state_shapes(tuple(programs), index, start[0]))
+        jax.tree.leaves_with_path(opt_state_shapes(programs, index, start[0]))
         for programs in (old, new)
     )
     if was != now:
@@ -81,7 +90,7 @@ def check(
         )
 
 
-def _check_rates(old: Program, new: Program) -> None:
+def _check_rates(old: StageProgram, new: StageProgram) -> None:
     """Raises RecipeError if a schedule that spans the stage would have been another."""
     for group, update in new.plan.updates().items():
         schedule = update.schedule
@@ -102,3 +111,30 @@ def _check_rates(old: Program, new: Program) -> None:
                 f"{totals[0]} {schedule.by}s are planned and {totals[1]} wanted: the run would not "
                 "be the longer one. Append a stage instead, with its own schedule."
             )
+
+
+def reopened(before: Stage, now: Stage, progress: Progress, steps_per_epoch: int) -> int | None:
+    """Returns the number of steps that an ended stage has taken, if its longer form continues it.
+
+    A stage that ended by `EarlyStop` continues if its patience, or its least length, has grown. One
+    that ended by `Plateau` does not. None: the stage stays ended.
+    """
+    done = min(before.length(steps_per_epoch), progress.epoch * steps_per_epoch)
+    if before == now or now.solver or not progress.ended or done >= now.length(steps_per_epoch):
+        return None
+    if not progress.ended.endswith((" done", " over")):
+        rule = now.until
+        waits = isinstance(rule, EarlyStop) and (
+            progress.waited < rule.patience or progress.epoch < rule.min_epochs
+        )
+        return done if waits else None
+    return done
+
+
+def from_end(stage: Stage, progress: Progress, done: int, steps_per_epoch: int) -> Progress:
+    """Returns the progress of a stage that continues from its end, after `done` steps."""
+    epoch, position = divmod(done, steps_per_epoch)
+    score = progress.handed_on(stage)
+    if stage.hand_on == "last":  # the arrays of its best epoch are not known
+        progress = dataclasses.replace(progress, best=score, best_epoch=epoch)
+    return dataclasses.replace(progress, epoch=epoch, position=position, score=score, ended="")

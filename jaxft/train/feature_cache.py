@@ -1,8 +1,8 @@
-"""What prefixes have made of a run's images, and images to validate, as long as the process lives.
+"""Features of a run's images, and validation batches, kept while the process lives.
 
-What a prefix made is keyed by the images and their views, and by the bytes of all weights and
-statistics that it came through: what no longer holds is never found. Nothing of it is saved; a run
-that goes on makes it again, to the same last bit.
+Features are keyed by the images, their views, and a hash of all weights and statistics that
+computed them, so that outdated ones are never found. They are not saved: a resumed run computes
+them again, to the same last bit.
 """
 
 import hashlib
@@ -12,47 +12,51 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import Batch, Source
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
-from jaxft.errors import NonFiniteError, RecipeError
+from jaxft.distributed import Devices
+from jaxft.errors import InterruptedRunError, NonFiniteError, RecipeError
 from jaxft.labels import paths
+from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.norms import layer
-from jaxft.train.prefix import block_labels
-from jaxft.train.program import Compiled, Program, Snapshot
-
-if TYPE_CHECKING:
-    from jaxft.train.run import Run
+from jaxft.train.stage_program import StageProgram
 
 Half = Literal["train", "val"]
 
 
-class Kept:
-    """Trees of arrays by their keys, up to a number of bytes; the longest unused go first.
-
-    on_disk: whether arrays that it makes lie there.
-    """
+class FeatureCache:
+    """Trees of arrays by key, up to a number of bytes; drops the least recently used."""
 
     def __init__(self, max_bytes: int, *, on_disk: bool = False) -> None:
+        """Creates an empty cache.
+
+        Args:
+          max_bytes: size of all arrays.
+          on_disk: whether `empty` allocates files.
+        """
         self._max = self._free = max_bytes
         self._on_disk = on_disk
         self._trees: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable) -> Any:
-        """What is kept by that key; None if nothing is."""
+        """Returns the tree of a key; None without one."""
         if key not in self._trees:
             return None
         self._trees[key] = self._trees.pop(key)  # now the last of them
         return self._trees[key]
 
     def add(self, key: Hashable, tree: Any) -> None:
-        """Keeps it, unless it is larger than all there may be."""
+        """Adds a tree, unless it alone is too large."""
         if _size(tree) > self._max:
             return
         if key in self._trees:
@@ -64,9 +68,10 @@ class Kept:
             self._free += _size(self._trees.pop(oldest))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array to be filled; on disk it is a file without a name, which goes when it does.
+        """Returns an array to fill; on disk it is a file without a name, which goes with it.
 
-        Raises RecipeError if the disk has no room for it.
+        Raises:
+          RecipeError: the disk has no room for it.
         """
         if not self._on_disk:
             return np.empty(shape, dtype)
@@ -86,7 +91,7 @@ class Kept:
     def replayed(
         self, key: Hashable, batches: Generator[Batch, None, None], count: int
     ) -> Generator[Batch, None, None]:
-        """So many batches; if all have been seen before, and there was room, from memory."""
+        """Yields `count` batches, from memory if all were seen before and there was room."""
         seen = self.get(key)
         if seen is not None:
             yield from seen
@@ -111,83 +116,95 @@ def _size(tree: Any) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
-class Inputs:
-    """What the steps of a stage begin with, and its validation, where its prefix is kept.
+@dataclass(frozen=True)
+class StageFeatures:
+    """Features of the frozen prefix of a stage, computed once and cached.
 
-    run, program, compiled: the stage's.
-    at: gives arrays in which the prefix is as it is all through the stage.
+    Attributes:
+      program, compiled: the stage.
+      snapshot: returns arrays with the stage's prefix, which no step changes.
+      splits: the run's images.
+      devices: where the prefix runs.
+      cache: where the features are kept.
+      each_batch: `Trainer.of_each_batch`.
+      stopped: returns the error of a run that a signal has stopped.
     """
 
-    def __init__(
-        self, run: "Run", program: Program, compiled: Compiled, at: Callable[[], Snapshot]
-    ) -> None:
-        self._run, self._program, self._compiled, self._at = run, program, compiled, at
-        self.batch_size = program.recipe.batch_size
-        self.score = compiled.score
-        """`(params, stats, batch) -> tally`, of batches of `val`; none if that is not kept."""
+    program: StageProgram
+    compiled: CompiledStage
+    snapshot: Callable[[], Snapshot]
+    splits: Splits
+    devices: Devices
+    cache: FeatureCache
+    each_batch: Callable[..., list[Any] | None]
+    stopped: Callable[[], InterruptedRunError]
 
     def train(self, view: int = 0) -> np.ndarray:
-        """[n ...] of a view of the images to train on.
+        """Returns the features of a view of the training images, `[n ...]`.
 
-        Raises InterruptedRunError if a signal comes while they are made.
+        Raises:
+          InterruptedRunError: a signal came meanwhile.
         """
-        own = None if self._program.same_views else (self._program.index, view)
-        rows = self._rows("train", own)
+        stage_view = None if self.program.prefix.same_views else (self.program.index, view)
+        rows = self._rows("train", stage_view)
         if rows is None:
-            raise self._run.stopped()
+            raise self.stopped()
         return rows[:, 0]
 
     def val(self) -> np.ndarray | None:
-        """[n v ...] of the images to validate, where v is 2 if the mirror of each is seen too.
+        """Returns the features of the validation images, `[n v ...]`; v is 2 with their mirrors.
 
-        None if a signal comes while they are made.
+        Returns None if a signal came meanwhile.
         """
         return self._rows("val", None)
 
     def _rows(self, half: Half, view: tuple[int, int] | None) -> np.ndarray | None:
-        size = self.batch_size  # by which an output may differ in its last bits
-        *taps, own = ((half, view, size, self._digests[end]) for end in self._program.prefix.ends)
-        found = self._run.kept.get(own)
-        if found is None:
-            made = self._made(half, view)
-            for key, rows in zip((*taps, own), made or (), strict=made is not None):
-                self._run.kept.add(key, rows)
-            found = made[-1] if made else None
-        return found
+        size = self.program.settings.batch_size  # the last bits of an output depend on it
+        keys = [(half, view, size, self._digests[end]) for end in self.program.prefix.ends]
+        cached: np.ndarray | None = self.cache.get(keys[-1])
+        if cached is not None:
+            return cached
+        computed = self._compute(half, view)
+        if computed is None:
+            return None
+        for key, rows in zip(keys, computed, strict=True):
+            self.cache.add(key, rows)
+        return computed[-1]
 
-    def _made(self, half: Half, view: tuple[int, int] | None) -> list[np.ndarray] | None:
-        """By a pass over the images, for each of the prefix's ends; None if a signal comes.
+    def _compute(self, half: Half, view: tuple[int, int] | None) -> list[np.ndarray] | None:
+        """Computes the features at each of the prefix's ends in one pass over the images.
 
-        Raises NonFiniteError for features that are not finite, unless the recipe skips them.
+        Returns None if a signal came. Raises NonFiniteError for features that are not finite,
+        unless the recipe skips them.
         """
-        run, recipe = self._run, self._program.recipe
-        source: Source = getattr(run.splits, half)
+        recipe, size = self.program.recipe, self.program.settings.batch_size
+        source: Source = getattr(self.splits, half)
         sides = (1, -1) if half == "val" and recipe.tta == "flip" else (1,)
-        params, stats, _ = self._at()
+        params, stats, _ = self.snapshot()
         arrays: list[np.ndarray] = []
         waiting: deque[list[tuple[list[jax.Array], jax.Array]]] = deque()
         done = 0
 
         def outputs(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-            found = []
-            for block, compute in self._compiled.prefix.items():
+            features = []
+            for block, compute in self.compiled.prefix.items():
                 x = compute(params, stats, x)
-                if block in self._program.prefix.ends:
-                    found.append(x)
-            return found, finite_rows(x)
+                if block in self.program.prefix.ends:
+                    features.append(x)
+            return features, finite_rows(x)
 
         def store() -> None:
             nonlocal done
-            by_side, finite = zip(*run.devices.host(waiting.popleft()), strict=True)
-            made = [np.stack(both, 1) for both in zip(*by_side, strict=True)]
+            by_side, finite = zip(*self.devices.host(waiting.popleft()), strict=True)
+            by_end = [np.stack(sides, 1) for sides in zip(*by_side, strict=True)]
             if not arrays:
-                of_all = ((len(source), *x.shape[1:]) for x in made)
-                arrays.extend(map(run.kept.empty, of_all, (x.dtype for x in made)))
-            count = min(recipe.batch_size, len(source) - done)
+                shapes = ((len(source), *x.shape[1:]) for x in by_end)
+                arrays.extend(map(self.cache.empty, shapes, (x.dtype for x in by_end)))
+            count = min(size, len(source) - done)
             wrong = np.flatnonzero(~np.all(finite, 0)[:count])
             if len(wrong) and recipe.on_nonfinite == "stop":
                 raise self._not_finite(half, done + int(wrong[0]), len(source))
-            for array, rows in zip(arrays, made, strict=True):
+            for array, rows in zip(arrays, by_end, strict=True):
                 array[done : done + count] = rows[:count]
             done += count
 
@@ -201,11 +218,14 @@ class Inputs:
         if view:
             stage, number = view
             of_stage = train_view_loader(
-                source, recipe.preprocessing, recipe.augment, seed=recipe.seed, stage=stage
+                source,
+                recipe.preprocessing,
+                self.program.settings.augment,
+                seed=recipe.seed,
+                stage=stage,
             )
             drawn = partial(of_stage, view=number)
-        size = recipe.batch_size
-        if run.of_each_batch(source, through, batch_size=size, load=drawn) is None:
+        if self.each_batch(source, through, batch_size=size, load=drawn) is None:
             return None
         store()
         return arrays
@@ -215,7 +235,7 @@ class Inputs:
             "train": ("train on", "leaves steps with it out"),
             "val": ("validate", "has no epoch as the best whose validation is not finite"),
         }[half]
-        stage, blocks = self._program.plan.stage, self._program.prefix.blocks
+        stage, blocks = self.program.plan.stage, self.program.prefix.blocks
         where = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
         way_out = f" With --on-nonfinite skip the same command goes on and {skipping}."
         return NonFiniteError(
@@ -227,16 +247,16 @@ class Inputs:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """For the last block of each prefix, the hash of all arrays up to there."""
-        params, stats, _ = self._run.devices.host(self._at()._replace(opt_state=None))
-        of_params = jax.tree.leaves(block_labels(self._program.model, params))
+        """Hash of all arrays up to each block of the prefix, by block."""
+        params, stats, _ = self.devices.host(self.snapshot()._replace(opt_state=None))
+        of_params = jax.tree.leaves(block_labels(self.program.model, params))
         of_layer = dict(zip(map(layer, paths(params)), of_params, strict=True))
         of_stats = [of_layer[layer(path)] for path in paths(stats)]
         leaves = [*jax.tree.leaves(params), *jax.tree.leaves(stats)]
         sofar, digests = hashlib.sha256(), {}
-        for block in self._program.prefix.blocks:
-            for own, leaf in zip((*of_params, *of_stats), leaves, strict=True):
-                if own == block:
+        for block in self.program.prefix.blocks:
+            for leaf_block, leaf in zip((*of_params, *of_stats), leaves, strict=True):
+                if leaf_block == block:
                     sofar.update(np.asarray(leaf).tobytes())
             digests[block] = sofar.hexdigest()
         return digests

@@ -1,0 +1,116 @@
+"""Contents of a run's checkpoint: the one place that names its items and its header's fields."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import optax
+
+from jaxft.errors import CheckpointError
+from jaxft.labels import Tree, filled
+
+WEIGHTS = ("params", "stats")
+"""Items that hold a network's weights."""
+
+
+class Snapshot(NamedTuple):
+    """All arrays of a run at one moment: full parameters, statistics, optimizer state."""
+
+    params: Tree
+    stats: Tree
+    opt_state: optax.OptState
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of a checkpoint.
+
+    Attributes:
+      current: arrays after the last step; at a stage's end, the start of the next stage.
+      best: arrays of the stage's best epoch, with None for leaves equal to the current ones; None
+        at the end of a stage.
+      average: average of `(params, stats)`, if the stage has an `ema`; its frozen half is None.
+    """
+
+    current: Snapshot
+    best: Snapshot | None = None
+    average: tuple[Tree, Tree] | None = None
+
+    def to_items(self) -> dict[str, Tree]:
+        """Returns the items of the checkpoint by name."""
+        items: dict[str, Tree] = self.current._asdict()
+        if self.best is not None:
+            items["best"] = self.best._asdict()
+        if self.average is not None:
+            items["average"] = list(self.average)
+        return items
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Tree]) -> "Arrays":
+        """Inverts `to_items`; fills the leaves that `best` shares with the current arrays."""
+        current = Snapshot(*(items[name] for name in Snapshot._fields))
+        best = None
+        if "best" in items:
+            best = Snapshot(**items["best"])
+            shared = {name: filled(items["best"][name], items[name]) for name in WEIGHTS}
+            best = best._replace(**shared)
+        average = tuple(items["average"]) if "average" in items else None
+        return cls(current, best, average)
+
+
+def best_weights(read: Callable[[str], Any]) -> tuple[Tree, Tree]:
+    """Returns the `(params, stats)` of the best epoch, or of the end of a stage.
+
+    Args:
+      read: returns the item of a name; None if the checkpoint has none. A network without norm
+        layers has no `stats`.
+    """
+    current = {name: read(name) or {} for name in WEIGHTS}
+    best = read("best") or current
+    params, stats = (filled(best.get(name, {}), current[name]) for name in WEIGHTS)
+    return params, stats
+
+
+@dataclass(frozen=True)
+class Header:
+    """JSON values of a checkpoint.
+
+    Attributes:
+      progress: fields of `jaxft.train.state.Progress`.
+      epoch_metrics: fields of `jaxft.train.metrics.EpochMetrics`.
+      data: dataset facts that must match on resume; see `jaxft.data.fingerprint.record`.
+      recipe: fields of the recipe.
+      rows: rows of `metrics.jsonl` so far.
+    """
+
+    progress: Mapping[str, Any]
+    epoch_metrics: Mapping[str, Any]
+    data: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the header as JSON."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Header":
+        """Inverts `to_json`.
+
+        Raises:
+          CheckpointError: the values are not those of a header of this version.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != values.keys():
+            raise CheckpointError(
+                f"the checkpoint's header has the fields {', '.join(sorted(values))}, not "
+                f"{', '.join(sorted(names))}: another version of jaxft wrote it. Continue with "
+                "that version, or choose another --workdir."
+            )
+        return cls(**values)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The network's options and the names of its classes."""
+        return {**self.recipe, "classes": self.data["classes"]}

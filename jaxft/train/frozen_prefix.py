@@ -1,0 +1,227 @@
+"""The frozen prefix of a stage: the first blocks of the network that the stage does not change.
+
+Its features of an image are always the same, so they can be cached instead of computed in each
+step. For training images this needs a fixed number of views.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.data import Preprocessing
+from jaxft.distributed import Devices
+from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
+from jaxft.models import Model, NormMode, Norms
+from jaxft.recipe import Recipe, StageSettings
+from jaxft.stage_plan import StagePlan
+from jaxft.train.norms import layer
+
+
+@dataclass(frozen=True)
+class FrozenPrefix:
+    """Blocks that a stage leaves as they are, and which of their features are cached.
+
+    Attributes:
+      blocks: the frozen blocks, from the input on.
+      first: the block after them.
+      row: shape and dtype of the features of one image.
+      train, val: whether the features of training and validation images are cached.
+      reason: why those of the training images are not.
+      mib: size of all cached features in MiB.
+      room: size that the recipe allows, in MiB.
+      batch_size: images per pass, on which the last bits of the features depend.
+      same_views: whether the training images look the same in all stages where this is true.
+      cuts: blocks at which the prefix is cut into programs: the ends of the prefixes of all stages.
+      taps: cuts whose features later stages need; the same pass over the images computes them.
+    """
+
+    blocks: tuple[str, ...] = ()
+    first: str | None = None
+    row: jax.ShapeDtypeStruct | None = None
+    train: bool = False
+    val: bool = False
+    reason: str = "it has not been asked for"
+    mib: float = 0.0
+    room: int = 0
+    batch_size: int = 0
+    same_views: bool = False
+    cuts: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Last block of each prefix that a pass over the images serves, this one's last."""
+        return (*self.taps, *self.blocks[-1:])
+
+
+def frozen_prefix(
+    plan: StagePlan,
+    recipe: Recipe,
+    settings: StageSettings,
+    model: Model,
+    norms: Mapping[str, NormMode],
+    like: tuple[Tree, Tree],
+    *,
+    images: tuple[int, int],
+    epochs: int,
+) -> FrozenPrefix:
+    """Returns the frozen prefix of a stage by itself; see `connect`.
+
+    Args:
+      plan: the stage over the network's parameters.
+      recipe: the run's recipe.
+      settings: settings of the stage.
+      model: the network.
+      norms: mode of each norm layer.
+      like: parameters and statistics, or their shapes.
+      images: number of training and validation images.
+      epochs: length of the stage.
+    """
+    solved = plan.stage.solver is not None
+    params, stats = like
+    blocks, why = inert_blocks(model, params, plan.labels, norms)
+    if not blocks:
+        return FrozenPrefix(reason=why)
+    side = recipe.preprocessing.image_size
+    features, _ = jax.eval_shape(
+        partial(model.apply, norms="running", last=blocks[-1]),
+        *(params, stats, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
+    )
+    row = jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
+    mib = row.size * row.dtype.itemsize / 2**20
+    to_train, to_validate = images
+    of_val = mib * to_validate * (2 if recipe.tta == "flip" else 1)
+    of_both = of_val + mib * to_train * (1 if solved else _views(settings))
+    field = "disk_cache_mib" if recipe.disk_cache_mib else "cache_mib"
+    room = getattr(recipe, field)
+    # A linear probe needs all features at once, whatever the room.
+    reason = "" if solved else _why_not(recipe, settings, epochs)
+    if not reason and not solved and of_both > room:
+        reason = f"what comes out is {of_both:,.0f} MiB, and {field} {room}"
+    train, val = not reason, solved or of_val <= room
+    return FrozenPrefix(
+        blocks,
+        model.blocks[len(blocks)],
+        row,
+        train,
+        val,
+        reason,
+        mib=of_both if train else of_val if val else 0.0,
+        room=room,
+        batch_size=settings.batch_size,
+        same_views=solved or settings.augment == "none",
+    )
+
+
+def connect(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
+    """Returns the prefixes of a run's stages with their cuts and taps."""
+    ends = {end for each in prefixes for end in each.blocks[-1:]}
+    return [
+        replace(
+            prefix,
+            cuts=tuple(block for block in prefix.blocks if block in ends),
+            taps=_taps(prefix, prefixes[index + 1 :]),
+        )
+        for index, prefix in enumerate(prefixes)
+    ]
+
+
+def _taps(prefix: FrozenPrefix, later: Sequence[FrozenPrefix]) -> tuple[str, ...]:
+    """Returns the ends of later prefixes whose features this one's pass computes, if they fit."""
+    ends: list[str] = []
+    free, intact = prefix.room - prefix.mib, len(prefix.blocks)
+    for other in later if prefix.val else ():
+        depth = len(other.blocks)
+        # Features of other views of the training images would be of no use.
+        useless = prefix.train and not (other.train and prefix.same_views and other.same_views)
+        same = other.val and other.batch_size == prefix.batch_size
+        if same and not useless and 0 < depth < intact and other.mib <= free:
+            free -= other.mib
+            ends.insert(0, other.blocks[-1])
+        intact = min(intact, depth)
+    return tuple(ends)
+
+
+def _views(settings: StageSettings) -> int:
+    """Returns the number of views of each training image; 0: one for each epoch."""
+    return 1 if settings.augment == "none" else settings.views
+
+
+def _why_not(recipe: Recipe, settings: StageSettings, epochs: int) -> str:
+    """Returns why the features of the training images cannot be cached, if they cannot."""
+    if settings.erasing or settings.mixup or settings.cutmix:
+        return "erasing, mixup and cutmix change the images in each step"
+    if recipe.drop_path:
+        return "drop_path leaves out other blocks in each step"
+    if not _views(settings):
+        return f"augment={settings.augment!r} draws a new view each epoch; views=K keeps to K"
+    if settings.balance == "sampling" and settings.augment != "none":
+        return "balance='sampling' draws views of their own for what an epoch repeats"
+    if _views(settings) >= epochs:
+        return "each view is seen once"
+    return ""
+
+
+def block_labels(model: Model, params: Tree) -> Tree:
+    """Returns the label tree in which each parameter has the name of its block."""
+    named = zip(model.blocks, model.block_patterns, strict=True)
+    rules: dict[Pattern, str] = {p: block for block, patterns in named for p in patterns}
+    return label(params, rules)
+
+
+def inert_blocks(
+    model: Model, params: Tree, labels: Tree, norms: Norms
+) -> tuple[tuple[str, ...], str]:
+    """Returns the longest run of unchanged blocks from the input, and why the next one changes."""
+    modes = dict.fromkeys(map(layer, paths(params)), norms) if isinstance(norms, str) else norms
+    changing: dict[str, str] = {}
+    names, of_block = leaf_labels(params, labels), jax.tree.leaves(block_labels(model, params))
+    for path, block, name in zip(paths(params), of_block, names, strict=True):
+        if name != FROZEN:
+            changing[block] = f"{block} trains"
+        elif modes.get(layer(path), "running") != "running":
+            changing.setdefault(block, f"norm layers of {block} use the batch's statistics")
+    inert = tuple(takewhile(lambda block: block not in changing, model.blocks))
+    return inert, changing[model.blocks[len(inert)]]
+
+
+def compile_prefix(
+    model: Model,
+    preprocessing: Preprocessing,
+    devices: Devices,
+    cuts: Sequence[str],
+    like: tuple[Tree, Tree, Any],
+) -> dict[str, Any]:
+    """Compiles `(params, stats, x) -> features` for the blocks up to each of `cuts`.
+
+    A program for each cut makes the features the same to the last bit, whichever stage computes
+    them.
+
+    Args:
+      model: the network.
+      preprocessing: normalises the images.
+      devices: where the programs run.
+      cuts: blocks at which the prefix is cut.
+      like: arguments of the first program, or their shapes; `x` is uint8 images `[b h w 3]`.
+    """
+    programs: dict[str, Any] = {}
+    params, stats, x = like
+    first = model.blocks[0]
+    for last in cuts:
+
+        def step(
+            params: Tree, stats: Tree, x: jax.Array, first: str = first, last: str = last
+        ) -> jax.Array:
+            x = x if programs else preprocessing.normalize(x)
+            return model.apply(params, stats, x, norms="running", first=first, last=last)[0]
+
+        lowered = jax.jit(step).lower(params, stats, x)
+        x = devices.abstract_batch(lowered.out_info)
+        programs[last] = lowered.compile()
+        first = model.blocks[model.blocks.index(last) + 1]
+    return programs

@@ -1,0 +1,188 @@
+"""Runs a stage of gradient steps: epochs of steps, each followed by validation and a checkpoint."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
+
+import jax
+import numpy as np
+
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.data import Batch, Cached
+from jaxft.distributed import any_process
+from jaxft.stages import Stage
+from jaxft.train.auto_rgn import BATCHES, with_relative_rates
+from jaxft.train.compiled_stage import CompiledStage, apart, sent
+from jaxft.train.metrics import EpochMetrics, StepRecord
+from jaxft.train.nonfinite import check_steps
+from jaxft.train.stage import end_epoch, save, stop
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import StageState
+from jaxft.train.trainer import Trainer
+
+
+def run_gradient_stage(
+    trainer: Trainer, program: StageProgram, compiled: CompiledStage, current: StageState
+) -> Snapshot:
+    """Trains a stage from its current state to its end.
+
+    Args:
+      trainer: the run's trainer.
+      program, compiled: the stage.
+      current: state of the stage, which moves along.
+
+    Returns:
+      The arrays that the next stage starts from.
+
+    Raises:
+      InterruptedRunError: a signal asked the run to stop; a checkpoint is saved.
+      NonFiniteError: a step or the validation loss is not finite, and the recipe stops then.
+    """
+    features = trainer.features(program, compiled, lambda: current.best)
+    # The step donates its state, whose arrays are the candidate 0 for the best epoch.
+    current.state = compiled.copy(current.state)
+    batches = program.batches(
+        trainer.splits.train,
+        epochs=program.epochs,
+        first_epoch=current.progress.epoch,
+        first_step=current.progress.position,
+        kept=features.train if program.prefix.train else None,
+    )
+    advised = False
+    with closing(batches):
+        while True:
+            _train_epoch(trainer, program, compiled, current, batches)
+            end = end_epoch(
+                trainer, program, compiled, features, current, done=partial(_done, program, current)
+            )
+            if not advised and (advice := _input_advice(trainer, current)):
+                trainer.console.say(advice)
+                advised = True  # once a stage: it does not get better
+            if end:
+                return end
+
+
+def _train_epoch(
+    trainer: Trainer,
+    program: StageProgram,
+    compiled: CompiledStage,
+    current: StageState,
+    batches: Iterator[Batch],
+) -> None:
+    """Takes the remaining steps of the epoch, unless the stage's time is up before."""
+    recipe, plan = program.recipe, program.plan
+    steps_per_call, every = recipe.steps_per_execution, recipe.checkpoint_steps
+    epoch, length = current.progress.epoch, program.epoch_length(current.progress.epoch)
+    start = trainer.start if plan.stage.anchor else None  # as the step was compiled
+    if current.progress.position == 0:
+        batches = _begin_epoch(trainer, program, compiled, current, batches)
+    unseen: list[tuple[StepRecord, int]] = []  # each of that many steps
+    idle, mark = 0.0, time.perf_counter()
+
+    def look() -> None:
+        nonlocal idle, mark
+        fetched = jax.device_get([record for record, _ in unseen])
+        counts = [count for _, count in unseen]
+        pairs = zip(fetched, counts, strict=True)
+        records = [record for pair in pairs for record in apart(*pair, steps_per_call)]
+        check_steps(trainer, program, current, records)
+        now = time.perf_counter()
+        current.epoch_metrics = current.epoch_metrics.plus(records, seconds=now - mark, idle=idle)
+        idle, mark = 0.0, now
+        unseen.clear()
+
+    with trainer.console.epoch(epoch + 1, length, current.progress.position) as bar:
+        while current.progress.position < length:
+            asked = time.perf_counter()
+            to_save = every - current.progress.step % every if every else steps_per_call
+            same_shape = program.alike(epoch, current.progress.position)
+            taken = list(islice(batches, min(steps_per_call, to_save, same_shape)))
+            # While the step before is at work, nobody waits; and this batch travels meanwhile.
+            if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
+                idle += time.perf_counter() - asked
+            sending = sent(trainer.devices, taken, steps_per_call)
+            number = np.int32(current.progress.step)
+            current.state, record = compiled.step(
+                current.state, current.frozen, *sending, number, start
+            )
+            current.began = current.began or time.perf_counter()
+            for _ in taken:
+                current.progress = current.progress.after_step()
+            unseen.append((record, len(taken)))
+            jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
+
+            last = current.progress.position == length
+            synced = last or sum(count for _, count in unseen) >= recipe.sync_steps
+            if synced:
+                look()
+            bar.advance(current.epoch_metrics.metrics.score.loss, len(taken))
+            if last:
+                return  # validation asks at once whether it is to stop
+            if synced or jax.process_count() == 1:
+                if trainer.stop_asked():
+                    look()
+                    stop(trainer, program, current)
+                if plan.stage.minutes and any_process(_time_is_up(plan.stage, current)):
+                    look()
+                    return
+            if every and current.progress.step % every == 0:
+                look()
+                save(trainer, program, current)
+
+
+def _begin_epoch(
+    trainer: Trainer,
+    program: StageProgram,
+    compiled: CompiledStage,
+    current: StageState,
+    batches: Iterator[Batch],
+) -> Iterator[Batch]:
+    """Sets relative rates and empties the epoch's metrics; returns the batches, none missing."""
+    plan, epoch = program.plan, current.progress.epoch
+    if compiled.gradient_norms:
+        first = list(islice(batches, min(BATCHES, program.epoch_length(epoch))))
+        current.state = with_relative_rates(
+            compiled,
+            trainer.devices,
+            current.state,
+            current.frozen,
+            map(trainer.devices.batch, first),
+            step=current.progress.step,
+            start=trainer.start if plan.stage.anchor else None,
+        )
+        batches = chain(first, batches)
+    opt_state, per_epoch = current.state.opt_state, program.steps_per_epoch
+    rates = plan.rates_at(opt_state, steps_per_epoch=per_epoch)
+    current.epoch_metrics = EpochMetrics(rates=rates)
+    return batches
+
+
+def _done(program: StageProgram, current: StageState) -> str:
+    """Returns why there is no further epoch, if there is none."""
+    stage, progress = program.plan.stage, current.progress
+    steps = progress.epoch * program.steps_per_epoch + progress.position
+    if steps >= program.steps and steps == stage.steps:
+        return f"{steps} of {steps} steps done"
+    if steps >= program.steps:
+        return f"{program.epochs} of {program.epochs} epochs done"
+    if stage.minutes and any_process(_time_is_up(stage, current)):
+        return f"its {stage.minutes:g} minutes are over"
+    return ""
+
+
+def _time_is_up(stage: Stage, current: StageState) -> bool:
+    current.tick()
+    return stage.minutes is not None and current.progress.seconds >= 60 * stage.minutes
+
+
+def _input_advice(trainer: Trainer, current: StageState) -> str | None:
+    train = trainer.splits.train
+    return current.epoch_metrics.input_advice(
+        current.progress.epoch,
+        workers=trainer.recipe.workers,
+        cores=os.cpu_count() or 1,
+        cached=not isinstance(train, Cached) or train.complete,
+    )

@@ -1,0 +1,168 @@
+"""Runs a linear-probe stage: features, a sweep of penalties, and the head with the best of them."""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.distributed import broadcast_from_main
+from jaxft.errors import ModelError, RecipeError
+from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
+from jaxft.models import Model
+from jaxft.stage_plan import StagePlan
+from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.feature_cache import StageFeatures
+from jaxft.train.metrics import EpochMetrics, Metrics, Score
+from jaxft.train.stage import end_epoch
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import StageState
+from jaxft.train.trainer import Trainer
+
+
+def run_linear_probe_stage(
+    trainer: Trainer, program: StageProgram, compiled: CompiledStage, current: StageState
+) -> Snapshot:
+    """Solves the head of a stage; the stage counts as one step of one epoch.
+
+    Args:
+      trainer: the run's trainer.
+      program, compiled: the stage.
+      current: state of the stage, which moves along.
+
+    Returns:
+      The arrays that the next stage starts from.
+
+    Raises:
+      InterruptedRunError: a signal asked the run to stop.
+      NonFiniteError: the network's features are not finite.
+    """
+    features = trainer.features(program, compiled, lambda: current.best)
+    if current.progress.position == 0:  # otherwise only the validation is missing
+        _solve(trainer, program, features, current)
+    end = end_epoch(trainer, program, compiled, features, current, done=lambda: "it is solved")
+    assert end is not None
+    return end
+
+
+def _solve(
+    trainer: Trainer, program: StageProgram, features: StageFeatures, current: StageState
+) -> None:
+    """Takes the stage's step, which replaces the head by the fit with the best penalty.
+
+    Nothing is saved before its end: a run that is stopped here starts the step again.
+    """
+    started = current.began = time.perf_counter()
+    solver = program.plan.stage.solver
+    assert solver is not None
+    train = _Features(features.train(), trainer.splits.train.targets)
+    rows = features.val()
+    if rows is None:
+        raise trainer.stopped()
+    val = _Features(rows[:, 0], trainer.splits.val.targets)
+    fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=solver.c)
+    trained = [_metrics(fit, train) for fit in fits]
+    scores = [_metrics(fit, val).score for fit in fits]
+    chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
+    for i, fit in enumerate(fits):
+        remark = f"{fit.iterations} iterations" + ", chosen" * (i == chosen)
+        loss, accuracy = scores[i].loss, scores[i].accuracy
+        trainer.console.epoch_row(
+            f"C={np.format_float_scientific(fit.c, trim='-', exp_digits=1)}",
+            trained[i].score.loss,
+            loss,
+            accuracy,
+            None,
+            remark,
+        )
+    if not fits[chosen].converged:
+        trainer.console.say(
+            f"After {ITERATIONS} iterations the chosen head's gradient has a norm of "
+            f"{fits[chosen].gradient_norm:.0e}, not {TOLERANCE:.0e}: it is not quite the minimum."
+        )
+    # Each process has solved it, and they might differ in the last bit.
+    head = broadcast_from_main(_head(fits[chosen], current.state.trainable))
+    current.state = current.state._replace(trainable=trainer.devices.put(head))
+    current.progress = current.progress.after_step()
+    current.epoch_metrics = EpochMetrics(
+        metrics=trained[chosen], steps=1, seconds=time.perf_counter() - started
+    )
+
+
+class _Features(NamedTuple):
+    """Inputs of the head `[n d]` and classes int32 `[n]` of all images of a split."""
+
+    rows: np.ndarray
+    target: np.ndarray
+
+
+def _metrics(fit: Fit, features: _Features) -> Metrics:
+    logits = np.asarray(features.rows, np.float64) @ fit.kernel + fit.bias
+    batch = jnp.asarray(logits, np.float32), features.target, np.ones(len(logits), bool)
+    return Metrics.total([Metrics.of_batch(*batch)])
+
+
+def _merit(fit: Fit, score: Score) -> tuple[float, float, float]:
+    """Returns a key to sort by: higher accuracy, then lower loss, then the stronger penalty."""
+    return score.accuracy, -score.loss, -fit.c
+
+
+def _head(fit: Fit, like: Tree) -> Tree:
+    """Returns the fit in the structure of the trainable half, which is the head."""
+    named = {"kernel": fit.kernel, "bias": fit.bias}
+    leaves = [
+        named[path.rpartition(".")[2]].astype(leaf.dtype)
+        for path, leaf in zip(paths(like), jax.tree.leaves(like), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def check_linear_head(
+    plan: StagePlan, model: Model, params: Tree, stats: Tree, *, image_size: int
+) -> None:
+    """Checks that the stage trains the whole head and that the head is one linear layer.
+
+    Args:
+      plan: the stage over the network's parameters.
+      model: the network.
+      params, stats: parameters and statistics, or their shapes.
+      image_size: side of the images in pixels.
+
+    Raises:
+      ModelError, RecipeError: it does not.
+    """
+    name, head = plan.stage.name, model.head
+    if len(model.blocks) < 2:
+        raise ModelError(
+            f"stage {name!r} solves the head on the features before it, and {model.name} is one "
+            "block, of which they cannot be had. Step its head instead, with a learning rate; or "
+            "use jaxft.logistic_regression on features of your own."
+        )
+    labels = leaf_labels(params, plan.labels)
+    shapes = {
+        path: leaf.shape
+        for path, leaf, label in zip(paths(params), jax.tree.leaves(params), labels, strict=True)
+        if label != FROZEN or f"{path}.".startswith(f"{head}.")
+    }
+    trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    features, _ = jax.eval_shape(
+        partial(model.apply, norms="running", last=model.blocks[-2]), params, stats, images
+    )
+    kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
+    if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
+        raise RecipeError(
+            f"stage {name!r}: a LogisticRegression solves the head alone, and that must be one "
+            f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
+            f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
+            f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
+        )
+    if sorted(trained) != sorted(shapes):
+        raise RecipeError(
+            f"stage {name!r}: a LogisticRegression solves all of the head, and the pattern "
+            f"selects only {', '.join(trained)}. Write {head!r}."
+        )

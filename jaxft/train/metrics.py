@@ -1,0 +1,227 @@
+"""Loss and accuracy: sums over a batch, an epoch or an evaluation, and their means."""
+
+import dataclasses
+import math
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jaxft.labels import Tree
+
+_SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
+_SLOW_SECONDS = 2.0  # an epoch, below which it is not
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over a set of examples: cross entropy in nats, accuracies from 0 to 1."""
+
+    loss: float
+    accuracy: float
+    top5: float
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, without padding.
+
+    On the device: scalars of one batch. On the host: float64 sums of many.
+
+    Attributes:
+      loss: cross entropy in nats.
+      correct: examples whose class has the largest logit.
+      top5: examples whose class has one of the five largest.
+      examples: their number.
+    """
+
+    loss: Any
+    correct: Any
+    top5: Any
+    examples: Any
+
+    @classmethod
+    def of_batch(cls, logits: jax.Array, targets: ArrayLike, mask: ArrayLike) -> "Metrics":
+        """Returns the metrics of logits `[b k]` and classes int `[b]`, over rows in the mask `[b]`.
+
+        With five classes or fewer every row is among the top five. One whose own logit is NaN is no
+        hit, though `argmax` finds it: a network that has diverged must not score.
+        """
+        targets, mask = jnp.asarray(targets), jnp.asarray(mask)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        # Within a fusion XLA may drop NaN from the loss on CPU.
+        losses = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, losses)
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+        rank = jnp.sum(~(logits <= target_logits), axis=-1)  # NaN ranks before all numbers
+        return cls(
+            loss=jnp.sum(losses, where=mask),
+            correct=jnp.sum((logits.argmax(-1) == targets) & (rank == 0), where=mask),
+            top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
+            examples=jnp.sum(mask),
+        )
+
+    @classmethod
+    def total(cls, batches: Iterable["Metrics"]) -> "Metrics":
+        """Returns the sum over many batches, stacked or not; added on the host in float64."""
+        rows = [np.reshape(batch, (4, -1)) for batch in jax.device_get(list(batches))]
+        return cls(*np.concatenate(rows, 1, dtype=np.float64).sum(1).tolist())
+
+    def plus(self, other: "Metrics") -> "Metrics":
+        """Adds a batch on the host, in float64."""
+        return Metrics(*(a + float(b) for a, b in zip(self, other, strict=True)))
+
+    @property
+    def score(self) -> Score:
+        """The means over the examples; NaN without any."""
+        *sums, examples = self
+        return Score(*(float(x / examples) if examples else math.nan for x in sums))
+
+
+_ZERO = Metrics(0.0, 0.0, 0.0, 0.0)
+
+
+class StepRecord(NamedTuple):
+    """Metrics of one training step; norms are L2, by group, and scalars.
+
+    Attributes:
+      metrics: of the batch.
+      gradient_norms: before clipping.
+      update_norms: of the change to the parameters.
+      finite: whether logits, loss, gradients, updates and new running statistics are finite.
+      gradients: before clipping, where the step was built with `keep_gradients`.
+      weight: sum of the images' weights, by which a mean loss divides.
+    """
+
+    metrics: Metrics
+    gradient_norms: dict[str, jax.Array]
+    update_norms: dict[str, jax.Array]
+    finite: jax.Array
+    gradients: Tree = None
+    weight: jax.Array | None = None
+
+
+class GradientNorms(NamedTuple):
+    """L2 norms of gradients and weights by label, scalars."""
+
+    gradients: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """Sums over the steps of an epoch so far; a checkpoint within an epoch holds them.
+
+    Steps are added one by one in float64, so that an interrupted epoch has the same sums.
+
+    Attributes:
+      rates: learning rate of the epoch's first step, by group.
+      metrics: sums over the examples.
+      gradient_norms, update_norms: sums over the steps, by group; see `StepRecord`.
+      steps: number of steps taken.
+      skipped: number of steps left out, because something was not finite.
+      seconds: duration of the steps.
+      idle: seconds in which the device waited for images.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    metrics: Metrics = _ZERO
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
+    update_norms: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    idle: float = 0.0
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "EpochMetrics":
+        """Inverts `dataclasses.asdict`, also after a detour through JSON."""
+        return cls(**{**fields, "metrics": Metrics(*fields["metrics"])})
+
+    def plus(self, records: Iterable[StepRecord], *, seconds: float, idle: float) -> "EpochMetrics":
+        """Adds further steps, fetched from the device, and their time in seconds."""
+        total = dataclasses.replace(self, seconds=self.seconds + seconds, idle=self.idle + idle)
+        for record in records:
+            finite = bool(record.finite)
+            total = dataclasses.replace(
+                total,
+                metrics=total.metrics.plus(record.metrics),
+                gradient_norms=_added(total.gradient_norms, record.gradient_norms),
+                update_norms=_added(total.update_norms, record.update_norms),
+                steps=total.steps + finite,
+                skipped=total.skipped + (not finite),
+            )
+        return total
+
+    def row(
+        self, stage: str, *, epoch: int, step: int, validated: Score, seconds: float
+    ) -> dict[str, Any]:
+        """Returns the epoch's row of `metrics.jsonl`.
+
+        Args:
+          stage: name of the stage.
+          epoch: number of the epoch in the stage, from 1.
+          step: global step at its end.
+          validated: validation score after it.
+          seconds: duration with validation.
+        """
+        trained = self.metrics.score
+        return {
+            "stage": stage,
+            "epoch": epoch,
+            "step": step,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "train_top5": trained.top5,
+            "val_loss": validated.loss,
+            "val_accuracy": validated.accuracy,
+            "val_top5": validated.top5,
+            "rates": dict(self.rates),
+            "gradient_norms": self._mean(self.gradient_norms),
+            "update_norms": self._mean(self.update_norms),
+            "skipped_steps": self.skipped,
+            "seconds": seconds,
+            "images_per_second": self.metrics.examples / self.seconds if self.seconds else 0.0,
+            "input_wait_seconds": self.idle,
+            "peak_memory_mib": _peak_memory_mib(),
+        }
+
+    def input_advice(self, epoch: int, *, workers: int, cores: int, cached: bool) -> str | None:
+        """Returns a sentence if reading images slows the run and something can be done about it.
+
+        Args:
+          epoch: number of the epoch in the stage, from 1; in the first one the cache only fills.
+          workers: threads that read images.
+          cores: cores of the machine.
+          cached: whether all training images are in memory.
+        """
+        is_short = self.idle < _SLOW_SECONDS or self.idle < _SLOW_SHARE * self.seconds
+        if epoch == 1 or is_short:
+            return None
+        ways = ["more workers (--workers)"] if workers < cores else []
+        ways += [] if cached else ["a larger --cache-mib"]
+        if not ways:
+            return None
+        share = self.idle / self.seconds
+        return f"Reading images took {share:.0%} of epoch {epoch}: {' or '.join(ways)} would help."
+
+    def _mean(self, norms: Mapping[str, float]) -> dict[str, float]:
+        return {group: x / self.steps if self.steps else math.nan for group, x in norms.items()}
+
+
+def _added(sums: Mapping[str, float], more: Mapping[str, Any]) -> dict[str, float]:
+    return {group: sums.get(group, 0.0) + float(x) for group, x in more.items()}
+
+
+def _peak_memory_mib() -> float:
+    """Returns the peak of the first device, or of the process where devices do not report it."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return float(stats["peak_bytes_in_use"] / 2**20)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)

@@ -1,0 +1,240 @@
+"""State of a run within a stage: arrays, counters, best epoch; and how a checkpoint holds them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import optax
+
+from jaxft.checkpoint.contents import Arrays, Header, Snapshot
+from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.labels import Tree, combine, partition, paths, unflatten
+from jaxft.optim.carry import carry_with_warnings
+from jaxft.stages import Stage
+from jaxft.train.metrics import EpochMetrics, Score
+from jaxft.train.norms import layer
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.train_step import TrainState
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters and scores of a run; plain values, without any array.
+
+    Attributes:
+      stage: index of the stage.
+      epoch: epochs completed in it, with their validation.
+      step: steps completed since the run began; numbers the checkpoints.
+      score: validation score after the last epoch.
+      best: the stage's best score, its start included.
+      best_epoch: epoch of the best score; 0 is the stage's start.
+      position: steps completed in the current epoch.
+      bar: last score that was an improvement to `EarlyStop`.
+      waited: epochs since that improvement.
+      seconds: time spent on the stage.
+      ended: why the stage ended; empty before its end.
+    """
+
+    stage: int
+    epoch: int
+    step: int
+    score: Score
+    best: Score
+    bar: Score
+    best_epoch: int = 0
+    position: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+    ended: str = ""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Progress":
+        """Inverts `dataclasses.asdict`, also after a detour through JSON."""
+        scores = {name: Score(**fields[name]) for name in ("score", "best", "bar")}
+        return cls(**{**fields, **scores})
+
+    @classmethod
+    def at_start(cls, stage: int, step: int, score: Score) -> "Progress":
+        """Returns the start of a stage, which is its candidate 0 for the best epoch."""
+        return cls(stage=stage, epoch=0, step=step, score=score, best=score, bar=score)
+
+    def after_step(self) -> "Progress":
+        """Returns the progress one step further into the epoch."""
+        return dataclasses.replace(self, step=self.step + 1, position=self.position + 1)
+
+    def after_epoch(
+        self, stage: Stage, score: Score, *, done: str = "", reductions: int = 0
+    ) -> "Progress":
+        """Returns the progress after an epoch and its validation, which may end the stage.
+
+        Args:
+          stage: the stage.
+          score: validation score.
+          done: why the stage has no further epoch, if it has none.
+          reductions: how often a `ReduceLROnPlateau` has reduced the rate.
+        """
+        epoch, until = self.epoch + 1, stage.until
+        improved = _better(score, self.best, *stage.best_by)
+        rule = until if isinstance(until, EarlyStop) else EarlyStop()
+        bar = self.bar if self.epoch or rule.baseline == "start" else _NO_SCORE
+        mode = rule.mode or default_mode(rule.monitor)
+        cleared = _better(score, bar, rule.monitor, mode, by=rule.min_delta)
+        waited = 0 if cleared else self.waited + 1
+        if isinstance(until, EarlyStop) and waited >= until.patience and epoch >= until.min_epochs:
+            margin = f" by more than {until.min_delta:g}" if until.min_delta else ""
+            plural = "s" * (waited > 1)
+            done = f"{until.monitor} has not improved{margin} for {waited} epoch{plural}"
+        if isinstance(until, Plateau) and reductions > until.reductions:
+            done = f"the rate met its plateau number {reductions}"
+        return dataclasses.replace(
+            self,
+            epoch=epoch,
+            position=0,
+            score=score,
+            best=score if improved else self.best,
+            best_epoch=epoch if improved else self.best_epoch,
+            bar=score if cleared else bar,
+            waited=waited,
+            ended=done,
+        )
+
+    def handed_on(self, stage: Stage) -> Score:
+        """Returns the score of the arrays that the next stage starts from."""
+        return self.best if stage.hand_on == "best" else self.score
+
+
+_NO_SCORE = Score(loss=math.nan, accuracy=math.nan, top5=math.nan)  # any number is better
+
+
+def _better(new: Score, old: Score, monitor: Monitor, mode: Mode, by: float = 0.0) -> bool:
+    """Whether `new` is strictly better by more than a margin; every number is better than NaN."""
+    new_value, old_value = getattr(new, monitor), getattr(old, monitor)
+    if math.isnan(old_value):
+        return not math.isnan(new_value)
+    return bool(new_value + by < old_value if mode == "min" else new_value - by > old_value)
+
+
+@dataclass
+class StageState:
+    """State of the stage that is training; the only author of a checkpoint's contents.
+
+    Attributes:
+      progress: counters and scores.
+      state: arrays that the steps change.
+      frozen: the frozen half of the parameters.
+      best: arrays of the stage's best epoch so far, as validation saw them.
+      epoch_metrics: sums over the current epoch.
+      began: time of the stage's first step in this process, by `time.perf_counter`; 0 before.
+      validated: end of the stage's last validation, by the same clock.
+    """
+
+    progress: Progress
+    state: TrainState
+    frozen: Tree
+    best: Snapshot
+    epoch_metrics: EpochMetrics = field(default_factory=EpochMetrics)
+    began: float = 0.0
+    validated: float = 0.0
+    _ticked: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def at_start(cls, program: StageProgram, progress: Progress, current: Snapshot) -> "StageState":
+        """Returns the start of a stage; its arrays are the candidate 0 for the best epoch."""
+        state, frozen = program.state(current)
+        return cls(progress, state, frozen, best=current)
+
+    @classmethod
+    def restored(
+        cls, program: StageProgram, header: Header, items: Mapping[str, Tree]
+    ) -> "StageState":
+        """Returns the state in a checkpoint within a stage."""
+        arrays = Arrays.from_items(items)
+        state, frozen = program.state(arrays.current)
+        if arrays.average is not None:
+            state = state._replace(average=arrays.average)
+        assert arrays.best is not None  # as the stage has not ended
+        metrics = EpochMetrics.from_fields(header.epoch_metrics)
+        return cls(Progress.from_fields(header.progress), state, frozen, arrays.best, metrics)
+
+    @property
+    def shown(self) -> Snapshot:
+        """The arrays that validation sees: their average, if the stage has one."""
+        return shown(self.state, self.frozen)
+
+    def items(self, program: StageProgram) -> dict[str, Tree]:
+        """Returns the arrays of a checkpoint within the stage, by item."""
+        trainable, stats, opt_state, average = self.state
+        current = Snapshot(combine(trainable, self.frozen), stats, opt_state)
+        return Arrays(current, changing(program, self.best), average).to_items()
+
+    def tick(self) -> None:
+        """Adds the time since the last tick to the stage's."""
+        now = time.perf_counter()
+        seconds = self.progress.seconds + now - self._ticked
+        self.progress, self._ticked = dataclasses.replace(self.progress, seconds=seconds), now
+
+
+def header_of(
+    progress: Progress,
+    epoch_metrics: EpochMetrics,
+    *,
+    data: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+) -> Header:
+    """Returns the JSON values of a checkpoint; see `Header`."""
+    return Header(
+        dataclasses.asdict(progress), dataclasses.asdict(epoch_metrics), data, recipe, rows
+    )
+
+
+def shown(state: TrainState, frozen: Tree) -> Snapshot:
+    """Returns the arrays that validation sees: the average of a state, or the state itself."""
+    trainable, stats = state.average or (state.trainable, state.stats)
+    return Snapshot(combine(trainable, frozen), stats, state.opt_state)
+
+
+def changing(program: StageProgram, snapshot: Snapshot) -> Snapshot:
+    """Keeps the arrays that the stage's steps change and replaces all others by None."""
+    trainable, _ = partition(snapshot.params, program.plan.labels)
+    stats = [
+        None if program.norms.get(layer(path), "batch") != "batch" else x
+        for path, x in zip(paths(snapshot.stats), jax.tree.leaves(snapshot.stats), strict=True)
+    ]
+    return snapshot._replace(params=trainable, stats=unflatten(snapshot.stats, stats))
+
+
+def item_shapes(
+    programs: Sequence[StageProgram], stage: int, params: Tree, stats: Tree, *, ended: bool = False
+) -> dict[str, Tree]:
+    """Returns the items of a checkpoint within a stage, or of its end, as shapes."""
+    snapshot = Snapshot(params, stats, opt_state_shapes(programs, stage, params))
+    if ended:
+        return Arrays(snapshot).to_items()
+    average = programs[stage].state(snapshot)[0].average
+    return Arrays(snapshot, changing(programs[stage], snapshot), average).to_items()
+
+
+def opt_state_shapes(programs: Sequence[StageProgram], stage: int, params: Tree) -> optax.OptState:
+    """Returns the shapes of a stage's optimizer state, with the parked groups of all before it."""
+
+    def opt_state(params: Tree) -> optax.OptState:
+        current = programs[0].transform.init(params)
+        for program in programs[1 : stage + 1]:
+            current, _ = next_opt_state(program, current, program.transform.init(params))
+        return current
+
+    return jax.eval_shape(opt_state, params)
+
+
+def next_opt_state(
+    program: StageProgram, before: optax.OptState, fresh: optax.OptState
+) -> tuple[optax.OptState, list[str]]:
+    """Returns the optimizer state at a stage's start, from the stage before; and remarks."""
+    if program.plan.stage.carry == "reset":
+        return fresh, []
+    return carry_with_warnings(before, fresh, park=program.plan.park)

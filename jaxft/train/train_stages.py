@@ -1,0 +1,145 @@
+"""Trains the stages of a run one after another; compiles each while the one before it trains."""
+
+from functools import partial
+
+import jax
+
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.report.stage_text import cost, epilogue, gap, spared, title
+from jaxft.train.compiled_stage import Ahead, CompiledStage
+from jaxft.train.gradient_stage import run_gradient_stage
+from jaxft.train.linear_probe_stage import run_linear_probe_stage
+from jaxft.train.nonfinite import check_validation
+from jaxft.train.norms import mode_names
+from jaxft.train.opening import Start
+from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
+from jaxft.train.trainer import Trainer
+
+
+def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:
+    """Trains the stages from the run's current state to the end of the last stage.
+
+    Args:
+      trainer: the run's trainer.
+      start: parameters and statistics that the run starts from; shapes if it has begun.
+      forked: end of another run's stage to start from.
+
+    Returns:
+      The progress and the arrays at the end of the last stage.
+
+    Raises:
+      JaxftError: see `resume`, `run_gradient_stage` and `run_linear_probe_stage`.
+    """
+    shapes = jax.eval_shape(lambda: start)
+    resumed = resume(trainer, *shapes)
+    if resumed:
+        index = resumed[0].stage + bool(resumed[0].ended)
+    else:
+        index = stage_of_fork(forked, trainer.recipe) + 1 if forked else 0
+    for program in trainer.programs[index:]:  # better now than after hours
+        trainer.checkpoints.check_room(item_shapes(trainer.programs, program.index, *shapes))
+    if index < len(trainer.programs):
+        ahead = _compile(trainer, index, shapes)
+        trainer.console.say(f"Compiling stage {trainer.programs[index].plan.stage.name!r} ...")
+        with trainer.programs[index].fitting_memory():
+            progress, arrays = resumed or _begin(trainer, index, start, forked, ahead)
+    elif resumed:
+        progress, arrays = resumed
+    validated = 0.0
+    while index < len(trainer.programs):
+        program = trainer.programs[index]
+        with program.fitting_memory():
+            compiled = ahead.result(partial(_glance, trainer))
+            current = (
+                arrays
+                if isinstance(arrays, StageState)
+                else _enter(trainer, program, compiled, progress, arrays)
+            )
+            seconds = ahead.seconds
+            text = f"{cost(program, compiled, seconds)}\n{spared(program)}"
+            _announce(trainer, program, text, current)
+            if index + 1 < len(trainer.programs):
+                ahead = _compile(trainer, index + 1, shapes)
+            run_stage = run_linear_probe_stage if program.plan.stage.solver else run_gradient_stage
+            arrays = run_stage(trainer, program, compiled, current)
+        progress = current.progress
+        trainer.console.row("")
+        after = trainer.programs[index + 1 : index + 2]
+        keep = any(program.plan.stage.carry == "keep" for program in after)
+        trainer.console.say(epilogue(program.plan, progress, keep=keep))
+        if validated:
+            trainer.console.say(gap(current.began - validated, seconds))
+        validated, index = current.validated, index + 1
+    assert isinstance(arrays, Snapshot)  # the last stage has ended
+    return progress, arrays
+
+
+def _begin(
+    trainer: Trainer, index: int, start: Start, forked: Fork | None, ahead: Ahead[CompiledStage]
+) -> tuple[Progress, Snapshot]:
+    """Evaluates the start of the run, which begins with stage `index`.
+
+    Raises:
+      NonFiniteError: the score is not finite.
+      InterruptedRunError: a signal came.
+    """
+    if forked:
+        at = read_fork(trainer, forked, *jax.eval_shape(lambda: start))
+    else:
+        at = Snapshot(*trainer.devices.put(start), None)
+    features = None
+    if trainer.programs[index].prefix.val:  # what is made of the images now is kept
+        features = trainer.features(
+            trainer.programs[index], ahead.result(partial(_glance, trainer)), lambda: at
+        )
+    score = trainer.evaluate(at.params, at.stats, features)
+    if score is None:
+        raise trainer.stopped()
+    name = trainer.programs[index].plan.stage.name
+    place = f"stage {name!r}, before the first step"
+    check_validation(trainer, at.params, at.stats, score, place=place)
+    if forked:
+        return begin_fork(trainer, forked, score, at), at
+    return Progress.at_start(0, 0, score), at
+
+
+def _compile(trainer: Trainer, index: int, shapes: Start) -> Ahead[CompiledStage]:
+    """Starts to compile a stage in the background."""
+
+    def compiled() -> CompiledStage:
+        state = opt_state_shapes(trainer.programs, index, shapes[0])
+        return trainer.programs[index].compile(Snapshot(*shapes, state))
+
+    return Ahead(compiled)
+
+
+def _enter(
+    trainer: Trainer, program: StageProgram, compiled: CompiledStage, before: Progress, at: Snapshot
+) -> StageState:
+    """Returns a stage's start from the end of the stage before, or from the start of the run."""
+    state, progress = compiled.fresh(at.params), before
+    if program.index:
+        state, remarks = next_opt_state(program, at.opt_state, state)
+        for remark in remarks:
+            trainer.console.say(remark)
+        score = before.handed_on(trainer.programs[before.stage].plan.stage)
+        progress = Progress.at_start(program.index, before.step, score)
+    return StageState.at_start(program, progress, at._replace(opt_state=state))
+
+
+def _announce(trainer: Trainer, program: StageProgram, cost: str, current: StageState) -> None:
+    plan, progress, params = program.plan, current.progress, current.best.params
+    names = mode_names(params, plan.labels, program.norms)
+    for remark in plan.remarks:
+        trainer.console.say(f"Stage {plan.stage.name!r}: {remark}")
+    trainer.console.stage(plan, title(program, len(trainer.programs)), cost, params, names)
+    if progress.epoch == progress.position == 0:
+        trainer.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
+
+
+def _glance(trainer: Trainer) -> None:
+    """Stops to wait when a signal came; several processes agree on that later."""
+    if jax.process_count() == 1 and trainer.stop_asked():
+        raise trainer.stopped()

@@ -1,0 +1,291 @@
+"""The training step of a stage: one function from a batch to the next state."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxft.data import Batch, Preprocessing
+from jaxft.distributed import Devices
+from jaxft.l2_sp import Anchor
+from jaxft.labels import FROZEN, Tree, combine, paths
+from jaxft.models import Model, Norms
+from jaxft.optim import gradients
+from jaxft.optim.transform import pass_step
+from jaxft.train.metrics import GradientNorms, Metrics, StepRecord
+from jaxft.train.norms import layer
+from jaxft.train.objective import Objective
+
+
+class TrainState(NamedTuple):
+    """Arrays that a step changes.
+
+    Attributes:
+      trainable: parameters that train; `None` where frozen.
+      stats: statistics of norm layers.
+      opt_state: state of the optimizer.
+      average: average of `(trainable, stats)` over the steps, if the stage has an `ema`.
+    """
+
+    trainable: Tree
+    stats: Tree
+    opt_state: optax.OptState
+    average: tuple[Tree, Tree] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepConfig:
+    """Everything that a training step is compiled for.
+
+    Attributes:
+      model: the network.
+      transform: the stage's optimizer, of the trainable half.
+      preprocessing: normalises the images.
+      norms: mode of the norm layers.
+      objective: turns a batch into a loss.
+      labels: label tree of the stage, which groups the norms in the record; None: no norms.
+      anchor: penalty that pulls the weights towards those of the start.
+      clip_norm: largest norm of the gradients.
+      accumulate: number of parts of consecutive rows that a batch is processed in. Norm layers see
+        one part at a time, as in a PyTorch loop.
+      batch_size: examples of a full batch, where its arrays have more rows to fill the devices. The
+        other rows belong to no part, so that parts do not depend on the number of devices.
+      examples: number of examples by number of rows, for a network that takes no mask. The network
+        never sees the other rows, and the last part of a batch may be smaller.
+      ema: decay of the average of the weights; None: no average.
+      skip_nonfinite: a step that is not finite changes nothing but the position of schedules, and
+        its record is zero. Otherwise it is taken, and `StepRecord.finite` is False.
+      replicas: see `Model.apply`.
+      devices: where the state lies before and after the step.
+      keep_gradients: the record holds the gradients.
+      first: first block to run, if batches hold features of the blocks before it; None: images.
+      remat: recompute each block in the backward pass to save memory.
+    """
+
+    model: Model
+    transform: optax.GradientTransformation
+    preprocessing: Preprocessing
+    norms: Norms
+    objective: Objective = Objective()
+    labels: Tree = None
+    anchor: Anchor | None = None
+    clip_norm: float | None = None
+    accumulate: int = 1
+    batch_size: int | None = None
+    examples: Mapping[int, int] | None = None
+    ema: float | None = None
+    skip_nonfinite: bool = False
+    replicas: int = 1
+    devices: Devices | None = None
+    keep_gradients: bool = False
+    first: str | None = None
+    remat: bool = False
+
+
+def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord]]:
+    """Returns the jitted step `(state, frozen, batch, key, start=None) -> (state, record)`.
+
+    Only the trainable half has gradients, so that the
+    compiled step has no backward pass through the blocks before it. The state is donated: its
+    buffers become the next state's.
+
+    `key` draws dropout, random erasing and mixing. `start` holds the parameters that
+    `config.anchor` pulls towards.
+
+    The record's `loss` is the mean loss times the number of rows, without the anchor's penalty. Its
+    `correct` counts hits of each image's own class, whichever image is mixed into it.
+    """
+    model, objective = config.model, config.objective
+    groups = [label for label in jax.tree.leaves(config.labels) if label != FROZEN]
+
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
+    ) -> tuple[TrainState, StepRecord]:
+        # Normalise, unless the batch holds features.
+        features = config.first is not None
+        images = batch.image if features else config.preprocessing.normalize(batch.image)
+        # Augment.
+        images, targets = objective.vary(
+            jnp.asarray(images), batch.target, batch.mask, model.num_classes, key
+        )
+        weight = jnp.sum(objective.weights(targets), where=batch.mask)
+        rows = _Rows(images, targets, batch.target, batch.mask, key)
+        # Gradient.
+        grads, stats, metrics = _gradient(config, state, frozen, rows, weight)
+        # Penalty.
+        if config.anchor:
+            grads = config.anchor.pull(grads, state.trainable, start, model.head)
+        raw_grads = grads if config.keep_gradients else None
+        gradient_norms, total_norm = gradients.group_norms(grads, groups), optax.tree.norm(grads)
+        # Clip.
+        if config.clip_norm:
+            grads, _ = gradients.clip(grads, config.clip_norm)
+        # Update.
+        updates, opt_state = config.transform.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        update_norms = gradients.group_norms(updates, groups)
+        finite = gradients.all_finite(
+            [metrics.loss, total_norm, update_norms, _moving(stats, config.norms)]
+        )
+        # Average.
+        average = state.average
+        if config.ema:
+            average = jax.tree.map(partial(_ema, config.ema), average, (trainable, stats))
+        new = TrainState(trainable, stats, opt_state, average)
+        metrics = metrics._replace(loss=metrics.loss * metrics.examples)
+        record = StepRecord(metrics, gradient_norms, update_norms, finite, raw_grads, weight)
+        # Skip.
+        if config.skip_nonfinite:
+            old = state._replace(opt_state=pass_step(state.opt_state))
+            zeros = jax.tree.map(jnp.zeros_like, record)
+            new, record = gradients.select(finite, (new, record), (old, zeros))
+        return config.devices.constrain((new, record)) if config.devices else (new, record)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def gradient_norms(
+    step: Callable[..., tuple[TrainState, StepRecord]], labels: Tree
+) -> Callable[..., GradientNorms]:
+    """Returns a function of a step's arguments that takes no step and donates no state.
+
+    It returns the norms of a batch's gradients and of the weights that train, by `labels`. The
+    gradients' norms are NaN where the loss or any gradient is not finite.
+
+    Args:
+      step: a step built with `keep_gradients`.
+      labels: label tree of the parameters.
+    """
+    groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
+
+    def norms(state: TrainState, *batch: Any) -> GradientNorms:
+        record = step(state, *batch)[1]
+        # The record of a step that is skipped is zero.
+        grad_norms = jax.tree.map(
+            lambda norm: jnp.where(record.finite, norm, jnp.nan),
+            gradients.group_norms(record.gradients, groups),
+        )
+        return GradientNorms(grad_norms, gradients.group_norms(state.trainable, groups))
+
+    return norms
+
+
+def _gradient(
+    config: StepConfig, state: TrainState, frozen: Tree, rows: "_Rows", weight: jax.Array
+) -> tuple[Tree, Tree, Metrics]:
+    """Returns gradients, new statistics and metrics of a batch; its `loss` is the mean."""
+    model, objective = config.model, config.objective
+    apply = partial(block_by_block, model) if config.remat else model.apply
+
+    def loss(trainable: Tree, stats: Tree, part: _Rows) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        logits, stats = apply(
+            combine(trainable, frozen),
+            stats,
+            part.images,
+            norms=config.norms,
+            mask=None if config.examples else part.mask,
+            replicas=config.replicas,
+            key=part.key,
+            first=config.first,
+        )
+        losses = objective.losses(logits, part.targets)
+        # As in torch, a batch whose classes all weigh 0 has the sum 0, and no mean.
+        total = jnp.where(weight == 0, 1, weight) if objective.reduction == "sum" else weight
+        share = jnp.sum(losses, where=part.mask) / total
+        minimised = objective.reduced(share, weight)
+        # Within a fusion XLA may drop NaN from the loss on CPU.
+        has_nan = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
+        metrics = Metrics.of_batch(logits, part.classes, part.mask)
+        return minimised, (stats, metrics._replace(loss=jnp.where(has_nan, jnp.nan, share)))
+
+    def gradient(stats: Tree, part: _Rows) -> tuple[tuple[Tree, Metrics], Tree]:
+        grads, (stats, metrics) = jax.grad(loss, has_aux=True)(state.trainable, stats, part)
+        return (grads, metrics), stats
+
+    count = len(rows.images)
+    if config.examples:
+        count = config.examples[count]
+        rows = rows.cut(0, count)
+    size = (config.batch_size or count) // config.accumulate
+    if config.accumulate == 1 or count <= size:
+        (grads, metrics), stats = gradient(state.stats, rows)
+        return grads, stats, metrics
+    spread: Callable[[jax.Array], jax.Array] | None = None
+    if devices := config.devices:
+        # Equal shares of a part without a mask would need padding.
+        spread = devices.gather if config.examples and size % len(devices) else devices.spread
+    parts, rest = rows.split(config.accumulate, size, count, spread)
+    (grads, metrics), stats = gradients.accumulate_sums(gradient, state.stats, parts, rest)
+    return grads, stats, metrics
+
+
+class _Rows(NamedTuple):
+    """A batch on its way through the network, with a leading axis of parts once it is split."""
+
+    images: jax.Array
+    targets: jax.Array
+    """Targets of the loss: `[b k]`, or classes int `[b]`."""
+    classes: ArrayLike
+    """Class of each image, int `[b]`."""
+    mask: ArrayLike
+    key: jax.Array
+
+    def cut(self, start: int, stop: int) -> "_Rows":
+        return self._map(lambda x: x[start:stop], self.key)
+
+    def split(
+        self,
+        accumulate: int,
+        size: int,
+        count: int,
+        spread: Callable[[jax.Array], jax.Array] | None,
+    ) -> tuple["_Rows", "_Rows | None"]:
+        """Returns the parts of `size` rows among the first `count` rows, and the rows left."""
+        keys = jax.random.split(self.key, accumulate)
+        whole, left = divmod(min(count, accumulate * size), size)
+
+        def split(x: jax.Array) -> jax.Array:
+            parts = jnp.reshape(x[: whole * size], (whole, size, *x.shape[1:]))
+            return spread(parts) if spread else parts
+
+        rest = self.cut(whole * size, whole * size + left)._replace(key=keys[-1])
+        return self._map(split, keys[:whole]), rest if left else None
+
+    def _map(self, function: Callable[[jax.Array], jax.Array], key: jax.Array) -> "_Rows":
+        images, targets, classes, mask = (function(jnp.asarray(x)) for x in self[:-1])
+        return _Rows(images, targets, classes, mask, key)
+
+
+def block_by_block(
+    model: Model, params: Tree, stats: Tree, x: jax.Array, *, first: str | None = None, **how: Any
+) -> tuple[jax.Array, Tree]:
+    """Applies the network to its end; the backward pass keeps the input of each block alone.
+
+    Reference: Chen et al. 2016 (arXiv:1604.06174).
+    """
+    for block in model.blocks[model.blocks.index(first) if first else 0 :]:
+        one = partial(model.apply, first=block, last=block, **how)
+        x, stats = jax.checkpoint(one)(params, stats, x)
+    return x, stats
+
+
+def _moving(stats: Tree, norms: Norms) -> list[jax.Array]:
+    """Returns the statistics that a step moves."""
+    named = zip(paths(stats), jax.tree.leaves(stats), strict=True)
+    if isinstance(norms, str):
+        return jax.tree.leaves(stats) if norms == "batch" else []
+    return [x for path, x in named if norms[layer(path)] == "batch"]
+
+
+def _ema(decay: float, average: jax.Array, x: jax.Array) -> jax.Array:
+    """Moves the average towards `x`.
+
+    Arrays that stand still must not move: `optax.incremental_update` rounds them, and XLA on CPU
+    flushes subnormal numbers to zero.
+    """
+    return jnp.where(x == average, x, average + (1 - decay) * (x - average))

@@ -1,0 +1,185 @@
+"""The trainer: everything that the stages of a run share."""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import jax
+
+from jaxft import data
+from jaxft import recipe_file as recipes
+from jaxft.checkpoint.checkpoints import Checkpoints
+from jaxft.checkpoint.contents import Snapshot
+from jaxft.data import Batch, Source, Splits
+from jaxft.data.fingerprint import record
+from jaxft.distributed import Devices, any_process
+from jaxft.errors import InterruptedRunError
+from jaxft.labels import Tree
+from jaxft.recipe import Recipe
+from jaxft.report.console import Console
+from jaxft.report.metrics_log import MetricsLog
+from jaxft.train.batch_sizes import batch_sizes
+from jaxft.train.compiled_stage import CompiledStage, groups, sent
+from jaxft.train.feature_cache import FeatureCache, StageFeatures
+from jaxft.train.interruption import Interruption
+from jaxft.train.metrics import EpochMetrics, Metrics, Score
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress, header_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that the stages of a run share: evaluation, checkpoints, stop requests.
+
+    Attributes:
+      recipe: the run's recipe.
+      splits: training and validation images.
+      programs: a program for each stage.
+      devices: where the run runs.
+      eval_step: see `jaxft.train.eval_step.eval_step`.
+      checkpoints: the run's checkpoints.
+      metrics: `metrics.jsonl` and TensorBoard.
+      console: where it prints.
+      interruption: whether a signal has come.
+      start: parameters that the run started from, if a stage has an anchor.
+      feature_cache: features of frozen prefixes.
+      batch_cache: validation batches, in memory; may be the same cache.
+    """
+
+    recipe: Recipe
+    splits: Splits
+    programs: tuple[StageProgram, ...]
+    devices: Devices
+    eval_step: Callable[[Tree, Tree, Batch], Metrics]
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    console: Console
+    interruption: Interruption
+    start: Tree | None
+    feature_cache: FeatureCache
+    batch_cache: FeatureCache
+
+    @cached_property
+    def data(self) -> dict[str, object]:
+        """Facts of the images that must match on resume: see `jaxft.data.fingerprint.record`."""
+        return record(self.splits)
+
+    def save(
+        self,
+        progress: Progress,
+        epoch_metrics: EpochMetrics,
+        items: Mapping[str, Tree],
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Starts to write a checkpoint; see `Checkpoints.save`."""
+        header = header_of(
+            progress,
+            epoch_metrics,
+            data=self.data,
+            recipe=recipes.fields(self.recipe),
+            rows=self.metrics.rows,
+        )
+        self.checkpoints.save(progress.step, header.to_json(), items, keep=keep)
+
+    def stop_asked(self) -> bool:
+        """Returns whether a signal came, to any process; all must ask at the same point."""
+        return any_process(self.interruption.signal is not None)
+
+    def features(
+        self, program: StageProgram, compiled: CompiledStage, snapshot: Callable[[], Snapshot]
+    ) -> StageFeatures:
+        """Returns the features of a stage's frozen prefix; `snapshot` returns arrays with it."""
+        return StageFeatures(
+            program,
+            compiled,
+            snapshot,
+            self.splits,
+            self.devices,
+            self.feature_cache,
+            self.of_each_batch,
+            self.stopped,
+        )
+
+    def evaluate(
+        self, params: Tree, stats: Tree, features: StageFeatures | None = None
+    ) -> Score | None:
+        """Returns the score on the validation images, each counted once; None if a signal came.
+
+        Args:
+          params, stats: the weights.
+          features: the stage's cached features, to start from them if there are any.
+        """
+        val, steps_per_call = self.splits.val, self.recipe.steps_per_execution
+        if features is None or features.compiled.score is None:
+            step = partial(self.eval_step, params, stats)
+            batches = self.of_each_batch(val, step, steps_per_call=steps_per_call, replayed=True)
+        elif (rows := features.val()) is None:
+            return None
+        else:
+            step = partial(features.compiled.score, params, stats)
+            size = features.program.settings.batch_size
+            batches = self.of_each_batch(
+                val, step, batch_size=size, steps_per_call=steps_per_call, kept=rows
+            )
+        return None if batches is None else Metrics.total(batches).score
+
+    def of_each_batch(
+        self,
+        source: Source,
+        step: Callable[..., T],
+        *,
+        batch_size: int | None = None,
+        steps_per_call: int = 1,
+        replayed: bool = False,
+        **instead: Any,
+    ) -> list[T] | None:
+        """Calls a compiled step for the source's images in their order, each seen once.
+
+        Args:
+          source: the images.
+          step: see `jaxft.train.compiled_stage.sent` for its arguments.
+          batch_size: the recipe's by default.
+          steps_per_call: number of batches that `step` receives at once.
+          replayed: whether batches may come from memory, as those to validate may.
+          instead: arguments of `jaxft.data.eval_batches` that replace the evaluation view.
+
+        Returns:
+          The result of each call; None if a signal came.
+        """
+        recipe, size = self.recipe, batch_size or self.recipe.batch_size
+        sizes = batch_sizes(self.programs[0].model, self.devices, len(source), size)
+        batches = data.eval_batches(
+            source,
+            recipe.preprocessing,
+            batch_size=size,
+            workers=recipe.workers,
+            rows=sizes.rows,
+            last_rows=sizes.last_rows,
+            shard=self.devices.shard,
+            **instead,
+        )
+        if replayed:
+            count = data.steps_per_epoch(source, size)
+            batches = self.batch_cache.replayed(("images", size), batches, count)
+        results: list[T] = []
+        with closing(batches):
+            for index, group in enumerate(groups(batches, steps_per_call)):
+                results.append(step(*sent(self.devices, group, steps_per_call)))
+                jax.block_until_ready(results[-2:-1])  # or the host fills the device ahead
+                if (
+                    index * steps_per_call % recipe.sync_steps < steps_per_call
+                    and self.stop_asked()
+                ):
+                    return None
+        return results
+
+    def stopped(self) -> InterruptedRunError:
+        """Returns the error of a run that a signal has stopped, and that has nothing to save."""
+        saved = self.checkpoints.latest_step()
+        where = f"step {saved} is saved" if saved else "nothing has been trained yet"
+        return self.interruption.error(f"came, and {where}. The same command goes on from there")
