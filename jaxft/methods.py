@@ -57,6 +57,7 @@ class Fields(TypedDict, total=False):
     relative_rates: bool
     batch_size: int | None
     augment: Augment | None
+    views: int | None
     erasing: float | None
     mixup: float | None
     cutmix: float | None

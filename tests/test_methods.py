@@ -1,5 +1,6 @@
 """Published strategies against stages written by hand."""
 
+import dataclasses
 import re
 
 import jax
@@ -10,6 +11,7 @@ import jaxft
 from jaxft import SGD, Adam, AdamW, LogisticRegression, RecipeError, Stage
 from jaxft.labels import FROZEN, leaf_labels, paths
 from jaxft.methods import (
+    Fields,
     auto_rgn,
     bit,
     discriminative,
@@ -286,3 +288,9 @@ def test_auto_rgn_trains_the_tensors_of_its_authors(name):
     trained = {path for path, label in labelled if label != FROZEN}
     assert trained == {path for path in paths(params) if "bn" not in path}
     assert {"fc.bias", "conv1.kernel", "layer2.0.downsample.1.scale"} <= trained
+
+
+def test_fields_are_those_of_a_stage():
+    """A static type cannot be derived from `Stage`, so the two lists are compared here."""
+    names = [field.name for field in dataclasses.fields(Stage)]
+    assert sorted(Fields.__annotations__) == sorted({*names} - {"name", "train", "epochs"})
