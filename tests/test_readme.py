@@ -18,6 +18,7 @@ from flax import nnx
 from narrow import narrowed
 
 import jaxft
+from jaxft.models.norm_modes import mode_names, norm_modes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
@@ -25,7 +26,6 @@ from jaxft.report.console import Console
 from jaxft.report.lr_plot import rate_table
 from jaxft.train.export import export
 from jaxft.train.frozen_prefix import block_labels
-from jaxft.train.norms import mode_names, norm_modes
 
 ROOT = Path(__file__).parents[1]
 FILES = (

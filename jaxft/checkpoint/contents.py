@@ -99,7 +99,7 @@ class Header:
         """Inverts `to_json`.
 
         Raises:
-          CheckpointError: the values are not those of a header of this version.
+          CheckpointError: another version of jaxft wrote the header.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if names != values.keys():

@@ -14,11 +14,11 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 
-from jaxft import distributed, lost_process
+from jaxft import agreement, distributed, lost_process
 from jaxft.cli.command import command_parser, report_errors
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options, read_recipe
-from jaxft.train import Result, agreement, finetune
+from jaxft.train import Result, finetune
 from jaxft.train.compiled_stage import keep_programs
 
 

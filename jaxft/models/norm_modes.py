@@ -1,11 +1,22 @@
-"""Finds a network's norm layers and checks the mode of each."""
+"""Norm modes: the norm layers of a network, and which statistics each uses in a stage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 
+from jaxft.errors import PatternError, RecipeError
+from jaxft.labels import FROZEN, leaf_labels, match, paths
 from jaxft.models.model import NormMode, Norms, Tree
+from jaxft.stage_options import NormChoice
+
+# Modes of frozen layers. Layers that train use mode `batch`, except with E.
+_FROZEN_MODES: dict[NormChoice, NormMode] = {
+    "A": "batch",
+    "B": "running",
+    "D": "batch_fixed",
+    "E": "running",
+}
 
 
 def norm_layers(stats: Tree) -> frozenset[str]:
@@ -36,6 +47,65 @@ def layer_modes(name: str, layers: frozenset[str], norms: Norms) -> Mapping[str,
             f"a norm's mode is 'running', 'batch' or 'batch_fixed', not {unknown.pop()!r}"
         )
     return modes
+
+
+def norm_modes(
+    params: Tree, stats: Tree, labels: Tree, choices: Mapping[str, NormChoice] | None = None
+) -> Mapping[str, NormMode]:
+    """Returns the mode of each norm layer, by path.
+
+    Args:
+      params, stats: parameters and statistics, or their shapes.
+      labels: label tree of the stage.
+      choices: choice by pattern; the first pattern that matches counts. The default is B: frozen
+        layers compute as when they were pretrained, and their running statistics stay
+        bit-identical.
+
+    Raises:
+      PatternError: a pattern matches no norm layer, or is shadowed.
+      RecipeError: a frozen layer has the choice C, where all norm layers train.
+    """
+    if not paths(stats):
+        return {}
+    chosen, complaints = match(stats, list(choices or {}))
+    if complaints:
+        raise PatternError(
+            "\n".join(f"norms: among the norm layers, {complaint}" for complaint in complaints)
+        )
+    wanted = dict(zip(map(layer, paths(stats)), chosen, strict=True))
+    trained = trained_layers(params, labels)
+    modes: dict[str, NormMode] = {}
+    for name in sorted(wanted):
+        index = wanted[name]
+        choice = "B" if index is None else [*(choices or {}).values()][index]
+        if name in trained:
+            modes[name] = "running" if choice == "E" else "batch"
+        elif choice != "C":
+            modes[name] = _FROZEN_MODES[choice]
+    if frozen := sorted(wanted.keys() - modes.keys()):
+        raise RecipeError(
+            f"norms: in mode C all norm layers train, and {len(frozen)} are frozen, such as "
+            f"{frozen[0]}. Give them a rate in `train`, or choose A, B or D."
+        )
+    return modes
+
+
+def trained_layers(params: Tree, labels: Tree) -> set[str]:
+    """Returns the paths of the layers with a parameter that trains."""
+    named = zip(paths(params), leaf_labels(params, labels), strict=True)
+    return {layer(path) for path, label in named if label != FROZEN}
+
+
+def mode_names(params: Tree, labels: Tree, modes: Mapping[str, NormMode]) -> dict[str, str]:
+    """Returns each layer's letter of `NormChoice` and its mode, such as `B running`."""
+    trained = trained_layers(params, labels)
+    letters = {"batch": "AC", "running": "BE", "batch_fixed": "D"}  # frozen, or trains
+    return {name: f"{letters[mode][name in trained]} {mode}" for name, mode in modes.items()}
+
+
+def layer(path: str) -> str:
+    """Returns the path of the layer that has this parameter or statistic."""
+    return path.rpartition(".")[0]
 
 
 def dotted(path: Sequence[Any]) -> str:

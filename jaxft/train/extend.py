@@ -1,8 +1,8 @@
 """Extends a run: more epochs in its last stage, or further stages after it.
 
 The run ends as if its recipe had been the longer one from the start. A stage that has ended
-therefore continues from its newest checkpoint before the end, because the weights that a stage
-ends with need not be those of its last epoch.
+therefore continues from its newest checkpoint before the end, because a stage need not end with
+the weights of its last epoch.
 """
 
 import dataclasses

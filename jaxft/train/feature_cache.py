@@ -26,9 +26,9 @@ from jaxft.data.batches import train_view_loader
 from jaxft.distributed import Devices
 from jaxft.errors import InterruptedRunError, NonFiniteError, RecipeError
 from jaxft.labels import paths
+from jaxft.models.norm_modes import layer
 from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.frozen_prefix import block_labels
-from jaxft.train.norms import layer
 from jaxft.train.stage_program import StageProgram
 
 Half = Literal["train", "val"]

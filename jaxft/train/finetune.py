@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import lost_process, models
+from jaxft import agreement, lost_process, models
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Source, Splits
@@ -31,7 +31,7 @@ from jaxft.recipe_file import resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
-from jaxft.train import agreement, export
+from jaxft.train import export
 from jaxft.train.batch_sizes import batch_sizes, oversized
 from jaxft.train.eval_step import eval_step
 from jaxft.train.extend import check_extension

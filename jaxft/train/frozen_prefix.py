@@ -17,9 +17,9 @@ from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
 from jaxft.models import Model, NormMode, Norms
+from jaxft.models.norm_modes import layer
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
-from jaxft.train.norms import layer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FrozenPrefix:
       first: the block after them.
       row: shape and dtype of the features of one image.
       train, val: whether the features of training and validation images are cached.
-      reason: why those of the training images are not.
+      reason: why the features of training images are not cached.
       mib: size of all cached features in MiB.
       room: size that the recipe allows, in MiB.
       batch_size: images per pass, on which the last bits of the features depend.

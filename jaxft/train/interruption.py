@@ -34,7 +34,7 @@ class Interruption:
     def wait(self) -> None:
         """Lets a signal wait from here on until the run looks for it and has saved its step."""
         self.waits = True
-        if self.signal is not None:  # what it raised has been caught on the way
+        if self.signal is not None:  # its KeyboardInterrupt has been caught on the way
             raise self.before_training()
 
     def before_training(self) -> InterruptedRunError:

@@ -90,7 +90,7 @@ def trial(
 ) -> Trial:
     """Opens a stage on the recipe's start, whatever other stages the recipe has.
 
-    Arguments and errors are those of `jaxft.finetune`.
+    Takes the arguments and raises the errors of `jaxft.finetune`.
     """
     recipe = resolve(replace(recipe, stages=(stage,), from_scratch=()))
     check_devices()

@@ -11,9 +11,9 @@ import numpy as np
 from jaxft.data import Batch
 from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree, paths
+from jaxft.models.norm_modes import layer
 from jaxft.train.feature_cache import finite_rows
 from jaxft.train.metrics import Score, StepRecord
-from jaxft.train.norms import layer
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import StageState
 from jaxft.train.trainer import Trainer

@@ -20,6 +20,7 @@ from jaxft.distributed import Devices
 from jaxft.errors import DataError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.models import Model, NormMode
+from jaxft.models.norm_modes import norm_modes
 from jaxft.optim.transform import multi_transform
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
@@ -29,7 +30,6 @@ from jaxft.train.compiled_stage import ByRows, CompiledStage, flops, several_ste
 from jaxft.train.eval_step import eval_step
 from jaxft.train.frozen_prefix import FrozenPrefix, compile_prefix
 from jaxft.train.metrics import GradientNorms, StepRecord
-from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.train_step import StepConfig, TrainState, gradient_norms, train_step
 

@@ -13,10 +13,10 @@ import optax
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
 from jaxft.labels import Tree, combine, partition, paths, unflatten
+from jaxft.models.norm_modes import layer
 from jaxft.optim.carry import carry_with_warnings
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics, Score
-from jaxft.train.norms import layer
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
 

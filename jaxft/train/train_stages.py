@@ -5,12 +5,12 @@ from functools import partial
 import jax
 
 from jaxft.checkpoint.contents import Snapshot
+from jaxft.models.norm_modes import mode_names
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
 from jaxft.train.compiled_stage import Ahead, CompiledStage
 from jaxft.train.gradient_stage import run_gradient_stage
 from jaxft.train.linear_probe_stage import run_linear_probe_stage
 from jaxft.train.nonfinite import check_validation
-from jaxft.train.norms import mode_names
 from jaxft.train.opening import Start
 from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
 from jaxft.train.stage_program import StageProgram

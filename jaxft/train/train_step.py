@@ -15,10 +15,10 @@ from jaxft.distributed import Devices
 from jaxft.l2_sp import Anchor
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
+from jaxft.models.norm_modes import layer
 from jaxft.optim import gradients
 from jaxft.optim.transform import pass_step
 from jaxft.train.metrics import GradientNorms, Metrics, StepRecord
-from jaxft.train.norms import layer
 from jaxft.train.objective import Objective
 
 
@@ -49,7 +49,7 @@ class StepConfig:
       norms: mode of the norm layers.
       objective: turns a batch into a loss.
       labels: label tree of the stage, which groups the norms in the record; None: no norms.
-      anchor: penalty that pulls the weights towards those of the start.
+      anchor: penalty that pulls the weights towards the starting weights.
       clip_norm: largest norm of the gradients.
       accumulate: number of parts of consecutive rows that a batch is processed in. Norm layers see
         one part at a time, as in a PyTorch loop.

@@ -14,7 +14,7 @@ from flax import nnx
 import jaxft
 from jaxft.models import NNX, Linen
 from jaxft.models.nnx_adapter import with_nnx_keys
-from jaxft.train.norms import norm_modes
+from jaxft.models.norm_modes import norm_modes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from user_modules import Attention, BFloat16, Compact, ModeFlag, Nested, TrainingArgument

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft.train import agreement
+from jaxft import agreement
 
 CHILD = """
 import json, os, sys
 from jaxft import JaxftError, Recipe, Stage, distributed, finetune
 from jaxft.report.console import Console
-from jaxft.train import agreement
+from jaxft import agreement
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 agreement._VISIBLE = 0.5

@@ -9,8 +9,8 @@ from float64_stages import assert_as_recorded, train
 
 from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
 from jaxft.distributed import Devices
+from jaxft.models.norm_modes import mode_names, norm_modes
 from jaxft.report.console import Console
-from jaxft.train.norms import mode_names, norm_modes
 from jaxft.train.stage_program import stage_program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "norm_modes.npz"

@@ -11,8 +11,8 @@ import pytest
 from jaxft import SGD, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
+from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
-from jaxft.train.norms import norm_modes
 from jaxft.train.objective import Objective
 from jaxft.train.stage_program import stage_program
 from jaxft.train.train_step import StepConfig, TrainState, train_step

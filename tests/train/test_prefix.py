@@ -148,10 +148,10 @@ def passes(recipe, workdir, monkeypatch):
     """Returns the split of each pass over images in a run."""
     real, found = Trainer.of_each_batch, []
 
-    def counted(run, source, step, **options):
-        if options.get("kept") is None:
-            found.append("train" if source is run.splits.train else "val")
-        return real(run, source, step, **options)
+    def counted(trainer, source, step, **options):
+        if options.get("features") is None:
+            found.append("train" if source is trainer.splits.train else "val")
+        return real(trainer, source, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "of_each_batch", counted)

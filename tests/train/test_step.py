@@ -8,9 +8,9 @@ import pytest
 from jaxft import SGD, Adam, Stage, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import combine, leaf_labels
+from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
-from jaxft.train.norms import norm_modes
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
