@@ -124,7 +124,7 @@ class Trainer:
             step = partial(features.compiled.score, params, stats)
             size = features.program.settings.batch_size
             batches = self.of_each_batch(
-                val, step, batch_size=size, steps_per_call=steps_per_call, kept=rows
+                val, step, batch_size=size, steps_per_call=steps_per_call, features=rows
             )
         return None if batches is None else Metrics.total(batches).score
 
