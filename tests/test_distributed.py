@@ -80,6 +80,7 @@ def test_a_donated_state_stays_where_it_is_in_one_program(process, sharding, run
     assert (seen["divided"] > 0) == (sharding == "fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
 def test_large_arrays_are_divided_along_their_largest_fitting_dimension(process, sharding, runs):
@@ -91,6 +92,7 @@ def test_large_arrays_are_divided_along_their_largest_fitting_dimension(process,
     assert layout == dict.fromkeys(("structure", "put", "stays", "back"), True)
 
 
+@pytest.mark.slow
 def test_processes_know_of_each_other(runs):
     for process, first, shard in (
         ("eight", True, [0, 1]),

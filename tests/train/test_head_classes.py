@@ -79,6 +79,7 @@ def test_fork_on_other_classes_is_refused(run, tmp_path):
     finetune(ignoring, tmp_path / "f", data=other, fork_from=workdir, stage="head", console=QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "file", "checkpoint"])
 def test_kept_head_must_have_the_classes_of_the_images(source, run, tmp_path):
     workdir, recipe = run
@@ -94,6 +95,7 @@ def test_kept_head_must_have_the_classes_of_the_images(source, run, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.slow
 def test_kept_head_is_reordered_to_the_images(run, tmp_path, capsys):
     """Its score at the start equals that of its own run."""
     workdir, recipe = run
