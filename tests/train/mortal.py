@@ -1,5 +1,6 @@
 """A short run that a test may kill at any point, and comparisons of two runs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ RECIPE = Recipe(
         Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
     ),
 )
+ONE_STAGE = dataclasses.replace(RECIPE, stages=RECIPE.stages[:1])  # 8 steps, 2 epochs
 CHILD = Path(__file__).with_name("mortal_child.py")
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 

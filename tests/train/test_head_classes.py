@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from jaxft import Adam, Recipe, Stage, WeightsError, data, finetune
 from jaxft.report.console import Console
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 QUIET = Console(quiet=True)
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -39,7 +41,7 @@ def images(classes, order=None):
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["softmax", "binary"])
-def run(request, tmp_path_factory):
+def run(stage_ends_only, request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     recipe = dataclasses.replace(RECIPE, binary=request.param)
     finetune(recipe, workdir, data=images(NAMES[recipe.binary]), console=QUIET)

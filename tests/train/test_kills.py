@@ -9,6 +9,7 @@ import signal
 
 import pytest
 from mortal import (
+    ONE_STAGE,
     RECIPE,
     KilledError,
     assert_same_end,
@@ -85,7 +86,7 @@ def test_anchor_start_is_saved_before_the_first_checkpoint(tmp_path, monkeypatch
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monkeypatch):
+def test_metrics_row_is_not_repeated_after_lost_epoch_end(tmp_path, monkeypatch):
     """Stopped in validation, a run saves the last step of the epoch; the next dies as it saves the
     end of the epoch, under the same number."""
     workdir = tmp_path / "killed"
@@ -93,17 +94,17 @@ def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Run, "evaluate", lambda *_: next(scores))
         with pytest.raises(InterruptedRunError, match="step 4 is saved"):
-            train_to_end(workdir)
+            train_to_end(workdir, ONE_STAGE)
     with monkeypatch.context() as patch:
         die(patch, Checkpoints, "save", lambda _, step, *__: step == 4)
         with pytest.raises(KilledError):
-            train_to_end(workdir)
+            train_to_end(workdir, ONE_STAGE)
     assert [row["step"] for row in rows(workdir)] == [4]
-    train_to_end(workdir)
-    assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(whole)]
+    train_to_end(workdir, ONE_STAGE)
+    assert [row["step"] for row in rows(workdir)] == [4, 8]
 
 
-def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
+def test_killed_validation_is_repeated(one_stage, tmp_path, monkeypatch):
     """At the start of the run, of an epoch, and once more of the same epoch."""
     workdir = tmp_path / "killed"
     real = Run.evaluate
@@ -119,6 +120,6 @@ def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Run, "evaluate", failing)
             with pytest.raises(KilledError):
-                train_to_end(workdir)
-    train_to_end(workdir)
-    assert_same_end(workdir, whole)
+                train_to_end(workdir, ONE_STAGE)
+    train_to_end(workdir, ONE_STAGE)
+    assert_same_end(workdir, one_stage)

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from mortal import (
+    ONE_STAGE,
     RECIPE,
     KilledError,
     assert_same_end,
@@ -63,7 +64,7 @@ def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_checkpoint_without_metrics_rows_keeps_them(whole, tmp_path, monkeypatch):
+def test_checkpoint_without_metrics_rows_keeps_them(one_stage, tmp_path, monkeypatch):
     """Earlier versions saved no rows; `metrics.jsonl` keeps its rows up to the step."""
     save = Checkpoints.save
 
@@ -73,11 +74,11 @@ def test_checkpoint_without_metrics_rows_keeps_them(whole, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_without_rows)
-        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
+        die(patch, Progress, "after_step", lambda progress: progress.step == 7)
         with pytest.raises(KilledError):
-            train_to_end(tmp_path)
-    train_to_end(tmp_path)
-    assert_same_end(tmp_path, whole)
+            train_to_end(tmp_path, ONE_STAGE)
+    train_to_end(tmp_path, ONE_STAGE)
+    assert_same_end(tmp_path, one_stage)
 
 
 @pytest.mark.slow
