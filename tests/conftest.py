@@ -35,7 +35,7 @@ CPU_NOISE = 1.5
 # Slow tests that run by default all the same: each kind of proof once.
 SMOKE = (
     # a network's outputs are torch's
-    "tests/models/test_resnet.py::test_outputs_are_torchs[resnet18]",
+    "tests/models/test_resnet.py::test_outputs_are_torchs[resnet10t]",
     "tests/models/test_resnet.py::test_outputs_are_torchs[cifar_resnet20]",
     # a recipe trains as in torch, step by step
     "tests/parity/test_recipes.py::test_it_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
