@@ -22,15 +22,13 @@ import hypothesis
 import pytest
 from _pytest.doctest import DoctestModule
 
-gc.set_threshold(100_000, 50, 100)  # or it walks over all that jax has traced, time and again
-CACHE_BYTES = 2**30
+gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax has traced
+CACHE_BYTES = 2**30  # of compiled programs, before they are deleted
 
-
-# Slower tests carry a mark. Half as much again passes, because the CPU time of the same test grows
-# where cores are shared with other work.
+# Seconds that a test may take without the mark `slow`, on two cores of a current server. The check
+# allows half as much again: the same test takes more CPU time where other work shares the cores.
 CPU_LIMIT = 2.0
 CPU_NOISE = 1.5
-
 
 # Slow tests that run by default all the same: each kind of proof once.
 SMOKE = (
@@ -237,13 +235,13 @@ class CpuTimes:
 
 
 def pytest_xdist_auto_num_workers():
-    """One more than there are cores: tests wait for disks, processes and each other's threads."""
+    """One more than the cores, because tests wait for disks and processes."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs of a whole suite would fill gigabytes; few are of use to two modules."""
+    """Clears jax's caches after each module: programs of the whole suite would fill gigabytes."""
     yield
     import jax
 
@@ -252,17 +250,17 @@ def forget_programs():
 
 @dataclass(frozen=True)
 class Disk:
-    """A small disk of its own, mounted at `folder`."""
+    """A small disk, mounted at `folder`."""
 
     folder: Path
 
     def fill(self, but: int = 2**20) -> None:
-        """Takes all room on it `but` so many bytes."""
+        """Fills the disk except for `but` bytes."""
         with (self.folder / "ballast").open("wb", buffering=0) as file:
             file.write(bytes(shutil.disk_usage(self.folder).free - but))
 
     def free(self) -> None:
-        """Gives it back."""
+        """Frees the space again."""
         (self.folder / "ballast").unlink()
 
 
@@ -275,7 +273,7 @@ def disk(tmp_path):
     try:
         done = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("no mount here")
+        pytest.skip("needs mount")
     if done.returncode:
         pytest.skip(f"not permitted to mount: {done.stderr}")
     yield Disk(folder)
