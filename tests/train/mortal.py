@@ -44,10 +44,10 @@ CHILD = Path(__file__).with_name("mortal_child.py")
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 
 
-def begin_until(point, workdir, *, signals="SIGKILL"):
+def begin_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     """Starts a run that gets the signals at a point; see `mortal_child.py`."""
     file = workdir.with_suffix(".yaml")
-    save(RECIPE, file)
+    save(recipe, file)
     return subprocess.Popen(
         [sys.executable, CHILD, signals, point, file, "--workdir", workdir],
         stdout=subprocess.PIPE,
@@ -62,9 +62,9 @@ def begin_until(point, workdir, *, signals="SIGKILL"):
     )
 
 
-def run_until(point, workdir, *, signals="SIGKILL"):
+def run_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     """Returns exit code and stderr of a run that gets the signals at a point."""
-    with begin_until(point, workdir, signals=signals) as process:
+    with begin_until(point, workdir, recipe, signals=signals) as process:
         _, said = process.communicate(timeout=300)
     return process.returncode, said
 

@@ -17,6 +17,7 @@ from mortal import (
     odd_names,
     rows,
     run_until,
+    steps,
     train_to_end,
 )
 
@@ -29,14 +30,20 @@ from jaxft.train.run import Run
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "points", [("step:9",), ("save:6", "stage:head", "save:18")], ids=["step", "checkpoints"]
-)
-def test_run_killed_by_sigkill_ends_as_unbroken(points, whole, tmp_path):
-    """In the first step of a stage; during a write within an epoch, at the end of a stage, and
-    during the write of that end."""
+def test_run_killed_by_sigkill_within_an_epoch(one_stage, tmp_path):
+    """While it writes a checkpoint."""
+    code, said = run_until("save:6", tmp_path / "killed", ONE_STAGE)
+    assert code == -signal.SIGKILL, said
+    assert steps(tmp_path / "killed") == [3, 4]
+    train_to_end(tmp_path / "killed", ONE_STAGE)
+    assert_same_end(tmp_path / "killed", one_stage)
+    assert odd_names(tmp_path / "killed") == []
+
+
+def test_run_killed_by_sigkill_between_stages(whole, tmp_path):
+    """At the end of a stage, in the first step of the next, and while it writes a stage's end."""
     workdir = tmp_path / "killed"
-    for point in points:
+    for point in ("stage:head", "step:9", "save:18"):
         code, said = run_until(point, workdir)
         assert code == -signal.SIGKILL, (point, said)
     train_to_end(workdir)
