@@ -80,6 +80,7 @@ def test_step_on_devices_compiles_once_and_donates_its_state(process, sharding, 
     assert (observed["divided"] > 0) == (sharding == "fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("process", ["eight", "first", "second"])
 def test_shardings_divide_large_arrays_along_the_largest_divisible_axis(process, sharding, runs):
@@ -91,6 +92,7 @@ def test_shardings_divide_large_arrays_along_the_largest_divisible_axis(process,
     assert layout == dict.fromkeys(("structure", "put", "stays", "back"), True)
 
 
+@pytest.mark.slow
 def test_collectives_of_processes(runs):
     for process, first, shard in (
         ("eight", True, [0, 1]),

@@ -24,3 +24,13 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     train_to_end(workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def one_stage(tmp_path_factory):
+    """The folder of `mortal.ONE_STAGE`, run without any interruption."""
+    from mortal import ONE_STAGE, train_to_end
+
+    workdir = tmp_path_factory.mktemp("one_stage")
+    train_to_end(workdir, ONE_STAGE)
+    return workdir

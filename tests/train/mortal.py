@@ -1,5 +1,6 @@
 """A short run that a test may kill at any point, and comparisons of two runs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -38,26 +39,32 @@ RECIPE = Recipe(
         Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
     ),
 )
+ONE_STAGE = dataclasses.replace(RECIPE, stages=RECIPE.stages[:1])  # 8 steps, 2 epochs
 CHILD = Path(__file__).with_name("mortal_child.py")
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 
 
-def begin_until(point, workdir, *, signals="SIGKILL"):
+def begin_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     """Starts a run that gets the signals at a point; see `mortal_child.py`."""
     file = workdir.with_suffix(".yaml")
-    save(RECIPE, file)
+    save(recipe, file)
     return subprocess.Popen(
         [sys.executable, CHILD, signals, point, file, "--workdir", workdir],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "COLUMNS": "200"},
+        # Reads the compilation cache, but writes no entry: a kill would leave a part of it.
+        env={
+            **os.environ,
+            "COLUMNS": "200",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000",
+        },
     )
 
 
-def run_until(point, workdir, *, signals="SIGKILL"):
+def run_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     """Returns exit code and stderr of a run that gets the signals at a point."""
-    with begin_until(point, workdir, signals=signals) as process:
+    with begin_until(point, workdir, recipe, signals=signals) as process:
         _, said = process.communicate(timeout=300)
     return process.returncode, said
 

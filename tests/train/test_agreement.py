@@ -111,6 +111,7 @@ def test_agreement_finds_an_image_of_another_size(errors):
     )
 
 
+@pytest.mark.slow
 def test_agreement_finds_another_recipe(errors):
     """`workers` changes nothing and may differ."""
     first, second = (each["seed"] for each in errors)
@@ -118,6 +119,7 @@ def test_agreement_finds_another_recipe(errors):
     assert "differ:\n  recipe: seed: 0 in process 0, 1 in process 1\nGive all" in first
 
 
+@pytest.mark.slow
 def test_agreement_passes_an_error_of_one_process_to_the_others(errors):
     first, second = (each["broken"] for each in errors)
     assert second.startswith("DataError: ")
@@ -125,6 +127,7 @@ def test_agreement_passes_an_error_of_one_process_to_the_others(errors):
     assert "bees/1.png" in first
 
 
+@pytest.mark.slow
 def test_agreement_passes_an_exit_of_one_process_to_the_others(errors):
     """Such as the command line for an unknown option."""
     first, second = (each["exit"] for each in errors)
@@ -135,6 +138,7 @@ def test_agreement_passes_an_exit_of_one_process_to_the_others(errors):
     )
 
 
+@pytest.mark.slow
 def test_agreement_finds_a_workdir_that_is_not_shared(errors, folder):
     first, second = (each["disk"] for each in errors)
     assert first == second
@@ -142,6 +146,7 @@ def test_agreement_finds_a_workdir_that_is_not_shared(errors, folder):
     assert "process 1 does not see" in first
 
 
+@pytest.mark.slow
 def test_agreement_leaves_nothing_behind(errors, folder):
     assert not [*folder.glob("*/host*/own"), *folder.glob("*/shared")]
 

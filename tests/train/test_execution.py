@@ -5,7 +5,15 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mortal import RECIPE, KilledError, assert_close, assert_same_end, die, train_to_end
+from mortal import (
+    RECIPE,
+    KilledError,
+    assert_close,
+    assert_same_end,
+    die,
+    saving_stage_ends_only,
+    train_to_end,
+)
 
 import jaxft.train.gradient_stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
@@ -35,13 +43,15 @@ IN_FOURS = dataclasses.replace(SINGLE, steps_per_execution=4)
 def in_fours(tmp_path_factory):
     """The run of IN_FOURS."""
     workdir = tmp_path_factory.mktemp("in fours")
-    train_to_end(workdir, IN_FOURS)
+    with saving_stage_ends_only():
+        train_to_end(workdir, IN_FOURS)
     return workdir
 
 
 @pytest.mark.slow
 def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
-    train_to_end(tmp_path, SINGLE)
+    with saving_stage_ends_only():
+        train_to_end(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
@@ -73,18 +83,17 @@ def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [2, 5])
-def test_non_finite_step_within_a_call_is_named(places, tmp_path):
+def test_non_finite_step_within_a_call_is_named(tmp_path):
     stages = (Stage("all", {"*": 1e38}, epochs=2),)
-    found = []
-    for number in (1, places):
+    messages = []
+    for number in (1, 2, 5):
         recipe = dataclasses.replace(
             SINGLE, steps_per_execution=number, stages=stages, checkpoint_steps=0
         )
         with pytest.raises(NonFiniteError) as stop:
             train_to_end(tmp_path / str(number), recipe)
-        found.append(str(stop.value))
-    assert found[0] == found[1]
+        messages.append(str(stop.value))
+    assert len(set(messages)) == 1
 
 
 def test_padded_steps_of_a_call_are_not_taken():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from mortal import QUIET, RECIPE, rows, train_to_end
+from mortal import QUIET, RECIPE, rows, saving_stage_ends_only, train_to_end
 
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
@@ -91,9 +91,15 @@ def test_fork_by_command(run, tmp_path):
 @pytest.mark.slow
 def test_fork_anchors_to_start_of_the_first_run(tmp_path):
     """The first run stores its start if any of its stages has an anchor."""
-    recipe = with_last(RECIPE, anchor=Anchor())
-    result = train_to_end(tmp_path / "run", recipe)
-    forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
+    stages = (
+        dataclasses.replace(HEAD, epochs=1),
+        dataclasses.replace(LATE, steps=4),
+        dataclasses.replace(ALL, epochs=1, anchor=Anchor()),
+    )
+    recipe = dataclasses.replace(RECIPE, stages=stages)
+    with saving_stage_ends_only():
+        result = train_to_end(tmp_path / "run", recipe)
+        forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
 

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from jaxft import Adam, Recipe, Stage, WeightsError, data, finetune
 from jaxft.report.console import Console
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 QUIET = Console(quiet=True)
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -39,7 +41,7 @@ def images(classes, order=None):
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["softmax", "binary"])
-def run(request, tmp_path_factory):
+def run(stage_ends_only, request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     recipe = dataclasses.replace(RECIPE, binary=request.param)
     finetune(recipe, workdir, data=images(NAMES[recipe.binary]), console=QUIET)
@@ -79,6 +81,7 @@ def test_fork_on_other_classes_is_refused(run, tmp_path):
     finetune(ignoring, tmp_path / "f", data=other, fork_from=workdir, stage="head", console=QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "file", "checkpoint"])
 def test_kept_head_must_have_the_classes_of_the_images(source, run, tmp_path):
     workdir, recipe = run
@@ -94,6 +97,7 @@ def test_kept_head_must_have_the_classes_of_the_images(source, run, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.slow
 def test_kept_head_is_reordered_to_the_images(run, tmp_path, capsys):
     """Its score at the start equals that of its own run."""
     workdir, recipe = run

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 from mortal import (
+    ONE_STAGE,
     RECIPE,
     KilledError,
     assert_same_end,
@@ -16,6 +17,7 @@ from mortal import (
     odd_names,
     rows,
     run_until,
+    steps,
     train_to_end,
 )
 
@@ -28,14 +30,20 @@ from jaxft.train.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "points", [("step:9",), ("save:6", "stage:head", "save:18")], ids=["step", "checkpoints"]
-)
-def test_run_killed_by_sigkill_ends_as_unbroken(points, whole, tmp_path):
-    """In the first step of a stage; during a write within an epoch, at the end of a stage, and
-    during the write of that end."""
+def test_run_killed_by_sigkill_within_an_epoch(one_stage, tmp_path):
+    """While it writes a checkpoint."""
+    code, said = run_until("save:6", tmp_path / "killed", ONE_STAGE)
+    assert code == -signal.SIGKILL, said
+    assert steps(tmp_path / "killed") == [3, 4]
+    train_to_end(tmp_path / "killed", ONE_STAGE)
+    assert_same_end(tmp_path / "killed", one_stage)
+    assert odd_names(tmp_path / "killed") == []
+
+
+def test_run_killed_by_sigkill_between_stages(whole, tmp_path):
+    """At the end of a stage, in the first step of the next, and while it writes a stage's end."""
     workdir = tmp_path / "killed"
-    for point in points:
+    for point in ("stage:head", "step:9", "save:18"):
         code, said = run_until(point, workdir)
         assert code == -signal.SIGKILL, (point, said)
     train_to_end(workdir)
@@ -85,7 +93,7 @@ def test_anchor_start_is_saved_before_the_first_checkpoint(tmp_path, monkeypatch
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monkeypatch):
+def test_metrics_row_is_not_repeated_after_lost_epoch_end(tmp_path, monkeypatch):
     """Stopped in validation, a run saves the last step of the epoch; the next dies as it saves the
     end of the epoch, under the same number."""
     workdir = tmp_path / "killed"
@@ -93,17 +101,17 @@ def test_metrics_row_is_not_repeated_after_lost_epoch_end(whole, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", lambda *_: next(scores))
         with pytest.raises(InterruptedRunError, match="step 4 is saved"):
-            train_to_end(workdir)
+            train_to_end(workdir, ONE_STAGE)
     with monkeypatch.context() as patch:
         die(patch, Checkpoints, "save", lambda _, step, *__: step == 4)
         with pytest.raises(KilledError):
-            train_to_end(workdir)
+            train_to_end(workdir, ONE_STAGE)
     assert [row["step"] for row in rows(workdir)] == [4]
-    train_to_end(workdir)
-    assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(whole)]
+    train_to_end(workdir, ONE_STAGE)
+    assert [row["step"] for row in rows(workdir)] == [4, 8]
 
 
-def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
+def test_killed_validation_is_repeated(one_stage, tmp_path, monkeypatch):
     """At the start of the run, of an epoch, and once more of the same epoch."""
     workdir = tmp_path / "killed"
     real = Trainer.evaluate
@@ -119,6 +127,6 @@ def test_killed_validation_is_repeated(whole, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "evaluate", failing)
             with pytest.raises(KilledError):
-                train_to_end(workdir)
-    train_to_end(workdir)
-    assert_same_end(workdir, whole)
+                train_to_end(workdir, ONE_STAGE)
+    train_to_end(workdir, ONE_STAGE)
+    assert_same_end(workdir, one_stage)

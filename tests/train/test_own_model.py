@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax.core import freeze
+from mortal import saving_stage_ends_only
 from test_finetune import QUIET, RECIPE, rows, run_and_die, without_seconds
 
 import jaxft
@@ -34,7 +35,8 @@ def pretrained():
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
-    return workdir, finetune(OWN, workdir, model=LINEN, start=pretrained(), console=QUIET)
+    with saving_stage_ends_only():
+        return workdir, finetune(OWN, workdir, model=LINEN, start=pretrained(), console=QUIET)
 
 
 def flat(trees):

@@ -37,6 +37,8 @@ class Mixes(nnx.Module):
         return self.head(nnx.relu(tokens).mean(1))
 
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 NETWORKS = {
     "linen": Linen(Standardises(), shape=(8, 8, 3), head="head"),
     "nnx": NNX(Mixes, shape=(8, 8, 3), head="head"),
@@ -69,7 +71,7 @@ def run(workdir, network, splits=None, *, stage=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def full(stage_ends_only, tmp_path_factory):
     """Maps networks to folders of runs whose only batch is full."""
     return {network: run(tmp_path_factory.mktemp(network), network) for network in NETWORKS}
 

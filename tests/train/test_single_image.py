@@ -23,6 +23,8 @@ class Pooled(nn.Module):
         return nn.Dense(2, name="head")(x.mean((1, 2)))
 
 
+pytestmark = pytest.mark.usefixtures("stage_ends_only")
+
 RECIPE = Recipe(
     model="own",
     data="noise",
