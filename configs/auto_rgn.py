@@ -1,6 +1,6 @@
-"""Trains an ImageNet ResNet-50 with Auto-RGN: the relative gradient norm sets each tensor's rate.
+r"""Trains an ImageNet ResNet-50 with Auto-RGN: the relative gradient norm sets each tensor's rate.
 
-    python scripts/finetune.py configs/auto_rgn.py --workdir runs/auto_rgn \\
+    python scripts/finetune.py configs/auto_rgn.py --workdir runs/auto_rgn \
         --data folder:PATH/ImageNet-C/brightness/5
 
 Source: Lee et al. 2022, arXiv:2210.11466, and the authors' code. Before each epoch the relative

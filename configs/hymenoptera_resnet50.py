@@ -1,6 +1,6 @@
-"""Trains the head of an ImageNet ResNet-50 on ants and bees, then layer4 with it.
+r"""Trains the head of an ImageNet ResNet-50 on ants and bees, then layer4 with it.
 
-    python scripts/finetune.py configs/hymenoptera_resnet50.py --workdir runs/hymenoptera \\
+    python scripts/finetune.py configs/hymenoptera_resnet50.py --workdir runs/hymenoptera \
         --data folder:PATH/hymenoptera --weights PATH/resnet50_imagenet.safetensors
 
 Source: the usual two stages of a fine-tuning script, on the data of PyTorch's transfer-learning

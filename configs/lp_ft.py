@@ -1,6 +1,6 @@
-"""Solves a linear probe, then trains everything from it at a low rate (LP-FT).
+r"""Solves a linear probe, then trains everything from it at a low rate (LP-FT).
 
-    python scripts/finetune.py configs/lp_ft.py --workdir runs/lp_ft \\
+    python scripts/finetune.py configs/lp_ft.py --workdir runs/lp_ft \
         --data folder:PATH/hymenoptera --weights PATH/resnet50_imagenet.safetensors
 
 Source: Kumar et al. 2022, arXiv:2202.10054. The probe is scikit-learn's logistic regression on the

@@ -1,6 +1,6 @@
-"""Trains only conv1 and layer1 of an ImageNet ResNet-50 on corrupted images.
+r"""Trains only conv1 and layer1 of an ImageNet ResNet-50 on corrupted images.
 
-    python scripts/finetune.py configs/surgical.py --workdir runs/surgical \\
+    python scripts/finetune.py configs/surgical.py --workdir runs/surgical \
         --data folder:PATH/ImageNet-C/brightness/5
 
 Source: Lee et al. 2022, arXiv:2210.11466, and the authors' code. Adam with a weight decay of 1e-4,

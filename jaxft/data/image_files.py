@@ -42,9 +42,9 @@ class ImageListing:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """Returns a path as one line of valid Unicode with composed letters.
+    r"""Returns a path as one line of valid Unicode with composed letters.
 
-    A byte that is not UTF-8 becomes `\\xe9`, a control character such as a line break `\\n`.
+    A byte that is not UTF-8 becomes `\xe9`, a control character such as a line break `\n`.
     """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
