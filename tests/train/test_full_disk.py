@@ -71,6 +71,7 @@ def test_full_disk_before_training_names_the_file(full, disk):
     assert [row["epoch"] for row in rows(workdir)] == [1]
 
 
+@pytest.mark.slow
 def test_full_disk_at_export_names_the_file(full, disk):
     workdir = disk.folder / "run"
     run(workdir)

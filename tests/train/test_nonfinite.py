@@ -177,6 +177,7 @@ class Drifts(nn.Module):
         return logits + moved if train else logits + jnp.where(moved == 0, 0, jnp.nan)
 
 
+@pytest.mark.slow
 def test_nonfinite_validation_loss_after_epoch_ends_the_run(tmp_path):
     network = Linen(Drifts(), shape=(8, 8, 3), head="head")
     told = r"'all', epoch 1, step 6: the validation loss is nan, though loss and gradients"
@@ -221,6 +222,7 @@ def test_nonfinite_frozen_block_in_validation_ends_the_run(block, cache_mib, tmp
         overflow(recipe, tmp_path, block, val=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_mib", [0, 512])
 @pytest.mark.parametrize("block", PLACES)
 def test_nonfinite_frozen_block_in_training_ends_the_run(block, cache_mib, tmp_path):

@@ -56,6 +56,7 @@ def test_step_options_are_torchs(case, golden, monkeypatch):
     assert_as_recorded({f"{case}/{name}": x for name, x in trained.items()}, of_case)
 
 
+@pytest.mark.slow
 def test_recording_of_step_options_is_torchs(golden):
     pytest.importorskip("torch")
     from record_stage_steps import recorded
@@ -122,6 +123,7 @@ def test_skipped_step_changes_only_the_schedule():
     assert record.finite
 
 
+@pytest.mark.slow
 def test_step_options_add_no_frozen_backward_pass():
     everything = {
         "clip_norm": 1.0, "ema": 0.9, "anchor": Anchor(), "class_weights": WEIGHTS,
