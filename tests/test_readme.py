@@ -6,8 +6,6 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +94,9 @@ def run(file, title, names):
 
 def libraries():
     """Returns the names that the blocks without imports use."""
+    import equinox as eqx  # slow imports, for the tests that need them
+    import haiku as hk
+
     names = {"jax": jax, "jnp": jnp, "optax": optax, "jaxft": jaxft, "pathlib": pathlib}
     return names | {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx}
 
