@@ -1,4 +1,4 @@
-"""Records torch's learning rates and momenta for tests/test_schedules.py.
+"""Records torch's learning rates and momenta for tests/optim/test_schedules.py.
 
     python tests/record_schedules.py
 
@@ -6,11 +6,16 @@ Needs torch; recorded with torch 2.13.0.
 """
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
-import test_schedules as tests
 import torch
 from torch.optim import lr_scheduler
+
+sys.path.insert(0, str(Path(__file__).parent / "optim"))
+
+import test_schedules as tests
 
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import Warmup

@@ -31,7 +31,7 @@ COMMANDS = {
     "finetune": Command(
         "finetune",
         "Train a network in stages, or resume an interrupted run.",
-        "came before training; the same command starts it, or goes on.",
+        "came before training; the same command starts or resumes the run.",
     ),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
     "convert": Command("convert", "Convert weights between PyTorch and JAX."),

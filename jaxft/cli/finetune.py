@@ -18,8 +18,8 @@ from jaxft import agreement, distributed, lost_process
 from jaxft.cli.command import command_parser, report_errors
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options, read_recipe
-from jaxft.train import Result, finetune
 from jaxft.train.compiled_stage import keep_programs
+from jaxft.train.finetune import Result, finetune
 
 
 def run(arguments: Sequence[str], program: str = "jaxft finetune") -> int:
@@ -48,7 +48,7 @@ def _finetune(arguments: Sequence[str], program: str) -> int:
     except lost_process.LostProcessError as error:
         return fail(f"{type(error).__name__}: {error}", lost_process.EXIT_CODE)
     except KeyboardInterrupt:
-        return fail("\nInterrupted. The same command goes on from the last checkpoint.", 130)
+        return fail("\nInterrupted. The same command resumes from the last checkpoint.", 130)
 
 
 def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:

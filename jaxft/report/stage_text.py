@@ -23,8 +23,8 @@ def title(program: StageProgram, of: int) -> str:
 def gap(seconds: float, compiled: float) -> str:
     """Returns a sentence on the time before a stage's first step; both arguments are in seconds."""
     return (
-        f"Its first step came {seconds:.2f} s after the last validation before it; compiling it "
-        f"took {compiled:.2f} s."
+        f"Its first step followed {seconds:.2f} s after the last validation; compilation took "
+        f"{compiled:.2f} s."
     )
 
 
@@ -38,7 +38,7 @@ def cost(program: StageProgram, compiled: CompiledStage, seconds: float) -> str:
     else:
         cost = f"{_flop(compiled.flops)} a step"
         if program.prefix.train:
-            cost += f", spared {_flop(compiled.prefix_flops)}"
+            cost += f" ({_flop(compiled.prefix_flops)} cached)"
     return f"{cost}, compiled in {seconds:.1f} s"
 
 
@@ -50,14 +50,16 @@ def spared(program: StageProgram) -> str:
     """Returns a sentence on the cached blocks, and why training images are not cached."""
     prefix = program.prefix
     if not prefix.blocks:
-        return f"No block's work is kept: {prefix.reason}."
+        return f"No features are cached: {prefix.reason}."
     first, last = prefix.blocks[0], prefix.blocks[-1]
     where = " on disk" if program.recipe.disk_cache_mib else ""
     blocks = first if first == last else f"{first} to {last}"
     if prefix.train:
-        return f"{blocks}: once an image, and what comes out is kept{where}, {prefix.mib:.3g} MiB."
-    kept = f" To validate, once an image, {prefix.mib:.3g} MiB{where}." if prefix.val else ""
-    return f"{blocks}: in each step, as {prefix.reason}.{kept}"
+        return f"Features of {blocks} are cached{where}, {prefix.mib:.3g} MiB."
+    text = f"Each step computes {blocks}: {prefix.reason}."
+    if prefix.val:
+        text += f" For validation, their features are cached{where}, {prefix.mib:.3g} MiB."
+    return text
 
 
 def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
@@ -67,16 +69,16 @@ def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
     """
     sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
     if plan.stage.hand_on == "last":
-        return sentence + f"Its last epoch goes on (accuracy {progress.score.accuracy:.4f})."
+        return sentence + f"Its last epoch is kept (accuracy {progress.score.accuracy:.4f})."
     monitor, _ = plan.stage.best_by
     values = [f"{name} {getattr(progress.best, name):.4f}" for name in (monitor, "accuracy")]
     values = list(dict.fromkeys(values))
     if progress.best_epoch == 0:
-        sentence += f"No epoch improved on the {monitor} of its start, which goes on"
+        sentence += f"No epoch improved on the {monitor} of its start, which is kept"
     else:
-        sentence += f"Epoch {progress.best_epoch} was its best by {monitor} and goes on"
+        sentence += f"Epoch {progress.best_epoch} was its best by {monitor} and is kept"
     sentence += f" ({', '.join(values)})."
     if keep and progress.best_epoch < progress.epoch:
         then = f"after epoch {progress.best_epoch}" if progress.best_epoch else "at its start"
-        sentence += f" So does the optimizer state as it was {then} (carry='keep')."
+        sentence += f" The optimizer state {then} is kept with it (carry='keep')."
     return sentence

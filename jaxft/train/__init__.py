@@ -1,5 +1,1 @@
-"""Training: a step, an evaluation, a stage, a run."""
-
-from jaxft.train.finetune import Result, finetune
-
-__all__ = ["Result", "finetune"]
+"""Training: a run, its stages, a step, an evaluation."""

@@ -145,7 +145,7 @@ def _save_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) ->
     if not recipe.remat and len(model.blocks) > 1 and jax.default_backend() != "cpu":
         advice.append(
             "remat=True (--remat True) computes each block again in the backward pass: a forward "
-            "pass more, the same results, and this run goes on with it."
+            "pass more, the same results, and this run resumes with it."
         )
     parts = 2 * stage.accumulate
     if batch_size % parts == 0:

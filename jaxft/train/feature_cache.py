@@ -237,7 +237,7 @@ class StageFeatures:
         }[half]
         stage, blocks = self.program.plan.stage, self.program.prefix.blocks
         where = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
-        way_out = f" With --on-nonfinite skip the same command goes on and {skipping}."
+        way_out = f" With --on-nonfinite skip the same command resumes and {skipping}."
         return NonFiniteError(
             f"stage {stage.name!r}: the features of image {image} (of {images} to {use}, counted "
             f"from 0), as its frozen {where} compute them, are not finite. Look at that image, at "

@@ -102,7 +102,7 @@ def frozen_prefix(
     # A linear probe needs all features at once, whatever the room.
     reason = "" if solved else _why_not(recipe, settings, epochs)
     if not reason and not solved and of_both > room:
-        reason = f"what comes out is {of_both:,.0f} MiB, and {field} {room}"
+        reason = f"the features take {of_both:,.0f} MiB, and {field} is {room}"
     train, val = not reason, solved or of_val <= room
     return FrozenPrefix(
         blocks,

@@ -39,7 +39,7 @@ class Interruption:
 
     def before_training(self) -> InterruptedRunError:
         """Returns the error of a run that has nothing to save."""
-        next_start = "goes on" if self.resumes else "starts over"
+        next_start = "resumes the run" if self.resumes else "starts over"
         return self.error(f"came before training; the same command {next_start}")
 
     def error(self, what: str) -> InterruptedRunError:

@@ -44,7 +44,7 @@ def check_steps(
             f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: "
             + _not_finite(current, record)
             + (f"The checkpoint of step {saved} is good. " if saved else "")
-            + "With --on-nonfinite skip the same command goes on and leaves such steps out. "
+            + "With --on-nonfinite skip the same command resumes and leaves such steps out. "
             + _way_out(record, step)
         )
 
@@ -101,7 +101,7 @@ def check_validation(
         f"{place}: the validation loss is {score.loss}{remark}. "
         + (f"The first block whose output is not finite is {block!r}. " if block else "")
         + "Look at the images to validate, at the weights (large ones overflow) and at the running "
-        "statistics (norms). With --on-nonfinite skip the same command goes on, and such an epoch "
+        "statistics (norms). With --on-nonfinite skip the same command resumes, and such an epoch "
         "is never the best."
     )
 

@@ -87,7 +87,7 @@ def resume(
     if (done := _steps_if_reopened(trainer, progress, header)) is not None:
         trainer.console.say(
             f"Stage {program.plan.stage.name!r} had ended ({progress.ended}), and there is no "
-            "earlier checkpoint of it to read: it goes on from what it handed on."
+            "earlier checkpoint of it to read: it continues from the arrays that it handed on."
         )
         progress = from_end(program.plan.stage, progress, done, program.steps_per_epoch)
         current = StageState.at_start(program, progress, Arrays.from_items(found.arrays).current)
@@ -121,7 +121,7 @@ def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Heade
         check(end, headers[0])
         trainer.console.say(
             f"Stage {trainer.recipe.stages[end.stage].name!r} had ended ({end.ended}). It has "
-            f"become longer, and goes on from step {earlier}, the last one saved before."
+            f"become longer, and continues from step {earlier}, the last one saved before."
         )
         trainer.checkpoints.drop(newest)
 
@@ -231,8 +231,8 @@ def stage_of_fork(fork: Fork, recipe: Recipe) -> int:
     names = [stage.name for stage in recipe.stages]
     if fork.stage not in names:
         raise RecipeError(
-            f"a fork from stage {fork.stage!r} goes on with the stage after it, and the recipe has "
-            f"no stage of that name; it has {', '.join(names)}."
+            f"a fork from stage {fork.stage!r} continues with the stage after it, and the recipe "
+            f"has no stage of that name; it has {', '.join(names)}."
         )
     if names[-1] == fork.stage:
         raise RecipeError(f"the recipe has no stage after {fork.stage!r}, from which it forks.")

@@ -108,5 +108,5 @@ def stop(trainer: Trainer, program: StageProgram, current: StageState) -> Never:
         save(trainer, program, current)
     raise trainer.interruption.error(
         f"came in stage {program.plan.stage.name!r}, and step {step} is saved. The same command "
-        "goes on from there"
+        "resumes from there"
     )

@@ -182,4 +182,4 @@ class Trainer:
         """Returns the error of a run that a signal has stopped, and that has nothing to save."""
         saved = self.checkpoints.latest_step()
         where = f"step {saved} is saved" if saved else "nothing has been trained yet"
-        return self.interruption.error(f"came, and {where}. The same command goes on from there")
+        return self.interruption.error(f"came, and {where}. The same command resumes from there")

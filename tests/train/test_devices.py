@@ -190,7 +190,7 @@ def test_signal_to_one_process_stops_all(eight, two):
     assert eight[0] == 75, eight[2]
     # On a busy machine Orbax has something to say before it.
     assert eight[2].splitlines()[-1] == (
-        "SIGTERM came in stage 'late', and step 13 is saved. The same command goes on from there."
+        "SIGTERM came in stage 'late', and step 13 is saved. The same command resumes from there."
     )
     stopped = "SIGTERM came in stage 'all', and step 18 is saved."
     for code, _, errors in two:

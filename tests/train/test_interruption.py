@@ -173,7 +173,7 @@ def test_signal_before_finetune_ends_script(event, name, number, tmp_path):
     code, said = struck(number, event, name, "finetune", *arguments)
     assert (code, said.strip()) == (
         {"SIGTERM": 75, "SIGINT": 130}[number],
-        f"{number} came before training; the same command starts it, or goes on.",
+        f"{number} came before training; the same command starts or resumes the run.",
     )
 
 

@@ -84,7 +84,7 @@ def test_nonfinite_step_ends_run_which_resumes_by_skipping(synced, skipping, tmp
     good = (step - 1) // 3 * 3
     assert steps(tmp_path) == ([good] if good else [])
     assert (f"The checkpoint of step {good} is good. " in said) == bool(good)
-    assert "With --on-nonfinite skip the same command goes on" in said
+    assert "With --on-nonfinite skip the same command resumes" in said
     run(SKIPPING, tmp_path)
     assert_same_end(tmp_path, skipping)
 

@@ -189,10 +189,16 @@ def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
         ),
         # 4x4x32 float32 are 2 KiB an image
         ({"cache_mib": 3}, LATE, True, True, ""),
-        ({"cache_mib": 2}, LATE, False, True, "what comes out is 3 MiB, and cache_mib 2"),
+        ({"cache_mib": 2}, LATE, False, True, "the features take 3 MiB, and cache_mib is 2"),
         ({"cache_mib": 2, "disk_cache_mib": 3}, LATE, True, True, ""),
-        ({"disk_cache_mib": 2}, LATE, False, True, "what comes out is 3 MiB, and disk_cache_mib 2"),
-        ({"cache_mib": 2, "tta": "flip"}, LATE, False, False, "what comes out is 5 MiB"),
+        (
+            {"disk_cache_mib": 2},
+            LATE,
+            False,
+            True,
+            "the features take 3 MiB, and disk_cache_mib is 2",
+        ),
+        ({"cache_mib": 2, "tta": "flip"}, LATE, False, False, "the features take 5 MiB"),
         ({}, dataclasses.replace(LATE, epochs=1), False, True, "each view is seen once"),
         ({}, ALL, False, False, "stem trains"),
         (

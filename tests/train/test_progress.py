@@ -157,18 +157,18 @@ def test_early_stopping_counts_as_torch_lightning_and_keras():
 @pytest.mark.parametrize(
     ("fields", "epochs", "keep", "sentence"),
     [
-        ({}, (0.7, 0.6), False, "Epoch 1 was its best by accuracy and goes on (accuracy 0.7000)."),
+        ({}, (0.7, 0.6), False, "Epoch 1 was its best by accuracy and is kept (accuracy 0.7000)."),
         (
             {"monitor": "loss"},
             (0.7, 0.6),
             False,
-            "No epoch improved on the loss of its start, which goes on (loss 0.5000, "
+            "No epoch improved on the loss of its start, which is kept (loss 0.5000, "
             "accuracy 0.5000).",
         ),
-        ({}, (0.7, 0.6), True, "So does the optimizer state as it was after epoch 1 "),
-        ({}, (0.4, 0.3), True, "So does the optimizer state as it was at its start "),
-        ({}, (0.6, 0.7), True, "Epoch 2 was its best by accuracy and goes on (accuracy 0.7000)."),
-        ({"hand_on": "last"}, (0.7, 0.6), True, "Its last epoch goes on (accuracy 0.6000)."),
+        ({}, (0.7, 0.6), True, "The optimizer state after epoch 1 is kept"),
+        ({}, (0.4, 0.3), True, "The optimizer state at its start is kept"),
+        ({}, (0.6, 0.7), True, "Epoch 2 was its best by accuracy and is kept (accuracy 0.7000)."),
+        ({"hand_on": "last"}, (0.7, 0.6), True, "Its last epoch is kept (accuracy 0.6000)."),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ def test_signal_saves_the_step_and_run_resumes_from_it(whole, tmp_path):
         code, said = run_until(point, workdir, signals=signals)
         assert code == (75 if signals == "SIGTERM" else 130), said
         assert steps(workdir)[-1] == step
-        assert f"{signals} came{where} step {step} is saved. The same command goes on" in said
+        assert f"{signals} came{where} step {step} is saved. The same command resumes" in said
         assert "Traceback" not in said
     train_to_end(workdir)
     assert_same_end(workdir, whole)
@@ -37,6 +37,6 @@ def test_second_ctrl_c_ends_without_another_checkpoint(tmp_path):
     """A checkpoint that it had begun is complete."""
     code, said = run_until("step:5", tmp_path / "run", signals="SIGINT,SIGINT")
     assert code == 130, said
-    assert "goes on from the last checkpoint" in said
+    assert "resumes from the last checkpoint" in said
     assert "Traceback" not in said
     assert steps(tmp_path / "run") == [3, 4]

@@ -129,7 +129,7 @@ def test_linear_probe_prints_table_of_penalties(tmp_path, capsys):
         "C=1e-2", "C=1e+4", "C=1e+0",
     ]  # fmt: skip
     assert "Stage 1 of 1: probe, a logistic regression on the features before" in said
-    assert "Stage 'probe' ended: it is solved. Epoch 1 was its best by accuracy and goes on" in said
+    assert "Stage 'probe' ended: it is solved. Epoch 1 was its best by accuracy and is kept" in said
     assert max(map(len, lines)) <= 80
 
 
