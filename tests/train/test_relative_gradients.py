@@ -21,7 +21,7 @@ from jaxft.distributed import Devices
 from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
 from jaxft.optim.transform import restart
-from jaxft.train import stage
+from jaxft.train import gradient_stage
 from jaxft.train.auto_rgn import factors, relative_norms, with_relative_rates
 from jaxft.train.metrics import GradientNorms
 from jaxft.train.stage_program import stage_program
@@ -74,7 +74,7 @@ def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
         return with_relative_rates(*args, step=step, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "set_out", spied)
+        patch.setattr(gradient_stage, "with_relative_rates", spied)
         run(tmp_path / "unbroken")
     assert measured == [0, 7, 14]
     for step in (11, 15):
