@@ -92,7 +92,7 @@ def trial(
 
     Arguments and errors are those of `jaxft.finetune`.
     """
-    recipe = resolve(replace(recipe, stages=(stage,), from_scratch=()))
+    recipe = resolve(replace(recipe, stages=(stage,)))
     check_devices()
     opening.check_network(recipe, model)
     splits = opening.open_splits(recipe, data)
