@@ -177,8 +177,6 @@ class Recipe:
     disk_cache_mib: int = 0
     """Disk space in MiB for cached features that exceed the memory, as memory-mapped files in the
     folder for temporary files (TMPDIR), deleted with the run; 0: cache in memory only."""
-    from_scratch: tuple[Stage, ...] = ()
-    """Stages of an additional run from random weights, for comparison."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -208,9 +206,7 @@ class Recipe:
         self._check_splits()
         self._check_objective()
         check_stages(self.stages)
-        if self.from_scratch:
-            check_stages(self.from_scratch)
-        for stage in (*self.stages, *self.from_scratch):
+        for stage in self.stages:
             self.during(stage)
 
     def _check_splits(self) -> None:
@@ -273,9 +269,7 @@ class Recipe:
             no_overrides: dict[str, Any] = dict.fromkeys(overrides)
             plain_stage = dataclasses.replace(stage, **no_overrides)
             try:
-                recipe = dataclasses.replace(
-                    self, stages=(plain_stage,), from_scratch=(), **overrides
-                )
+                recipe = dataclasses.replace(self, stages=(plain_stage,), **overrides)
             except RecipeError as error:
                 raise RecipeError(f"stage {stage.name!r}: {error}") from error
         if recipe.batch_size % stage.accumulate:

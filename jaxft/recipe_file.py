@@ -81,7 +81,7 @@ def resolve(recipe: Recipe) -> Recipe:
       RecipeError: a field is of a wrong type, or YAML cannot hold it: a pattern that is no string,
         an optax transform.
     """
-    for stage in (*recipe.stages, *recipe.from_scratch):
+    for stage in recipe.stages:
         rules = [stage.optimizer, *(getattr(u, "optimizer", None) for u in stage.train.values())]
         unsaveable = [pattern for pattern in stage.train if not isinstance(pattern, str)]
         unsaveable += [rule for rule in rules if not isinstance(rule, Optimizer | None)]
@@ -120,7 +120,7 @@ def _error_message(error: Mapping[str, Any]) -> str:
     if error["type"] == "unexpected_keyword_argument":
         # A place holds field names, indices, and the classes that pydantic tried for a union.
         classes = [CLASSES[key] for key in place[:-1] if key in CLASSES]
-        in_stage = place[0] in ("stages", "from_scratch")
+        in_stage = place[0] == "stages"
         cls = classes[-1] if classes else Stage if in_stage else Recipe
         message = f"Unexpected: {unknown_field_message(cls, str(place[-1]))}"
     return f"{'.'.join(map(str, place))}: {message}"

@@ -142,7 +142,6 @@ def test_checked_dataclass_reports_wrong_arguments_in_one_error(build, message):
 def test_checked_dataclass_converts_lists_single_stages_and_numpy_scalars():
     assert recipe(stages=[STAGE]) == recipe(stages=STAGE) == recipe()
     assert recipe(mean=[0.1, 0.2, 0.3]).mean == (0.1, 0.2, 0.3)
-    assert recipe(stages=[STAGE], from_scratch=STAGE).from_scratch == (STAGE,)
     assert MultiStepLR([2, 4]) == MultiStepLR(np.array([2, 4])) == MultiStepLR((2, 4))
     assert stage(class_weights=np.ones(2)).class_weights == (1.0, 1.0)
     converted = recipe(seed=np.int64(3), dropout=np.float32(0.5))

@@ -40,7 +40,6 @@ def shrunk(recipe):
         resize_size=SIDE,
         workers=0,
         stages=tuple(map(short, recipe.stages)),
-        from_scratch=tuple(map(short, recipe.from_scratch)),
     )
 
 

@@ -190,7 +190,7 @@ def test_stage_table_of_the_readme_is_printed(capsys):
 def test_sentences_about_a_stage_are_printed(tmp_path, monkeypatch, capsys):
     recipe = read(ROOT / "configs" / "quickstart.py")
     head, late, _ = recipe.stages
-    recipe = replace(recipe, stages=(replace(head, epochs=1), late), from_scratch=())
+    recipe = replace(recipe, stages=(replace(head, epochs=1), late))
     monkeypatch.setenv("COLUMNS", "80")
     jaxft.finetune(recipe, tmp_path / "run")
     printed = " ".join(without_numbers(capsys.readouterr().out))

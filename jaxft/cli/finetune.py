@@ -79,8 +79,6 @@ def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, 
 def _show(result: Result) -> int:
     try:
         print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")
-        if result.from_scratch:
-            print(f"From scratch:       {result.from_scratch.accuracy:.4f}")
         print(f"Weights     {result.weights} (torch's names; model.json beside it)")
         print(f"Checkpoint  {result.checkpoint}", flush=True)
     except OSError as error:

@@ -14,7 +14,6 @@ _EXAMPLE = Recipe(
     model="resnet50",
     data="folder:PATH",
     stages=(Stage("head", {"fc": 1e-3}, 5),),
-    from_scratch=(Stage("all", {"*": 1e-2}, 5),),
 )
 
 

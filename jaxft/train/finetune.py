@@ -68,13 +68,11 @@ class Result:
       score: validation score of the exported weights.
       weights: safetensors file with torch's names; `model.json` lies beside it.
       checkpoint: folder of the last checkpoint.
-      from_scratch: score of the same network from random weights, if the recipe asks for it.
     """
 
     score: Score
     weights: Path
     checkpoint: Path
-    from_scratch: Score | None = None
 
 
 @without_warnings()
@@ -156,14 +154,6 @@ def finetune(
         if not begun and not forked:
             source, recipe = read_weights(recipe, model, classes)
         check_image_size(recipe, model)
-        scratch = dataclasses.replace(
-            recipe,
-            weights=None,
-            head="fresh",
-            stages=recipe.from_scratch or recipe.stages,
-            from_scratch=(),
-        )
-        check(folder / "from_scratch", scratch)
         devices = Devices(recipe.sharding)
         origin, remarks = recipe.weights or "random weights", list[str]()
         if forked:
@@ -190,8 +180,6 @@ def finetune(
             check_extension(folder, begun, old, programs, start)
         if forked:
             check_fork(forked, ended, programs, *start)
-        if recipe.from_scratch:  # its patterns must not fail after hours of training
-            compared = open_programs(scratch, model, splits, devices, start)
         agreement.reach(folder, recipe, splits)
 
         # Print what is about to run, then train.
@@ -201,17 +189,8 @@ def finetune(
         for remark in (*splits.remarks, *chain(*of_start), *remarks):
             console.say(remark)
         interruption.wait()
-        result = _run(
-            programs, splits, start, forked, recipe, folder, console, interruption, extend
-        )
-        if recipe.from_scratch:
-            console.row("\nFor comparison, the same network from random weights:")
-            beside = folder / "from_scratch"
-            start = shapes(model) if saved(beside) else drawn(scratch, model, None)
-            console.row(_prologue(scratch, splits, start[0], "random weights"))
-            other = _run(compared, splits, start, None, scratch, beside, console, interruption)
-            result = dataclasses.replace(result, from_scratch=other.score)
-        return result
+        with claim(folder, recipe, extend=extend):
+            return _run(programs, splits, start, forked, recipe, folder, console, interruption)
 
 
 def _run(
@@ -223,12 +202,10 @@ def _run(
     workdir: Path,
     console: Console,
     interruption: Interruption,
-    extend: bool = False,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
     devices, model = programs[0].devices, programs[0].model
     with (
-        claim(workdir, recipe, extend=extend),
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         closing(MetricsLog(workdir, writes=is_main_process())) as metrics,
     ):

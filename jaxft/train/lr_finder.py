@@ -92,7 +92,7 @@ def trial(
 
     Takes the arguments and raises the errors of `jaxft.finetune`.
     """
-    recipe = resolve(replace(recipe, stages=(stage,), from_scratch=()))
+    recipe = resolve(replace(recipe, stages=(stage,)))
     check_devices()
     opening.check_network(recipe, model)
     splits = opening.open_splits(recipe, data)

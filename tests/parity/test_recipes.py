@@ -10,7 +10,7 @@ from trajectories import CASES, CONFIGS, GOLDEN, VARIANTS, train
 
 RTOL = {"loss": 1e-9, "rates": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
 # These do not train in steps, or their steps are tested elsewhere.
-TESTED_ELSEWHERE = {"quickstart", "hymenoptera_resnet50", "auto_rgn"}
+TESTED_ELSEWHERE = {"quickstart", "quickstart_from_scratch", "hymenoptera_resnet50", "auto_rgn"}
 # Each optimizer, schedules by step and by epoch, a binary loss, and label smoothing.
 FLOAT32 = (
     "pytorch_tutorial_finetune",

@@ -147,18 +147,17 @@ def test_preprocessing_of_weights_is_that_of_the_run(tmp_path):
     file.with_suffix(".json").write_text(json.dumps({"preprocessing": own}))
     once = Stage("once", {"fc": 1e-3}, epochs=1)
     recipe = dataclasses.replace(
-        RECIPE, weights=str(file), image_size=None, resize_size=None, stages=(once,),
-        from_scratch=(once,),
-    )  # fmt: skip
-    result = finetune(recipe, tmp_path / "run", console=QUIET)
-    for folder in (tmp_path / "run", tmp_path / "run" / "from_scratch"):
-        described = json.loads((folder / "model.json").read_text())["preprocessing"]
-        assert described == dataclasses.asdict(read(folder / "recipe.yaml").preprocessing) | {
-            "mean": own["mean"], "std": own["std"],
-        }  # fmt: skip
-        assert (described["image_size"], described["resize_size"]) == (8, 8)
+        RECIPE, weights=str(file), image_size=None, resize_size=None, stages=(once,)
+    )
+    workdir = tmp_path / "run"
+    result = finetune(recipe, workdir, console=QUIET)
+    described = json.loads((workdir / "model.json").read_text())["preprocessing"]
+    assert described == dataclasses.asdict(read(workdir / "recipe.yaml").preprocessing) | {
+        "mean": own["mean"], "std": own["std"],
+    }  # fmt: skip
+    assert (described["image_size"], described["resize_size"]) == (8, 8)
     file.with_suffix(".json").unlink()
-    assert finetune(recipe, tmp_path / "run", console=QUIET) == result
+    assert finetune(recipe, workdir, console=QUIET) == result
 
 
 def test_recipe_errors_precede_download_of_weights(tmp_path, monkeypatch):
@@ -289,15 +288,6 @@ def test_stage_that_never_improves_restores_its_start(tmp_path):
     assert broken.weights.read_bytes() == head.weights.read_bytes()
 
 
-@pytest.mark.slow
-def test_from_scratch_run_has_its_own_folder(tmp_path):
-    once = (Stage("once", {"fc": 1e-3}, epochs=1),)
-    recipe = dataclasses.replace(RECIPE, stages=once, from_scratch=once)
-    result = finetune(recipe, tmp_path / "run", console=QUIET)
-    assert result.from_scratch is not None
-    assert read(tmp_path / "run" / "from_scratch" / "recipe.yaml").weights is None
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -347,8 +337,8 @@ def test_workdir_without_checkpoint_takes_another_recipe(tmp_path, monkeypatch):
     assert read(tmp_path / "run" / "recipe.yaml") == once.expecting(Preprocessing())
 
 
-def test_patterns_of_from_scratch_are_checked_before_training(tmp_path):
-    wrong = dataclasses.replace(RECIPE, from_scratch=(Stage("x", {"layer9": 1.0}, 1),))
+def test_patterns_of_later_stages_are_checked_before_training(tmp_path):
+    wrong = dataclasses.replace(RECIPE, stages=(*RECIPE.stages, Stage("x", {"layer9": 1.0}, 1)))
     with pytest.raises(PatternError, match="layer9"):
         finetune(wrong, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()

@@ -237,11 +237,10 @@ def in_memory(count=30):
 
 @pytest.mark.slow
 def test_run_with_images_in_memory(tmp_path, capsys):
-    recipe = dataclasses.replace(RECIPE, data="noise", shots=None, from_scratch=ONCE)
+    recipe = dataclasses.replace(RECIPE, data="noise", shots=None)
     result = finetune(recipe, tmp_path / "run", data=in_memory())
     said = capsys.readouterr().out
     assert "noise: 24 images to train on, 6 to validate, 3 classes" in said
-    assert result.from_scratch is not None
     again = finetune(recipe, tmp_path / "run", data=in_memory(), console=QUIET)
     assert again == result
     with pytest.raises(DataError, match="unknown data 'noise'"):
