@@ -1,4 +1,7 @@
-"""Contents of a run's checkpoint: the one place that names its items and its header's fields."""
+"""Contents of a run's checkpoint: its items, and the fields of the run's header.
+
+`jaxft.checkpoint.layout` wraps the header and stores it beside the items.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +31,9 @@ class Arrays:
 
     Attributes:
       current: arrays after the last step; at a stage's end, the start of the next stage.
-      best: arrays of the stage's best epoch, with None for leaves equal to the current ones; None
-        at the end of a stage.
-      average: average of `(params, stats)`, if the stage has an `ema`; its frozen half is None.
+      best: arrays of the stage's best epoch; None at the end of a stage. Leaves that the stage
+        never changes are None when they are written, and filled in when they are read.
+      average: average of `(params, stats)`, if the stage has an `ema`; None for frozen leaves.
     """
 
     current: Snapshot
@@ -60,11 +63,10 @@ class Arrays:
 
 
 def best_weights(read: Callable[[str], Any]) -> tuple[Tree, Tree]:
-    """Returns the `(params, stats)` of the best epoch, or of the end of a stage.
+    """Returns the `(params, stats)` of the best epoch; of a checkpoint at a stage's end, its own.
 
     Args:
-      read: returns the item of a name; None if the checkpoint has none. A network without norm
-        layers has no `stats`.
+      read: returns the item with this name, or None. A network without norm layers has no `stats`.
     """
     current = {name: read(name) or {} for name in WEIGHTS}
     best = read("best") or current
@@ -74,7 +76,7 @@ def best_weights(read: Callable[[str], Any]) -> tuple[Tree, Tree]:
 
 @dataclass(frozen=True)
 class Header:
-    """JSON values of a checkpoint.
+    """The JSON part of a checkpoint.
 
     Attributes:
       progress: fields of `jaxft.train.state.Progress`.
@@ -91,7 +93,7 @@ class Header:
     rows: Sequence[Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the header as JSON."""
+        """Returns the header as values that JSON can hold."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
@@ -112,5 +114,5 @@ class Header:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The network's options and the names of its classes."""
+        """The recipe's fields, among them the network's options, and the names of the classes."""
         return {**self.recipe, "classes": self.data["classes"]}

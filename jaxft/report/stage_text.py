@@ -56,9 +56,9 @@ def spared(program: StageProgram) -> str:
     blocks = first if first == last else f"{first} to {last}"
     if prefix.train:
         return f"Features of {blocks} are cached{where}, {prefix.mib:.3g} MiB."
-    text = f"Each step computes {blocks}: {prefix.reason}."
+    text = f"Features of {blocks} are not cached for training: {prefix.reason}."
     if prefix.val:
-        text += f" For validation, their features are cached{where}, {prefix.mib:.3g} MiB."
+        text += f" For validation they are cached{where}, {prefix.mib:.3g} MiB."
     return text
 
 

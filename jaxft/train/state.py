@@ -1,7 +1,6 @@
 """State of a run within a stage: arrays, counters, best epoch; and how a checkpoint holds them."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import jax
 import optax
 
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
-from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.early_stopping import EarlyStop, Plateau, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.models.norm_modes import layer
 from jaxft.optim.carry import carry_with_warnings
@@ -78,18 +77,13 @@ class Progress:
           reductions: how often a `ReduceLROnPlateau` has reduced the rate.
         """
         epoch, until = self.epoch + 1, stage.until
-        improved = _better(score, self.best, *stage.best_by)
+        improved = is_better(score, self.best, *stage.best_by)
         rule = until if isinstance(until, EarlyStop) else EarlyStop()
-        bar = self.bar if self.epoch or rule.baseline == "start" else _NO_SCORE
-        mode = rule.mode or default_mode(rule.monitor)
-        cleared = _better(score, bar, rule.monitor, mode, by=rule.min_delta)
-        waited = 0 if cleared else self.waited + 1
-        if isinstance(until, EarlyStop) and waited >= until.patience and epoch >= until.min_epochs:
-            margin = f" by more than {until.min_delta:g}" if until.min_delta else ""
-            plural = "s" * (waited > 1)
-            done = f"{until.monitor} has not improved{margin} for {waited} epoch{plural}"
-        if isinstance(until, Plateau) and reductions > until.reductions:
-            done = f"the rate met its plateau number {reductions}"
+        bar, waited = rule.count(score, self.bar, self.waited, epoch=epoch)
+        if isinstance(until, EarlyStop):
+            done = until.end_reason(waited, epoch) or done
+        elif isinstance(until, Plateau):
+            done = until.end_reason(reductions) or done
         return dataclasses.replace(
             self,
             epoch=epoch,
@@ -97,7 +91,7 @@ class Progress:
             score=score,
             best=score if improved else self.best,
             best_epoch=epoch if improved else self.best_epoch,
-            bar=score if cleared else bar,
+            bar=bar,
             waited=waited,
             ended=done,
         )
@@ -105,17 +99,6 @@ class Progress:
     def handed_on(self, stage: Stage) -> Score:
         """Returns the score of the arrays that the next stage starts from."""
         return self.best if stage.hand_on == "best" else self.score
-
-
-_NO_SCORE = Score(loss=math.nan, accuracy=math.nan, top5=math.nan)  # any number is better
-
-
-def _better(new: Score, old: Score, monitor: Monitor, mode: Mode, by: float = 0.0) -> bool:
-    """Whether `new` is strictly better by more than a margin; every number is better than NaN."""
-    new_value, old_value = getattr(new, monitor), getattr(old, monitor)
-    if math.isnan(old_value):
-        return not math.isnan(new_value)
-    return bool(new_value + by < old_value if mode == "min" else new_value - by > old_value)
 
 
 @dataclass

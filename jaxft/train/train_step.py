@@ -48,18 +48,18 @@ class StepConfig:
       preprocessing: normalises the images.
       norms: mode of the norm layers.
       objective: turns a batch into a loss.
-      labels: label tree of the stage, which groups the norms in the record; None: no norms.
+      labels: label tree by which the record groups gradient and update norms; None: no groups.
       anchor: penalty that pulls the weights towards the starting weights.
       clip_norm: largest norm of the gradients.
       accumulate: number of parts of consecutive rows that a batch is processed in. Norm layers see
         one part at a time, as in a PyTorch loop.
       batch_size: examples of a full batch, where its arrays have more rows to fill the devices. The
         other rows belong to no part, so that parts do not depend on the number of devices.
-      examples: number of examples by number of rows, for a network that takes no mask. The network
-        never sees the other rows, and the last part of a batch may be smaller.
+      examples: for a network that takes no mask, the number of examples by the number of rows of a
+        batch's arrays. The network receives only these rows, and the last part may be smaller.
       ema: decay of the average of the weights; None: no average.
-      skip_nonfinite: a step that is not finite changes nothing but the position of schedules, and
-        its record is zero. Otherwise it is taken, and `StepRecord.finite` is False.
+      skip_nonfinite: if True, a step that is not finite only advances the schedules, and its record
+        is zero. If False, it is applied, and `StepRecord.finite` is False.
       replicas: see `Model.apply`.
       devices: where the state lies before and after the step.
       keep_gradients: the record holds the gradients.
@@ -90,9 +90,9 @@ class StepConfig:
 def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord]]:
     """Returns the jitted step `(state, frozen, batch, key, start=None) -> (state, record)`.
 
-    Only the trainable half has gradients, so that the
-    compiled step has no backward pass through the blocks before it. The state is donated: its
-    buffers become the next state's.
+    Only the trainable half has gradients, so that the compiled step has no backward pass through
+    the blocks before the first one that trains. The state is donated: its buffers become the next
+    state's.
 
     `key` draws dropout, random erasing and mixing. `start` holds the parameters that
     `config.anchor` pulls towards.
@@ -121,7 +121,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         if config.anchor:
             grads = config.anchor.pull(grads, state.trainable, start, model.head)
         raw_grads = grads if config.keep_gradients else None
-        gradient_norms, total_norm = gradients.group_norms(grads, groups), optax.tree.norm(grads)
+        grad_norms, total_norm = gradients.group_norms(grads, groups), optax.tree.norm(grads)
         # Clip.
         if config.clip_norm:
             grads, _ = gradients.clip(grads, config.clip_norm)
@@ -138,7 +138,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
             average = jax.tree.map(partial(_ema, config.ema), average, (trainable, stats))
         new = TrainState(trainable, stats, opt_state, average)
         metrics = metrics._replace(loss=metrics.loss * metrics.examples)
-        record = StepRecord(metrics, gradient_norms, update_norms, finite, raw_grads, weight)
+        record = StepRecord(metrics, grad_norms, update_norms, finite, raw_grads, weight)
         # Skip.
         if config.skip_nonfinite:
             old = state._replace(opt_state=pass_step(state.opt_state))
@@ -165,7 +165,7 @@ def gradient_norms(
 
     def norms(state: TrainState, *batch: Any) -> GradientNorms:
         record = step(state, *batch)[1]
-        # The record of a step that is skipped is zero.
+        # The record of a skipped step is zero, and so is its `finite`.
         grad_norms = jax.tree.map(
             lambda norm: jnp.where(record.finite, norm, jnp.nan),
             gradients.group_norms(record.gradients, groups),
@@ -198,7 +198,7 @@ def _gradient(
         total = jnp.where(weight == 0, 1, weight) if objective.reduction == "sum" else weight
         share = jnp.sum(losses, where=part.mask) / total
         minimised = objective.reduced(share, weight)
-        # Within a fusion XLA may drop NaN from the loss on CPU.
+        # On CPU a fused loop of XLA may lose a NaN of the logits.
         has_nan = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
         metrics = Metrics.of_batch(logits, part.classes, part.mask)
         return minimised, (stats, metrics._replace(loss=jnp.where(has_nan, jnp.nan, share)))
@@ -217,7 +217,7 @@ def _gradient(
         return grads, stats, metrics
     spread: Callable[[jax.Array], jax.Array] | None = None
     if devices := config.devices:
-        # Equal shares of a part without a mask would need padding.
+        # Without a mask a part cannot be padded to equal shares of the devices.
         spread = devices.gather if config.examples and size % len(devices) else devices.spread
     parts, rest = rows.split(config.accumulate, size, count, spread)
     (grads, metrics), stats = gradients.accumulate_sums(gradient, state.stats, parts, rest)
