@@ -178,7 +178,7 @@ def empty(images):
 
 def bomb(images):
     Image.new("L", (20000, 20000)).save(images / "train/ants/3.png")
-    return "train/ants/3.png: the image exceeds what is safe to decode"
+    return "train/ants/3.png: the image exceeds the size that is safe to decode"
 
 
 BAD = [truncated, text, empty, bomb]
