@@ -81,6 +81,7 @@ def test_dropout_is_disabled_without_a_key(trees, images):
     np.testing.assert_array_equal(logits, plain.apply(*trees, images, norms="running")[0])
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key(trees, images):
     def logits(seed):
         return MODEL.apply(*trees, images, norms="running", key=jax.random.key(seed))[0]
@@ -135,6 +136,7 @@ def test_dropout_and_drop_path_rates_of_each_layer(bottleneck):
     )
 
 
+@pytest.mark.slow
 def test_drop_path_of_a_bottleneck_drops_its_branch():
     config = ResNetConfig("imagenet", (1, 1), bottleneck=True, drop_path=0.99, num_classes=5)
     model = NNXModel("bottleneck", ResNet, config)

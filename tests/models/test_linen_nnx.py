@@ -163,6 +163,7 @@ WITH_DROPOUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_DROPOUT)
 def test_user_model_dropout_depends_on_the_key(name):
     model, without_dropout = WITH_DROPOUT[name](0.5), WITH_DROPOUT[name](0.0)
@@ -194,6 +195,7 @@ def test_nnx_dropout_layers_draw_different_masks():
     assert {*np.unique(masks)} == {0.0, 1.0, 2.0, 3.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_user_model_patterns_and_norm_modes_use_the_modules_paths(name):
     model = MODELS[name]

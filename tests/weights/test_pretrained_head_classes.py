@@ -98,6 +98,7 @@ def test_reordered_head_outputs_follow_the_class_names(model, tmp_path):
     np.testing.assert_array_equal(new, np.asarray(old)[:, [2, 0, 1]])
 
 
+@pytest.mark.slow
 def test_reordered_binary_head_is_negated(tmp_path):
     model = create("cifar_resnet8", num_classes=2, binary=True)
     before = trees(model)
