@@ -15,8 +15,8 @@ def title(program: StageProgram, of: int) -> str:
     elif steps == stage.steps:
         length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
     else:
-        plural = "s" * (program.epochs > 1)
-        length = f"{most}{program.epochs} epoch{plural} of {program.steps_per_epoch} steps"
+        epochs, steps = program.epochs, program.steps_per_epoch
+        length = f"{most}{epochs} epoch{'s' * (epochs > 1)} of {steps} step{'s' * (steps > 1)}"
     return f"Stage {program.index + 1} of {of}: {stage.name}, {length}"
 
 
