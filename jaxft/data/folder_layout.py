@@ -54,7 +54,7 @@ def find_splits(root: Path) -> dict[str, Path]:
         )
     # A folder that holds other folders than the training split also looks like a class.
     classes = {label for name in train_names for label in children[name]}
-    class_like += [name for name in other_names if children[name] - classes]
+    class_like = [name for name in other_names if name in class_like or children[name] - classes]
     if len(class_like) > 1 and split_names == train_names:
         train = train_names[0]
         raise DataError(

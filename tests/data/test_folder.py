@@ -324,6 +324,7 @@ def test_folder_layout_error(root, case):
         (("bus", "car", "train"), {}, ("bus", "car", "train"), (3, 3)),
         (("train/a", "train/b", "test"), {}, ("a", "b"), (2, 2)),
         (("train/a", "train/b", "extra/a", "extra/b"), {}, ("a", "b"), (2, 2)),
+        (("train/a", "train/b", "docs", "docs/icons"), {}, ("a", "b"), (2, 2)),
     ],
 )  # fmt: skip
 def test_folder_layout(tmp_path, folders, options, classes, counts):
