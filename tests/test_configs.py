@@ -15,7 +15,7 @@ from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.recipe_file import read, resolve, save
 from jaxft.report.console import Console
-from jaxft.train.opening import drawn
+from jaxft.train.opening import draw_start
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIDE, BATCH = 32, 4  # pixels, images
@@ -75,7 +75,7 @@ def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     recipe = shrunk(read(path))
     splits = images(recipe)
     with narrowed(recipe.stages):
-        before, _ = drawn(recipe, recipe.network(len(splits.train.classes)), None)
+        before, _ = draw_start(recipe, recipe.network(len(splits.train.classes)), None)
         result = finetune(recipe, tmp_path, data=splits, console=Console(quiet=True))
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == [stage.name for stage in recipe.stages]

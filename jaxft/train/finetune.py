@@ -42,14 +42,14 @@ from jaxft.train.opening import (
     Start,
     check_image_size,
     check_network,
-    drawn,
-    frozen_at_random,
-    given,
+    draw_start,
+    fit_start,
     open_network,
     open_programs,
     open_splits,
     read_weights,
-    shapes,
+    start_shapes,
+    untrained_frozen_remarks,
     wanted_classes,
 )
 from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
@@ -163,17 +163,17 @@ def finetune(
             origin = "the arrays given"
         is_random = not (begun or forked or source) and start is None
         if begun or forked:
-            start = shapes(model)
+            start = start_shapes(model)
         elif start is None:
-            start = drawn(recipe, model, source, wanted_classes(recipe, classes))
+            start = draw_start(recipe, model, source, wanted_classes(recipe, classes))
         else:
-            start, remarks = given(recipe, model, start)
+            start, remarks = fit_start(recipe, model, start)
 
         # Bind the stages to network, images and devices, and check them.
         programs = open_programs(recipe, model, splits, devices, start)
         remarks += oversized([program.sizes for program in programs], len(splits.train))
         if is_random:
-            remarks += frozen_at_random([program.plan for program in programs], start[0])
+            remarks += untrained_frozen_remarks([program.plan for program in programs], start[0])
         if begun and begun.stages != recipe.stages:
             shorter = dataclasses.replace(recipe, stages=begun.stages)
             old = open_programs(shorter, model, splits, devices, start)

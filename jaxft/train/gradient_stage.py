@@ -49,7 +49,7 @@ def run_gradient_stage(
         epochs=program.epochs,
         first_epoch=current.progress.epoch,
         first_step=current.progress.position,
-        kept=features.train if program.prefix.train else None,
+        features=features.train if program.prefix.train else None,
     )
     advised = False
     with closing(batches):

@@ -25,7 +25,7 @@ from jaxft.stages import Stage
 from jaxft.train import opening
 from jaxft.train.auto_rgn import BATCHES, with_relative_rates
 from jaxft.train.compiled_stage import CompiledStage
-from jaxft.train.opening import Start, drawn, given
+from jaxft.train.opening import Start, draw_start, fit_start
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
 
@@ -102,9 +102,9 @@ def trial(
     opening.check_image_size(recipe, model)
     devices = Devices(recipe.sharding)
     if start is None:
-        at = drawn(recipe, model, source, opening.wanted_classes(recipe, classes))
+        at = draw_start(recipe, model, source, opening.wanted_classes(recipe, classes))
     else:
-        at = given(recipe, model, start)[0]
+        at = fit_start(recipe, model, start)[0]
     seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
     (program,) = opening.open_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))

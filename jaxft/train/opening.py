@@ -204,12 +204,12 @@ def with_prefixes(
     return tuple(dataclasses.replace(each, prefix=prefix) for each, prefix in connected)
 
 
-def shapes(model: Model) -> Start:
+def start_shapes(model: Model) -> Start:
     """Returns the shapes of a network's arrays, for a run that starts from a checkpoint."""
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def drawn(
+def draw_start(
     recipe: Recipe, model: Model, source: Weights | None, classes: Sequence[str] | None = None
 ) -> Start:
     """Returns pretrained weights with the head that the recipe asks for, or random weights.
@@ -230,7 +230,7 @@ def drawn(
     return params, stats
 
 
-def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]:
+def fit_start(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]:
     """Fits the caller's arrays to the network; see `start` of `jaxft.finetune`.
 
     Returns:
@@ -245,7 +245,7 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
             f"start must be (params, stats), as {model.name}'s init returns; it is a "
             f"{type(start).__name__}."
         )
-    expected = shapes(model)
+    expected = start_shapes(model)
     wanted = dict(zip(paths(expected), jax.tree.leaves(expected), strict=True))
     found = dict(zip(paths(tuple(start)), map(_array, jax.tree.leaves(start)), strict=True))
     wrong = _mismatches(wanted, found)
@@ -265,7 +265,7 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
         )
     remarks = []
     if wrong or recipe.head in ("zeros", "xavier"):
-        new = drawn(recipe, model, None)
+        new = draw_start(recipe, model, None)
         heads = dict(zip(wanted, jax.tree.leaves(new), strict=True))
         found = {path: (heads if path.startswith(in_head) else found)[path] for path in wanted}
         why = f"does not fit {model.num_classes} classes" if wrong else "is replaced"
@@ -285,7 +285,7 @@ def given(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]
     return fitted, remarks
 
 
-def frozen_at_random(plans: Sequence[StagePlan], params: Tree) -> list[str]:
+def untrained_frozen_remarks(plans: Sequence[StagePlan], params: Tree) -> list[str]:
     """Returns a remark on the first stage that freezes parameters which no stage has trained yet.
 
     `params` are random; only their paths are read.

@@ -110,7 +110,7 @@ class StageProgram:
         epochs: int,
         first_epoch: int = 0,
         first_step: int = 0,
-        kept: Callable[[int], np.ndarray] | None = None,
+        features: Callable[[int], np.ndarray] | None = None,
     ) -> Generator[Batch, None, None]:
         """Yields the stage's training batches up to an epoch; see `jaxft.data.train_batches`."""
         recipe, settings = self.recipe, self.settings
@@ -128,7 +128,7 @@ class StageProgram:
             drop_last=recipe.drop_last,
             balanced=settings.balance == "sampling",
             num_views=settings.views,
-            features=kept,
+            features=features,
             rows=self.sizes.rows,
             last_rows=self.sizes.last_rows,
             shard=self.devices.shard,

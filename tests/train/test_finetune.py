@@ -34,7 +34,7 @@ from jaxft.recipe_file import read
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics
-from jaxft.train.opening import drawn
+from jaxft.train.opening import draw_start
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 
@@ -187,7 +187,7 @@ def test_data_of_one_class_is_refused(tmp_path):
 def test_head_initialisation_without_weights(start, tmp_path):
     recipe = dataclasses.replace(RECIPE, weights=None, head=start)
     model = recipe.network(5)
-    params, _ = drawn(recipe, model, None)
+    params, _ = draw_start(recipe, model, None)
     expected = new_head(model, start, jax.random.key(recipe.seed))
     jax.tree.map(np.testing.assert_array_equal, params["fc"], expected)
 

@@ -24,7 +24,7 @@ from jaxft import (
     weights,
 )
 from jaxft.train.export import export
-from jaxft.train.opening import frozen_at_random
+from jaxft.train.opening import untrained_frozen_remarks
 
 
 class Net(nn.Module):
@@ -189,7 +189,7 @@ def test_frozen_random_weights_are_named(tmp_path, capsys):
     assert "Compiling stage 'head' ..." in said
     assert "nan" not in said
     params = arrays()[0]
-    assert not frozen_at_random(jaxft.plan((*ALL.stages, *HEAD.stages), params), params)
+    assert not untrained_frozen_remarks(jaxft.plan((*ALL.stages, *HEAD.stages), params), params)
 
 
 @pytest.mark.parametrize(
