@@ -98,7 +98,7 @@ def _train_epoch(
         while current.progress.position < length:
             asked = time.perf_counter()
             to_save = every - current.progress.step % every if every else steps_per_call
-            same_shape = program.alike(epoch, current.progress.position)
+            same_shape = program.steps_of_one_shape(epoch, current.progress.position)
             taken = list(islice(batches, min(steps_per_call, to_save, same_shape)))
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]

@@ -36,9 +36,9 @@ from jaxft.weights.head_classes import Order, class_order, reordered, reordering
 def resume(
     trainer: Trainer, params: Tree, stats: Tree
 ) -> tuple[Progress, StageState | Snapshot] | None:
-    """Reads the newest checkpoint of the run that can be read.
+    """Restores the newest readable checkpoint of the run.
 
-    Prints a remark on each newer one.
+    Prints a remark on each newer one, which cannot be read.
 
     Args:
       trainer: the run's trainer.
@@ -51,7 +51,7 @@ def resume(
     Raises:
       CheckpointError: the images have changed; or see `Checkpoints.newest`.
     """
-    data = trainer.data  # before the first step, while the files are those that were checked
+    data = trainer.data  # computed here, before the files can change during training
 
     def check(progress: Progress, header: Header) -> None:
         if changed := changes(header.data, data):
@@ -240,11 +240,11 @@ def stage_of_fork(fork: Fork, recipe: Recipe) -> int:
 
 
 def in_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[str]) -> Fork:
-    """Returns the fork with the order of its head's outputs among the images' classes.
+    """Returns the fork with the permutation of its head's outputs that matches the images' classes.
 
     Raises:
-      WeightsError: they are of other classes, unless the recipe ignores that, or of a network with
-        other options.
+      WeightsError: the head is for other classes, and the recipe does not ignore that; or the
+        network has other options.
     """
     options = {name: getattr(fork.recipe, name) for name in OPTIONS}
     check_options(options, model, str(fork.workdir), keep=True)
@@ -276,10 +276,10 @@ def check_fork(
       CheckpointError: they do not fit.
     """
     with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
-        checkpoints.check(fork.step, _taken_over(index, programs, params, stats))
+        checkpoints.check(fork.step, _shapes_to_read(index, programs, params, stats))
 
 
-def _taken_over(
+def _shapes_to_read(
     index: int, programs: Sequence[StageProgram], params: Tree, stats: Tree
 ) -> dict[str, Tree]:
     """Returns the shapes of the items that the stage after `index` reads.
@@ -300,8 +300,8 @@ def read_fork(trainer: Trainer, fork: Fork, params: Tree, stats: Tree) -> Snapsh
       params, stats: parameters and statistics, or their shapes.
     """
     index = stage_of_fork(fork, trainer.recipe)
-    like = _taken_over(index, trainer.programs, params, stats)
-    if set(Snapshot._fields) <= like.keys():
+    like = _shapes_to_read(index, trainer.programs, params, stats)
+    if "opt_state" in like:  # the next stage keeps it
         with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
             items = checkpoints.restore(fork.step, trainer.devices.abstract(like))
         snapshot = Arrays.from_items(items).current
@@ -328,7 +328,7 @@ def begin_fork(trainer: Trainer, fork: Fork, score: Score, snapshot: Snapshot) -
     """
     progress = dataclasses.replace(
         Progress.at_start(stage_of_fork(fork, trainer.recipe), fork.step, score),
-        ended=f"it is that of {fork.workdir}",
+        ended=f"in {fork.workdir}, from which this run forks",
     )
     metrics = EpochMetrics.from_fields(fork.header.epoch_metrics)
     trainer.save(progress, metrics, Arrays(snapshot).to_items(), keep=True)

@@ -36,7 +36,7 @@ from jaxft.train.train_step import StepConfig, TrainState, gradient_norms, train
 
 @dataclass(frozen=True)
 class StageProgram:
-    """One stage with every default filled in.
+    """A stage bound to network, images and devices, with every default filled in.
 
     Attributes:
       index: index of the stage in its run.
@@ -49,7 +49,8 @@ class StageProgram:
       objective: loss of its steps.
       steps_per_epoch: batches that hold every training image once.
       sizes: array shapes of these batches.
-      prefix: the part of the network that the stage does not change.
+      prefix: the part of the network that the stage does not change; added by
+        `jaxft.train.opening.with_prefixes`.
       pixels: type of the images' values, uint8 or float32.
     """
 
@@ -80,12 +81,15 @@ class StageProgram:
         """Returns the number of steps of an epoch, which is counted from 0."""
         return min(self.steps_per_epoch, self.steps - epoch * self.steps_per_epoch)
 
-    def alike(self, epoch: int, position: int) -> int:
-        """Returns the number of steps that follow in an epoch whose batches have one shape."""
+    def steps_of_one_shape(self, epoch: int, position: int) -> int:
+        """Returns how many of the epoch's next steps have batches of the same shape.
+
+        An epoch's last batch may have another shape than the others.
+        """
         left = self.epoch_length(epoch) - position
         before_last = self.steps_per_epoch - 1 - position
-        is_other = self.sizes.last_rows != self.sizes.rows
-        return min(left, before_last) if is_other and before_last else left
+        last_differs = self.sizes.last_rows != self.sizes.rows
+        return min(left, before_last) if last_differs and before_last else left
 
     @property
     def rows(self) -> int:
@@ -94,7 +98,7 @@ class StageProgram:
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The stage's optimizer; for a linear probe one that only keeps parked state."""
+        """The stage's optimizer; for a linear probe one that only carries parked state."""
         if self.plan.stage.solver:
             return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
@@ -135,7 +139,7 @@ class StageProgram:
         )
 
     def state(self, snapshot: Snapshot) -> tuple[TrainState, Tree]:
-        """Returns the state of its steps, and the frozen half; in the same buffers."""
+        """Splits a snapshot into the state of the steps and the frozen half, without copying."""
         trainable, frozen = partition(snapshot.params, self.plan.labels)
         average = (trainable, snapshot.stats) if self.plan.stage.ema else None
         return TrainState(trainable, snapshot.stats, snapshot.opt_state, average), frozen
@@ -143,7 +147,10 @@ class StageProgram:
     def train_step(
         self, *, keep_gradients: bool = False
     ) -> Callable[..., tuple[TrainState, StepRecord]]:
-        """Returns the stage's step, which draws its key from `number`; see `CompiledStage.step`."""
+        """Returns the stage's step, whose random key depends on the number of the step.
+
+        See `CompiledStage.step` for its arguments.
+        """
         stage, recipe = self.plan.stage, self.recipe
         config = StepConfig(
             model=self.model,
@@ -176,7 +183,7 @@ class StageProgram:
         return numbered
 
     def train_steps(self) -> Callable[..., tuple[TrainState, StepRecord]]:
-        """Returns `train_step` over the first `count` of stacked batches."""
+        """Returns a function that takes `count` steps over batches stacked along a new axis."""
         return several_steps(self.train_step(), self.devices)
 
     def gradient_norms(self, labels: Tree) -> Callable[..., GradientNorms]:
@@ -191,11 +198,11 @@ class StageProgram:
         return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in named])
 
     def compile(self, shapes: Snapshot) -> CompiledStage:
-        """Compiles the stage for arrays of these shapes at its start; takes a while."""
+        """Compiles the programs of the stage for arrays of these shapes at its start."""
         stage, recipe, devices = self.plan.stage, self.recipe, self.devices
         steps_per_call, number = recipe.steps_per_execution, jax.ShapeDtypeStruct((), jnp.int32)
 
-        def fresh(params: Tree) -> optax.OptState:
+        def init_optimizer(params: Tree) -> optax.OptState:
             return devices.constrain(self.transform.init(params))
 
         def copy(state: TrainState) -> TrainState:
@@ -210,10 +217,10 @@ class StageProgram:
             row, dtype = prefix.row.shape, prefix.row.dtype
 
         def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
-            programs = {}
-            reaches_last = self.epoch_length(0) == self.steps_per_epoch
-            reached = (self.sizes.rows, *[self.sizes.last_rows] * reaches_last)
-            for rows in dict.fromkeys(reached):
+            programs, shapes_of_rows = {}, {self.sizes.rows}
+            if self.epoch_length(0) == self.steps_per_epoch:  # the stage reaches a last batch
+                shapes_of_rows.add(self.sizes.last_rows)
+            for rows in sorted(shapes_of_rows, reverse=True):
                 batches = self._abstract(row, dtype, steps_per_call, rows)
                 programs[rows] = function.lower(state, frozen, batches, *rest).compile()
             return programs[self.rows] if len(programs) == 1 else ByRows(programs, self.rows)
@@ -231,7 +238,8 @@ class StageProgram:
             )
             views = 2 if recipe.tta == "flip" else 1
             rows = self._abstract((views, *prefix.row.shape), prefix.row.dtype, steps_per_call)
-            score = scoring.lower(params, stats, rows, *[number] * (steps_per_call > 1)).compile()
+            count = (number,) if steps_per_call > 1 else ()
+            score = scoring.lower(params, stats, rows, *count).compile()
         start = params if stage.anchor else None
         step = None
         if not stage.solver and steps_per_call == 1:
@@ -243,7 +251,7 @@ class StageProgram:
         if stage.relative_rates:
             norms = compiled(jax.jit(self.gradient_norms(self.tensor_labels)), 1, number, start)
         return CompiledStage(
-            jax.jit(fresh).lower(params).compile(),
+            jax.jit(init_optimizer).lower(params).compile(),
             jax.jit(copy).lower(state).compile(),
             step,
             norms,
@@ -286,7 +294,6 @@ def stage_program(
     image_size = recipe.preprocessing.image_size
     with _naming(stage):
         check_view(source, settings.augment)
-    with _naming(stage):
         norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
     weights = stage.class_weights
     if weights is None and settings.balance == "loss":

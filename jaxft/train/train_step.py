@@ -130,7 +130,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         trainable = optax.apply_updates(state.trainable, updates)
         update_norms = gradients.group_norms(updates, groups)
         finite = gradients.all_finite(
-            [metrics.loss, total_norm, update_norms, _moving(stats, config.norms)]
+            [metrics.loss, total_norm, update_norms, _updated_stats(stats, config.norms)]
         )
         # Average.
         average = state.average
@@ -163,8 +163,8 @@ def gradient_norms(
     """
     groups = [label for label in jax.tree.leaves(labels) if label != FROZEN]
 
-    def norms(state: TrainState, *batch: Any) -> GradientNorms:
-        record = step(state, *batch)[1]
+    def norms(state: TrainState, *arguments: Any) -> GradientNorms:
+        record = step(state, *arguments)[1]
         # The record of a skipped step is zero, and so is its `finite`.
         grad_norms = jax.tree.map(
             lambda norm: jnp.where(record.finite, norm, jnp.nan),
@@ -249,12 +249,12 @@ class _Rows(NamedTuple):
         keys = jax.random.split(self.key, accumulate)
         whole, left = divmod(min(count, accumulate * size), size)
 
-        def split(x: jax.Array) -> jax.Array:
+        def stack_parts(x: jax.Array) -> jax.Array:
             parts = jnp.reshape(x[: whole * size], (whole, size, *x.shape[1:]))
             return spread(parts) if spread else parts
 
         rest = self.cut(whole * size, whole * size + left)._replace(key=keys[-1])
-        return self._map(split, keys[:whole]), rest if left else None
+        return self._map(stack_parts, keys[:whole]), rest if left else None
 
     def _map(self, function: Callable[[jax.Array], jax.Array], key: jax.Array) -> "_Rows":
         images, targets, classes, mask = (function(jnp.asarray(x)) for x in self[:-1])
@@ -274,7 +274,7 @@ def block_by_block(
     return x, stats
 
 
-def _moving(stats: Tree, norms: Norms) -> list[jax.Array]:
+def _updated_stats(stats: Tree, norms: Norms) -> list[jax.Array]:
     """Returns the statistics that a step moves."""
     named = zip(paths(stats), jax.tree.leaves(stats), strict=True)
     if isinstance(norms, str):
