@@ -26,9 +26,10 @@ gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax 
 CACHE_BYTES = 2**30  # of compiled programs, before they are deleted
 
 # Seconds that a test may take without the mark `slow`, on two cores of a current server. The check
-# allows half as much again: the same test takes more CPU time where other work shares the cores.
+# allows three times as much: where other work shared the cores, the same test has taken twice its
+# CPU time here, and a check must not fail by chance.
 CPU_LIMIT = 2.0
-CPU_NOISE = 1.5
+CPU_NOISE = 3.0
 
 # Slow tests that run by default all the same: each kind of proof once.
 SMOKE = (
