@@ -2,9 +2,9 @@
 
     python scripts/finetune.py configs/bit.py --workdir runs/bit --data folder:PATH
 
-Source: Kolesnikov et al. 2019, arXiv:1912.11370; `jaxft.methods.bit` lists which rules come from
+Source: Kolesnikov et al. 2019, arXiv:1912.11370; `jaxft.strategies.bit` lists which rules come from
 the paper and which from its code. Set `images` to the size of your training set: it determines the
-number of steps and mixup. Every layer trains, so all norm layers are in mode C.
+number of steps and mixup. Every layer trains, so all norm layers are in mode `train_all`.
 
 Differences from the source: the weights are a ResNet-50 with BatchNorm, trained on ImageNet-1k, not
 BiT's network with GroupNorm and standardised weights. Images are squashed to 480x480, as in BiT's
@@ -16,7 +16,7 @@ Not measured here. The published figures are for BiT's weights.
 """
 
 from jaxft import Recipe
-from jaxft.methods import bit
+from jaxft.strategies import bit
 
 recipe = Recipe(
     model="resnet50",

@@ -5,7 +5,8 @@
 Source: fastai v2, `Learner.fine_tune` with its defaults (base_lr 2e-3, freeze_epochs 1) and
 `create_head`: maximum and mean of each channel, two linear layers, dropout 0.25 and 0.5. One cycle
 per stage, Adam with decoupled weight decay, no decay of norms and biases. As in fastai, the norm
-layers of the frozen body train at a tenth of the head's rate: norm mode C in both stages.
+layers of the frozen body train at a tenth of the head's learning rate: norm mode `train_all` in
+both stages.
 
 Difference from the source: fastai's augmentation (rotation, zoom, warp, lighting) is replaced by a
 random resized crop and a flip.
@@ -16,7 +17,7 @@ Not measured here. Expect fastai's results on the same images, apart from the au
 """
 
 from jaxft import Recipe
-from jaxft.methods import discriminative
+from jaxft.strategies import discriminative
 
 recipe = Recipe(
     model="resnet34",
@@ -31,6 +32,6 @@ recipe = Recipe(
         high=1e-3,
         epochs=4,
         train_norms=("**.bn*", "**.downsample.1"),
-        norms="C",
+        norms="train_all",
     ),
 )

@@ -1,11 +1,11 @@
-"""Trains the head on cats and dogs, then everything at a very low rate, as in Keras' guide.
+"""Trains the head on cats and dogs, then everything at a very low learning rate: Keras' guide.
 
     python scripts/finetune.py configs/keras_guide.py --workdir runs/cats_dogs
 
 Source: "Transfer learning & fine-tuning", keras.io/guides, the end-to-end example. One logit after
 dropout, Adam at 1e-3 for two epochs, then everything at 1e-5 for one. The guide calls the body with
-`training=False`, so its norm layers always use running statistics: mode B while they are frozen,
-mode E when they train.
+`training=False`, so its norm layers always use running statistics: mode `frozen_eval` while they
+are frozen, mode `eval` when they train.
 
 Differences from the source: the network is a ResNet-50, not Xception. Images are mirrored, not
 rotated. Keras adds Adam's eps to the root of the uncorrected moment and starts the head's bias at
@@ -37,7 +37,7 @@ recipe = Recipe(
     resize_size=150,
     resize_mode="squash",
     stages=(
-        Stage("head", train={"fc": 1e-3}, epochs=2, hand_on="last", norms="B"),
-        Stage("all", train={"*": 1e-5}, epochs=1, hand_on="last", norms="E"),
+        Stage("head", train={"fc": 1e-3}, epochs=2, restore="last", norms="frozen_eval"),
+        Stage("all", train={"*": 1e-5}, epochs=1, restore="last", norms="eval"),
     ),
 )

@@ -4,8 +4,9 @@
 
 Source: Li et al. 2018, arXiv:1802.01483. The penalties 0.1/2·|w - w0|² on the body and 0.01/2·|w|²
 on the new head replace weight decay. SGD with momentum, batches of 64, 9,000 steps, a tenth of the
-rate after 6,000. The paper chooses the rate (0.005, 0.01 or 0.02) and the strength on the body by
-validation. Every layer trains, so all norm layers are in mode C; the penalty covers them too.
+learning rate after 6,000. The paper chooses the learning rate (0.005, 0.01 or 0.02) and the
+strength on the body by validation. Every layer trains, so all norm layers are in mode `train_all`;
+the penalty covers them too.
 
 Differences from the source: a random resized crop replaces the random crop, and validation uses one
 crop per image. The paper finds L2-SP ahead of plain weight decay on data near ImageNet.
@@ -13,7 +14,7 @@ crop per image. The paper finds L2-SP ahead of plain weight decay on data near I
 Not measured here.
 """
 
-from jaxft import SGD, Anchor, Recipe, Stage
+from jaxft import L2SP, SGD, Recipe, Stage
 from jaxft.optim.schedules import MultiStepLR
 
 recipe = Recipe(
@@ -28,8 +29,8 @@ recipe = Recipe(
             train={"*": 0.01},
             steps=9000,
             schedule=MultiStepLR((6000,), by="step"),
-            anchor=Anchor(body=0.1, head=0.01),
-            hand_on="last",
+            anchor=L2SP(body=0.1, head=0.01),
+            restore="last",
         ),
     ),
 )

@@ -3,10 +3,10 @@
     python scripts/finetune.py configs/lightning_milestones.py --workdir runs/cats_dogs
 
 Source: PyTorch Lightning, `examples/pytorch/domain_templates/computer_vision_fine_tuning.py`, with
-milestones at epochs 5 and 10 of 15. One Adam for the whole run. Its MultiStepLR divides all rates
-by ten at each milestone, and newly unfrozen layers start at a tenth of the head's rate. The head is
-2048-256-ReLU-32-1 under BCEWithLogitsLoss. Norm layers never train (`train_bn=False`): norm mode D
-until their blocks are unfrozen, then A.
+milestones at epochs 5 and 10 of 15. One Adam for the whole run. Its MultiStepLR divides all
+learning rates by ten at each milestone, and newly unfrozen layers start at a tenth of the head's
+learning rate. The head is 2048-256-ReLU-32-1 under BCEWithLogitsLoss. Norm layers never train
+(`train_bn=False`): norm mode `frozen_batch` until their blocks are unfrozen, then `batch`.
 
 Data: cats_and_dogs_filtered.zip, train/ with 2,000 images and validation/ with 1,000.
 
@@ -31,22 +31,22 @@ recipe = Recipe(
     resize_size=224,
     resize_mode="squash",
     stages=(
-        Stage("head", train={"fc": 1e-3}, epochs=5, hand_on="last", norms="D"),
+        Stage("head", train={"fc": 1e-3}, epochs=5, restore="last", norms="frozen_batch"),
         Stage(
             "layers",
             train={"fc": 1e-4, **dict.fromkeys(CONVS, 1e-5)},
             epochs=5,
-            hand_on="last",
+            restore="last",
             carry="keep",
-            norms={"layer*": "A", "*": "D"},
+            norms={"layer*": "batch", "*": "frozen_batch"},
         ),
         Stage(
             "all",
             train={"fc": 1e-5, **dict.fromkeys(CONVS, 1e-6), "conv1": 1e-6},
             epochs=5,
-            hand_on="last",
+            restore="last",
             carry="keep",
-            norms="A",
+            norms="batch",
         ),
     ),
 )

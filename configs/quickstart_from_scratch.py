@@ -5,7 +5,7 @@
 Source: jaxft's own example. Data, network and settings are the same as in `configs/quickstart.py`.
 A single stage trains all parameters for 60 epochs, as long as the three stages there together. It
 returns its last epoch, so that the validation images select nothing. All norm layers train and use
-batch statistics (norm mode B).
+batch statistics (norm mode `frozen_eval`).
 
 Measured over seeds 0 to 4 (`--seed`), about a minute each on 2 CPU cores: accuracy 0.802
 (0.726-0.866). Fine-tuning reaches 0.874 and is better for every seed. The learning rate is no worse
@@ -26,5 +26,5 @@ recipe = Recipe(
     resize_size=8,
     mean=(0.3, 0.3, 0.3),
     std=(0.38, 0.38, 0.38),
-    stages=(Stage("scratch", train={"*": 2e-3}, epochs=60, hand_on="last"),),
+    stages=(Stage("scratch", train={"*": 2e-3}, epochs=60, restore="last"),),
 )

@@ -3,9 +3,10 @@
     python scripts/finetune.py configs/torchvision_reference.py --workdir runs/imagenet
 
 Source: pytorch/vision, `references/classification/train.py` with its defaults. Eight GPUs with 32
-images each, SGD at 0.1 with momentum, weight decay 1e-4 on all parameters, a tenth of the rate
-every 30 of 90 epochs. Every layer trains, so all norm layers are in mode C. With eight devices each
-one normalises its own 32 images, as DistributedDataParallel does; one device normalises all 256.
+images each, SGD at 0.1 with momentum, weight decay 1e-4 on all parameters, a tenth of the learning
+rate every 30 of 90 epochs. Every layer trains, so all norm layers are in mode `train_all`. With
+eight devices each one normalises its own 32 images, as DistributedDataParallel does; one device
+normalises all 256.
 
 Data: ImageNet as folders, train/<class>/ and val/<class>/, 1000 classes each.
 
@@ -13,8 +14,8 @@ Not measured here. Published: top-1 accuracy 76.130 % (`ResNet50_Weights.IMAGENE
 """
 
 from jaxft import SGD, Recipe
-from jaxft.methods import full
 from jaxft.optim.schedules import StepLR
+from jaxft.strategies import full
 
 recipe = Recipe(
     model="resnet50",
@@ -24,5 +25,5 @@ recipe = Recipe(
     statistics="replica",
     image_size=224,
     resize_size=256,
-    stages=full(0.1, epochs=90, schedule=StepLR(30), hand_on="last"),
+    stages=full(0.1, epochs=90, schedule=StepLR(30), restore="last"),
 )

@@ -5,8 +5,8 @@
 Source: pytorch/vision, `references/classification`, and "How to Train State-Of-The-Art Models Using
 TorchVision's Latest Primitives", pytorch.org. Eight GPUs with 128 images each, 600 epochs, warm-up
 and cosine, TrivialAugment, random erasing, mixup or cutmix, label smoothing, no decay of norm
-layers, an average of the weights. Every layer trains, so all norm layers are in mode C; see
-torchvision_reference.py for their statistics on several devices.
+layers, an average of the weights. Every layer trains, so all norm layers are in mode `train_all`;
+see torchvision_reference.py for their statistics on several devices.
 
 Differences from the source: torchvision trains on crops of 176 pixels; this recipe trains on the
 224 pixels of evaluation, at about 1.6 times the cost. torchvision shows a quarter of the images in
@@ -31,7 +31,7 @@ recipe = Recipe(
     batch_size=1024,
     statistics="replica",
     augment="trivialaugment",
-    erasing=0.1,
+    random_erasing=0.1,
     mixup=0.2,
     cutmix=1.0,
     label_smoothing=0.1,
@@ -44,7 +44,7 @@ recipe = Recipe(
             epochs=600,
             schedule=Warmup(5, then=CosineAnnealingLR(), start_factor=0.01),
             ema=0.999966,
-            hand_on="last",
+            restore="last",
         ),
     ),
 )

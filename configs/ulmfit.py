@@ -2,12 +2,13 @@
 
     python scripts/finetune.py configs/ulmfit.py --workdir runs/ulmfit
 
-Source: Howard and Ruder 2018, arXiv:1801.06146. Discriminative rates (each block at the next
-block's rate divided by 2.6), a slanted triangular schedule in every stage, Adam with betas 0.7 and
-0.99.
+Source: Howard and Ruder 2018, arXiv:1801.06146. Discriminative learning rates (each block at the
+next block's learning rate divided by 2.6), a slanted triangular schedule in every stage, Adam with
+betas 0.7 and 0.99.
 
 Difference from the source: the paper's network is a language model without norm layers. Here frozen
-norm layers use running statistics, and unfrozen ones normalise with the batch (norm mode B).
+norm layers use running statistics, and unfrozen ones normalise with the batch (norm mode
+`frozen_eval`).
 
 Data: any folder of images, such as the ants and bees of PyTorch's tutorial. With few images, change
 `epochs` of the last stage first.
@@ -16,8 +17,8 @@ Not measured here. The paper has no figures for images.
 """
 
 from jaxft import Recipe
-from jaxft.methods import ulmfit
 from jaxft.models import create
+from jaxft.strategies import ulmfit
 
 recipe = Recipe(
     model="resnet18",

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxft import data, methods, models, weights
-    from jaxft.early_stopping import EarlyStop, Plateau
+    from jaxft import data, models, strategies, weights
+    from jaxft.early_stopping import EarlyStop, PlateauStop
     from jaxft.errors import (
         CheckpointError,
         DataError,
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         RecipeError,
         WeightsError,
     )
-    from jaxft.l2_sp import Anchor
+    from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
-    from jaxft.linear_probe import LogisticRegression, logistic_regression
+    from jaxft.linear_probe import LinearProbe, logistic_regression
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
@@ -48,9 +48,9 @@ _MODULES = {
         "optim.carry": ["carry"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
-        "linear_probe": ["LogisticRegression", "logistic_regression"],
-        "early_stopping": ["EarlyStop", "Plateau"],
-        "l2_sp": ["Anchor"],
+        "linear_probe": ["LinearProbe", "logistic_regression"],
+        "early_stopping": ["EarlyStop", "PlateauStop"],
+        "l2_sp": ["L2SP"],
         "stage_plan": ["plan", "StagePlan"],
         "errors": [
             "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
@@ -65,15 +65,15 @@ _MODULES = {
 }  # fmt: skip
 _SUBMODULES = {
     path.rpartition(".")[2]: path
-    for path in ("data", "methods", "models", "weights", "optim.gradients", "optim.schedules")
+    for path in ("data", "strategies", "models", "weights", "optim.gradients", "optim.schedules")
 }
 
 __all__ = [  # in the order of the documentation
     "FROZEN",
+    "L2SP",
     "SGD",
     "Adam",
     "AdamW",
-    "Anchor",
     "CheckpointError",
     "Console",
     "DataError",
@@ -81,12 +81,12 @@ __all__ = [  # in the order of the documentation
     "InterruptedRunError",
     "JaxftError",
     "LabelError",
-    "LogisticRegression",
+    "LinearProbe",
     "ModelError",
     "NonFiniteError",
     "ParallelError",
     "PatternError",
-    "Plateau",
+    "PlateauStop",
     "RMSprop",
     "Recipe",
     "RecipeError",
@@ -103,13 +103,13 @@ __all__ = [  # in the order of the documentation
     "gradients",
     "label",
     "logistic_regression",
-    "methods",
     "models",
     "multi_transform",
     "partition",
     "paths",
     "plan",
     "schedules",
+    "strategies",
     "summary",
     "weights",
 ]

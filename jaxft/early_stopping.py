@@ -38,7 +38,7 @@ def is_better(score: Any, reference: Any, monitor: Monitor, mode: Mode, margin: 
 
 
 @checked(
-    restore_best_weights="the next stage starts from the best epoch, see Stage(hand_on=...)",
+    restore_best_weights="the next stage starts from the best epoch, see Stage(restore=...)",
     start_from_epoch="it is called min_epochs",
     verbose="the line that closes a stage states why it ended",
 )
@@ -112,10 +112,10 @@ class EarlyStop:
 
 @checked()
 @dataclass(frozen=True)
-class Plateau:
+class PlateauStop:
     """Ends a stage when its `ReduceLROnPlateau` schedule meets one plateau more than `reductions`.
 
-    Counts plateaus as torch's scheduler does: `Plateau(0)` ends the stage at the first one.
+    Counts plateaus as torch's scheduler does: `PlateauStop(0)` ends the stage at the first one.
     """
 
     reductions: int = 2
@@ -124,10 +124,12 @@ class Plateau:
 
     def __post_init__(self) -> None:
         if self.reductions < 0:
-            raise RecipeError(f"Plateau: reductions is {self.reductions}; it must not be negative.")
+            raise RecipeError(
+                f"PlateauStop: reductions is {self.reductions}; it must not be negative."
+            )
 
     def end_reason(self, reductions: int) -> str:
         """Returns why the stage ends after this many plateaus; empty if it continues."""
         if reductions <= self.reductions:
             return ""
-        return f"the rate met its plateau number {reductions}"
+        return f"the learning rate met its plateau number {reductions}"

@@ -11,7 +11,7 @@ from jaxft.labels import Tree, paths, unflatten
 
 @checked()
 @dataclass(frozen=True)
-class Anchor:
+class L2SP:
     """The penalty body/2·‖w - w0‖² + head/2·‖w‖² on the trainable parameters.
 
     w0 are the weights at the start of the run, not of the stage. The head is new and has no
@@ -44,7 +44,7 @@ class Anchor:
         Example:
           >>> import jax.numpy as jnp
           >>> zeros, ones = ({"body": jnp.full((), x), "fc": jnp.full((), x)} for x in (0.0, 1.0))
-          >>> pulled = Anchor(0.1, 0.01).pull(zeros, ones, start=zeros, head="fc")
+          >>> pulled = L2SP(0.1, 0.01).pull(zeros, ones, start=zeros, head="fc")
           >>> {name: round(float(g), 3) for name, g in pulled.items()}
           {'body': 0.1, 'fc': 0.01}
         """

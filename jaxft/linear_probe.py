@@ -22,7 +22,7 @@ ITERATIONS = 1000
 
 @checked()
 @dataclass(frozen=True)
-class LogisticRegression:
+class LinearProbe:
     """Solves the head by logistic regression; stands in `Stage.train` for a learning rate.
 
     The stage solves once for each strength and keeps the best by validation: by accuracy, then
@@ -40,7 +40,7 @@ class LogisticRegression:
     def __post_init__(self) -> None:
         if not self.c or not all(0 < c < math.inf for c in self.c):
             raise RecipeError(
-                f"LogisticRegression: c is {self.c}; it must be one or more positive numbers."
+                f"LinearProbe: c is {self.c}; it must be one or more positive numbers."
             )
 
 
@@ -98,7 +98,7 @@ def logistic_regression(
       >>> fit.converged, (np.array([[1.0], [3.0]]) @ fit.kernel + fit.bias).argmax(1).tolist()
       (True, [0, 1])
     """
-    LogisticRegression(tuple(c))  # checks c
+    LinearProbe(tuple(c))  # checks c
     features, targets = np.asarray(features, np.float64), np.asarray(targets)
     _check(features, targets, num_classes)
     present, present_targets = np.unique(targets, return_inverse=True)

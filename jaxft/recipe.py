@@ -30,8 +30,8 @@ class StageSettings:
 
     batch_size: int
     augment: Augment
-    views: int
-    erasing: float
+    num_views: int
+    random_erasing: float
     mixup: float
     cutmix: float
     label_smoothing: float
@@ -99,10 +99,10 @@ class Recipe:
     augment: Augment = "crop_flip"
     """Training augmentation: random resized crop and flip, alone or with color jitter, RandAugment
     or TrivialAugment; small shifts; flips; or none (the evaluation view)."""
-    views: int = 0
+    num_views: int = 0
     """Number of augmented views per image, one per epoch in turn, so that the features of frozen
     layers can be cached; 0: a new view in each epoch."""
-    erasing: float = 0.0
+    random_erasing: float = 0.0
     """Probability that a random box of a training image is erased."""
     mixup: float = 0.0
     """Mixup: alpha of Beta(alpha, alpha), often 0.2; 0: off. With cutmix on too, each batch gets
@@ -183,7 +183,7 @@ class Recipe:
     def __post_init__(self) -> None:
         counts = {
             "shots batch_size image_size resize_size sync_steps steps_per_execution": 1,
-            "workers cache_mib disk_cache_mib checkpoint_steps views": 0,
+            "workers cache_mib disk_cache_mib checkpoint_steps num_views": 0,
         }
         for names, minimum in counts.items():
             values = {name: getattr(self, name) for name in names.split()}
@@ -218,8 +218,10 @@ class Recipe:
                 raise RecipeError(f"{field}: {error}") from error
 
     def _check_objective(self) -> None:
-        if not 0 <= self.erasing <= 1:
-            raise RecipeError(f"erasing is {self.erasing}; a probability lies between 0 and 1.")
+        if not 0 <= self.random_erasing <= 1:
+            raise RecipeError(
+                f"random_erasing is {self.random_erasing}; a probability lies between 0 and 1."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."

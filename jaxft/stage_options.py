@@ -34,17 +34,17 @@ Balance = Literal["none", "loss", "sampling"]
   `jaxft.data.class_balance.balanced_draws`.
 """
 
-NormChoice = Literal["A", "B", "C", "D", "E"]
+NormChoice = Literal["batch", "frozen_eval", "train_all", "frozen_batch", "eval"]
 """Statistics that norm layers normalise with (batch or running), and whether training updates the
 running ones.
 
-|   | frozen layers          | layers that train      | as in                                    |
-|---|------------------------|------------------------|------------------------------------------|
-| A | batch, running updated | batch, running updated | PyTorch's tutorial, Finetuning Scheduler |
-| B | running                | batch, running updated | Keras, timm, detection                   |
-| C | none: all must train   | batch, running updated | fastai, Lightning's `train_bn=True`      |
-| D | batch                  | batch, running updated | Lightning's `train_bn=False`             |
-| E | running                | running                | LP-FT, surgical fine-tuning              |
+|                | frozen layers          | layers that train      | as in                        |
+|----------------|------------------------|------------------------|------------------------------|
+| `batch`        | batch, running updated | batch, running updated | PyTorch's tutorial           |
+| `frozen_eval`  | running                | batch, running updated | Keras, timm, detection       |
+| `train_all`    | none: all must train   | batch, running updated | fastai                       |
+| `frozen_batch` | batch                  | batch, running updated | Lightning, `train_bn=False`  |
+| `eval`         | running                | running                | LP-FT, surgical fine-tuning  |
 
 A layer with neither scale nor bias, as in a user's network, counts as frozen.
 """

@@ -18,7 +18,7 @@ from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, match, paths, unflatten
 from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
-from jaxft.optim.transform import group_rate, group_transform, multi_transform
+from jaxft.optim.transform import group_lr, group_transform, multi_transform
 from jaxft.patterns import Pattern, pattern_text, shallow_warnings
 from jaxft.stages import Resolved, Stage, check_stages
 
@@ -42,7 +42,7 @@ class StagePlan:
     remarks: tuple[str, ...] = ()
 
     @property
-    def rates(self) -> dict[str, float]:
+    def lr(self) -> dict[str, float]:
         """Base learning rate of each group that trains; empty for a stage with a solver."""
         return {group: update.lr for group, update in self.updates().items()}
 
@@ -85,14 +85,14 @@ class StagePlan:
                 update.optimizer,
                 update.lr,
                 update.schedule,
-                relative=self.stage.relative_rates,
+                relative=self.stage.auto_rgn,
                 **length,
             )
             for group, update in self.updates(optimizer).items()
         }
         return multi_transform(transforms, self.labels)
 
-    def rates_at(self, opt_state: optax.OptState, *, steps_per_epoch: int = 1) -> dict[str, float]:
+    def lr_at(self, opt_state: optax.OptState, *, steps_per_epoch: int = 1) -> dict[str, float]:
         """Returns the learning rate of each group's next step.
 
         With relative learning rates, it is the largest of the group's tensors.
@@ -104,7 +104,7 @@ class StagePlan:
             group: jax.device_get(state._replace(rule=None)) for group, state in states.items()
         }
         return {
-            group: float(group_rate(update.lr, update.schedule, states[group], **length))
+            group: float(group_lr(update.lr, update.schedule, states[group], **length))
             for group, update in self.updates().items()
         }
 
@@ -178,7 +178,7 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
       ... )
       >>> head.labels
       {'fc': 'fc', 'layer4': 'frozen', 'stem': 'frozen'}
-      >>> late.labels, late.rates
+      >>> late.labels, late.lr
       ({'fc': 'fc', 'layer4': '*', 'stem': '*'}, {'fc': 0.001, '*': 0.0001})
     """
     stages = check_stages(stages)

@@ -14,10 +14,10 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import optax
 
 from jaxft.dataclass_checks import checked
-from jaxft.early_stopping import EarlyStop, Mode, Monitor, Plateau, default_mode
+from jaxft.early_stopping import EarlyStop, Mode, Monitor, PlateauStop, default_mode
 from jaxft.errors import RecipeError
-from jaxft.l2_sp import Anchor
-from jaxft.linear_probe import LogisticRegression
+from jaxft.l2_sp import L2SP
+from jaxft.linear_probe import LinearProbe
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
@@ -64,31 +64,33 @@ class Update:
 class Stage:
     """A stage of training: which parameters train, at which learning rate, and how it ends.
 
-    It ends after `epochs` or `steps`, whichever comes first, or earlier by `until` or `minutes`.
-    Validation follows each epoch; the last epoch may be incomplete.
+    It ends after `epochs` or `steps`, whichever comes first, or earlier by `until` or
+    `max_minutes`. Validation follows each epoch; the last epoch may be incomplete.
 
     Attributes:
       name: shown in tables and logs; unique within a recipe.
       train: pattern to learning rate or `Update`. The first pattern that matches a parameter
-        applies; parameters that no pattern matches are frozen. `{"fc": LogisticRegression()}`
+        applies; parameters that no pattern matches are frozen. `{"fc": LinearProbe()}`
         solves for the head instead: the stage takes no optimizer steps, counts as one step of one
-        epoch, and may set only `hand_on`, `monitor` and `carry` besides.
+        epoch, and may set only `restore`, `monitor` and `carry` besides.
       epochs: maximum number of passes over the training data.
       schedule: learning-rate schedule of all groups that set none; constant by default.
       optimizer: optimizer of all groups that set none; the recipe's by default.
       until: rule that ends the stage early.
-      hand_on: the weights that the next stage starts from: the `best` epoch by validation, or the
+      restore: the weights that the next stage starts from: the `best` epoch by validation, or the
         `last`. The start of the stage is a candidate for the best; ties go to the earlier epoch.
       carry: `reset` gives every group a new optimizer state, as a new torch optimizer does. `keep`
         continues the state of groups that trained before, as `add_param_group` does, even if their
-        hyperparameters change. With `hand_on="best"`, moments and step counts are also handed on
+        hyperparameters change. With `restore="best"`, moments and step counts are also handed on
         from the best epoch.
       monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
         `until=EarlyStop(...)`, else the accuracy.
       steps: maximum number of optimizer steps.
-      minutes: maximum duration of training and validation. The result then depends on the machine.
+      max_minutes: maximum duration of training and validation. The result then depends on the
+        machine.
       norms: statistics of the norm layers, see `jaxft.stage_options.NormChoice`: one choice for all
-        layers, or a mapping of patterns, `{"layer4": "A", "*": "E"}`, with B for the other layers.
+        layers, or a mapping of patterns, `{"layer4": "batch", "*": "eval"}`; the
+        other layers use `frozen_eval`.
       clip_norm: maximum norm of the gradients of all trainable parameters.
       accumulate: number of equal parts into which each batch is divided to save memory.
         `batch_size` is the effective size, of one optimizer step. The last batch of an epoch uses
@@ -101,11 +103,11 @@ class Stage:
         replaces `balance`. The mean divides by the sum of the images' weights, or with mixup or
         cutmix by the number of images, as torch does for probabilities. The validation loss is
         unweighted.
-      relative_rates: at the start of each epoch, scale each tensor's learning rate by its relative
+      auto_rgn: at the start of each epoch, scale each tensor's learning rate by its relative
         gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
         `jaxft.train.auto_rgn`).
-      batch_size, augment, views, erasing, mixup, cutmix, label_smoothing, balance: override the
-        recipe's fields.
+      batch_size, augment, num_views, random_erasing, mixup, cutmix, label_smoothing, balance:
+        override the recipe's fields.
 
     Raises:
       RecipeError: fields are unknown, wrong or contradictory; the message lists all of them.
@@ -122,28 +124,28 @@ class Stage:
     """
 
     name: str
-    train: Mapping[Pattern, float | Update | LogisticRegression]
+    train: Mapping[Pattern, float | Update | LinearProbe]
     epochs: int | None = None
     schedule: ClosedForm | ReduceLROnPlateau | None = None
     optimizer: Rule | None = None
-    until: EarlyStop | Plateau | None = None
-    hand_on: Literal["best", "last"] = "best"
+    until: EarlyStop | PlateauStop | None = None
+    restore: Literal["best", "last"] = "best"
     carry: Literal["reset", "keep"] = "reset"
     _: KW_ONLY
     monitor: Monitor | None = None
     steps: int | None = None
-    minutes: float | None = None
-    norms: NormChoice | Mapping[str, NormChoice] = "B"
+    max_minutes: float | None = None
+    norms: NormChoice | Mapping[str, NormChoice] = "frozen_eval"
     clip_norm: float | None = None
     accumulate: int = 1
     ema: float | None = None
-    anchor: Anchor | None = None
+    anchor: L2SP | None = None
     class_weights: tuple[float, ...] | None = None
-    relative_rates: bool = False
+    auto_rgn: bool = False
     batch_size: int | None = None
     augment: Augment | None = None
-    views: int | None = None
-    erasing: float | None = None
+    num_views: int | None = None
+    random_erasing: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
     label_smoothing: float | None = None
@@ -164,11 +166,11 @@ class Stage:
     def _errors_if_solved(self) -> list[str]:
         errors = []
         if len(self.train) > 1:
-            errors.append("a LogisticRegression must be the only entry of train")
+            errors.append("a LinearProbe must be the only entry of train")
         changed = [
             field.name
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "train", "hand_on", "monitor", "carry")
+            if field.name not in ("name", "train", "restore", "monitor", "carry")
             and getattr(self, field.name) != field.default
         ]
         if changed:
@@ -216,7 +218,7 @@ class Stage:
         for limit in ("epochs", "steps", "accumulate"):
             if (count := getattr(self, limit)) is not None and count < 1:
                 errors.append(f"it has {count} {limit}; it must have at least 1")
-        for limit in ("minutes", "clip_norm"):
+        for limit in ("max_minutes", "clip_norm"):
             value = getattr(self, limit)
             if value is not None and not (_is_finite_number(value) and value > 0):
                 errors.append(f"{limit} is {value}; it must be a positive, finite number")
@@ -229,10 +231,10 @@ class Stage:
             errors.append(
                 f"class_weights are {self.class_weights}; none may be negative, one must be above 0"
             )
-        if isinstance(self.until, Plateau) and not any(
+        if isinstance(self.until, PlateauStop) and not any(
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
-            errors.append("until is a Plateau, which needs a ReduceLROnPlateau schedule")
+            errors.append("until is a PlateauStop, which needs a ReduceLROnPlateau schedule")
         if not isinstance(self.norms, str | Mapping):
             errors.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
             return errors
@@ -243,9 +245,9 @@ class Stage:
         return errors
 
     @property
-    def solver(self) -> LogisticRegression | None:
+    def solver(self) -> LinearProbe | None:
         """Solver of the head, if the stage takes no optimizer steps; else None."""
-        return next((x for x in self.train.values() if isinstance(x, LogisticRegression)), None)
+        return next((x for x in self.train.values() if isinstance(x, LinearProbe)), None)
 
     @property
     def updates(self) -> Mapping[Pattern, Update]:
@@ -253,7 +255,7 @@ class Stage:
         return {
             pattern: value if isinstance(value, Update) else Update(value)
             for pattern, value in self.train.items()
-            if not isinstance(value, LogisticRegression)
+            if not isinstance(value, LinearProbe)
         }
 
     @property

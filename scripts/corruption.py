@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from jaxft import Adam, Anchor, JaxftError, Recipe, Stage, data, finetune, models
+from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
 from jaxft.report.console import Console
 from jaxft.train.compiled_stage import keep_programs
 from jaxft.train.interruption import InterruptedRunError
@@ -43,8 +43,8 @@ RECIPE = Recipe(
     model="tiny", data="noise", optimizer=Adam(), image_size=8, batch_size=8, augment="flip",
     checkpoint_steps=3,
     stages=(
-        Stage("head", {"head": 1e-2}, epochs=2, anchor=Anchor()),
-        Stage("all", {"*": 1e-2}, epochs=3, carry="keep", ema=0.9, anchor=Anchor()),
+        Stage("head", {"head": 1e-2}, epochs=2, anchor=L2SP()),
+        Stage("all", {"*": 1e-2}, epochs=3, carry="keep", ema=0.9, anchor=L2SP()),
     ),
 )  # fmt: skip
 STOP_AFTER = 4  # epochs

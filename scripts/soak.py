@@ -41,7 +41,7 @@ RECIPE = Recipe(
     stages=(
         Stage("head", {"fc": 1e-2}, epochs=20),
         Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=78, carry="keep", ema=0.9),
-        Stage("all", {"*": 1e-3}, epochs=40, hand_on="last"),
+        Stage("all", {"*": 1e-3}, epochs=40, restore="last"),
     ),
 )  # fmt: skip
 STAGES = [stage.name for stage in RECIPE.stages]

@@ -39,7 +39,7 @@ class Raw(Callback):
 
 
 def record():
-    """By case: rates, losses as they were, smoothed losses, and what three rules suggest."""
+    """By case: learning rates, losses, smoothed losses, and what three rules suggest."""
     for case, (name, options) in enumerate(CASES.items()):
         torch.manual_seed(case)
         losses = Raw(LAST if name == "nan" else inf)
@@ -47,7 +47,7 @@ def record():
         rules = (valley, steep, minimum)
         found = learner.lr_find(show_plot=False, suggest_funcs=rules, **options)
         arrays = {
-            "rates": learner.recorder.lrs,
+            "lr": learner.recorder.lrs,
             "losses": losses.found,
             "smoothed": [float(x) for x in learner.recorder.losses],
             "suggestions": found,

@@ -49,7 +49,7 @@ def lightning_thaw(module, *names):
 BODY = ("bn1", "layer1", "layer2")  # what is frozen, where layer3 trains
 
 
-def _mode_b(module):
+def _eval_frozen(module):
     for layer in norms(module.train(), *BODY):
         layer.eval()
 
@@ -64,11 +64,11 @@ def _thawed(module):
 
 # What is done to a network in train mode before each stage of a case.
 MODES = {
-    "A": [lambda module: module.train()],
-    "B": [_mode_b],
-    "C": [lambda module: module.train()],
-    "D": [lambda module: lightning_freeze(module.train(), *BODY)],
-    "E": [lambda module: module.eval()],
+    "batch": [lambda module: module.train()],
+    "frozen_eval": [_eval_frozen],
+    "train_all": [lambda module: module.train()],
+    "frozen_batch": [lambda module: lightning_freeze(module.train(), *BODY)],
+    "eval": [lambda module: module.eval()],
     "mapped": [_mapped],
     "thawed": [lambda module: lightning_freeze(module.train()), _thawed],
 }

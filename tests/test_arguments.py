@@ -8,12 +8,12 @@ import yaml
 from commands import call
 
 from jaxft import (
+    L2SP,
     SGD,
     Adam,
     AdamW,
-    Anchor,
     EarlyStop,
-    LogisticRegression,
+    LinearProbe,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -55,7 +55,7 @@ MISTAKES = [
     ),
     (lambda: Update(1.0, decay=0.1), "Update has no field 'decay'; its fields are lr, schedule, "),
     (lambda: EarlyStop(patients=3), "EarlyStop has no field 'patients': did you mean 'patience'?"),
-    (lambda: Anchor(strength=1.0), "Anchor has no field 'strength'; its fields are body, head."),
+    (lambda: L2SP(strength=1.0), "L2SP has no field 'strength'; its fields are body, head."),
     # names of other libraries
     (
         lambda: SGD(lr=0.1),
@@ -85,9 +85,9 @@ MISTAKES = [
     (lambda: stage(epochs=True), "epochs is True; it must be a whole number or None."),
     (lambda: stage(train="fc"), "train is 'fc'; it must be a mapping such as {'fc': 1e-3}."),
     (lambda: stage(train=["fc"]), "train is ['fc']; it must be a mapping such as {'fc': 1e-3}."),
-    (lambda: stage(until=3), "until is 3; it must be EarlyStop, Plateau or None."),
+    (lambda: stage(until=3), "until is 3; it must be EarlyStop, PlateauStop or None."),
     (lambda: stage(monitor="f1"), "monitor is 'f1'; it must be 'accuracy', 'top5', 'loss' or None"),
-    (lambda: stage(hand_on="first", ema="x"), "hand_on is 'first'; .*; ema is 'x'; it must be a n"),
+    (lambda: stage(restore="first", ema="x"), "restore is 'first'; .*; ema is 'x'; it must be a n"),
     (lambda: stage(name=3), "Stage: name is 3; it must be a string."),
     (
         lambda: recipe(batch_size="32", seed=0.5),
@@ -102,7 +102,7 @@ MISTAKES = [
     (lambda: recipe(mean=0.5), "mean is 0.5; it must be 3 numbers or None."),
     (lambda: EarlyStop(patience=2.5), "EarlyStop: patience is 2.5; it must be a whole number."),
     (lambda: MultiStepLR(3), "milestones is 3; it must be a tuple of whole numbers."),
-    (lambda: LogisticRegression("1"), "c is '1'; it must be a tuple of numbers."),
+    (lambda: LinearProbe("1"), "c is '1'; it must be a tuple of numbers."),
     (
         lambda: Adam(1e-3),
         "Adam takes no arguments without a name, not 1: learning rates belong to the ",

@@ -36,7 +36,7 @@ for step in (1, 2):
     with claim(folder, recipe), closing(MetricsLog(folder)) as log:
         log.begin([{"step": 1, "val_loss": None}] * (step - 1))
         environment.append(folder)
-        log.write({"step": step, "val_loss": float("nan"), "rates": {"fc": 0.5}})
+        log.write({"step": step, "val_loss": float("nan"), "lr": {"fc": 0.5}})
 assert saved(folder) is None
 
 with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
@@ -88,6 +88,6 @@ def test_a_folder_in_a_bucket():
     assert len(json.loads(objects["environment.json"])) == 2
     events = [content for name, content in objects.items() if name.startswith("tensorboard/")]
     assert len(events) == 2
-    assert all(b"rates/fc" in content for content in events)
+    assert all(b"lr/fc" in content for content in events)
     others = {name for name in objects if "/" not in name}
     assert others == {"environment.json", "metrics.jsonl", "recipe.yaml"}

@@ -12,7 +12,7 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "methods",
+    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "strategies",
     "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
     "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import DataError, LogisticRegression, RecipeError, linear_probe, logistic_regression
+from jaxft import DataError, LinearProbe, RecipeError, linear_probe, logistic_regression
 
 C = (1e-3, 1.0, 30.0)
 
@@ -123,6 +123,6 @@ def test_logistic_regression_rejects_wrong_arrays(features, targets, message):
 @pytest.mark.parametrize("c", [(), (0.0,), (1.0, -1.0), (float("inf"),), (float("nan"),)], ids=str)
 def test_logistic_regression_rejects_wrong_strengths(c):
     with pytest.raises(RecipeError, match=re.escape(f"c is {c}; it must be")):
-        LogisticRegression(c)
+        LinearProbe(c)
     with pytest.raises(RecipeError, match=re.escape(f"c is {c}; it must be")):
         logistic_regression(np.ones((2, 1)), [0, 1], 2, c=c)

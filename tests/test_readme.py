@@ -16,12 +16,12 @@ from flax import nnx
 from narrow import narrowed
 
 import jaxft
-from jaxft.models.norm_modes import mode_names, norm_modes
+from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
-from jaxft.report.lr_plot import rate_table
+from jaxft.report.lr_plot import lr_table
 from jaxft.train.export import export
 from jaxft.train.frozen_prefix import block_labels
 
@@ -177,7 +177,6 @@ def test_stage_table_of_the_readme_is_printed(capsys):
     params, stats = jax.eval_shape(recipe.network(5).init, jax.random.key(0))
     plan = jaxft.plan(recipe.stages, params)[1]
     modes = norm_modes(params, stats, plan.labels, plan.stage.norm_choices)
-    modes = mode_names(params, plan.labels, modes)
     (quoted,) = quotes("README.md", "")
     Console().stage(plan, quoted.splitlines()[0], "", params, modes)
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
@@ -200,9 +199,9 @@ def test_sentences_about_a_stage_are_printed(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_of_rates_and_layers_are_printed():
-    rates, layers = quotes("scripts/README.md", "Finding rates and layers")
+    lrs, layers = quotes("scripts/README.md", "Finding learning rates and layers")
     suggestions = {"valley": 1.2e-3, "steepest": 5.2e-3, "minimum / 10": 1.4e-2}
-    assert [*rate_table({"*": 1e-3}, suggestions)] == rates.splitlines()[3:]
+    assert [*lr_table({"*": 1e-3}, suggestions)] == lrs.splitlines()[3:]
 
     model = read(ROOT / "configs" / "quickstart.py").network(5)
     params, _ = jax.eval_shape(model.init, jax.random.key(0))

@@ -8,13 +8,13 @@ import optax
 import pytest
 
 from jaxft import (
+    L2SP,
     SGD,
     Adam,
     AdamW,
-    Anchor,
     EarlyStop,
-    LogisticRegression,
-    Plateau,
+    LinearProbe,
+    PlateauStop,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -51,8 +51,8 @@ RECIPE = Recipe(
             train={"fc": 1e-3},
             epochs=5,
             until=EarlyStop("loss", patience=2, min_delta=0.01, min_epochs=2, mode="min"),
-            norms={"layer4": "A", "*": "E"},
-            anchor=Anchor(0.2, 0.0),
+            norms={"layer4": "batch", "*": "eval"},
+            anchor=L2SP(0.2, 0.0),
             class_weights=(1.0, 2.5),
             ema=0.99,
             batch_size=8,
@@ -62,15 +62,15 @@ RECIPE = Recipe(
             "plateau",
             train={"fc": 1e-3},
             steps=50,
-            minutes=2.5,
+            max_minutes=2.5,
             schedule=ReduceLROnPlateau(),
-            until=Plateau(1),
-            norms="D",
+            until=PlateauStop(1),
+            norms="frozen_batch",
             clip_norm=1.0,
             accumulate=2,
         ),
         Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
-        Stage("probe", train={"fc": LogisticRegression((0.1, 2.0))}, hand_on="last"),
+        Stage("probe", train={"fc": LinearProbe((0.1, 2.0))}, restore="last"),
         Stage(
             "all",
             train={
@@ -113,7 +113,7 @@ RECIPE = Recipe(
             on_bad_image="skip",
             augment="trivialaugment",
             resize_mode="squash",
-            erasing=0.1,
+            random_erasing=0.1,
             mixup=0.2,
             cutmix=1.0,
             label_smoothing=0.1,
@@ -132,10 +132,10 @@ def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
 
 
 def test_command_line_overrides_the_strengths_of_a_solver(tmp_path):
-    stage = Stage("probe", train={"fc": LogisticRegression()})
+    stage = Stage("probe", train={"fc": LinearProbe()})
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
-    assert recipe.stages[0].solver == LogisticRegression((0.5, 2.0))
+    assert recipe.stages[0].solver == LinearProbe((0.5, 2.0))
 
 
 def test_read_python_file(tmp_path):
@@ -183,8 +183,8 @@ def test_read_rejects_wrong_files(name, text, message, tmp_path):
             r"train_split: split 'train\[:80': .* write train, train\[:80%",
         ),
         ({"val_split": ""}, "val_split: split '': "),
-        ({"erasing": 1.1}, "erasing is 1.1; a probability lies"),
-        ({"erasing": math.nan}, "erasing is nan"),
+        ({"random_erasing": 1.1}, "random_erasing is 1.1; a probability lies"),
+        ({"random_erasing": math.nan}, "random_erasing is nan"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
         ({"mixup": -0.2}, r"mixup is -0.2; its alpha must be 0 \(off\) or positive"),
         ({"cutmix": math.inf}, "cutmix is inf"),
@@ -274,7 +274,7 @@ def test_during_applies_the_overrides_of_a_stage():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"erasing": 2.0}, "stage 'a': erasing is 2.0; a probability"),
+        ({"random_erasing": 2.0}, "stage 'a': random_erasing is 2.0; a probability"),
         ({"batch_size": 0}, "stage 'a': batch_size must be at least 1"),
         ({"batch_size": 1, "mixup": 0.2}, "stage 'a': mixup mixes images of a batch"),
         ({"accumulate": 5}, "stage 'a': a batch of 32 cannot be divided into 5 equal parts"),

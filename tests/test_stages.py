@@ -10,7 +10,7 @@ import jaxft
 from jaxft import (
     SGD,
     EarlyStop,
-    LogisticRegression,
+    LinearProbe,
     PatternError,
     RecipeError,
     ReduceLROnPlateau,
@@ -19,7 +19,7 @@ from jaxft import (
 from jaxft.labels import leaf_labels
 from jaxft.optim.schedules import CosineAnnealingLR
 
-SOLVER = LogisticRegression()
+SOLVER = LinearProbe()
 PARAMS = {name: {"kernel": np.zeros(2), "bias": np.zeros(1)} for name in ("stem", "late", "fc")}
 
 
@@ -35,7 +35,7 @@ def test_plan_groups_are_the_common_refinement():
     assert [plan.labels["fc"] for plan in plans] == [{"kernel": "fc", "bias": "fc.bias"}] * 3
     assert [plan.labels["late"]["kernel"] for plan in plans] == ["frozen", "late", "late"]
     assert [plan.labels["stem"]["kernel"] for plan in plans] == ["frozen", "frozen", "*"]
-    assert [dict(plan.rates) for plan in plans] == [
+    assert [dict(plan.lr) for plan in plans] == [
         {"fc.bias": 1e-3, "fc": 1e-3},
         {"fc.bias": 1e-2, "fc": 1e-3, "late": 1e-4},
         {"fc.bias": 1e-4, "fc": 1e-4, "late": 1e-5, "*": 1e-5},
@@ -68,7 +68,7 @@ def test_plan_groups_partition_the_parameters_and_refine_every_stage(stages):
         return
     columns = list(zip(*(leaf_labels(PARAMS, plan.labels) for plan in plans), strict=True))
     rates = [
-        tuple(plan.rates.get(name) for plan, name in zip(plans, column, strict=True))
+        tuple(plan.lr.get(name) for plan, name in zip(plans, column, strict=True))
         for column in columns
     ]
     for column in columns:
@@ -86,11 +86,14 @@ def test_plan_groups_partition_the_parameters_and_refine_every_stage(stages):
         ({"epochs": 0, "train": {}}, "trains nothing.*; it has 0 epochs"),
         ({"epochs": None}, "it has no length; give it epochs or steps"),
         ({"steps": 0, "accumulate": 0}, "it has 0 steps; .*; it has 0 accumulate"),
-        ({"minutes": 0.0, "clip_norm": -1.0}, "minutes is 0.0; .*; clip_norm is -1.0"),
+        ({"max_minutes": 0.0, "clip_norm": -1.0}, "max_minutes is 0.0; .*; clip_norm is -1.0"),
         ({"ema": 1.0}, "ema is 1.0; a decay lies between 0 and 1"),
         ({"class_weights": (0.0, 0.0)}, "class_weights are .*one must be above 0"),
         ({"class_weights": (1.0, -1.0)}, "class_weights are .*none may be negative"),
-        ({"norms": "F"}, "norms has 'F'; it must be one of A, B, C, D, E"),
+        (
+            {"norms": "B"},
+            "norms has 'B'; it must be one of batch, frozen_eval, train_all, frozen_batch, eval",
+        ),
         ({"norms": {"fc": "b"}}, "norms has 'b'"),
     ],
     ids=str,
@@ -103,10 +106,13 @@ def test_stage_rejects_wrong_fields(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epochs": 1, "norms": "E"}, "takes no steps; leave out epochs, norms"),
-        ({"minutes": 1.0, "clip_norm": -1.0, "mixup": 0.1}, "leave out minutes, clip_norm, mixup"),
+        ({"epochs": 1, "norms": "eval"}, "takes no steps; leave out epochs, norms"),
+        (
+            {"max_minutes": 1.0, "clip_norm": -1.0, "mixup": 0.1},
+            "leave out max_minutes, clip_norm, mixup",
+        ),
         ({"optimizer": SGD(), "until": EarlyStop()}, "leave out optimizer, until"),
-        ({"train": {"fc": SOLVER, "late": 1.0}}, "a LogisticRegression must be the only entry"),
+        ({"train": {"fc": SOLVER, "late": 1.0}}, "a LinearProbe must be the only entry"),
         (
             {"train": {"late": -1.0, "fc": SOLVER}, "steps": 1},
             "must be the only entry.* out steps",
@@ -122,12 +128,12 @@ def test_stage_with_a_solver_rejects_other_fields(fields, message):
 
 def test_plan_of_a_stage_with_a_solver_has_a_group_and_no_optimizer():
     stages = [
-        Stage("fc", {"fc": SOLVER}, hand_on="last", carry="keep"),
+        Stage("fc", {"fc": SOLVER}, restore="last", carry="keep"),
         Stage("all", {"*": 1.0}, epochs=1),
     ]
     solved, after = jaxft.plan(stages, PARAMS)
     assert solved.labels["fc"] == {"kernel": "fc", "bias": "fc"} == after.labels["fc"]
-    assert (solved.rates, list(solved.patterns), stages[0].length(7)) == ({}, ["fc"], 1)
+    assert (solved.lr, list(solved.patterns), stages[0].length(7)) == ({}, ["fc"], 1)
     with pytest.raises(RecipeError, match=r"stage 'fc' is solved .*jaxft.logistic_regression"):
         solved.transform()
 
@@ -154,7 +160,7 @@ def test_schedule_ends_with_the_steps_of_its_stage():
     state = transform.init(params)
     rates = []
     for _ in range(6):
-        rates.append(plan.rates_at(state, steps_per_epoch=4)["fc"])
+        rates.append(plan.lr_at(state, steps_per_epoch=4)["fc"])
         _, state = transform.update(params, state, params)
     assert rates[5] == pytest.approx(0.0, abs=1e-7)
     assert rates[4] > 0.09
@@ -174,7 +180,7 @@ def test_reduce_lr_on_plateau_does_not_count_a_tie_as_improvement():
             state = plan.transform().init(PARAMS)
             for _ in range(5):
                 state = plan.after_epoch(state, **{"loss": 0.0, field: value})
-            assert plan.rates_at(state) == {"fc": 0.25}
+            assert plan.lr_at(state) == {"fc": 0.25}
 
 
 def test_plan_of_shapes():

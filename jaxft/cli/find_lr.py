@@ -6,7 +6,7 @@ CONFIG is a recipe as for `jaxft finetune`. The steps are steps of the stage, wi
 layers, norm layers, loss and optimizer. They start from the weights of the recipe, also for a later
 stage; to start from the end of an earlier run, add `--weights RUN --head keep`. All learning rates
 of the stage rise together; the highest one covers the given range. Writes DIR/curve.csv and
-DIR/rates.png.
+DIR/lr.png.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jaxft.checkpoint.atomic import anywhere
 from jaxft.cli.command import check_writable, command_parser, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.recipe import Recipe
-from jaxft.report.lr_plot import draw, rate_table, write_curve
+from jaxft.report.lr_plot import draw, lr_table, write_curve
 from jaxft.train.compiled_stage import keep_programs
 from jaxft.train.lr_finder import highest, named, ramp, range_test, trial
 
@@ -32,8 +32,8 @@ def _main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--stage", metavar="NAME", help="default: the first")
-    parser.add_argument("--low", type=float, default=1e-7, help="first rate; default: 1e-7")
-    parser.add_argument("--high", type=float, default=10.0, help="last rate; default: 10")
+    parser.add_argument("--low", type=float, default=1e-7, help="first learning rate (1e-7)")
+    parser.add_argument("--high", type=float, default=10.0, help="last learning rate (10)")
     parser.add_argument("--steps", type=int, default=100, help="at most; default: 100")
     known, options = parser.parse_known_args(arguments)
     keep_programs()
@@ -46,18 +46,18 @@ def _find_lr(recipe: Recipe, known: argparse.Namespace) -> None:
     low, high = known.low, known.high
     stage = named(recipe, known.stage)
     rising = trial(recipe, ramp(stage, low=low, high=high, steps=known.steps))
-    lrs = {group: lr / low * highest(stage) for group, lr in rising.program.plan.rates.items()}
+    lrs = {group: lr / low * highest(stage) for group, lr in rising.program.plan.lr.items()}
     curve = range_test(rising, low=low, high=high)
     known.out.mkdir(parents=True, exist_ok=True)
     write_curve(known.out / "curve.csv", curve)
     smoothed = curve.smoothed
     print(
-        f"Stage {stage.name!r} of {recipe.model}: {len(smoothed)} of {known.steps} steps, rates "
-        f"from {low:g} to {curve.rates[-1]:.2g}\n"
+        f"Stage {stage.name!r} of {recipe.model}: {len(smoothed)} of {known.steps} steps, lr "
+        f"from {low:g} to {curve.lrs[-1]:.2g}\n"
         f"smoothed loss {smoothed[0]:.4f} at first, {smoothed.min():.4f} at best, "
         f"{smoothed[-1]:.4f} at last\n"
     )
     suggestions = curve.suggestions()
-    print(*rate_table(lrs, suggestions), sep="\n")
-    draw(known.out / "rates.png", curve, suggestions, f"{recipe.model}, stage {stage.name!r}")
-    print(f"\nCurve    {known.out / 'curve.csv'}\nPicture  {known.out / 'rates.png'}")
+    print(*lr_table(lrs, suggestions), sep="\n")
+    draw(known.out / "lr.png", curve, suggestions, f"{recipe.model}, stage {stage.name!r}")
+    print(f"\nCurve    {known.out / 'curve.csv'}\nPicture  {known.out / 'lr.png'}")

@@ -4,7 +4,7 @@
 
 CONFIG is a recipe as for `jaxft finetune`; its stages do not matter. Prints the ratio of gradient
 norm to weight norm of each block, averaged over five batches, with the recipe's augmentation and
-all norm layers in mode E. Lee et al. 2022 (arXiv:2210.11466) scale the learning rate of each
+all norm layers in mode `eval`. Lee et al. 2022 (arXiv:2210.11466) scale the learning rate of each
 tensor by this ratio. A large ratio means that a small relative change of the block changes the
 loss much, not that the block is the best to train alone.
 """
@@ -34,7 +34,7 @@ def _probe_layers(arguments: Sequence[str], program: str) -> None:
     known, options = parser.parse_known_args(arguments)
     keep_programs()
     recipe = read_recipe(known.config, options, program)
-    stage = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="E"))
+    stage = trial(recipe, Stage("probe", {"*": 1.0}, steps=BATCHES, norms="eval"))
     ratios = block_norms(stage.program, stage.params, stage.stats, stage.batches(BATCHES))
     console = Console()
     origin = recipe.weights or "random weights"

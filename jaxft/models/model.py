@@ -20,11 +20,11 @@ A layer's label, not its mode, decides whether its scale and bias train. Five co
 
 | scale, bias | mode          | used by                                                       |
 |-------------|---------------|---------------------------------------------------------------|
-| frozen      | `batch`       | PyTorch's tutorial, Finetuning Scheduler (A)                  |
-| frozen      | `running`     | Keras, timm, detection (B)                                    |
-| trained     | `batch`       | fastai, Lightning with `train_bn=True` (C)                    |
-| frozen      | `batch_fixed` | Lightning with `train_bn=False` (D)                           |
-| trained     | `running`     | linear probing then fine-tuning, surgical fine-tuning (E)     |
+| frozen      | `batch`       | PyTorch's tutorial, Finetuning Scheduler (`batch`)            |
+| frozen      | `running`     | Keras, timm, detection (`frozen_eval`)                        |
+| trained     | `batch`       | fastai, Lightning with `train_bn=True` (`train_all`)          |
+| frozen      | `batch_fixed` | Lightning with `train_bn=False` (`frozen_batch`)              |
+| trained     | `running`     | linear probing then fine-tuning, surgical fine-tuning (`eval`)|
 """
 
 OPTIONS = (

@@ -10,12 +10,12 @@ from jaxft.labels import FROZEN, leaf_labels, match, paths
 from jaxft.models.model import NormMode, Norms, Tree
 from jaxft.stage_options import NormChoice
 
-# Modes of frozen layers. Layers that train use mode `batch`, except with E.
+# Modes of frozen layers. Layers that train use mode `batch`, except with the choice `eval`.
 _FROZEN_MODES: dict[NormChoice, NormMode] = {
-    "A": "batch",
-    "B": "running",
-    "D": "batch_fixed",
-    "E": "running",
+    "batch": "batch",
+    "frozen_eval": "running",
+    "frozen_batch": "batch_fixed",
+    "eval": "running",
 }
 
 
@@ -57,13 +57,13 @@ def norm_modes(
     Args:
       params, stats: parameters and statistics, or their shapes.
       labels: label tree of the stage.
-      choices: choice by pattern; the first pattern that matches counts. The default is B: frozen
-        layers compute as when they were pretrained, and their running statistics stay
-        bit-identical.
+      choices: choice by pattern; the first pattern that matches counts. The default is
+        `frozen_eval`: frozen layers compute as when they were pretrained, and their running
+        statistics stay bit-identical.
 
     Raises:
       PatternError: a pattern matches no norm layer, or is shadowed.
-      RecipeError: a frozen layer has the choice C, where all norm layers train.
+      RecipeError: a frozen layer has the choice `train_all`, where all norm layers train.
     """
     if not paths(stats):
         return {}
@@ -77,15 +77,16 @@ def norm_modes(
     modes: dict[str, NormMode] = {}
     for name in sorted(wanted):
         index = wanted[name]
-        choice = "B" if index is None else [*(choices or {}).values()][index]
+        choice = "frozen_eval" if index is None else [*(choices or {}).values()][index]
         if name in trained:
-            modes[name] = "running" if choice == "E" else "batch"
-        elif choice != "C":
+            modes[name] = "running" if choice == "eval" else "batch"
+        elif choice != "train_all":
             modes[name] = _FROZEN_MODES[choice]
     if frozen := sorted(wanted.keys() - modes.keys()):
         raise RecipeError(
-            f"norms: in mode C all norm layers train, and {len(frozen)} are frozen, such as "
-            f"{frozen[0]}. Give them a rate in `train`, or choose A, B or D."
+            f"norms: with 'train_all' all norm layers train, and {len(frozen)} are frozen, such as "
+            f"{frozen[0]}. Give them a learning rate in `train`, or choose 'batch', "
+            "'frozen_eval' or 'frozen_batch'."
         )
     return modes
 
@@ -94,13 +95,6 @@ def trained_layers(params: Tree, labels: Tree) -> set[str]:
     """Returns the paths of the layers with a parameter that trains."""
     named = zip(paths(params), leaf_labels(params, labels), strict=True)
     return {layer(path) for path, label in named if label != FROZEN}
-
-
-def mode_names(params: Tree, labels: Tree, modes: Mapping[str, NormMode]) -> dict[str, str]:
-    """Returns each layer's letter of `NormChoice` and its mode, such as `B running`."""
-    trained = trained_layers(params, labels)
-    letters = {"batch": "AC", "running": "BE", "batch_fixed": "D"}  # frozen, or trains
-    return {name: f"{letters[mode][name in trained]} {mode}" for name, mode in modes.items()}
 
 
 def layer(path: str) -> str:

@@ -47,7 +47,7 @@ class ReduceLROnPlateau(RangeChecked):
     Example:
       >>> plateau = ReduceLROnPlateau(patience=0, factor=0.5)
       >>> state = plateau.after_epoch(plateau.start(), 0.5)
-      >>> float(plateau.rate(8.0, plateau.after_epoch(state, 0.5)))
+      >>> float(plateau.lr_at(8.0, plateau.after_epoch(state, 0.5)))
       4.0
     """
 
@@ -83,7 +83,7 @@ class ReduceLROnPlateau(RangeChecked):
             cooldown, bad, reductions = self.cooldown, 0, reductions + 1
         return PlateauState(best, bad, cooldown, reductions)
 
-    def rate(self, lr: float | jax.Array, state: PlateauState) -> jax.Array:
+    def lr_at(self, lr: float | jax.Array, state: PlateauState) -> jax.Array:
         """Returns the learning rate, [], of a group with base learning rate `lr`."""
 
         def reduce(_: int, current_lr: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ class Schedule(Protocol):
     def by(self) -> Unit:
         """Unit of time: `epoch` or `step`."""
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns the learning rate at a time.
 
         Args:
@@ -53,7 +53,7 @@ class Constant(RangeChecked, Schedule):
 
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr."""
         return jnp.full_like(_float(t), lr)
 
@@ -67,7 +67,7 @@ class StepLR(RangeChecked, Schedule):
     gamma: float = 0.1
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^⌊t/step_size⌋."""
         return lr * _power(self.gamma, jnp.asarray(t) // self.step_size)
 
@@ -81,7 +81,7 @@ class MultiStepLR(RangeChecked, Schedule):
     gamma: float = 0.1
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^(number of milestones at or before t)."""
         return lr * _power(self.gamma, sum(jnp.asarray(t) >= m for m in self.milestones))
 
@@ -94,7 +94,7 @@ class ExponentialLR(RangeChecked, Schedule):
     gamma: float
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^t."""
         return lr * _power(self.gamma, t)
 
@@ -110,7 +110,7 @@ class CosineAnnealingLR(RangeChecked, Schedule):
       eta_min: minimum learning rate.
 
     Example:
-      >>> [f"{CosineAnnealingLR().rate(1.0, t, total=4):.2f}" for t in range(5)]
+      >>> [f"{CosineAnnealingLR().lr_at(1.0, t, total=4):.2f}" for t in range(5)]
       ['1.00', '0.85', '0.50', '0.15', '0.00']
     """
 
@@ -118,7 +118,7 @@ class CosineAnnealingLR(RangeChecked, Schedule):
     eta_min: float = 0.0
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns eta_min + (lr - eta_min)·(1 + cos(π·t/t_max))/2."""
         end = self.t_max or total
         reflected = end - abs(end - jnp.asarray(t) % (2 * end))
@@ -134,7 +134,7 @@ class PolynomialLR(RangeChecked, Schedule):
     power: float = 1.0
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(1 - t/total_iters)^power until total_iters, then 0."""
         end = self.total_iters or total
         return lr * (jnp.maximum(end - _float(t), 0) / end) ** self.power
@@ -153,7 +153,7 @@ class LinearLR(RangeChecked, Schedule):
     total_iters: int = 5
     by: Unit = "epoch"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(start_factor + (end_factor - start_factor)·min(t/total_iters, 1))."""
         factors = [self.start_factor, self.end_factor]
         return lr * _interpolate(factors, [self.total_iters], t, "linear")
@@ -173,7 +173,7 @@ class Warmup(RangeChecked, Schedule):
 
     Example:
       >>> schedule = Warmup(2, then=CosineAnnealingLR(by="step"), start_factor=0.5)
-      >>> schedule.by, [f"{schedule.rate(1.0, t, total=6):.2f}" for t in range(6)]
+      >>> schedule.by, [f"{schedule.lr_at(1.0, t, total=6):.2f}" for t in range(6)]
       ('step', ['0.50', '0.75', '1.00', '0.85', '0.50', '0.15'])
     """
 
@@ -194,10 +194,10 @@ class Warmup(RangeChecked, Schedule):
         """Unit of time, the same as of `then`."""
         return self.then.by
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(start_factor + (1 - start_factor)·t/length), then `then` from its time 0."""
-        rise = LinearLR(self.start_factor, total_iters=self.length).rate(lr, t, total)
-        return jnp.where(t < self.length, rise, self.then.rate(lr, *self._time_of_then(t, total)))
+        rise = LinearLR(self.start_factor, total_iters=self.length).lr_at(lr, t, total)
+        return jnp.where(t < self.length, rise, self.then.lr_at(lr, *self._time_of_then(t, total)))
 
     def momentum(self, t: Time, total: int) -> jax.Array | None:
         """Returns the momentum of `then`; during the rise, its momentum at time 0."""
@@ -239,7 +239,7 @@ class OneCycleLR(RangeChecked, Schedule):
     three_phase: bool = False
     by: Unit = "step"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Goes from lr/div_factor through lr to lr/(div_factor·final_div_factor)."""
         low = 1 / self.div_factor
         return lr * self._cycle([low, 1.0, low, low / self.final_div_factor], t, total)
@@ -279,7 +279,7 @@ class FastaiOneCycle(RangeChecked, Schedule):
     moms: tuple[float, float, float] = (0.95, 0.85, 0.95)
     by: Unit = "step"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Goes from lr/div through lr to lr/div_final, on cosines."""
         knots = [1 / self.div, 1.0, 1 / self.div_final]
         return lr * _interpolate(knots, [self.pct_start * total, total], t, "cos")
@@ -307,7 +307,7 @@ class SlantedTriangular(RangeChecked, Schedule):
     ratio: float = 32.0
     by: Unit = "step"
 
-    def rate(self, lr: Number, t: Time, total: int) -> jax.Array:
+    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(1 + p·(ratio - 1))/ratio; p rises to 1 at ⌊total·cut_frac⌋, then falls."""
         cut = max(floor(total * self.cut_frac), 1)
         p = _interpolate([0.0, 1.0, 0.0], [cut, total], t, "linear")

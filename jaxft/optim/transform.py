@@ -80,7 +80,7 @@ def group_transform(
         updates, moments = direction(state.position).update(gradients, state.rule, params)
         # A scheduled momentum may be of a wider type; it must not widen the moments.
         moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
-        scheduled_lr = group_rate(lr, schedule, state, **length)
+        scheduled_lr = group_lr(lr, schedule, state, **length)
         factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
         updates = jax.tree.map(
             lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u, updates, factors
@@ -90,7 +90,7 @@ def group_transform(
     return optax.GradientTransformation(init, update)
 
 
-def group_rate(
+def group_lr(
     lr: float,
     schedule: ClosedForm | ReduceLROnPlateau,
     state: GroupState,
@@ -101,9 +101,9 @@ def group_rate(
     """Returns the learning rate of a group's next step, []. Arguments as `group_transform`."""
     if isinstance(schedule, ReduceLROnPlateau):
         assert state.plateau is not None
-        return schedule.rate(lr, state.plateau)
+        return schedule.lr_at(lr, state.plateau)
     time, total = _schedule_time(schedule, state.position, steps, steps_per_epoch)
-    return schedule.rate(lr, time, total)
+    return schedule.lr_at(lr, time, total)
 
 
 def _schedule_time(

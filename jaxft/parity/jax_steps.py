@@ -106,14 +106,14 @@ def _stage_steps(
         rows = epoch[position % len(epoch)]
         count = len(rows.targets)
         batch = program.devices.batch(_padded(rows, program.rows))
-        rates = program.plan.rates_at(state.opt_state, steps_per_epoch=program.steps_per_epoch)
+        lr = program.plan.lr_at(state.opt_state, steps_per_epoch=program.steps_per_epoch)
         params = combine(state.trainable, frozen)
         outputs = block_outputs(params, state.stats, batch) if record_outputs else {}
         state, record = train_step(state, frozen, batch, np.int32(position), anchor)
         snapshot = Snapshot(combine(state.trainable, frozen), state.stats, state.opt_state)
         loss = _training_loss(program, record.metrics.loss / count, rows)
         yield Step(
-            rates={name: np.asarray(rates[g]) for name, g in groups.items() if g != FROZEN},
+            lr={name: np.asarray(lr[g]) for name, g in groups.items() if g != FROZEN},
             outputs={block: np.asarray(x)[:count] for block, x in outputs.items()},
             loss={"loss": np.asarray(loss)},
             stats=_to_torch(stat_tensors, snapshot.stats),

@@ -12,7 +12,7 @@ from jaxft.parity.step import Arrays, Step
 
 PARTS = tuple(field.name for field in fields(Step))
 _CAUSES = {
-    "rates": "which parameters train, their learning rates, and when the scheduler steps: epoch "
+    "lr": "which parameters train, their learning rates, and when the scheduler steps: epoch "
     "(or step) t uses the scheduler's value at t",
     "outputs": "the forward pass of that block: padding, strides, eps, and the statistics that its "
     "norm layers use (`norms` of the stage, train() and eval() in PyTorch)",

@@ -24,7 +24,7 @@ class Step:
     Parameters and statistics have torch's layouts.
 
     Attributes:
-      rates: learning rate of each trained parameter.
+      lr: learning rate of each trained parameter.
       outputs: output of each block before the step's update, `[b h w c]` or `[b k]`.
       loss: the training loss, without an anchor's penalty.
       stats: running statistics of the norm layers after the step.
@@ -33,7 +33,7 @@ class Step:
       params: all parameters after the step.
     """
 
-    rates: Arrays
+    lr: Arrays
     outputs: Arrays
     loss: Arrays
     stats: Arrays

@@ -37,7 +37,7 @@ class TorchStage:
         `requires_grad`, calls `train()` or `eval()`, and returns the stage's optimizer: a new one,
         or the given optimizer of the stage before (None in the first stage) with more parameters.
       loss: `(module, images [b c h w], targets [b]) -> loss`, a scalar.
-      penalty: `(module) -> penalty`, added to the loss; the counterpart of a recipe's `Anchor`.
+      penalty: `(module) -> penalty`, added to the loss; the counterpart of a recipe's `L2SP`.
       scheduler: `(optimizer) -> scheduler`; None keeps learning rates constant.
       by: whether `scheduler.step()` is called after each epoch or after each step.
       before_update: `(module) -> None`, called between `backward()` and `optimizer.step()`, for
@@ -88,10 +88,10 @@ def torch_steps(
             grads = {name: _numpy(p.grad) for name, (p, _) in trained.items() if p.grad is not None}
             if stage.before_update:
                 stage.before_update(module)
-            rates = {name: np.asarray(float(lr)) for name, (_, lr) in trained.items()}
+            lr = {name: np.asarray(float(value)) for name, (_, value) in trained.items()}
             optimizer.step()
             yield Step(
-                rates=rates,
+                lr=lr,
                 outputs={**outputs},
                 loss={"loss": _numpy(loss)},
                 stats={n: _numpy(x) for n, x in module.named_buffers() if x.is_floating_point()},

@@ -77,7 +77,7 @@ class Console:
           params: all parameters.
           norms: the mode of each norm layer, by path.
         """
-        rows = [("group", "parameters", "share", "rate", "schedule", "norm layers")]
+        rows = [("group", "parameters", "share", "lr", "schedule", "norm layers")]
         rows += _group_rows(plan, params, norms)
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         line = "  {:{}}  {:>{}}  {:>{}}  {:>{}}  {:{}}  {:{}}"
@@ -157,7 +157,7 @@ def _group_rows(
     for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
         lr, schedule = "-" if group == FROZEN else "solved", "-"
         if group in updates:
-            lr = f"{'up to ' * plan.stage.relative_rates}{updates[group].lr:g}"
+            lr = f"{'up to ' * plan.stage.auto_rgn}{updates[group].lr:g}"
             schedule = type(updates[group].schedule).__name__
         group_modes = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
         share = f"{sizes[group] / sizes.total():.1%}"

@@ -18,8 +18,8 @@ def write_curve(path: Path, curve: Curve) -> None:
     """
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("step", "rate", "loss", "smoothed"))
-        rows = zip(curve.rates, curve.losses, curve.smoothed, strict=True)
+        table.writerow(("step", "lr", "loss", "smoothed"))
+        rows = zip(curve.lrs, curve.losses, curve.smoothed, strict=True)
         table.writerows((step, *(f"{x:.9g}" for x in row)) for step, row in enumerate(rows))
 
 
@@ -34,7 +34,7 @@ def draw(path: Path, curve: Curve, suggestions: Mapping[str, float], title: str)
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    lrs, smoothed = np.asarray(curve.rates), curve.smoothed
+    lrs, smoothed = np.asarray(curve.lrs), curve.smoothed
     axes.plot(lrs, curve.losses, ".", color="0.7", markersize=5, label="each batch")
     axes.plot(lrs, smoothed, color="black", linewidth=1.8, label="smoothed")
     # Colours that also differ in lightness, and dashes, serve colour-blind readers.
@@ -55,20 +55,20 @@ def draw(path: Path, curve: Curve, suggestions: Mapping[str, float], title: str)
     figure.savefig(path, dpi=120)
 
 
-def rate_table(rates: Mapping[str, float], suggestions: Mapping[str, float]) -> Iterator[str]:
+def lr_table(lrs: Mapping[str, float], suggestions: Mapping[str, float]) -> Iterator[str]:
     """Yields the lines of a table of learning rates.
 
     Each line holds a group's learning rate in the recipe and by each rule. A rule scales all groups
     by the same factor, so that the largest learning rate is the suggested one.
 
     Args:
-      rates: learning rate of each group in the recipe.
+      lrs: learning rate of each group in the recipe.
       suggestions: suggested learning rate per rule.
     """
-    largest = max(rates.values())
+    largest = max(lrs.values())
     line = "  {:22}" + "  {:>12}" * (1 + len(suggestions))
     yield line.format("group", "recipe", *suggestions).rstrip()
-    for group, lr in rates.items():
+    for group, lr in lrs.items():
         scaled = (f"{suggestion * lr / largest:.1e}" for suggestion in suggestions.values())
         name = group if len(group) <= 22 else group[:19] + "..."
         yield line.format(name, f"{lr:.1e}", *scaled)

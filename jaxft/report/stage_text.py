@@ -9,7 +9,7 @@ from jaxft.train.state import Progress
 def title(program: StageProgram, of: int) -> str:
     """Returns the title of a stage, with its number `of` how many and its length."""
     stage, steps = program.plan.stage, program.steps
-    most = "at most " if stage.until or stage.minutes else ""
+    most = "at most " if stage.until or stage.max_minutes else ""
     if stage.solver:
         length = "a logistic regression on the features before its head"
     elif steps == stage.steps:
@@ -68,7 +68,7 @@ def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
     `keep`: whether the next stage keeps the optimizer state.
     """
     sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
-    if plan.stage.hand_on == "last":
+    if plan.stage.restore == "last":
         return sentence + f"Its last epoch is kept (accuracy {progress.score.accuracy:.4f})."
     monitor, _ = plan.stage.best_by
     values = [f"{name} {getattr(progress.best, name):.4f}" for name in (monitor, "accuracy")]

@@ -1,8 +1,8 @@
 """Auto-RGN: learning rates that follow the relative gradient norm of each tensor.
 
 From Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts"
-(arXiv:2210.11466), whose Auto-RGN multiplies each tensor's rate by the ratio of the norm of its
-gradient to its own.
+(arXiv:2210.11466), whose Auto-RGN multiplies each tensor's learning rate by the ratio of
+the norm of its gradient to its own.
 """
 
 import math
@@ -43,8 +43,8 @@ def relative_norms(batches: Sequence[GradientNorms]) -> dict[str, float]:
 def factors(params: Tree, relative: Mapping[str, float]) -> Tree:
     """Returns the factor of each tensor's learning rate: its ratio over the largest ratio, a tree.
 
-    `relative` is by path. Tensors without a finite ratio do not count and train at the base rate.
-    Otherwise a head of zeros would stop all tensors.
+    `relative` is by path. Tensors without a finite ratio do not count and train at the base
+    learning rate. Otherwise a head of zeros would stop all tensors.
     """
     finite = {path: ratio for path, ratio in relative.items() if math.isfinite(ratio)}
     largest = max(finite.values(), default=0.0) or 1.0
@@ -76,7 +76,7 @@ def block_norms(
     return {block: norms.get(block, math.nan) for block in model.blocks}
 
 
-def with_relative_rates(
+def restart_with_auto_rgn(
     compiled: CompiledStage,
     devices: Devices,
     state: TrainState,
@@ -86,10 +86,10 @@ def with_relative_rates(
     step: int,
     start: Tree | None = None,
 ) -> TrainState:
-    """Returns the state with a fresh optimizer whose rates follow the gradients of `batches`.
+    """Returns the state with a fresh optimizer, its learning rates scaled by the gradients.
 
     Args:
-      compiled: a stage with relative rates.
+      compiled: a stage with `auto_rgn`.
       devices: where it runs.
       state, frozen: arrays of the stage.
       batches: batches on the devices.
@@ -102,6 +102,6 @@ def with_relative_rates(
         for number, batch in enumerate(batches, step)
     ]
     params = combine(state.trainable, frozen)
-    rate_factors = factors(params, relative_norms(jax.device_get(measured)))
-    opt_state = restart(state.opt_state, compiled.fresh(params), rate_factors)
+    lr_factors = factors(params, relative_norms(jax.device_get(measured)))
+    opt_state = restart(state.opt_state, compiled.fresh(params), lr_factors)
     return state._replace(opt_state=devices.put(opt_state))

@@ -154,7 +154,7 @@ def _save_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) ->
             "then see a part at a time. It is another recipe, for another --workdir."
         )
     advice.append(
-        f"batch_size={max(1, batch_size // 2)} or smaller, with lower rates, is another "
+        f"batch_size={max(1, batch_size // 2)} or smaller, with lower learning rates, is another "
         "recipe, too."
     )
     return advice

@@ -40,7 +40,7 @@ class CompiledStage(NamedTuple):
       step: `(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number`
         is the global step. The state is donated. With `steps_per_execution` above 1, batches and
         records are stacked, and the number of batches follows them. None: the stage has a solver.
-      gradient_norms: see `StageProgram.gradient_norms`; by tensor. None: rates are not relative.
+      gradient_norms: see `StageProgram.gradient_norms`; by tensor. None without `auto_rgn`.
       prefix: see `compile_prefix`; empty if nothing of the prefix is cached.
       score: see `eval_step`; of batches of features. None: they are not cached.
       flops: floating-point operations of a step.

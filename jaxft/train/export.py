@@ -95,7 +95,9 @@ def export(
         header = Header.from_json(kept.progress(step))
     progress = Progress.from_fields(header.progress)
     classes, pixels = header.data["classes"], header.data.get("pixels", "uint8")
-    score = progress.handed_on(recipe.stages[progress.stage]) if progress.ended else progress.best
+    score = (
+        progress.restored_score(recipe.stages[progress.stage]) if progress.ended else progress.best
+    )
     network = model or recipe.network(len(classes))
     try:
         params, stats = weights.load(kept.path(step), network)

@@ -31,7 +31,7 @@ from jaxft.train.state import Progress, opt_state_shapes
 def refused(before: Recipe, now: Recipe) -> list[Difference]:
     """Returns the differences between the recipes that `--extend` does not allow."""
     last = before.stages[-1].name
-    longer = [f"stages[{last}].{field}" for field in ("epochs", "steps", "minutes")]
+    longer = [f"stages[{last}].{field}" for field in ("epochs", "steps", "max_minutes")]
     longer += [f"stages[{last}].until.{field}" for field in ("patience", "min_epochs")]
     names = [stage.name for stage in now.stages]
     appended = [f"stages[{name}]" for name in names[len(before.stages) :]]
@@ -78,7 +78,7 @@ def check_extension(
         return  # nothing of the last stage has been trained
     if old[index].plan.stage == new[index].plan.stage and progress.ended:
         return
-    _check_rates(old[index], new[index])
+    _check_lrs(old[index], new[index])
     was, now = (
         jax.tree.leaves_with_path(opt_state_shapes(programs, index, start[0]))
         for programs in (old, new)
@@ -90,7 +90,7 @@ def check_extension(
         )
 
 
-def _check_rates(old: StageProgram, new: StageProgram) -> None:
+def _check_lrs(old: StageProgram, new: StageProgram) -> None:
     """Raises RecipeError if a schedule that spans the stage would have been another."""
     for group, update in new.plan.updates().items():
         schedule = update.schedule
@@ -100,13 +100,13 @@ def _check_rates(old: StageProgram, new: StageProgram) -> None:
         totals = [program.steps if by_step else program.epochs for program in (old, new)]
         times = jnp.arange(totals[0])
         was, now = (
-            [np.asarray(x) for x in (schedule.rate(update.lr, times, total),
+            [np.asarray(x) for x in (schedule.lr_at(update.lr, times, total),
                                      schedule.momentum(times, total)) if x is not None]
             for total in totals
         )  # fmt: skip
         if not all(map(np.array_equal, was, now)):
             raise RecipeError(
-                f"stage {new.plan.stage.name!r}: the rates of {group!r} by "
+                f"stage {new.plan.stage.name!r}: the learning rates of {group!r} by "
                 f"{type(schedule).__name__} depend on the stage's length, of which "
                 f"{totals[0]} {schedule.by}s are planned and {totals[1]} wanted: the run would not "
                 "be the longer one. Append a stage instead, with its own schedule."
@@ -117,7 +117,7 @@ def reopened(before: Stage, now: Stage, progress: Progress, steps_per_epoch: int
     """Returns the number of steps that an ended stage has taken, if its longer form continues it.
 
     A stage that ended by `EarlyStop` continues if its patience, or its least length, has grown. One
-    that ended by `Plateau` does not. None: the stage stays ended.
+    that ended by `PlateauStop` does not. None: the stage stays ended.
     """
     done = min(before.length(steps_per_epoch), progress.epoch * steps_per_epoch)
     if before == now or now.solver or not progress.ended or done >= now.length(steps_per_epoch):
@@ -134,7 +134,7 @@ def reopened(before: Stage, now: Stage, progress: Progress, steps_per_epoch: int
 def from_end(stage: Stage, progress: Progress, done: int, steps_per_epoch: int) -> Progress:
     """Returns the progress of a stage that continues from its end, after `done` steps."""
     epoch, position = divmod(done, steps_per_epoch)
-    score = progress.handed_on(stage)
-    if stage.hand_on == "last":  # the arrays of its best epoch are not known
+    score = progress.restored_score(stage)
+    if stage.restore == "last":  # the arrays of its best epoch are not known
         progress = dataclasses.replace(progress, best=score, best_epoch=epoch)
     return dataclasses.replace(progress, epoch=epoch, position=position, score=score, ended="")

@@ -107,7 +107,7 @@ def finetune(
       fork_from: workdir of another run. This one starts from the end of its stage called `stage`
         and continues with the recipe's stage after that.
       stage: name of that stage; by default the last one that has ended.
-      extend: allow more epochs (or steps, minutes, patience) in the last stage of the run in
+      extend: allow more epochs (or steps, max_minutes, patience) in the last stage of the run in
         `workdir`, and stages after it. The run ends as if it had been that long from the start, up
         to rounding if appended stages divide groups of parameters. A last stage that has ended
         continues from its newest checkpoint before the end. A stage that has ended by `EarlyStop`
@@ -236,7 +236,7 @@ def _run(
         progress, end = train_stages(trainer, start, forked)
         if trainer.stop_asked():
             raise trainer.stopped()
-        score = progress.handed_on(programs[-1].plan.stage)
+        score = progress.restored_score(programs[-1].plan.stage)
         trees = devices.host((end.params, end.stats))
         exported = workdir / "model.safetensors"
         if is_main_process():

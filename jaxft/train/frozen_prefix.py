@@ -149,17 +149,17 @@ def _taps(prefix: FrozenPrefix, later: Sequence[FrozenPrefix]) -> tuple[str, ...
 
 def _views(settings: StageSettings) -> int:
     """Returns the number of views of each training image; 0: one for each epoch."""
-    return 1 if settings.augment == "none" else settings.views
+    return 1 if settings.augment == "none" else settings.num_views
 
 
 def _why_not(recipe: Recipe, settings: StageSettings, epochs: int) -> str:
     """Returns why the features of the training images cannot be cached, if they cannot."""
-    if settings.erasing or settings.mixup or settings.cutmix:
-        return "erasing, mixup and cutmix change the images in each step"
+    if settings.random_erasing or settings.mixup or settings.cutmix:
+        return "random_erasing, mixup and cutmix change the images in each step"
     if recipe.drop_path:
         return "drop_path leaves out other blocks in each step"
     if not _views(settings):
-        return f"augment={settings.augment!r} draws a new view each epoch; views=K keeps to K"
+        return f"augment={settings.augment!r} draws a new view each epoch; num_views=K keeps to K"
     if settings.balance == "sampling" and settings.augment != "none":
         return "balance='sampling' draws views of their own for what an epoch repeats"
     if _views(settings) >= epochs:

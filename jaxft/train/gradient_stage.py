@@ -14,7 +14,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.distributed import any_process
 from jaxft.stages import Stage
-from jaxft.train.auto_rgn import BATCHES, with_relative_rates
+from jaxft.train.auto_rgn import BATCHES, restart_with_auto_rgn
 from jaxft.train.compiled_stage import CompiledStage, apart, sent
 from jaxft.train.metrics import EpochMetrics, StepRecord
 from jaxft.train.nonfinite import check_steps
@@ -125,7 +125,7 @@ def _train_epoch(
                 if trainer.stop_asked():
                     look()
                     stop(trainer, program, current)
-                if plan.stage.minutes and any_process(_time_is_up(plan.stage, current)):
+                if plan.stage.max_minutes and any_process(_time_is_up(plan.stage, current)):
                     look()
                     return
             if every and current.progress.step % every == 0:
@@ -140,11 +140,11 @@ def _begin_epoch(
     current: StageState,
     batches: Iterator[Batch],
 ) -> Iterator[Batch]:
-    """Sets relative rates and empties the epoch's metrics; returns the batches, none missing."""
+    """Sets relative learning rates, empties the epoch's metrics and returns the epoch's batches."""
     plan, epoch = program.plan, current.progress.epoch
     if compiled.gradient_norms:
         first = list(islice(batches, min(BATCHES, program.epoch_length(epoch))))
-        current.state = with_relative_rates(
+        current.state = restart_with_auto_rgn(
             compiled,
             trainer.devices,
             current.state,
@@ -155,8 +155,8 @@ def _begin_epoch(
         )
         batches = chain(first, batches)
     opt_state, per_epoch = current.state.opt_state, program.steps_per_epoch
-    rates = plan.rates_at(opt_state, steps_per_epoch=per_epoch)
-    current.epoch_metrics = EpochMetrics(rates=rates)
+    lr = plan.lr_at(opt_state, steps_per_epoch=per_epoch)
+    current.epoch_metrics = EpochMetrics(lr=lr)
     return batches
 
 
@@ -168,14 +168,14 @@ def _done(program: StageProgram, current: StageState) -> str:
         return f"{steps} of {steps} steps done"
     if steps >= program.steps:
         return f"{program.epochs} of {program.epochs} epochs done"
-    if stage.minutes and any_process(_time_is_up(stage, current)):
-        return f"its {stage.minutes:g} minutes are over"
+    if stage.max_minutes and any_process(_time_is_up(stage, current)):
+        return f"its {stage.max_minutes:g} minutes are over"
     return ""
 
 
 def _time_is_up(stage: Stage, current: StageState) -> bool:
     current.tick()
-    return stage.minutes is not None and current.progress.seconds >= 60 * stage.minutes
+    return stage.max_minutes is not None and current.progress.seconds >= 60 * stage.max_minutes
 
 
 def _input_advice(trainer: Trainer, current: StageState) -> str | None:

@@ -156,13 +156,13 @@ def check_linear_head(
     kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
     if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
         raise RecipeError(
-            f"stage {name!r}: a LogisticRegression solves the head alone, and that must be one "
+            f"stage {name!r}: a LinearProbe solves the head alone, and that must be one "
             f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
             f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
             f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
         )
     if sorted(trained) != sorted(shapes):
         raise RecipeError(
-            f"stage {name!r}: a LogisticRegression solves all of the head, and the pattern "
+            f"stage {name!r}: a LinearProbe solves all of the head, and the pattern "
             f"selects only {', '.join(trained)}. Write {head!r}."
         )

@@ -1,4 +1,4 @@
-"""Learning-rate finder: the loss while the rate rises, and the rates that it suggests.
+"""Learning rate finder: the loss while the learning rate rises, and its suggestions.
 
 Smith 2015 (arXiv:1506.01186), in the form of fastai's `lr_find`.
 """
@@ -23,7 +23,7 @@ from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.stages import Stage
 from jaxft.train import opening
-from jaxft.train.auto_rgn import BATCHES, with_relative_rates
+from jaxft.train.auto_rgn import BATCHES, restart_with_auto_rgn
 from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.opening import Start, draw_start, fit_start
 from jaxft.train.stage_program import StageProgram
@@ -116,12 +116,12 @@ class Curve:
 
     Attributes:
       steps: planned number of steps; the test ends earlier once the loss has diverged.
-      rates: learning rate of each step; of several groups the highest one's.
+      lrs: learning rate of each step; with several groups, the highest one.
       losses: loss of each step's batch, before the step; only the last one may be not finite.
     """
 
     steps: int
-    rates: Sequence[float]
+    lrs: Sequence[float]
     losses: Sequence[float]
 
     @property
@@ -138,13 +138,13 @@ class Curve:
         losses = self.smoothed
         lost = np.flatnonzero(~np.isfinite(losses))
         seen = slice(self.steps // 10, lost[0] if len(lost) else max(len(losses) - UNSETTLED, 0))
-        rates, losses = np.asarray(self.rates)[seen], losses[seen]
-        if len(rates) < 2:
+        lrs, losses = np.asarray(self.lrs)[seen], losses[seen]
+        if len(lrs) < 2:
             raise RecipeError(
-                f"the loss diverged in {len(self.losses)} of {self.steps} steps, at a rate of "
-                f"{self.rates[-1]:.1e}; there is no curve. Begin lower."
+                f"the loss diverged in {len(self.losses)} of {self.steps} steps, at lr "
+                f"{self.lrs[-1]:.1e}; there is no curve. Begin lower."
             )
-        return {name: rule(rates, losses) for name, rule in RULES.items()}
+        return {name: rule(lrs, losses) for name, rule in RULES.items()}
 
 
 def smooth(losses: Sequence[float], beta: float = BETA) -> np.ndarray:
@@ -156,8 +156,8 @@ def smooth(losses: Sequence[float], beta: float = BETA) -> np.ndarray:
     return np.array(smoothed)
 
 
-def valley(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Returns the rate half way down the longest fall: fastai's default.
+def valley(lrs: np.ndarray, losses: np.ndarray) -> float:
+    """Returns the learning rate half way down the longest fall: fastai's default.
 
     The fall ends at the first point where a longest decreasing subsequence can end, and is taken to
     be as many consecutive points as that subsequence has.
@@ -168,17 +168,17 @@ def valley(rates: np.ndarray, losses: np.ndarray) -> float:
     end = int(longest.argmax())
     length = int(longest[end]) if longest[end] > 1 else 0
     third = length / 3
-    return float(rates[max(end - length + int(third) + int(third / 2), 0)])
+    return float(lrs[max(end - length + int(third) + int(third / 2), 0)])
 
 
-def steepest(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Returns the rate where the loss falls fastest, by the logarithm of the rate."""
-    return float(rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))])
+def steepest(lrs: np.ndarray, losses: np.ndarray) -> float:
+    """Returns the learning rate where the loss falls fastest over its logarithm."""
+    return float(lrs[np.argmin(np.diff(losses) / np.diff(np.log(lrs)))])
 
 
-def tenth_of_minimum(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Returns a tenth of the rate with the lowest loss."""
-    return float(rates[np.argmin(losses)]) / 10
+def tenth_of_minimum(lrs: np.ndarray, losses: np.ndarray) -> float:
+    """Returns a tenth of the learning rate with the lowest loss."""
+    return float(lrs[np.argmin(losses)]) / 10
 
 
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -189,25 +189,28 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def highest(stage: Stage) -> float:
-    """Returns the largest base rate of a stage."""
+    """Returns the largest base learning rate of a stage."""
     return max(update.lr for update in stage.updates.values())
 
 
 def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
-    """Returns the stage of a range test, whose highest rate rises from `low` towards `high`.
+    """Returns the stage of a range test: its highest learning rate rises from `low` to `high`.
 
-    The other groups' rates keep their ratios to it. Step i of n has low·(high/low)^(i/n). The stage
-    has no other schedule, no cycled momentum, and nothing ends it early.
+    The learning rates of the other groups keep their ratios to it. Step i of n has
+    low·(high/low)^(i/n). The stage has no other schedule, no cycled momentum, and nothing ends it
+    early.
 
     Raises:
       RecipeError: bounds or length give no curve, or the stage has no learning rate.
     """
     if not 0 < low < high < math.inf:
-        raise RecipeError(f"rates rise from {low:g} to {high:g}; say 0 < low < high.")
+        raise RecipeError(f"learning rates rise from {low:g} to {high:g}; say 0 < low < high.")
     if steps < 10:
         raise RecipeError(f"a range test of {steps} steps shows nothing; take 10 or more.")
     if stage.solver:
-        raise RecipeError(f"stage {stage.name!r} is solved: it has no rate that could rise.")
+        raise RecipeError(
+            f"stage {stage.name!r} is solved: it has no learning rate that could rise."
+        )
     top = highest(stage)
     return dataclasses.replace(
         stage,
@@ -219,15 +222,15 @@ def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
         epochs=None,
         steps=steps,
         until=None,
-        minutes=None,
+        max_minutes=None,
         ema=None,
     )
 
 
 def range_test(trial: Trial, *, low: float, high: float) -> Curve:
-    """Takes the steps of a trial of a `ramp` stage between the same rates.
+    """Takes the steps of a trial of a `ramp` stage between the same learning rates.
 
-    Relative rates are measured once, before the first step.
+    Relative learning rates are measured once, before the first step.
 
     Raises:
       RecipeError: a batch does not fit into memory.
@@ -242,7 +245,7 @@ def _range_test(trial: Trial, low: float, high: float) -> Curve:
     start = trial.params if program.plan.stage.anchor else None
     if compiled.gradient_norms:
         first = trial.batches(min(BATCHES, program.epoch_length(0)))
-        state = with_relative_rates(
+        state = restart_with_auto_rgn(
             compiled, program.devices, state, frozen, first, step=0, start=start
         )
     losses: list[float] = []
@@ -253,5 +256,5 @@ def _range_test(trial: Trial, low: float, high: float) -> Curve:
         smoothed = smooth(losses)
         if not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * smoothed.min():
             break
-    rates = [low * (high / low) ** (step / program.steps) for step in range(len(losses))]
-    return Curve(program.steps, rates, losses)
+    lrs = [low * (high / low) ** (step / program.steps) for step in range(len(losses))]
+    return Curve(program.steps, lrs, losses)

@@ -120,7 +120,7 @@ class EpochMetrics:
     Steps are added one by one in float64, so that an interrupted epoch has the same sums.
 
     Attributes:
-      rates: learning rate of the epoch's first step, by group.
+      lr: learning rate of the epoch's first step, by group.
       metrics: sums over the examples.
       gradient_norms, update_norms: sums over the steps, by group; see `StepRecord`.
       steps: number of steps taken.
@@ -129,7 +129,7 @@ class EpochMetrics:
       idle: seconds in which the device waited for images.
     """
 
-    rates: Mapping[str, float] = field(default_factory=dict)
+    lr: Mapping[str, float] = field(default_factory=dict)
     metrics: Metrics = _ZERO
     gradient_norms: Mapping[str, float] = field(default_factory=dict)
     update_norms: Mapping[str, float] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class EpochMetrics:
             "val_loss": validated.loss,
             "val_accuracy": validated.accuracy,
             "val_top5": validated.top5,
-            "rates": dict(self.rates),
+            "lr": dict(self.lr),
             "gradient_norms": self._mean(self.gradient_norms),
             "update_norms": self._mean(self.update_norms),
             "skipped_steps": self.skipped,

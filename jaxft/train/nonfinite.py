@@ -81,8 +81,8 @@ def _way_out(record: StepRecord, step: int) -> str:
     if step == 1:  # no update has been made yet
         return "It is the run's first step: look at the images, the weights and the network."
     return (
-        "If the loss had been rising, lower rates or a clip_norm make another recipe, for another "
-        "--workdir; --fork-from takes over the stages that went well."
+        "If the loss had been rising, lower learning rates or a clip_norm make another recipe, for "
+        "another --workdir; --fork-from takes over the stages that went well."
     )
 
 

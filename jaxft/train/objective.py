@@ -22,7 +22,7 @@ class Objective:
       class_weights: a weight for each class, as torch's `CrossEntropyLoss(weight=...)`. The mean
         divides by the sum of the images' weights; with mixup or cutmix by the number of images.
       reduction: `sum` minimises the sum over the batch, as torch's `reduction="sum"`.
-      erasing: probability that a box of an image is erased.
+      random_erasing: probability that a box of an image is erased.
       mixup, cutmix: alphas of their Beta distributions; 0 turns them off. With both, a coin flip
         chooses one for each batch.
     """
@@ -30,7 +30,7 @@ class Objective:
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     reduction: Literal["mean", "sum"] = "mean"
-    erasing: float = 0.0
+    random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
 
@@ -47,10 +47,10 @@ class Objective:
         Targets are float32 `[b k]`, not yet smoothed, or `target` itself, int `[b]`, if the loss
         is plain cross entropy.
         """
-        if self.erasing:
+        if self.random_erasing:
             count, height, width, _ = images.shape
             drawn = _named(key, "erasing")
-            boxes = erasing_boxes(drawn, count, height, width, probability=self.erasing)
+            boxes = erasing_boxes(drawn, count, height, width, probability=self.random_erasing)
             images = erase(images, boxes)
         if not (self.mixup or self.cutmix or self.label_smoothing or self.class_weights):
             return images, jnp.asarray(target)

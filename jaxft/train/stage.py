@@ -85,7 +85,7 @@ def end_epoch(
     if not progress.ended:
         save(trainer, program, current)
         return None
-    end = current.best if plan.stage.hand_on == "best" else current.shown
+    end = current.best if plan.stage.restore == "best" else current.shown
     current.tick()
     trainer.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
     return end

@@ -131,7 +131,7 @@ class StageProgram:
             workers=recipe.workers,
             drop_last=recipe.drop_last,
             balanced=settings.balance == "sampling",
-            num_views=settings.views,
+            num_views=settings.num_views,
             features=features,
             rows=self.sizes.rows,
             last_rows=self.sizes.last_rows,
@@ -248,7 +248,7 @@ class StageProgram:
             several = jax.jit(self.train_steps(), donate_argnums=0)
             step = compiled(several, steps_per_call, number, number, start)
         norms: Callable[..., GradientNorms] | None = None
-        if stage.relative_rates:
+        if stage.auto_rgn:
             norms = compiled(jax.jit(self.gradient_norms(self.tensor_labels)), 1, number, start)
         return CompiledStage(
             jax.jit(init_optimizer).lower(params).compile(),
@@ -307,7 +307,7 @@ def stage_program(
         label_smoothing=settings.label_smoothing,
         class_weights=weights,
         reduction=recipe.reduction,
-        erasing=settings.erasing,
+        random_erasing=settings.random_erasing,
         mixup=settings.mixup,
         cutmix=settings.cutmix,
     )

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
-from jaxft.early_stopping import EarlyStop, Plateau, is_better
+from jaxft.early_stopping import EarlyStop, PlateauStop, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.models.norm_modes import layer
 from jaxft.optim.carry import carry_with_warnings
@@ -74,7 +74,7 @@ class Progress:
           stage: the stage.
           score: validation score.
           done: why the stage has no further epoch, if it has none.
-          reductions: how often a `ReduceLROnPlateau` has reduced the rate.
+          reductions: how often a `ReduceLROnPlateau` has reduced the learning rate.
         """
         epoch, until = self.epoch + 1, stage.until
         improved = is_better(score, self.best, *stage.best_by)
@@ -82,7 +82,7 @@ class Progress:
         bar, waited = rule.count(score, self.bar, self.waited, epoch=epoch)
         if isinstance(until, EarlyStop):
             done = until.end_reason(waited, epoch) or done
-        elif isinstance(until, Plateau):
+        elif isinstance(until, PlateauStop):
             done = until.end_reason(reductions) or done
         return dataclasses.replace(
             self,
@@ -96,9 +96,9 @@ class Progress:
             ended=done,
         )
 
-    def handed_on(self, stage: Stage) -> Score:
+    def restored_score(self, stage: Stage) -> Score:
         """Returns the score of the arrays that the next stage starts from."""
-        return self.best if stage.hand_on == "best" else self.score
+        return self.best if stage.restore == "best" else self.score
 
 
 @dataclass

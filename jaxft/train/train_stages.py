@@ -5,7 +5,6 @@ from functools import partial
 import jax
 
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.models.norm_modes import mode_names
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
 from jaxft.train.compiled_stage import Ahead, CompiledStage
 from jaxft.train.gradient_stage import run_gradient_stage
@@ -124,17 +123,16 @@ def _enter(
         state, remarks = next_opt_state(program, at.opt_state, state)
         for remark in remarks:
             trainer.console.say(remark)
-        score = before.handed_on(trainer.programs[before.stage].plan.stage)
+        score = before.restored_score(trainer.programs[before.stage].plan.stage)
         progress = Progress.at_start(program.index, before.step, score)
     return StageState.at_start(program, progress, at._replace(opt_state=state))
 
 
 def _announce(trainer: Trainer, program: StageProgram, cost: str, current: StageState) -> None:
     plan, progress, params = program.plan, current.progress, current.best.params
-    names = mode_names(params, plan.labels, program.norms)
     for remark in plan.remarks:
         trainer.console.say(f"Stage {plan.stage.name!r}: {remark}")
-    trainer.console.stage(plan, title(program, len(trainer.programs)), cost, params, names)
+    trainer.console.stage(plan, title(program, len(trainer.programs)), cost, params, program.norms)
     if progress.epoch == progress.position == 0:
         trainer.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
 

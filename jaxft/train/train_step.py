@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
-from jaxft.l2_sp import Anchor
+from jaxft.l2_sp import L2SP
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.models.norm_modes import layer
@@ -73,7 +73,7 @@ class StepConfig:
     norms: Norms
     objective: Objective = Objective()
     labels: Tree = None
-    anchor: Anchor | None = None
+    anchor: L2SP | None = None
     clip_norm: float | None = None
     accumulate: int = 1
     batch_size: int | None = None

@@ -21,7 +21,7 @@ SCRIPTS = {
     "finetune": "finetune",
     "export": "export",
     "convert_weights": "convert",
-    "find_rate": "find-lr",
+    "find_lr": "find-lr",
     "probe_layers": "probe-layers",
     "prepare_tfds": "prepare-tfds",
 }

@@ -70,7 +70,7 @@ def text_as_image(root):
         (["--shots", "1000"], "DataError: shots=1000"),
         (["--train-split", "train[:0]"], "DataError: split 'train.:0.' is empty"),
         (["--val-split", "test"], "DataError: .*no split test"),
-        (["--erasing", "2"], "erasing is 2.0; a probability lies between 0 and 1"),
+        (["--random-erasing", "2"], "random_erasing is 2.0; a probability lies between"),
         pytest.param(
             ["--drop-last", "True", "--batch-size", "11"],
             "DataError: drop_last leaves nothing of 10",

@@ -213,7 +213,7 @@ def test_carry_there_and_back_loses_nothing(first, second):
     assert not messages
     state, messages = carry_with_warnings(state, back.init(PARAMS), park=plans[2].park)
     assert not messages
-    for group in plans[0].rates:
+    for group in plans[0].lr:
         assert_equal(rule_of(state, group), rule_of(before, group))
 
 

@@ -126,7 +126,7 @@ def test_frozen_groups_hold_no_state():
         sizes = []
         for plan in plans:
             state = plan.transform(optimizer).init(PARAMS)
-            leaves = [leaf for g in plan.rates for leaf in jax.tree.leaves(rule_of(state, g))]
+            leaves = [leaf for g in plan.lr for leaf in jax.tree.leaves(rule_of(state, g))]
             sizes.append(sum(leaf.size for leaf in leaves if leaf.ndim))
         assert sizes == [2 * moments, 5 * moments]
 

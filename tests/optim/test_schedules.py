@@ -123,7 +123,7 @@ def golden():
 def evaluate(schedule, total):
     """Returns the learning rates [time, group] and momenta [time], or None, of a stage."""
     times = jnp.arange(100)  # the same shape for all, so that JAX compiles each operation once
-    rates = [schedule.rate(lr, times, total) for lr in RATES]
+    rates = [schedule.lr_at(lr, times, total) for lr in RATES]
     momenta = schedule.momentum(times, total)
     rates = np.stack([rate[:total] for rate in rates], axis=1)
     return rates, None if momenta is None else momenta[:total]
@@ -152,7 +152,7 @@ def test_reduce_lr_on_plateau_equals_torch(golden, name):
     with jax.enable_x64(True):
         for value in values:
             state = plateau.after_epoch(state, value)
-            rates.append([plateau.rate(lr, state) for lr in RATES])
+            rates.append([plateau.lr_at(lr, state) for lr in RATES])
     np.testing.assert_array_equal(rates, golden[name])
 
 
@@ -214,7 +214,7 @@ def test_schedules_accept_traced_and_mapped_times(name):
     schedule, total = ALL[name]
 
     def rate_and_momentum(t):
-        return schedule.rate(0.1, t, total), schedule.momentum(t, total)
+        return schedule.lr_at(0.1, t, total), schedule.momentum(t, total)
 
     times = jnp.arange(0, total, 7)
     one_by_one = [rate_and_momentum(int(t)) for t in times]
@@ -262,7 +262,7 @@ def test_reduce_lr_on_plateau_state_is_plain_numbers():
 
 def test_warmup_from_zero():
     schedule = Warmup(4, Constant(by="step"), start_factor=0.0)
-    rates = [float(schedule.rate(0.5, t, total=6)) for t in range(6)]
+    rates = [float(schedule.lr_at(0.5, t, total=6)) for t in range(6)]
     assert rates == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
 
 

@@ -9,7 +9,7 @@ from narrow import narrowed
 from jaxft import (
     SGD,
     Adam,
-    LogisticRegression,
+    LinearProbe,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -25,8 +25,8 @@ RECIPE = Recipe(
     batch_size=6,
     optimizer=SGD(momentum=0.9, weight_decay=0.01),
     stages=(
-        Stage("head", {"fc": 0.02}, epochs=2, schedule=StepLR(2), norms="A"),
-        Stage("all", {"fc": 0.02, "*": 0.01}, epochs=1, norms="A", carry="keep"),
+        Stage("head", {"fc": 0.02}, epochs=2, schedule=StepLR(2), norms="batch"),
+        Stage("all", {"fc": 0.02, "*": 0.01}, epochs=1, norms="batch", carry="keep"),
     ),
 )
 ALL_BUT_STEM = replace(RECIPE.stages[1], train={"fc": 0.02, "layer*": 0.01})
@@ -56,7 +56,7 @@ PLANTED = {
     ),
     "schedule off by one": (
         RECIPE,
-        ("rates", "head", 3, "fc.weight", "when the scheduler steps"),
+        ("lr", "head", 3, "fc.weight", "when the scheduler steps"),
     ),
     "SAME padding": (RECIPE, ("outputs", "head", 1, "layer2", "padding")),
     "state not carried": (
@@ -65,7 +65,7 @@ PLANTED = {
     ),
     "one more parameter trains": (
         replace(RECIPE, stages=(RECIPE.stages[0], ALL_BUT_STEM)),
-        ("rates", "all", 1, "conv1.weight", "which parameters train"),
+        ("lr", "all", 1, "conv1.weight", "which parameters train"),
     ),
     "a summed loss": (
         replace(RECIPE, reduction="sum"),
@@ -144,7 +144,7 @@ def test_difference_holds_both_values(planted, module):
         (RECIPE, 1, RecipeError, "2 stages, but `stages` has 1"),
         (replace(RECIPE, mixup=0.2, dropout=0.5), 2, RecipeError, "dropout, mixup"),
         (
-            replace(RECIPE, stages=(Stage("probe", {"fc": LogisticRegression()}),)),
+            replace(RECIPE, stages=(Stage("probe", {"fc": LinearProbe()}),)),
             1,
             RecipeError,
             "stage 'probe' is solved",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from trajectories import CASES, CONFIGS, GOLDEN, VARIANTS, train
 
-RTOL = {"loss": 1e-9, "rates": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
+RTOL = {"loss": 1e-9, "lr": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
 # These do not train in steps, or their steps are tested elsewhere.
 TESTED_ELSEWHERE = {"quickstart", "quickstart_from_scratch", "hymenoptera_resnet50", "auto_rgn"}
 # Each optimizer, schedules by step and by epoch, a binary loss, and label smoothing.
@@ -35,7 +35,7 @@ def assert_as_recorded(actual, recorded):
     assert actual.keys() == recorded.keys()
     for name, expected in recorded.items():
         part = name.rpartition("/")[2]
-        scale = expected if part in ("loss", "rates") else expected[:, :1]
+        scale = expected if part in ("loss", "lr") else expected[:, :1]
         worst = np.abs(actual[name] - expected) / np.maximum(np.abs(scale), 1e-12)
         assert actual[name].shape == expected.shape, name
         assert worst.max(initial=0.0) <= RTOL[part], (name, worst.max())

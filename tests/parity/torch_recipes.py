@@ -84,15 +84,15 @@ def stage(rates, make, *, norms, carry="reset", **rest):
 def set_norms(module, mode):
     """Calls `train()` or `eval()` and sets `track_running_stats` (as Lightning does) for a mode.
 
-    `mode` is one of the five letters, or a function `(name of the layer) -> letter`.
+    `mode` is a norm mode, or a function `(name of the layer) -> norm mode`.
     """
     module.train()
     for name, layer in module.named_modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             layer_mode = mode if isinstance(mode, str) else mode(name)
             trains = any(p.requires_grad for p in layer.parameters())
-            layer.train(not (layer_mode == "E" or (layer_mode == "B" and not trains)))
-            layer.track_running_stats = not (layer_mode == "D" and not trains)
+            layer.train(not (layer_mode == "eval" or (layer_mode == "frozen_eval" and not trains)))
+            layer.track_running_stats = not (layer_mode == "frozen_batch" and not trains)
 
 
 def sgd(**options):
@@ -116,7 +116,7 @@ def step_lr(size):
 
 
 def pytorch_tutorial_finetune(norms, carry):
-    return [stage(lambda name: 1e-3, sgd(), norms=norms or "C", scheduler=step_lr(7))]
+    return [stage(lambda name: 1e-3, sgd(), norms=norms or "train_all", scheduler=step_lr(7))]
 
 
 def pytorch_tutorial_extractor(norms, carry):
@@ -135,7 +135,7 @@ def d2l_hotdog(norms, carry):
         stage(
             lambda name: 5e-4 if name.startswith("fc.") else 5e-5,
             lambda groups: SGD(groups, weight_decay=0.001),
-            norms=norms or "C",
+            norms=norms or "train_all",
             loss=summed,
         )
     ]
@@ -163,7 +163,11 @@ def lightning_milestones(norms, carry):
         return 1e-6 if convolutions(name) else None
 
     # Norm layers never train; the statistics of an unfrozen layer are updated.
-    modes = ["D", lambda name: "A" if name.startswith("layer") else "D", "A"]
+    modes = [
+        "frozen_batch",
+        lambda name: "batch" if name.startswith("layer") else "frozen_batch",
+        "batch",
+    ]
     carry = carry or "keep"
     return [
         stage(rates, Adam, norms=norms or mode, carry=carry, loss=bce)
@@ -197,11 +201,11 @@ def fastai_fine_tune(norms, carry):
 
     return [
         stage(
-            frozen, adam, norms="C", carry=carry,
+            frozen, adam, norms="train_all", carry=carry,
             scheduler=lambda o: FastaiOneCycle(o, pct=0.99, div=25.0), by="step",
         ),
         stage(
-            unfrozen, adam, norms="C", carry=carry,
+            unfrozen, adam, norms="train_all", carry=carry,
             scheduler=lambda o: FastaiOneCycle(o, pct=0.3, div=5.0), by="step",
         ),
     ]  # fmt: skip
@@ -254,8 +258,8 @@ def keras_guide(norms, carry):
         return Adam(groups, eps=1e-7)
 
     return [
-        stage(only_fc(1e-3), adam, norms=norms or "B", carry=carry, loss=bce),
-        stage(lambda name: 1e-5, adam, norms=norms or "E", carry=carry, loss=bce),
+        stage(only_fc(1e-3), adam, norms=norms or "frozen_eval", carry=carry, loss=bce),
+        stage(lambda name: 1e-5, adam, norms=norms or "eval", carry=carry, loss=bce),
     ]
 
 
@@ -275,7 +279,7 @@ def ulmfit(norms, carry):
 
     return [
         stage(
-            unfrozen_blocks(count), adam, norms=norms or "B", carry=carry or "keep",
+            unfrozen_blocks(count), adam, norms=norms or "frozen_eval", carry=carry or "keep",
             scheduler=SlantedTriangular, by="step",
         )
         for count in range(1, 7)
@@ -286,14 +290,14 @@ def lp_ft(norms, carry):
     def cosine(optimizer):
         return lr_scheduler.CosineAnnealingLR(optimizer, SINGLE_STAGE_EPOCHS)
 
-    return [stage(lambda name: 1e-4, sgd(), norms=norms or "E", scheduler=cosine)]
+    return [stage(lambda name: 1e-4, sgd(), norms=norms or "eval", scheduler=cosine)]
 
 
 def surgical(norms, carry):
     def first(name):
         return 1e-3 if name.startswith(("conv1.", "layer1.")) else None
 
-    return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms=norms or "E")]
+    return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms=norms or "eval")]
 
 
 def bit(norms, carry):
@@ -306,7 +310,7 @@ def bit(norms, carry):
         return lr_scheduler.LambdaLR(optimizer, factor)
 
     rates = [lambda name: 0.003, sgd()]
-    return [stage(*rates, norms=norms or "C", scheduler=schedule, by="step")]
+    return [stage(*rates, norms=norms or "train_all", scheduler=schedule, by="step")]
 
 
 def l2_sp(norms, carry):
@@ -323,7 +327,7 @@ def l2_sp(norms, carry):
 
     return [
         stage(
-            lambda name: 0.01 / 8, sgd(), norms=norms or "C", penalty=penalty,
+            lambda name: 0.01 / 8, sgd(), norms=norms or "train_all", penalty=penalty,
             scheduler=drop, by="step",
         )
     ]  # fmt: skip
@@ -357,7 +361,7 @@ def layer_decay(norms, carry):
         stage(
             options,
             AdamW,
-            norms=norms or "C",
+            norms=norms or "train_all",
             loss=smoothed,
             scheduler=warm_cosine(epochs=SINGLE_STAGE_EPOCHS),
         )
@@ -366,7 +370,7 @@ def layer_decay(norms, carry):
 
 def torchvision_reference(norms, carry):
     decayed = sgd(weight_decay=1e-4)
-    return [stage(lambda name: 0.1 / 32, decayed, norms="C", scheduler=step_lr(3))]
+    return [stage(lambda name: 0.1 / 32, decayed, norms="train_all", scheduler=step_lr(3))]
 
 
 def torchvision_reference_v2(norms, carry):
@@ -378,7 +382,7 @@ def torchvision_reference_v2(norms, carry):
         stage(
             options,
             sgd(),
-            norms="C",
+            norms="train_all",
             loss=smoothed,
             scheduler=warm_cosine(epochs=SINGLE_STAGE_EPOCHS),
         )

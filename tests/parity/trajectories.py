@@ -27,19 +27,23 @@ EPOCHS, SINGLE_STAGE_EPOCHS = 5, 10  # of two batches each
 
 # config: (norms, carry) of each variant; None keeps the recipe's value
 VARIANTS = {
-    "seed": [(norms, carry) for norms in "ABDE" for carry in ("reset", "keep")],
-    "pytorch_tutorial_finetune": [(None, None), ("E", None)],
-    "pytorch_tutorial_extractor": [("A", None), ("B", None), ("D", None)],
-    "d2l_hotdog": [(None, None), ("E", None)],
-    "lightning_milestones": [(None, None), (None, "reset"), ("B", None)],
+    "seed": [
+        (norms, carry)
+        for norms in ("batch", "frozen_eval", "frozen_batch", "eval")
+        for carry in ("reset", "keep")
+    ],
+    "pytorch_tutorial_finetune": [(None, None), ("eval", None)],
+    "pytorch_tutorial_extractor": [("batch", None), ("frozen_eval", None), ("frozen_batch", None)],
+    "d2l_hotdog": [(None, None), ("eval", None)],
+    "lightning_milestones": [(None, None), (None, "reset"), ("frozen_eval", None)],
     "fastai_fine_tune": [(None, None), (None, "keep")],
-    "keras_guide": [(None, None), ("E", "keep"), ("B", None)],
-    "ulmfit": [(None, None), (None, "reset"), ("E", None)],
-    "lp_ft": [(None, None), ("B", None)],
-    "surgical": [(None, None), ("A", None), ("B", None)],
-    "bit": [(None, None), ("E", None)],
-    "l2_sp": [(None, None), ("E", None)],
-    "layer_decay": [(None, None), ("E", None)],
+    "keras_guide": [(None, None), ("eval", "keep"), ("frozen_eval", None)],
+    "ulmfit": [(None, None), (None, "reset"), ("eval", None)],
+    "lp_ft": [(None, None), ("frozen_eval", None)],
+    "surgical": [(None, None), ("batch", None), ("frozen_eval", None)],
+    "bit": [(None, None), ("eval", None)],
+    "l2_sp": [(None, None), ("eval", None)],
+    "layer_decay": [(None, None), ("eval", None)],
     "torchvision_reference": [(None, None)],
     "torchvision_reference_v2": [(None, None)],
 }
@@ -92,7 +96,7 @@ def small_recipe(config, norms=None, carry=None):
         dropout=0.0,
         mixup=0.0,
         cutmix=0.0,
-        erasing=0.0,
+        random_erasing=0.0,
         stages=tuple(map(small_stage, stages)),
     )
 
@@ -128,12 +132,12 @@ def summarize(steps, lengths):
     """
     steps = iter(steps)
     for index, length in enumerate(lengths):
-        losses, rates = [], []
+        losses, lrs = [], []
         for step in islice(steps, length):
             losses.append(step.loss["loss"])
-            rates.append([step.rates[name] for name in sorted(step.rates)])
+            lrs.append([step.lr[name] for name in sorted(step.lr)])
         yield f"{index}/loss", np.array(losses)
-        yield f"{index}/rates", np.array(rates)
+        yield f"{index}/lr", np.array(lrs)
         for part in ("params", "stats", "moments"):
             yield f"{index}/{part}", summaries(getattr(step, part))
 

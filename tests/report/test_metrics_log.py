@@ -55,20 +55,20 @@ def test_metrics_log_writes_a_row_as_json_and_for_tensorboard(tmp_path):
     written = row(
         7,
         val_loss=float("nan"),
-        rates={"fc": 0.5, "layer4": math.inf},
+        lr={"fc": 0.5, "layer4": math.inf},
         gradient_norms={"fc": {"mean": 2.0}},
         improved=True,
     )
     with closing(open_log(tmp_path)) as log:
         log.write(written)
     assert rows(tmp_path) == [
-        {**written, "val_loss": None, "rates": {"fc": 0.5, "layer4": None}}
+        {**written, "val_loss": None, "lr": {"fc": 0.5, "layer4": None}}
     ]  # only non-finite numbers change
     (purged, *scalars) = events(tmp_path)
     assert purged == (1, "purged", None)
     tags = {tag: value for step, tag, value in scalars if step == 7}
     assert math.isnan(tags.pop("val_loss"))
-    assert tags == {"rates/fc": 0.5, "rates/layer4": math.inf, "gradient_norms/fc/mean": 2.0}
+    assert tags == {"lr/fc": 0.5, "lr/layer4": math.inf, "gradient_norms/fc/mean": 2.0}
 
 
 @pytest.mark.parametrize("damage", ["none", "cut", "changed", "missing"])
@@ -103,7 +103,7 @@ def test_metrics_log_writes_missing_rows_after_a_full_disk(disk):
     log.write(row(1))
     disk.fill(but=0)
     long = {f"layer{n}": 0.5 for n in range(1000)}
-    log.write(row(2, rates=long))
+    log.write(row(2, lr=long))
     log.write(row(3))
     assert rows(disk.folder) == [row(1)]
     disk.free()
@@ -117,6 +117,6 @@ def test_metrics_log_writes_missing_rows_after_a_full_disk(disk):
 def test_metrics_log_warns_about_rows_lost_to_a_full_disk(disk):
     log = open_log(disk.folder)
     disk.fill(but=0)
-    log.write(row(2, rates={f"layer{n}": 0.5 for n in range(1000)}))
+    log.write(row(2, lr={f"layer{n}": 0.5 for n in range(1000)}))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl, or .* are missing: .*No space left"):
         log.close()

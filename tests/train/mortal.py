@@ -36,7 +36,7 @@ RECIPE = Recipe(
     stages=(
         Stage("head", {"fc": 1e-2}, epochs=2),
         Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=10, carry="keep", ema=0.9),
-        Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
+        Stage("all", {"*": 1e-3}, epochs=2, restore="last"),
     ),
 )
 ONE_STAGE = dataclasses.replace(RECIPE, stages=RECIPE.stages[:1])  # 8 steps, 2 epochs

@@ -16,7 +16,7 @@ import pytest
 from flax import linen
 from safetensors.numpy import load_file
 
-from jaxft import LogisticRegression, Recipe, RecipeError, Stage, finetune, models
+from jaxft import LinearProbe, Recipe, RecipeError, Stage, finetune, models
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.labels import paths
 from jaxft.recipe_file import save
@@ -41,31 +41,31 @@ RECIPE = Recipe(
     dropout=0.1,
     sync_steps=1,
     stages=(
-        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20, relative_rates=True),
+        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20, auto_rgn=True),
         Stage(
             "late",
             {"fc": 1e-3, "layer3": 1e-3},
             epochs=3,
-            norms="A",
+            norms="batch",
             carry="keep",
             mixup=0.2,
-            erasing=0.5,
+            random_erasing=0.5,
             clip_norm=1.0,
         ),
         Stage(
             "all",
             {"*": 1e-3},
             epochs=2,
-            norms="C",
+            norms="train_all",
             batch_size=20,
             accumulate=2,
             ema=0.5,
         ),
-        Stage("probe", {"fc": LogisticRegression((0.1,))}, hand_on="last"),
+        Stage("probe", {"fc": LinearProbe((0.1,))}, restore="last"),
     ),
 )
 # Its norm layers see the batch, and its one step is soon compiled.
-BRIEF = dataclasses.replace(RECIPE, stages=(Stage("brief", {"fc": 1e-2}, epochs=1, norms="A"),))
+BRIEF = dataclasses.replace(RECIPE, stages=(Stage("brief", {"fc": 1e-2}, epochs=1, norms="batch"),))
 
 
 def rows(workdir):

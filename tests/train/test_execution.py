@@ -29,11 +29,11 @@ SINGLE = dataclasses.replace(
     optimizer=SGD(momentum=0.9),  # Adam makes much of a last bit where a gradient is about 0
     tta="flip",
     checkpoint_steps=7,
-    views=1,
+    num_views=1,
     stages=(
         Stage("head", {"fc": 1e-2}, epochs=2),  # from what is kept
         Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=12, carry="keep", ema=0.9),
-        Stage("all", {"*": 1e-3}, epochs=1, accumulate=2, hand_on="last"),
+        Stage("all", {"*": 1e-3}, epochs=1, accumulate=2, restore="last"),
     ),
 )
 IN_FOURS = dataclasses.replace(SINGLE, steps_per_execution=4)

@@ -59,7 +59,7 @@ LONGER = {
     "epochs": (RECIPE, last(epochs=4)),
     "steps": (last(epochs=None, steps=3), last(epochs=None, steps=7)),
     "average": (last(ema=0.9), last(ema=0.9, epochs=3)),
-    "last_handed_on": (last(epochs=1, hand_on="last"), last(epochs=3, hand_on="last")),
+    "last_handed_on": (last(epochs=1, restore="last"), last(epochs=3, restore="last")),
     "patience": (
         last(epochs=5, until=EarlyStop(min_delta=1.0, patience=1)),
         last(epochs=5, until=EarlyStop(min_delta=1.0, patience=3)),
@@ -122,7 +122,11 @@ COSINE = {"schedule": schedules.CosineAnnealingLR()}
     ("now", "extend", "message"),
     [
         (last(**COSINE, epochs=4), False, r"stages\[late\]\.epochs: 2 -> 4\nGo on .* --extend"),
-        (last(**COSINE, epochs=4), True, r"'late': the rates .* CosineAnnealingLR depend on the"),
+        (
+            last(**COSINE, epochs=4),
+            True,
+            r"'late': the learning rates .* CosineAnnealingLR depend on the",
+        ),
         (last(**COSINE, epochs=1), True, r"stages\[late\]\.epochs: 2 -> 1\n--extend takes"),
         (last(**COSINE, train={"head": 1e-1}), True, r"train\[head\]: 0\.01 -> 0\.1\n .*late\]: 0"),
         (recipe(HEAD), True, r"stages\[late\]: a stage -> absent\n"),

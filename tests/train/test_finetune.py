@@ -53,7 +53,7 @@ RECIPE = Recipe(
     stages=(
         Stage("head", {"fc": 1e-2}, epochs=2),
         Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep"),
-        Stage("all", {"*": 1e-3}, epochs=2, hand_on="last"),
+        Stage("all", {"*": 1e-3}, epochs=2, restore="last"),
     ),
 )
 QUIET = Console(quiet=True)
@@ -89,7 +89,7 @@ def test_run_files_and_epochs(unbroken):
         ("late", 1, 12), ("late", 2, 16), ("late", 3, 20),
         ("all", 1, 24), ("all", 2, 28),
     ]  # fmt: skip
-    assert rows(workdir)[2]["rates"] == pytest.approx({"fc": 1e-3, "layer3": 1e-3})
+    assert rows(workdir)[2]["lr"] == pytest.approx({"fc": 1e-3, "layer3": 1e-3})
     assert result.checkpoint == workdir / "checkpoints" / "28"
     assert result.checkpoint.is_dir()
     assert any((workdir / "tensorboard").iterdir())
@@ -224,7 +224,7 @@ def test_resume_restores_schedules_and_parked_state(tmp_path, monkeypatch):
     )
     with saving_stage_ends_only():
         whole = finetune(recipe, tmp_path / "whole", console=QUIET)
-    found = [row["rates"]["fc"] for row in rows(tmp_path / "whole")]
+    found = [row["lr"]["fc"] for row in rows(tmp_path / "whole")]
     assert found == pytest.approx([1e-2, 1e-2, 0.5e-2, 1e-2, 0.5e-2])
     for step in (8, 16):
         run_and_die(recipe, tmp_path / "run", step, monkeypatch)

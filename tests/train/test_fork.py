@@ -14,7 +14,7 @@ from mortal import QUIET, RECIPE, rows, saving_stage_ends_only, train_to_end
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.l2_sp import Anchor
+from jaxft.l2_sp import L2SP
 from jaxft.recipe_file import save
 from jaxft.weights import load
 
@@ -94,7 +94,7 @@ def test_fork_anchors_to_start_of_the_first_run(tmp_path):
     stages = (
         dataclasses.replace(HEAD, epochs=1),
         dataclasses.replace(LATE, steps=4),
-        dataclasses.replace(ALL, epochs=1, anchor=Anchor()),
+        dataclasses.replace(ALL, epochs=1, anchor=L2SP()),
     )
     recipe = dataclasses.replace(RECIPE, stages=stages)
     with saving_stage_ends_only():

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 from mortal import QUIET, rows
 
-from jaxft import Adam, Anchor, JaxftError, Recipe, Stage, data, finetune, models
+from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.report import environment
 
@@ -29,7 +29,7 @@ RECIPE = Recipe(
     image_size=8,
     resize_size=8,
     batch_size=8,
-    stages=(Stage("head", {"head": 1e-2}, epochs=1, anchor=Anchor()),),
+    stages=(Stage("head", {"head": 1e-2}, epochs=1, anchor=L2SP()),),
 )
 
 

@@ -22,8 +22,8 @@ RECIPE = Recipe(
     image_size=8,
     resize_size=8,
     stages=(
-        Stage("head", {"fc": 1e-2}, 1, hand_on="last"),
-        Stage("on", {"fc": 1e-2}, 1, carry="keep", hand_on="last"),
+        Stage("head", {"fc": 1e-2}, 1, restore="last"),
+        Stage("on", {"fc": 1e-2}, 1, carry="keep", restore="last"),
     ),
 )
 NAMES = {False: ("ant", "bee", "wasp"), True: ("ant", "bee")}

@@ -22,7 +22,7 @@ from jaxft.train.opening import open_splits
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 
 ROOT = Path(__file__).parents[2]
-ONCE = (Stage("head", {"fc": 1e-2}, epochs=1, hand_on="last"),)
+ONCE = (Stage("head", {"fc": 1e-2}, epochs=1, restore="last"),)
 RECIPE = Recipe(
     model="cifar_resnet8",
     weights="asset:digits_0to4",
@@ -104,7 +104,7 @@ def test_normalized_float_images_train_as_bytes(fields, tmp_path):
     "fields",
     [
         {"augment": "randaugment"},
-        {"erasing": 0.5},
+        {"random_erasing": 0.5},
         {"cutmix": 1.0, "mixup": 0.5, "label_smoothing": 0.1},
         {"balance": "loss", "shots": None, "train_split": "train[:37]"},
         {"balance": "sampling"},

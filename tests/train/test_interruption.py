@@ -181,8 +181,8 @@ def test_signal_before_finetune_ends_script(event, name, number, tmp_path):
 @pytest.mark.parametrize(
     ("script", "number", "event", "name"),
     [
-        ("find_rate", "SIGTERM", "import", "optax"),
-        ("find_rate", "SIGINT", "open", "config.py"),
+        ("find_lr", "SIGTERM", "import", "optax"),
+        ("find_lr", "SIGINT", "open", "config.py"),
         ("probe_layers", "SIGINT", "import", "optax"),
         ("export", "SIGTERM", "import", "orbax.checkpoint"),
         ("convert_weights", "SIGTERM", "open", "digits_0to4"),
@@ -194,7 +194,7 @@ def test_signal_ends_other_scripts_in_one_line(script, number, event, name, tmp_
     (tmp_path / "recipe.yaml").write_text("")
     (tmp_path / "config.py").write_text("")
     arguments = {
-        "find_rate": (tmp_path / "config.py", "--out", tmp_path / "out"),
+        "find_lr": (tmp_path / "config.py", "--out", tmp_path / "out"),
         "probe_layers": (tmp_path / "config.py",),
         "export": (tmp_path,),
         "convert_weights": ("asset:digits_0to4", tmp_path / "out", "--model", "cifar_resnet8"),

@@ -21,7 +21,7 @@ from mortal import (
     train_to_end,
 )
 
-from jaxft import Anchor, InterruptedRunError
+from jaxft import L2SP, InterruptedRunError
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
@@ -80,7 +80,7 @@ def test_lost_step_or_checkpoint_is_repeated(whole, tmp_path, monkeypatch):
 
 def test_anchor_start_is_saved_before_the_first_checkpoint(tmp_path, monkeypatch):
     """A run that died after it had saved its start, completely or in part, starts again."""
-    first = dataclasses.replace(RECIPE.stages[0], anchor=Anchor())
+    first = dataclasses.replace(RECIPE.stages[0], anchor=L2SP())
     recipe = dataclasses.replace(RECIPE, stages=(first,))
     with monkeypatch.context() as patch:
         die(patch, Checkpoints, "save", lambda *_: True)

@@ -51,7 +51,7 @@ def test_out_of_memory_error_names_ways_out(owner, name, instead, tmp_path, monk
 
 @pytest.mark.slow
 def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
-    stages = (*ALL.stages, Stage("more", {"*": 1e-4}, 1, hand_on="last"))
+    stages = (*ALL.stages, Stage("more", {"*": 1e-4}, 1, restore="last"))
     recipe = dataclasses.replace(ALL, stages=stages)
     whole = run(tmp_path / "whole", recipe)
 

@@ -162,7 +162,7 @@ def test_nonfinite_validation_loss_at_start_ends_the_run(tmp_path):
     told = r"stage 'all', before the first step: the validation loss is (nan|inf)\. Look"
     with pytest.raises(NonFiniteError, match=told) as stop:
         finetune(ONE, tmp_path, data=swapped, model=NETWORK, console=QUIET)
-    assert "lower rates" not in str(stop.value).lower()
+    assert "lower learning rates" not in str(stop.value).lower()
     skipping = dataclasses.replace(ONE, on_nonfinite="skip")
     finetune(skipping, tmp_path, data=swapped, model=NETWORK, console=QUIET)
 

@@ -34,7 +34,7 @@ MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
 KEY = jax.random.key(3)
 EVERYTHING = Objective(
-    label_smoothing=0.1, class_weights=(1, 2, 3, 4, 5), erasing=0.7, mixup=0.3, cutmix=1.0
+    label_smoothing=0.1, class_weights=(1, 2, 3, 4, 5), random_erasing=0.7, mixup=0.3, cutmix=1.0
 )
 
 
@@ -136,7 +136,7 @@ def test_mixup_and_cutmix_ignore_padding(objective):
 @pytest.mark.slow
 def test_erasing_and_mixup_draw_independently():
     """The draws of one are the same with and without the other."""
-    both, erased = Objective(erasing=1.0, mixup=0.5), Objective(erasing=1.0)
+    both, erased = Objective(random_erasing=1.0, mixup=0.5), Objective(random_erasing=1.0)
     plain, _ = varied(Objective(), batch())
     mixed, targets = varied(Objective(mixup=0.5), batch())
     boxes = varied(erased, batch())[0] == 0
@@ -201,7 +201,7 @@ def test_sum_reduction_scales_the_step_by_rows(accumulate):
 def test_objective_of_recipe():
     start = jax.eval_shape(MODEL.init, KEY)
     stages = (Stage("all", {"*": 0.1}, 1),)
-    fields = {"reduction": "sum", "label_smoothing": 0.1, "erasing": 0.2, "mixup": 0.3}
+    fields = {"reduction": "sum", "label_smoothing": 0.1, "random_erasing": 0.2, "mixup": 0.3}
     recipe = Recipe(model=MODEL.name, data="random", stages=stages, **fields)
     source = data.arrays(*batch()[:2], classes="01234")
     prepared = stage_program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
@@ -210,7 +210,7 @@ def test_objective_of_recipe():
 
 @pytest.mark.slow
 def test_objective_without_mixing_ignores_padding():
-    objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, erasing=0.0)
+    objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, random_erasing=0.0)
     after = []
     for rows in (5, 8):
         step, state, frozen = prepare(objective)

@@ -21,8 +21,8 @@ from user_modules import Compact, TrainingArgument
 LINEN = Linen(Compact(dropout=0.1), shape=(8, 8, 3), head="head")
 STAGES = (
     Stage("head", {"head": 1e-2}, epochs=1),
-    Stage("late", {"head": 1e-3, "*_1": 1e-3, "Dense_0": 1e-3}, epochs=2, hand_on="last"),
-    Stage("all", {"*": 1e-3}, epochs=1, hand_on="last"),
+    Stage("late", {"head": 1e-3, "*_1": 1e-3, "Dense_0": 1e-3}, epochs=2, restore="last"),
+    Stage("all", {"*": 1e-3}, epochs=1, restore="last"),
 )
 OWN = dataclasses.replace(RECIPE, model="cnn", weights=None, dropout=0.0, stages=STAGES)
 
@@ -87,7 +87,7 @@ def test_run_of_user_model_starts_another(unbroken, tmp_path):
 @pytest.mark.slow
 def test_run_of_nnx_module(tmp_path):
     model = NNX(TrainingArgument, shape=(8, 8, 3), head="fc")
-    recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, hand_on="last"),))
+    recipe = dataclasses.replace(OWN, stages=(Stage("s", {"fc": 1e-2}, 1, restore="last"),))
     start = model.init(jax.random.key(OWN.seed))
     result = finetune(recipe, tmp_path / "run", model=model, console=QUIET)
     before, after = flat(start), flat(weights.load(result.weights, model))

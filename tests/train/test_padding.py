@@ -52,7 +52,7 @@ RECIPE = Recipe(
     resize_size=8,
     augment="none",
     workers=0,
-    stages=(Stage("all", {"*": 1e-2}, epochs=1, hand_on="last", ema=0.5),),
+    stages=(Stage("all", {"*": 1e-2}, epochs=1, restore="last", ema=0.5),),
 )
 
 
@@ -109,7 +109,7 @@ def test_short_last_batch_ends_a_call(tmp_path):
 @pytest.mark.slow
 def test_range_test_and_relative_rates_ignore_padding():
     recipe = dataclasses.replace(RECIPE, batch_size=4)
-    stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
+    stage = dataclasses.replace(RECIPE.stages[0], auto_rgn=True)
     stage = ramp(stage, low=1e-5, high=1e-3, steps=10)
     tried = trial(recipe, stage, data=noise(), model=NETWORKS["linen"])
     assert np.isfinite(range_test(tried, low=1e-5, high=1e-3).losses).all()

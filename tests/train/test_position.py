@@ -26,11 +26,11 @@ def stage(stage):
 @pytest.mark.parametrize(
     ("trains", "norms", "params", "stats"),
     [
-        ({"fc": 0.1}, "B", "fc", ()),
-        ({"fc": 0.1}, "A", "fc", ""),
-        ({"fc": 0.1, "layer3": 0.1}, "B", ("fc", "layer3"), "layer3"),
-        ({"fc": 0.1, "layer3": 0.1}, "E", ("fc", "layer3"), ()),
-        ({"*": 0.1}, "B", "", ""),
+        ({"fc": 0.1}, "frozen_eval", "fc", ()),
+        ({"fc": 0.1}, "batch", "fc", ""),
+        ({"fc": 0.1, "layer3": 0.1}, "frozen_eval", ("fc", "layer3"), "layer3"),
+        ({"fc": 0.1, "layer3": 0.1}, "eval", ("fc", "layer3"), ()),
+        ({"*": 0.1}, "frozen_eval", "", ""),
     ],
     ids=["head", "statistics move", "late", "no statistics move", "all"],
 )

@@ -18,7 +18,7 @@ from mortal import (
     train_to_end,
 )
 
-from jaxft import SGD, LogisticRegression, RecipeError, Stage, data
+from jaxft import SGD, LinearProbe, RecipeError, Stage, data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
@@ -30,7 +30,7 @@ from jaxft.train.trainer import Trainer
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
-ALL = Stage("all", {"*": 1e-3}, epochs=1, hand_on="last")
+ALL = Stage("all", {"*": 1e-3}, epochs=1, restore="last")
 AGAIN = Stage("again", {"fc": 1e-3}, epochs=2, batch_size=12)
 PLAIN = dataclasses.replace(
     RECIPE,
@@ -39,7 +39,7 @@ PLAIN = dataclasses.replace(
     stages=(HEAD, LATE, ALL, AGAIN),
 )
 # The options that change the inputs of a prefix.
-VIEWS = dataclasses.replace(PLAIN, augment="shift", views=2, tta="flip", stages=(HEAD, LATE))
+VIEWS = dataclasses.replace(PLAIN, augment="shift", num_views=2, tta="flip", stages=(HEAD, LATE))
 
 
 def without(recipe):
@@ -136,7 +136,7 @@ def test_signal_while_prefix_computes_features(tmp_path, monkeypatch):
 def test_views_as_many_as_epochs_change_nothing(tmp_path):
     """Fewer views repeat in a later epoch."""
     for name, views in (("three", 3), ("unlimited", 0), ("two", 2)):
-        stages = (dataclasses.replace(HEAD, views=views),)
+        stages = (dataclasses.replace(HEAD, num_views=views),)
         run(tmp_path / name, dataclasses.replace(PLAIN, augment="shift", stages=stages))
     assert_same_end(tmp_path / "three", tmp_path / "unlimited")
     losses = [[row["train_loss"] for row in rows(tmp_path / name)] for name in ("three", "two")]
@@ -168,7 +168,7 @@ def test_prefix_computes_features_of_later_stages_in_one_pass(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
-    probe = Stage("probe", {"fc": LogisticRegression((0.1,))})
+    probe = Stage("probe", {"fc": LinearProbe((0.1,))})
     recipe = dataclasses.replace(PLAIN, stages=(probe, HEAD, LATE))
     assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train"]
 
@@ -178,13 +178,13 @@ def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
     [
         ({}, LATE, True, True, ""),
         ({"augment": "flip"}, LATE, False, True, "augment='flip' draws a new view each epoch"),
-        ({"augment": "flip", "views": 2}, LATE, True, True, ""),
-        ({"augment": "flip", "views": 3}, LATE, False, True, "each view is seen once"),
-        ({"mixup": 0.2}, LATE, False, True, "erasing, mixup and cutmix change the images"),
+        ({"augment": "flip", "num_views": 2}, LATE, True, True, ""),
+        ({"augment": "flip", "num_views": 3}, LATE, False, True, "each view is seen once"),
+        ({"mixup": 0.2}, LATE, False, True, "random_erasing, mixup and cutmix change the images"),
         ({"drop_path": 0.2}, LATE, False, True, "drop_path leaves out other blocks"),
         ({"balance": "sampling"}, LATE, True, True, ""),
         (
-            {"balance": "sampling", "augment": "flip", "views": 2},
+            {"balance": "sampling", "augment": "flip", "num_views": 2},
             *(LATE, False, True, "balance='sampling' draws views of their own"),
         ),
         # 4x4x32 float32 are 2 KiB an image
@@ -202,10 +202,16 @@ def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
         ({}, dataclasses.replace(LATE, epochs=1), False, True, "each view is seen once"),
         ({}, ALL, False, False, "stem trains"),
         (
-            *({}, dataclasses.replace(LATE, norms="A"), False, False),
+            *({}, dataclasses.replace(LATE, norms="batch"), False, False),
             "norm layers of stem use the batch's statistics",
         ),
-        ({}, dataclasses.replace(LATE, norms={"layer2": "A", "*": "B"}), True, True, ""),
+        (
+            {},
+            dataclasses.replace(LATE, norms={"layer2": "batch", "*": "frozen_eval"}),
+            True,
+            True,
+            "",
+        ),
     ],
     ids=str,
 )
@@ -215,15 +221,15 @@ def test_prefix_reason(fields, stage, train, val, reason):
     assert (prefix.train, prefix.val) == (train, val)
     assert reason in prefix.reason
     assert bool(prefix.reason) == (not train)
-    ends = {"late": "layer2", "all": None}[stage.name] if stage.norms in ("B",) else None
+    ends = {"late": "layer2", "all": None}[stage.name] if stage.norms in ("frozen_eval",) else None
     if isinstance(stage.norms, dict):
         ends = "layer1"
     assert prefix.blocks[-1:] == ((ends,) if ends else ())
 
 
 def test_views_must_not_be_negative():
-    with pytest.raises(RecipeError, match="views must be at least 0"):
-        dataclasses.replace(PLAIN, views=-1)
+    with pytest.raises(RecipeError, match="num_views must be at least 0"):
+        dataclasses.replace(PLAIN, num_views=-1)
 
 
 def test_cache_evicts_least_recently_used():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft import EarlyStop, Plateau, RecipeError, ReduceLROnPlateau, Stage
+from jaxft import EarlyStop, PlateauStop, RecipeError, ReduceLROnPlateau, Stage
 from jaxft.report.stage_text import epilogue
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
@@ -69,10 +69,10 @@ CASES = [  # until, field, its value at the start and after each epoch -> best e
     (from_start(patience=3, min_epochs=2), "accuracy", 0.5, [0.4, 0.4], 0, ""),
     (from_start(patience=1, min_epochs=2), "accuracy", 0.5, [0.4, 0.6], 2, ""),
     (from_start(patience=1, min_epochs=9), "accuracy", 0.5, [0.4, 0.4, 0.4], 0, EPOCHS),
-    # the best is by what is monitored, and of a Plateau by accuracy as without a rule
+    # the best is by what is monitored, and of a PlateauStop by accuracy as without a rule
     (from_start(patience=2), "loss", 1.0, [0.9, 0.8], 0, f"accuracy {WAITED} 2 epochs"),
-    (Plateau(), "accuracy", 0.5, [0.6, 0.4], 1, ""),
-    (Plateau(), "loss", 1.0, [0.5, 0.4, 0.3], 0, EPOCHS),
+    (PlateauStop(), "accuracy", 0.5, [0.6, 0.4], 1, ""),
+    (PlateauStop(), "loss", 1.0, [0.5, 0.4, 0.3], 0, EPOCHS),
     # By default the first epoch improves on nothing, and the start may still be the best.
     (EarlyStop(patience=1), "accuracy", 0.9, [0.5, 0.6], 0, ""),
     (EarlyStop(patience=1), "accuracy", 0.9, [0.5, 0.5], 0, f"accuracy {WAITED} 1 epoch"),
@@ -86,7 +86,7 @@ CASES = [  # until, field, its value at the start and after each epoch -> best e
 
 @pytest.mark.parametrize(("until", "field", "start", "values", "best_epoch", "ended"), CASES)
 def test_stage_end(until, field, start, values, best_epoch, ended):
-    plateau = ReduceLROnPlateau() if isinstance(until, Plateau) else None
+    plateau = ReduceLROnPlateau() if isinstance(until, PlateauStop) else None
     stage = Stage("x", {"*": 1.0}, epochs=3, until=until, schedule=plateau)
     progress = follow(stage, start, values, field, length=3)
     assert progress.best_epoch == best_epoch
@@ -168,7 +168,7 @@ def test_early_stopping_counts_as_torch_lightning_and_keras():
         ({}, (0.7, 0.6), True, "The optimizer state after epoch 1 is kept"),
         ({}, (0.4, 0.3), True, "The optimizer state at its start is kept"),
         ({}, (0.6, 0.7), True, "Epoch 2 was its best by accuracy and is kept (accuracy 0.7000)."),
-        ({"hand_on": "last"}, (0.7, 0.6), True, "Its last epoch is kept (accuracy 0.6000)."),
+        ({"restore": "last"}, (0.7, 0.6), True, "Its last epoch is kept (accuracy 0.6000)."),
     ],
     ids=str,
 )
@@ -195,18 +195,18 @@ def test_early_stop_sentence_names_min_delta():
 )
 def test_plateau_ends_stage_after_reductions(allowed, met, ended_after):
     plateau = ReduceLROnPlateau(patience=0)
-    stage = Stage("x", {"*": 1.0}, epochs=9, schedule=plateau, until=Plateau(allowed))
+    stage = Stage("x", {"*": 1.0}, epochs=9, schedule=plateau, until=PlateauStop(allowed))
     progress = follow(stage, 0.5, [0.4] * len(met), "accuracy", reductions=met)
     assert bool(progress.ended) == (ended_after == len(met))
     if ended_after:
-        assert progress.ended == f"the rate met its plateau number {allowed + 1}"
+        assert progress.ended == f"the learning rate met its plateau number {allowed + 1}"
 
 
-@pytest.mark.parametrize(("hand_on", "expected"), [("best", 0.7), ("last", 0.65)])
-def test_restored_epoch(hand_on, expected):
-    stage = Stage("x", {"*": 1.0}, epochs=3, hand_on=hand_on)
+@pytest.mark.parametrize(("restore", "expected"), [("best", 0.7), ("last", 0.65)])
+def test_restored_epoch(restore, expected):
+    stage = Stage("x", {"*": 1.0}, epochs=3, restore=restore)
     progress = follow(stage, 0.5, [0.6, 0.7, 0.65], "accuracy")
-    assert progress.handed_on(stage).accuracy == expected
+    assert progress.restored_score(stage).accuracy == expected
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_restored_epoch(hand_on, expected):
             "min_delta is -1.0; .*; min_epochs is -1; it must not be negative",
         ),
         (lambda: EarlyStop(min_delta=NAN), "min_delta is nan"),
-        (lambda: Plateau(-1), "reductions is -1"),
-        (lambda: Stage("x", {"*": 1.0}, 3, until=Plateau(1)), "Plateau, which needs a"),
+        (lambda: PlateauStop(-1), "reductions is -1"),
+        (lambda: Stage("x", {"*": 1.0}, 3, until=PlateauStop(1)), "PlateauStop, which needs a"),
     ],
 )
 def test_wrong_early_stop_is_refused(rule, message):

@@ -47,11 +47,11 @@ def golden():
 
 @pytest.mark.parametrize("case", STEPS)
 def test_range_test_suggestions_are_fastais(case, golden):
-    rates, losses, smoothed, expected = (
-        golden[f"{case}/{name}"] for name in ("rates", "losses", "smoothed", "suggestions")
+    lrs, losses, smoothed, expected = (
+        golden[f"{case}/{name}"] for name in ("lr", "losses", "smoothed", "suggestions")
     )
     end = next((i + 1 for i, loss in enumerate(losses) if math.isnan(loss)), len(losses))
-    curve = Curve(STEPS[case], rates[:end], losses[:end])  # ours ends with the first NaN
+    curve = Curve(STEPS[case], lrs[:end], losses[:end])  # ours ends with the first NaN
     np.testing.assert_allclose(curve.smoothed, smoothed[:end], rtol=3e-6)  # theirs is float32
     assert list(curve.suggestions()) == ["valley", "steepest", "minimum / 10"]
     assert list(curve.suggestions().values()) == pytest.approx(expected, rel=1e-6)
@@ -73,18 +73,18 @@ def test_valley(losses, expected):
 def test_ramp_scales_all_rates_and_drops_schedules_and_endings():
     cosine = schedules.CosineAnnealingLR()
     train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(momentum=0.5)), "b": 1e-3}
-    fields = {"minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "A"}
+    fields = {"max_minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "batch"}
     stage = Stage("x", train, 4, cosine, until=EarlyStop(), **fields)
     (ramped,) = plan([ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": 0.0, "b": jnp.ones(2)})
     assert ramped.stage.train["a"].optimizer == SGD(momentum=0.5)
-    assert (ramped.stage.norms, ramped.stage.clip_norm) == ("A", 1.0)
-    assert (ramped.stage.until, ramped.stage.minutes, ramped.stage.ema) == (None, None, None)
+    assert (ramped.stage.norms, ramped.stage.clip_norm) == ("batch", 1.0)
+    assert (ramped.stage.until, ramped.stage.max_minutes, ramped.stage.ema) == (None, None, None)
     assert ramped.stage.length(steps_per_epoch=2) == 10
     params = {"a": jnp.zeros(()), "b": jnp.ones(2)}
     tx = ramped.transform(steps_per_epoch=2)
     state = tx.init(params)
     for step in range(10):
-        rates = ramped.rates_at(state, steps_per_epoch=2)
+        rates = ramped.lr_at(state, steps_per_epoch=2)
         expected = 1e-4 * 1e4 ** (step / 10)
         assert rates == pytest.approx({"a": expected, "b": expected / 3}, rel=1e-5)
         _, state = tx.update(params, state, params)
@@ -93,7 +93,7 @@ def test_ramp_scales_all_rates_and_drops_schedules_and_endings():
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"low": 1.0, "high": 1.0}, "rates rise from 1 to 1; say 0 < low < high"),
+        ({"low": 1.0, "high": 1.0}, "learning rates rise from 1 to 1; say 0 < low < high"),
         ({"low": 0.0}, "from 0 to 10"),
         ({"high": math.inf}, "to inf"),
         ({"steps": 9}, "9 steps shows nothing; take 10 or more"),
@@ -105,20 +105,20 @@ def test_ramp_bounds_are_checked(bounds, message):
 
 
 def test_curve_that_diverges_at_once_is_refused():
-    with pytest.raises(RecipeError, match=r"diverged in 3 of 100 steps, at a rate of 1\.0e\+01"):
+    with pytest.raises(RecipeError, match=r"diverged in 3 of 100 steps, at lr 1\.0e\+01"):
         Curve(100, [1e-1, 1.0, 10.0], [1.0, 3.0, math.nan]).suggestions()
 
 
 @pytest.mark.slow
 def test_range_test_ends_when_loss_diverges():
-    stage = dataclasses.replace(RECIPE.stages[0], relative_rates=True)
+    stage = dataclasses.replace(RECIPE.stages[0], auto_rgn=True)
     tried = trial(RECIPE, ramp(stage, low=1e-2, high=1e6, steps=30))
     # Not on the host: a view of an array would keep it from being donated.
     before = jax.tree.map(jnp.copy, (tried.params, tried.stats))
     curve = range_test(tried, low=1e-2, high=1e6)
-    assert 10 < len(curve.losses) == len(curve.rates) < 30
+    assert 10 < len(curve.losses) == len(curve.lrs) < 30
     assert curve.smoothed[-1] > 4 * curve.smoothed.min() >= curve.smoothed[-2]
-    assert curve.rates[1] / curve.rates[0] == pytest.approx(1e8 ** (1 / 30))
+    assert curve.lrs[1] / curve.lrs[0] == pytest.approx(1e8 ** (1 / 30))
     jax.tree.map(np.testing.assert_array_equal, (tried.params, tried.stats), before)
     assert range_test(tried, low=1e-2, high=1e6) == curve
 
@@ -139,14 +139,14 @@ def test_find_rate(tmp_path, capsys):
     with (out / "curve.csv").open() as file:
         rows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
     assert [row["step"] for row in rows] == list(range(len(rows)))
-    assert rows[1]["rate"] == pytest.approx(1e-4 * 1e5 ** (1 / 20))
-    curve = Curve(20, [row["rate"] for row in rows], [row["loss"] for row in rows])
+    assert rows[1]["lr"] == pytest.approx(1e-4 * 1e5 ** (1 / 20))
+    curve = Curve(20, [row["lr"] for row in rows], [row["loss"] for row in rows])
     assert [row["smoothed"] for row in rows] == pytest.approx(list(curve.smoothed))
     cells = [line.split() for line in printed.splitlines() if line.startswith("  ")]
     found = curve.suggestions().values()
     assert cells[1] == ["fc", "1.0e-02", *(f"{rate:.1e}" for rate in found)]
     assert cells[2] == ["*", "1.0e-03", *(f"{rate / 10:.1e}" for rate in found)]
-    with Image.open(out / "rates.png") as picture:
+    with Image.open(out / "lr.png") as picture:
         assert picture.size == (960, 600)
         assert len(picture.getcolors(10**6)) > 10
 
@@ -157,7 +157,7 @@ def test_probe_layers(tmp_path, capsys):
     recipe = dataclasses.replace(RECIPE, batch_size=30)
     save(recipe, tmp_path / "recipe.yaml")
     printed = run_script("probe_layers", capsys, tmp_path / "recipe.yaml")
-    tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=5, norms="E"))
+    tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=5, norms="eval"))
     model = tried.program.model
     images, targets = map(np.stack, zip(*(tried.source[i] for i in range(30)), strict=True))
 

@@ -18,11 +18,11 @@ from jaxft.checkpoint import weights_only
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.distributed import Devices
-from jaxft.methods import auto_rgn
 from jaxft.optim import schedules
 from jaxft.optim.transform import restart
+from jaxft.strategies import auto_rgn
 from jaxft.train import gradient_stage
-from jaxft.train.auto_rgn import factors, relative_norms, with_relative_rates
+from jaxft.train.auto_rgn import factors, relative_norms, restart_with_auto_rgn
 from jaxft.train.metrics import GradientNorms
 from jaxft.train.stage_program import stage_program
 from jaxft.train.state import Progress
@@ -40,7 +40,7 @@ SOURCE = data.arrays(
     classes="0123456789",
 )
 (STAGE,) = auto_rgn(
-    RATES, 1.0, epochs=EPOCHS, hand_on="last", schedule=schedules.ExponentialLR(GAMMA)
+    RATES, 1.0, epochs=EPOCHS, restore="last", schedule=schedules.ExponentialLR(GAMMA)
 )
 RECIPE = Recipe(
     model=MODEL.name, data="noise", stages=(dataclasses.replace(STAGE, train=RATES),),
@@ -71,10 +71,10 @@ def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
 
     def spied(*args, step, **rest):
         measured.append(step)
-        return with_relative_rates(*args, step=step, **rest)
+        return restart_with_auto_rgn(*args, step=step, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradient_stage, "with_relative_rates", spied)
+        patch.setattr(gradient_stage, "restart_with_auto_rgn", spied)
         run(tmp_path / "unbroken")
     assert measured == [0, 7, 14]
     for step in (11, 15):
@@ -147,7 +147,7 @@ def test_auto_rgn_ignores_batch_that_is_not_finite(on_nonfinite):
 
 def test_restart_keeps_schedules_and_parked_state():
     params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
-    fields = {"schedule": ReduceLROnPlateau(patience=0), "carry": "keep", "relative_rates": True}
+    fields = {"schedule": ReduceLROnPlateau(patience=0), "carry": "keep", "auto_rgn": True}
     first, second, _ = plan(
         [
             Stage("first", {"c": 1.0}, 1),
@@ -156,7 +156,7 @@ def test_restart_keeps_schedules_and_parked_state():
         ],
         params,
     )  # fmt: skip
-    assert second.park == first.rates.keys()
+    assert second.park == first.lr.keys()
     tx = second.transform(SGD(momentum=0.5))
     state = tx.init(params)
     parked = {"c": jnp.full(2, 7.0)}

@@ -32,7 +32,7 @@ RECIPE = Recipe(
     image_size=8,
     resize_size=8,
     augment="none",
-    stages=(Stage("all", {"*": 1e-2}, epochs=1, hand_on="last"),),
+    stages=(Stage("all", {"*": 1e-2}, epochs=1, restore="last"),),
 )
 NOISE = data.arrays(
     np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8), np.arange(5) % 2, ("a", "b")
@@ -63,7 +63,7 @@ def test_single_image_on_a_map_of_one_pixel_is_refused(changes, stage, tmp_path)
     ("pools", "changes", "stage"),
     [
         (True, {"drop_last": True}, {}),
-        (True, {}, {"norms": "E"}),
+        (True, {}, {"norms": "eval"}),
         (True, {}, {"epochs": None, "steps": 1}),
         (False, {}, {}),
     ],

@@ -9,7 +9,7 @@ from flax import linen
 from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, rows, steps, train_to_end
 
 from jaxft import (
-    LogisticRegression,
+    LinearProbe,
     ModelError,
     RecipeError,
     Stage,
@@ -28,13 +28,13 @@ from jaxft.train.metrics import Metrics, Score
 from jaxft.train.trainer import Trainer
 
 C = (1e-2, 1e4, 1.0)
-PROBE = Stage("probe", {"fc": LogisticRegression(C)})
-LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=2, carry="keep", hand_on="last")
+PROBE = Stage("probe", {"fc": LinearProbe(C)})
+LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, steps=2, carry="keep", restore="last")
 # The first stage's optimizer state of layer3 is kept over the second, for the third.
 SOLVED = dataclasses.replace(
     RECIPE,
     stages=(
-        Stage("first", {"fc": 1e-3, "layer3": 1e-3}, steps=2, hand_on="last"),
+        Stage("first", {"fc": 1e-3, "layer3": 1e-3}, steps=2, restore="last"),
         dataclasses.replace(PROBE, carry="keep"),
         LATE,
     ),
@@ -98,7 +98,7 @@ def test_linear_probe_sets_head_to_best_logistic_regression(alone):
 
     (row,) = rows(workdir)
     assert (row["stage"], row["epoch"], row["step"], steps(workdir)) == ("probe", 1, 1, [1])
-    assert (row["val_loss"], row["rates"]) == (result.score.loss, {})
+    assert (row["val_loss"], row["lr"]) == (result.score.loss, {})
     logits = np.asarray(features) @ fit.kernel + fit.bias
     own = logits[np.arange(len(logits)), batch.target]
     expected = np.mean(np.logaddexp.reduce(logits, axis=1) - own)
@@ -206,13 +206,13 @@ class Own(linen.Module):
 
 OWN = models.Linen(Own(), shape=(8, 8, 3), head="head")
 ERRORS = {
-    "another layer": ({"layer3": LogisticRegression()}, {}, "solves the head alone.* layer3.0"),
-    "more than the head": ({"*": LogisticRegression()}, {}, "solves the head alone"),
+    "another layer": ({"layer3": LinearProbe()}, {}, "solves the head alone.* layer3.0"),
+    "more than the head": ({"*": LinearProbe()}, {}, "solves the head alone"),
     "half of it": (
-        {"fc.kernel": LogisticRegression()}, {}, r"selects only fc.kernel. Write 'fc'.",
+        {"fc.kernel": LinearProbe()}, {}, r"selects only fc.kernel. Write 'fc'.",
     ),
     "two layers": (
-        {"fc": LogisticRegression()}, {"concat_pool": True}, r"must be one linear.*features are "
+        {"fc": LinearProbe()}, {"concat_pool": True}, r"must be one linear.*features are "
         r"\['b', 128\], and head and pattern have fc.0.bias \[128\]",
     ),
 }  # fmt: skip
@@ -227,7 +227,7 @@ def test_linear_probe_needs_linear_head(train, fields, message, tmp_path):
 
 
 def test_linear_probe_needs_network_of_several_blocks(tmp_path):
-    stages = (Stage("p", {"head": LogisticRegression()}),)
+    stages = (Stage("p", {"head": LinearProbe()}),)
     recipe = dataclasses.replace(ALONE, stages=stages, weights=None, dropout=0.0)
     with pytest.raises(ModelError, match=r"stage 'p' solves the head .* Own is one block"):
         finetune(recipe, tmp_path / "run", model=OWN, console=QUIET)

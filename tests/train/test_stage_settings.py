@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxft import (
+    L2SP,
     SGD,
-    Anchor,
     JaxftError,
-    Plateau,
+    PlateauStop,
     Recipe,
     ReduceLROnPlateau,
     Stage,
@@ -65,7 +65,7 @@ def run(workdir, *stages, seed=1, **fields):
 
 
 OWN = {
-    "batch_size": 8, "augment": "shift", "erasing": 0.3, "mixup": 0.2, "cutmix": 1.0,
+    "batch_size": 8, "augment": "shift", "random_erasing": 0.3, "mixup": 0.2, "cutmix": 1.0,
     "label_smoothing": 0.1, "balance": "sampling",
 }  # fmt: skip
 
@@ -136,7 +136,7 @@ def test_batches_follow_stage_settings(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
     rows, result = run(
-        tmp_path / "run", Stage("one", {"fc": 0.5}, 1, hand_on="last"), batch_size=24
+        tmp_path / "run", Stage("one", {"fc": 0.5}, 1, restore="last"), batch_size=24
     )
     params, stats = MODEL.init(jax.random.key(1))
     images = SIZE.normalize(TRAIN.images)
@@ -157,7 +157,7 @@ def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
         "train_loss": close(-np.mean(np.log((shares * onehot).sum(1))), rel=1e-5),
         "train_accuracy": close(np.mean(better == 0)),
         "train_top5": close(np.mean(better < 5)),
-        "rates": {"fc": close(0.5)},
+        "lr": {"fc": close(0.5)},
         "gradient_norms": {"fc": close(norm, rel=1e-5)},
         "update_norms": {"fc": close(0.5 * norm, rel=1e-5)},
         "skipped_steps": 0,
@@ -180,11 +180,11 @@ def test_ema_is_validated_exported_and_restored(tmp_path):
         rows, result = run(tmp_path / name, *stages)
         return rows, load_file(result.weights)
 
-    stage = Stage("x", {"fc": 0.05, "layer3": 0.05}, steps=2, hand_on="last", norms="A")
+    stage = Stage("x", {"fc": 0.05, "layer3": 0.05}, steps=2, restore="last", norms="batch")
     params, stats = MODEL.init(jax.random.key(1))
     _, one = trained("one", dataclasses.replace(stage, steps=1))
     _, two = trained("two", stage)
-    still = Stage("still", {"fc.bias": 1e-30}, steps=1, hand_on="last")
+    still = Stage("still", {"fc.bias": 1e-30}, steps=1, restore="last")
     rows, average = trained("average", dataclasses.replace(stage, ema=0.75), still)
     weights.save(tmp_path / "start.safetensors", MODEL, params, stats)
     start = load_file(tmp_path / "start.safetensors")
@@ -203,8 +203,8 @@ def test_ema_is_validated_exported_and_restored(tmp_path):
 
 @pytest.mark.slow
 def test_anchor_is_start_of_run_and_holds_in_its_stage_only(tmp_path):
-    free = Stage("free", {"layer3": 0.5}, steps=1, hand_on="last")
-    held = dataclasses.replace(free, name="held", anchor=Anchor(body=1e6), clip_norm=1e-30)
+    free = Stage("free", {"layer3": 0.5}, steps=1, restore="last")
+    held = dataclasses.replace(free, name="held", anchor=L2SP(body=1e6), clip_norm=1e-30)
     rows, _ = run(tmp_path / "run", free, held, dataclasses.replace(free, name="again"))
     assert [row["stage"] for row in rows] == ["free", "held", "again"]
     moved, pulled = rows[0]["update_norms"]["layer3"], rows[1]["gradient_norms"]["layer3"]
@@ -277,9 +277,13 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
     stages = (
         Stage("steps", head, steps=6, schedule=cosine),
         Stage("epochs", head, epochs=1, steps=6, schedule=cosine),
-        Stage("minutes", head, epochs=9, minutes=100, schedule=cosine),
+        Stage("minutes", head, epochs=9, max_minutes=100, schedule=cosine),
         Stage(
-            "plateaus", head, 20, schedule=ReduceLROnPlateau(**PLATEAU), until=Plateau(reductions=2)
+            "plateaus",
+            head,
+            20,
+            schedule=ReduceLROnPlateau(**PLATEAU),
+            until=PlateauStop(reductions=2),
         ),
     )
     monkeypatch.setattr(sys.modules[__name__], "CONSOLE", Console())
@@ -289,7 +293,7 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
         ("steps", 1, 4), ("steps", 2, 6), ("epochs", 1, 10), ("minutes", 1, 14), ("minutes", 2, 16),
     ]  # fmt: skip
     assert ends[5:] == [("plateaus", n, 16 + 4 * n) for n in range(1, 12)]
-    rates = [row["rates"]["fc"] for row in rows]
+    rates = [row["lr"]["fc"] for row in rows]
     # A closed form is as long as its stage would be: 6 steps, 4, and 36.
     cosines = [(1 + math.cos(math.pi * at)) / 200 for at in (0, 4 / 6, 0, 0, 4 / 36)]
     assert rates[:5] == pytest.approx(cosines)
@@ -312,20 +316,24 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
     ("settings", "fields", "message"),
     [
         ({"class_weights": (1.0, 2.0)}, {}, "has 2 class_weights, and there are 10 classes: 0, 1"),
-        ({"norms": "C"}, {}, "norms: in mode C all norm layers train, and 7 are frozen"),
-        ({"norms": {"layer9": "A"}}, {}, "pattern 'layer9' matches"),
+        (
+            {"norms": "train_all"},
+            {},
+            "norms: with 'train_all' all norm layers train, and 7 are frozen",
+        ),
+        ({"norms": {"layer9": "batch"}}, {}, "pattern 'layer9' matches"),
         ({"accumulate": 4}, {}, "a batch of 6 cannot be divided into 4 equal parts"),
         ({"accumulate": 4, "batch_size": 10}, {}, "a batch of 10 cannot"),
         ({"batch_size": 0}, {}, "batch_size must be at least 1"),
         ({"batch_size": 1}, {"mixup": 0.2}, "mixup mixes images of a batch; batch_size is 1"),
         ({"label_smoothing": 1.0}, {}, "label_smoothing is 1.0"),
-        ({"erasing": -0.1}, {}, "erasing is -0.1"),
+        ({"random_erasing": -0.1}, {}, "random_erasing is -0.1"),
         ({"augment": "mirror"}, {}, "augment"),
         ({"ema": 1.0}, {}, "ema is 1.0; a decay lies between 0 and 1"),
         ({"clip_norm": 0.0}, {}, "clip_norm is 0.0"),
-        ({"minutes": math.inf}, {}, "minutes is inf"),
+        ({"max_minutes": math.inf}, {}, "max_minutes is inf"),
         ({"steps": 0}, {}, "it has 0 steps"),
-        ({"until": Plateau()}, {}, "needs a ReduceLROnPlateau"),
+        ({"until": PlateauStop()}, {}, "needs a ReduceLROnPlateau"),
     ],
     ids=str,
 )

@@ -55,9 +55,9 @@ ALL = Recipe(
     augment="none",
     batch_size=8,
     optimizer=Adam(),
-    stages=(Stage("all", {"*": 1e-4}, 2, hand_on="last"),),
+    stages=(Stage("all", {"*": 1e-4}, 2, restore="last"),),
 )
-HEAD = dataclasses.replace(ALL, stages=(Stage("head", {"head": 1e-9}, 1, hand_on="last"),))
+HEAD = dataclasses.replace(ALL, stages=(Stage("head", {"head": 1e-9}, 1, restore="last"),))
 
 
 def arrays(dtype=jnp.float32, *, classes=3):

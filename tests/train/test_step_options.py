@@ -9,7 +9,7 @@ import pytest
 from float64_stages import assert_as_recorded, rows, train
 from test_ddp import MODEL, batch
 
-from jaxft import Anchor, Recipe, Stage, data, plan
+from jaxft import L2SP, Recipe, Stage, data, plan
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
@@ -24,18 +24,18 @@ WEIGHTS = (1.0, 0.5, 2.0, 4.0, 0.25, 1.0, 0.0, 3.0, 1.5, 1.0)
 
 
 def late(name="x", **settings):
-    return Stage(name, {"fc": 0.05, "layer3": 0.02}, steps=4, norms="A", **settings)
+    return Stage(name, {"fc": 0.05, "layer3": 0.02}, steps=4, norms="batch", **settings)
 
 
 CASES = {
     "accumulate": (late(accumulate=4),),
     "ema": (late(ema=EMA, clip_norm=3.0),),
     # The second stage is still held to where the run began.
-    "anchor": (late(anchor=Anchor(0.5, 0.25)), late("y", anchor=Anchor(2.0, 0.5), clip_norm=3.0)),
+    "anchor": (late(anchor=L2SP(0.5, 0.25)), late("y", anchor=L2SP(2.0, 0.5), clip_norm=3.0)),
     "classes": (late(class_weights=WEIGHTS, label_smoothing=0.25),),
     "all": (
         late(
-            clip_norm=3.0, accumulate=2, ema=EMA, anchor=Anchor(0.5, 0.25),
+            clip_norm=3.0, accumulate=2, ema=EMA, anchor=L2SP(0.5, 0.25),
             class_weights=WEIGHTS, label_smoothing=0.25,
         ),
     ),
@@ -99,7 +99,7 @@ def test_ema_of_constant_leaves_is_bit_identical():
 def test_skipped_step_changes_only_the_schedule():
     """The loss is finite; the gradients are not, because the anchor is NaN."""
     stage = late(
-        schedule=CosineAnnealingLR(by="step"), ema=EMA, clip_norm=3.0, anchor=Anchor(), accumulate=2
+        schedule=CosineAnnealingLR(by="step"), ema=EMA, clip_norm=3.0, anchor=L2SP(), accumulate=2
     )
     compiled, state, frozen, start = start_of(stage, on_nonfinite="skip")
     state, record = compiled.step(state, frozen, batch(0), np.int32(0), start)
@@ -126,7 +126,7 @@ def test_skipped_step_changes_only_the_schedule():
 @pytest.mark.slow
 def test_step_options_add_no_frozen_backward_pass():
     everything = {
-        "clip_norm": 1.0, "ema": 0.9, "anchor": Anchor(), "class_weights": WEIGHTS,
+        "clip_norm": 1.0, "ema": 0.9, "anchor": L2SP(), "class_weights": WEIGHTS,
         "label_smoothing": 0.1,
     }  # fmt: skip
     head = start_of(Stage("x", {"fc": 0.1}, steps=9, **everything), on_nonfinite="skip")[0].flops

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, LogisticRegression, RecipeError, Stage
+from jaxft import SGD, Adam, AdamW, LinearProbe, RecipeError, Stage
 from jaxft.labels import FROZEN, leaf_labels, paths
-from jaxft.methods import (
+from jaxft.models import create, names
+from jaxft.optim.schedules import (
+    Constant,
+    CosineAnnealingLR,
+    FastaiOneCycle,
+    MultiStepLR,
+    SlantedTriangular,
+    Warmup,
+)
+from jaxft.strategies import (
     Fields,
     auto_rgn,
     bit,
@@ -22,27 +31,18 @@ from jaxft.methods import (
     surgical,
     ulmfit,
 )
-from jaxft.models import create, names
-from jaxft.optim.schedules import (
-    Constant,
-    CosineAnnealingLR,
-    FastaiOneCycle,
-    MultiStepLR,
-    SlantedTriangular,
-    Warmup,
-)
 
 BLOCKS = [("stem", "norm"), "body", "fc"]
 MOMENTUM = SGD(momentum=0.9)
 ULMFIT = {
     "schedule": SlantedTriangular(cut_frac=0.1, ratio=32.0),
     "optimizer": Adam(b1=0.7, b2=0.99),
-    "hand_on": "last",
+    "restore": "last",
     "carry": "keep",
 }
 FASTAI = {
     "optimizer": AdamW(b1=0.9, b2=0.99, eps=1e-5, weight_decay=0.01, decay_vectors=False),
-    "hand_on": "last",
+    "restore": "last",
 }
 RISE = FastaiOneCycle(pct_start=0.99, div=25.0, div_final=1e5, moms=(0.95, 0.85, 0.95))
 CYCLE = FastaiOneCycle(pct_start=0.3, div=5.0, div_final=1e5, moms=(0.95, 0.85, 0.95))
@@ -68,7 +68,7 @@ BY_HAND = {
                 {"stem": 1e-3, "norm": 1e-3},
                 15,
                 optimizer=Adam(weight_decay=1e-4),
-                norms="E",
+                norms="eval",
             )
         ],
     ),
@@ -77,16 +77,16 @@ BY_HAND = {
         [
             Stage(
                 "all", {"**.kernel": 1e-3, "fc": 1e-3}, 15, optimizer=Adam(weight_decay=1e-4),
-                norms="E", relative_rates=True, clip_norm=1.0,
+                norms="eval", auto_rgn=True, clip_norm=1.0,
             )
         ],
     ),
     "linear probe": (
         linear_probe_then_finetune(BLOCKS, 1e-4, c=(0.1, 1.0), carry="keep"),
         [
-            Stage("probe", {"fc": LogisticRegression((0.1, 1.0))}, carry="keep"),
+            Stage("probe", {"fc": LinearProbe((0.1, 1.0))}, carry="keep"),
             Stage(
-                "all", {"*": 1e-4}, 20, CosineAnnealingLR(), MOMENTUM, norms="E", carry="keep"
+                "all", {"*": 1e-4}, 20, CosineAnnealingLR(), MOMENTUM, norms="eval", carry="keep"
             ),
         ],
     ),
@@ -130,17 +130,17 @@ BY_HAND = {
             Stage(
                 "all", {"*": 0.003}, None,
                 Warmup(500, MultiStepLR((2501, 5501, 8501), by="step"), start_factor=0.0),
-                MOMENTUM, hand_on="last", steps=10_000, batch_size=512, mixup=0.1, augment="flip",
+                MOMENTUM, restore="last", steps=10_000, batch_size=512, mixup=0.1, augment="flip",
             )
         ],
     ),
     "fields override those of the method": (
         ulmfit(["b", "c"], epochs=2, schedule=Constant(), carry="reset"),
         [
-            Stage("c", {"c": 0.01}, 1, Constant(), Adam(b1=0.7, b2=0.99), hand_on="last"),
+            Stage("c", {"c": 0.01}, 1, Constant(), Adam(b1=0.7, b2=0.99), restore="last"),
             Stage(
                 "b", {"c": 0.01, "b": 0.01 / 2.6}, 2, Constant(), Adam(b1=0.7, b2=0.99),
-                hand_on="last",
+                restore="last",
             ),
         ],
     ),
@@ -148,7 +148,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize(("stages", "by_hand"), BY_HAND.values(), ids=BY_HAND)
-def test_methods_return_the_published_stages(stages, by_hand):
+def test_strategies_return_the_published_stages(stages, by_hand):
     assert type(stages) is tuple
     for stage, expected in zip(stages, by_hand, strict=True):
         assert list(stage.train) == list(expected.train)
@@ -175,7 +175,7 @@ def test_bit_schedule(images, warm, milestones, steps, mixup):
     t = np.arange(steps)
     drops = sum(milestone < t for milestone in milestones)
     expected = np.where(t < warm, 0.003 * t / warm, 0.003 / 10.0**drops)
-    np.testing.assert_allclose(stage.schedule.rate(0.003, t, steps), expected, rtol=1e-5)
+    np.testing.assert_allclose(stage.schedule.lr_at(0.003, t, steps), expected, rtol=1e-5)
 
 
 RESNET = create("resnet18")
@@ -199,7 +199,7 @@ ON_A_RESNET = {
 
 
 @pytest.mark.parametrize(("stages", "trains"), ON_A_RESNET.values(), ids=ON_A_RESNET)
-def test_methods_train_the_right_blocks_of_a_resnet(stages, trains):
+def test_strategies_train_the_right_blocks_of_a_resnet(stages, trains):
     for plan, (first, last) in zip(jaxft.plan(stages, PARAMS), trains, strict=True):
         roots = {pattern for block in ORDER[first : last + 1] for pattern in block}
         expected = [path.split(".")[0] in roots for path in PATHS]
@@ -274,7 +274,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("build", "message"), ERRORS.values(), ids=ERRORS)
-def test_methods_reject_wrong_arguments(build, message):
+def test_strategies_reject_wrong_arguments(build, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         build()
 

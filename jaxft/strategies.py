@@ -4,9 +4,9 @@ Most take `blocks`, the network's blocks from input to output, each a pattern or
 patterns. jaxft's networks declare theirs (`model.block_patterns`); for other networks, write them
 down. Patterns of later blocks apply first, so the first block may be `*`: all other parameters.
 
-Learning rates are base rates and lengths are in epochs. Each function accepts the fields of `Stage`
-as keyword arguments, which override its defaults in all stages that take optimizer steps. Wrong
-arguments raise a RecipeError.
+Learning rates are base values and lengths are in epochs. Each function accepts the fields of
+`Stage` as keyword arguments, which override its defaults in all stages that take optimizer steps.
+Wrong arguments raise a RecipeError.
 
 Example:
   >>> from jaxft import SGD, EarlyStop
@@ -18,10 +18,10 @@ from dataclasses import replace
 from typing import Literal, TypedDict, Unpack
 
 from jaxft.block_order import Blocks, block_tuples, decayed_lrs
-from jaxft.early_stopping import EarlyStop, Monitor, Plateau
+from jaxft.early_stopping import EarlyStop, Monitor, PlateauStop
 from jaxft.errors import RecipeError
-from jaxft.l2_sp import Anchor
-from jaxft.linear_probe import LogisticRegression
+from jaxft.l2_sp import L2SP
+from jaxft.linear_probe import LinearProbe
 from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import (
@@ -42,23 +42,23 @@ class Fields(TypedDict, total=False):
 
     schedule: ClosedForm | ReduceLROnPlateau | None
     optimizer: Rule | None
-    until: EarlyStop | Plateau | None
-    hand_on: Literal["best", "last"]
+    until: EarlyStop | PlateauStop | None
+    restore: Literal["best", "last"]
     monitor: Monitor | None
     carry: Literal["reset", "keep"]
     steps: int | None
-    minutes: float | None
+    max_minutes: float | None
     norms: NormChoice | Mapping[str, NormChoice]
     clip_norm: float | None
     accumulate: int
     ema: float | None
-    anchor: Anchor | None
+    anchor: L2SP | None
     class_weights: tuple[float, ...] | None
-    relative_rates: bool
+    auto_rgn: bool
     batch_size: int | None
     augment: Augment | None
-    views: int | None
-    erasing: float | None
+    num_views: int | None
+    random_erasing: float | None
     mixup: float | None
     cutmix: float | None
     label_smoothing: float | None
@@ -66,14 +66,14 @@ class Fields(TypedDict, total=False):
 
 
 # Defaults of the published strategies.
-LPFT = Fields(optimizer=SGD(momentum=0.9), norms="E")
-SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4), norms="E")
+LPFT = Fields(optimizer=SGD(momentum=0.9), norms="eval")
+SURGICAL = Fields(optimizer=Adam(weight_decay=1e-4), norms="eval")
 ULMFIT = Fields(
-    optimizer=Adam(b1=0.7, b2=0.99), schedule=SlantedTriangular(), carry="keep", hand_on="last"
+    optimizer=Adam(b1=0.7, b2=0.99), schedule=SlantedTriangular(), carry="keep", restore="last"
 )
-BIT = Fields(optimizer=SGD(momentum=0.9), batch_size=512, hand_on="last")
+BIT = Fields(optimizer=SGD(momentum=0.9), batch_size=512, restore="last")
 FASTAI = Fields(
-    optimizer=AdamW(b2=0.99, eps=1e-5, weight_decay=0.01, decay_vectors=False), hand_on="last"
+    optimizer=AdamW(b2=0.99, eps=1e-5, weight_decay=0.01, decay_vectors=False), restore="last"
 )
 
 
@@ -93,9 +93,10 @@ def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[St
     The number of training images sets the length: 500 steps below 20,000 images, 10,000 below
     500,000, else 20,000. The learning rate drops to a tenth after 30, 60 and 90 % of the steps;
     from 20,000 images on, mixup is used. The learning rate first rises from 0, for 100 of 500
-    steps, otherwise for 500 steps; a step at a milestone still has the rate before the drop. Both
-    are as in the authors' code (google-research/big_transfer), whose 500-step schedule drops after
-    40, 60 and 80 % instead. The paper starts from a zero head: set `Recipe(head="zeros")`.
+    steps, otherwise for 500 steps; a step at a milestone still has the learning rate before the
+    drop. Both are as in the authors' code (google-research/big_transfer), whose 500-step schedule
+    drops after 40, 60 and 80 % instead. The paper starts from a zero head: set
+    `Recipe(head="zeros")`.
 
     Args:
       lr: base learning rate.
@@ -106,7 +107,7 @@ def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[St
       >>> import jax.numpy as jnp
       >>> (stage,) = bit(images=2000)
       >>> steps = jnp.array([0, 50, 100, 150, 151, 301, 451])
-      >>> print(*(f"{lr:.1e}" for lr in stage.schedule.rate(0.003, steps, 500)))
+      >>> print(*(f"{lr:.1e}" for lr in stage.schedule.lr_at(0.003, steps, 500)))
       0.0e+00 1.5e-03 3.0e-03 3.0e-03 3.0e-04 3.0e-05 3.0e-06
     """
     if images < 1:
@@ -188,7 +189,7 @@ def auto_rgn(
       >>> auto_rgn(["**.kernel", "**.downsample", "fc"], 1e-3, epochs=15)[0].train
       {'**.kernel': 0.001, '**.downsample': 0.001, 'fc': 0.001}
     """
-    relative = Fields(relative_rates=True)
+    relative = Fields(auto_rgn=True)
     return (Stage("all", dict.fromkeys(patterns, lr), epochs, **SURGICAL | relative | fields),)
 
 
@@ -196,7 +197,7 @@ def linear_probe_then_finetune(
     blocks: Blocks,
     lr: float,
     *,
-    c: tuple[float, ...] = LogisticRegression.c,
+    c: tuple[float, ...] = LinearProbe.c,
     epochs: int = 20,
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
@@ -207,9 +208,9 @@ def linear_probe_then_finetune(
     Args:
       blocks: blocks from input to output.
       lr: learning rate of the second stage. The paper takes the best of several from 3e-7 to 1e-2.
-      c: inverse strengths of the probe's penalty, see `LogisticRegression`.
+      c: inverse strengths of the probe's penalty, see `LinearProbe`.
       epochs: length of the second stage.
-      **fields: fields of the second stage; the probe takes `hand_on`, `monitor` and `carry` too.
+      **fields: fields of the second stage; the probe takes `restore`, `monitor` and `carry` too.
 
     Example:
       >>> probe, full_stage = linear_probe_then_finetune(["body", "fc"], 1e-4)
@@ -221,8 +222,8 @@ def linear_probe_then_finetune(
     return (
         Stage(
             "probe",
-            dict.fromkeys(head, LogisticRegression(c)),
-            hand_on=fields.get("hand_on", "best"),
+            dict.fromkeys(head, LinearProbe(c)),
+            restore=fields.get("restore", "best"),
             monitor=fields.get("monitor"),
             carry=fields.get("carry", "reset"),
         ),
@@ -300,7 +301,7 @@ def discriminative(
     train_norms: Sequence[Pattern] = (),
     **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
-    """Trains the last block, then all of them with discriminative rates, as fastai's `fine_tune`.
+    """Trains the last block, then all with discriminative learning rates: fastai's `fine_tune`.
 
     Each stage is one cycle of the 1cycle policy. fastai divides a ResNet into three blocks: the
     stem to layer2, layer3 and layer4, and the head.
