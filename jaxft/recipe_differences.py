@@ -77,3 +77,24 @@ def _short_text(value: Any) -> str:
         ]
         text = f"{type(value).__name__}({', '.join(changed)})"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refused(before: Recipe, now: Recipe) -> list[Difference]:
+    """Returns the differences between the recipes that `--extend` does not allow."""
+    last = before.stages[-1].name
+    longer = [f"stages[{last}].{field}" for field in ("epochs", "steps", "max_minutes")]
+    longer += [f"stages[{last}].until.{field}" for field in ("patience", "min_epochs")]
+    names = [stage.name for stage in now.stages]
+    appended = [f"stages[{name}]" for name in names[len(before.stages) :]]
+    return [
+        each
+        for each in differences(before, now)
+        if not (each.path in longer and _is_more(each))
+        and not (each.path in appended and each.before is ABSENT)
+    ]
+
+
+def _is_more(each: Difference) -> bool:
+    if each.before is None or each.now is None:  # a limit that is no more
+        return each.now is None
+    return bool(each.now > each.before)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxft.errors import PatternError, RecipeError
-from jaxft.labels import FROZEN, Tree, match, paths, unflatten
+from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths, unflatten
 from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.transform import group_lr, group_transform, multi_transform
@@ -43,7 +43,7 @@ class StagePlan:
 
     @property
     def lr(self) -> dict[str, float]:
-        """Base learning rate of each group that trains; empty for a stage with a solver."""
+        """Base learning rate of each group that trains; empty for a linear probe."""
         return {group: update.lr for group, update in self.updates().items()}
 
     def updates(self, optimizer: Rule = SGD()) -> dict[str, Resolved]:
@@ -53,9 +53,9 @@ class StagePlan:
           optimizer: used for groups that have none from `Update` or `Stage`.
 
         Returns:
-          An update for each group; empty for a stage with a solver.
+          An update for each group; empty for a linear probe.
         """
-        if self.stage.solver:
+        if self.stage.linear_probe:
             return {}
         return {
             group: self.stage.resolve(pattern, optimizer)
@@ -72,11 +72,11 @@ class StagePlan:
           steps_per_epoch: converts steps to epochs, for schedules by epoch.
 
         Raises:
-          RecipeError: the stage has a solver and so no optimizer.
+          RecipeError: the stage is a linear probe and has no optimizer.
         """
-        if self.stage.solver:
+        if self.stage.linear_probe:
             raise RecipeError(
-                f"stage {self.stage.name!r} is solved and has no optimizer: put kernel and bias of "
+                f"stage {self.stage.name!r} is a linear probe and has no optimizer: put kernel and bias of "
                 "jaxft.logistic_regression(features, targets, ...) in the head's place."
             )
         length = self._length(steps_per_epoch)
@@ -242,3 +242,21 @@ def _name_groups(stages: Sequence[Stage], signatures: Sequence[Signature]) -> di
         numbered = (f"{longest}#{i}" for i in range(2, len(taken) + 2))
         names[signature] = next(name for name in (longest, *numbered) if name not in taken)
     return names
+
+
+def untrained_frozen_remarks(plans: Sequence[StagePlan], params: Tree) -> list[str]:
+    """Returns a remark on the first stage that freezes parameters which no stage has trained yet.
+
+    `params` are random; only their paths are read.
+    """
+    trained: set[str] = set()
+    for each in plans:
+        labels = dict(zip(paths(params), leaf_labels(params, each.labels), strict=True))
+        trained |= {path for path, label in labels.items() if label != FROZEN}
+        if untrained := [path for path in labels if path not in trained]:
+            parts = ", ".join(dict.fromkeys(path.partition(".")[0] for path in untrained))
+            return [
+                f"Stage {each.stage.name!r} freezes random weights: {parts}. Nothing pretrained "
+                "was given; name it by weights=... or start=..., or train these layers first."
+            ]
+    return []

@@ -154,8 +154,8 @@ class Stage:
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a saved recipe holds no unknown field
 
     def __post_init__(self) -> None:
-        if self.solver:
-            errors = self._errors_if_solved()
+        if self.linear_probe:
+            errors = self._linear_probe_errors()
         else:
             errors = [*self._train_errors(), *self._limit_errors()]
         if not self.name:
@@ -163,7 +163,7 @@ class Stage:
         if errors:
             raise RecipeError(f"stage {self.name!r}: {'; '.join(errors)}.")
 
-    def _errors_if_solved(self) -> list[str]:
+    def _linear_probe_errors(self) -> list[str]:
         errors = []
         if len(self.train) > 1:
             errors.append("a LinearProbe must be the only entry of train")
@@ -174,7 +174,7 @@ class Stage:
             and getattr(self, field.name) != field.default
         ]
         if changed:
-            errors.append(f"it is solved and takes no steps; leave out {', '.join(changed)}")
+            errors.append(f"a linear probe takes no steps; leave out {', '.join(changed)}")
         return errors
 
     def _train_errors(self) -> list[str]:
@@ -245,13 +245,13 @@ class Stage:
         return errors
 
     @property
-    def solver(self) -> LinearProbe | None:
+    def linear_probe(self) -> LinearProbe | None:
         """Solver of the head, if the stage takes no optimizer steps; else None."""
         return next((x for x in self.train.values() if isinstance(x, LinearProbe)), None)
 
     @property
     def updates(self) -> Mapping[Pattern, Update]:
-        """`train` with each learning rate as an `Update`; empty if the stage has a solver."""
+        """`train` with each learning rate as an `Update`; empty for a linear probe."""
         return {
             pattern: value if isinstance(value, Update) else Update(value)
             for pattern, value in self.train.items()
@@ -273,8 +273,8 @@ class Stage:
         return monitor, default_mode(monitor)
 
     def length(self, steps_per_epoch: int) -> int:
-        """Returns the maximum number of steps; 1 if the stage has a solver."""
-        if self.solver:
+        """Returns the maximum number of steps; 1 for a linear probe."""
+        if self.linear_probe:
             return 1
         epochs = [] if self.epochs is None else [self.epochs * steps_per_epoch]
         return min(epochs + ([] if self.steps is None else [self.steps]))

@@ -34,10 +34,9 @@ from plain_pytorch import RATES
 
 from jaxft import SGD, Recipe, Stage, finetune
 from jaxft.report.console import Console
-from jaxft.train.compiled_stage import sent
+from jaxft.steps_per_execution import sent
 from jaxft.train.lr_finder import Trial, trial
-from jaxft.train.opening import with_prefixes
-from jaxft.train.stage_program import StageProgram
+from jaxft.train.stage_program import StageProgram, with_prefixes
 from jaxft.weights.key_maps import torch_tensors
 
 Steps = Callable[[], list[float]]

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.data import Preprocessing, Source, open_source, train_batches
+from jaxft.data import BatchConfig, Preprocessing, Source, open_source, train_batches
 from jaxft.data.image_cache import Cached
 
 Epochs = Callable[[], Iterable[int]]
@@ -36,7 +36,7 @@ Epochs = Callable[[], Iterable[int]]
 EPOCHS = 4
 SIZE = 224
 crops = partial(
-    train_batches,
+    BatchConfig,
     preprocessing=Preprocessing(image_size=SIZE),
     augment="crop_flip",
     seed=0,
@@ -46,8 +46,8 @@ crops = partial(
 
 def ours(source: Source, batch_size: int, workers: int, epochs: int = EPOCHS) -> Iterator[int]:
     """Yields the sizes of jaxft's batches, made by threads."""
-    batches = crops(source, batch_size=batch_size, epochs=epochs, workers=workers)
-    for batch in batches:
+    config = crops(batch_size=batch_size)
+    for batch in train_batches(source, config, epochs=epochs, workers=workers):
         yield int(batch.mask.sum())
 
 
@@ -68,15 +68,10 @@ def ours_by_processes(source: Source, batch_size: int, workers: int) -> Iterator
 
 def _one_batch(source: Source, batch_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     epoch, position = divmod(step, -(-len(source) // batch_size))
-    batches = crops(
-        source,
-        batch_size=batch_size,
-        first_epoch=epoch,
-        first_step=position,
-        epochs=EPOCHS,
-        workers=0,
+    config = crops(batch_size=batch_size)
+    batch = next(
+        train_batches(source, config, first_epoch=epoch, first_step=position, epochs=EPOCHS)
     )
-    batch = next(batches)
     return batch.image, batch.mask
 
 

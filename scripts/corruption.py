@@ -27,9 +27,9 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
+from jaxft.cli.command import keep_programs
 from jaxft.report.console import Console
-from jaxft.train.compiled_stage import keep_programs
-from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.signals import InterruptedRunError
 
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 SAME, REFUSED, WRONG, ERROR = OUTCOMES = (

@@ -16,7 +16,7 @@ import optax
 from PIL import Image
 
 from jaxft import SGD, Stage, distributed, models, partition, plan
-from jaxft.data import Preprocessing, train_batches
+from jaxft.data import BatchConfig, Preprocessing, train_batches
 from jaxft.distributed import Devices
 from jaxft.labels import combine
 from jaxft.train.train_step import StepConfig, TrainState, train_step
@@ -61,15 +61,16 @@ def train(devices):
     losses, stable, donated = [], [], []
     batches = train_batches(
         Noise(),
-        preprocessing,
-        augment="none",
-        batch_size=BATCH_SIZE,
-        rows=devices.rows(BATCH_SIZE),
-        shard=devices.shard,
-        seed=0,
-        stage=0,
+        BatchConfig(
+            preprocessing=preprocessing,
+            augment="none",
+            batch_size=BATCH_SIZE,
+            rows=devices.rows(BATCH_SIZE),
+            shard=devices.shard,
+            seed=0,
+            stage=0,
+        ),
         epochs=1,
-        workers=0,
     )
     for part in batches:
         before = state

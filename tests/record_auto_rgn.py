@@ -24,20 +24,21 @@ from record_stage_steps import tensors  # noqa: E402
 from test_ddp import normalized  # noqa: E402
 from test_relative_gradients import BATCH, EPOCHS, GAMMA, GOLDEN, RATES, SOURCE  # noqa: E402
 
-from jaxft.data import Preprocessing, train_batches  # noqa: E402
+from jaxft.data import BatchConfig, Preprocessing, train_batches  # noqa: E402
 
 
 def epochs():
     """Each epoch's batches, in the order that ours has."""
     batches = train_batches(
         SOURCE,
-        Preprocessing(image_size=16, resize_size=16),
-        augment="none",
-        batch_size=BATCH,
-        seed=0,
-        stage=0,
+        BatchConfig(
+            preprocessing=Preprocessing(image_size=16, resize_size=16),
+            augment="none",
+            batch_size=BATCH,
+            seed=0,
+            stage=0,
+        ),
         epochs=EPOCHS,
-        workers=0,
     )
     pairs = [
         (

@@ -46,7 +46,7 @@ with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         checkpoints.save(step, header.to_json(), {"params": whole}, keep=keep)
 assert saved(folder) == recipe
 found = newest()
-assert (found.step, found.progress["progress"]["score"], found.remarks) == (3, 3, ())
+assert (found.step, found.header["progress"]["score"], found.remarks) == (3, 3, ())
 (tensor,) = weights.read(folder, own_names=True).tensors.values()
 np.testing.assert_array_equal(tensor.read(), whole["x"])
 np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
@@ -54,7 +54,7 @@ np.testing.assert_array_equal(found.arrays["params"]["x"], whole["x"])
 # Killed while 3 was being replaced: there is a beginning of the new one, without its last object.
 (folder / "checkpoints" / "3").rename(folder / "checkpoints" / "replaced-3")
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
-assert newest().progress["progress"]["score"] == 3
+assert newest().header["progress"]["score"] == 3
 (folder / "checkpoints" / "3" / "header" / "metadata").write_text("{}")
 found = newest()
 assert (found.step, len(found.remarks)) == (2, 1)

@@ -13,10 +13,10 @@ from narrow import narrowed
 from jaxft import data, finetune, paths, plan
 from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
+from jaxft.open_recipe import draw_start
 from jaxft.recipe_file import read, resolve, save
 from jaxft.report.console import Console
 from jaxft.stage_options import NormChoice
-from jaxft.train.opening import draw_start
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIDE, BATCH = 32, 4  # pixels, images

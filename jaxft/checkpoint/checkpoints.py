@@ -38,13 +38,13 @@ class Restored:
 
     Attributes:
       step: Global step.
-      progress: JSON that was passed to `Checkpoints.save`.
+      header: JSON that was passed to `Checkpoints.save`.
       arrays: Arrays that were passed to `Checkpoints.save`, by item.
       remarks: A sentence per newer checkpoint that could not be read.
     """
 
     step: int
-    progress: dict[str, Any]
+    header: dict[str, Any]
     arrays: dict[str, Tree]
     remarks: tuple[str, ...] = ()
 
@@ -92,7 +92,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        progress: Mapping[str, Any],
+        header: Mapping[str, Any],
         arrays: Mapping[str, Tree],
         *,
         keep: bool = False,
@@ -104,7 +104,7 @@ class Checkpoints:
 
         Args:
           step: Global step, not before the newest checkpoint.
-          progress: JSON.
+          header: JSON, see `jaxft.checkpoint.contents.Header`.
           arrays: Trees of arrays by item name.
           keep: Keep this checkpoint permanently.
 
@@ -125,10 +125,10 @@ class Checkpoints:
             name: ocp.args.StandardSave(tree)
             for name, tree in layout.nonempty_items(arrays).items()
         }
-        header = ocp.args.JsonSave(layout.header(progress, arrays, keep))
+        file = ocp.args.JsonSave(layout.header_file(header, arrays, keep))
         self._writing = step
         with self._write_errors():
-            self._manager.save(step, args=ocp.args.Composite(header=header, **items))
+            self._manager.save(step, args=ocp.args.Composite(header=file, **items))
 
     def check_room(self, arrays: Mapping[str, Tree]) -> None:
         """Raises CheckpointError if the disk has no room for arrays of these shapes."""
@@ -156,9 +156,9 @@ class Checkpoints:
         """Returns the folder of the checkpoint of `step`."""
         return self.folder / str(step)
 
-    def progress(self, step: int) -> dict[str, Any]:
-        """Returns the progress stored with `step`, from which the structure of `arrays` follows."""
-        return dict(self._read_header(step)["progress"])
+    def header(self, step: int) -> dict[str, Any]:
+        """Returns the header stored with `step`, from which the structure of `arrays` follows."""
+        return dict(self._read_header(step)["header"])
 
     def newest(self, like: Callable[[dict[str, Any]], Mapping[str, Tree]]) -> Restored | None:
         """Restores the newest readable checkpoint.
@@ -167,7 +167,7 @@ class Checkpoints:
         a killed process are deleted. Only the run itself may call this, not another reader.
 
         Args:
-          like: Returns the `like` of `restore` for the progress of a checkpoint.
+          like: Returns the `like` of `restore` for the header of a checkpoint.
 
         Returns:
           The checkpoint; None if the folder never had one.
@@ -180,15 +180,15 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self.verify(step)
-                progress = self.progress(step)
-                arrays = self._restore(step, like(progress))
+                header = self.header(step)
+                arrays = self._restore(step, like(header))
             except _DamagedError as error:
                 self._rename(str(step), f"{CORRUPT}{step}")
                 remarks.append(
                     f"{error} It was renamed to {CORRUPT}{step}, and the one before it is used."
                 )
             else:
-                return Restored(step, progress, arrays, tuple(remarks))
+                return Restored(step, header, arrays, tuple(remarks))
         if remarks:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be read, and all were renamed. The same "
@@ -263,8 +263,8 @@ class Checkpoints:
     def _read_header(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(header=ocp.args.JsonRestore())
         try:
-            header = dict(self._manager.restore(step, args=args)["header"])
-            return {name: header[name] for name in ("progress", "keep", "layout")}
+            file = dict(self._manager.restore(step, args=args)["header"])
+            return {name: file[name] for name in ("header", "keep", "layout")}
         except (KeyError, ValueError, FileNotFoundError) as error:
             raise _DamagedError(f"{self.path(step)} has no readable header.") from error
 

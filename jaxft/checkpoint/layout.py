@@ -34,8 +34,8 @@ def replaced_checkpoints(folder: epath.Path) -> dict[int, epath.Path]:
     return {int(path.name.removeprefix(REPLACED)): path for path in paths}
 
 
-def newest_progress(folder: str | PathLike[str]) -> dict[str, Any] | None:
-    """Returns the progress in the newest readable header of a folder; None if there is none.
+def newest_header(folder: str | PathLike[str]) -> dict[str, Any] | None:
+    """Returns the newest readable header in a folder; None if there is none.
 
     This reads one JSON file, and is safe while a run writes to the folder.
     """
@@ -44,22 +44,24 @@ def newest_progress(folder: str | PathLike[str]) -> dict[str, Any] | None:
         return None
     complete = {step: root / str(step) for step in complete_steps(root)}
     checkpoints = replaced_checkpoints(root) | complete
-    headers = (read_progress(path) for _, path in sorted(checkpoints.items(), reverse=True))
-    return next((progress for progress in headers if progress is not None), None)
+    headers = (read_header(path) for _, path in sorted(checkpoints.items(), reverse=True))
+    return next((header for header in headers if header is not None), None)
 
 
-def read_progress(checkpoint: epath.Path) -> dict[str, Any] | None:
-    """Returns the progress in a checkpoint's header; None if it is missing or damaged."""
+def read_header(checkpoint: epath.Path) -> dict[str, Any] | None:
+    """Returns a checkpoint's header; None if it is missing or damaged."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         if not checksums.damage(checkpoint, prefix="header/"):
-            header = json.loads((checkpoint / "header" / "metadata").read_text())
-            return dict(header["progress"])
+            file = json.loads((checkpoint / "header" / "metadata").read_text())
+            return dict(file["header"])
     return None
 
 
-def header(progress: Mapping[str, Any], arrays: Mapping[str, Tree], keep: bool) -> dict[str, Any]:
-    """Returns the content of a header: progress, whether the checkpoint stays, array shapes."""
-    return {"progress": dict(progress), "keep": keep, "layout": array_layout(arrays)}
+def header_file(
+    header: Mapping[str, Any], arrays: Mapping[str, Tree], keep: bool
+) -> dict[str, Any]:
+    """Returns the content of the file: header, whether the checkpoint stays, array shapes."""
+    return {"header": dict(header), "keep": keep, "layout": array_layout(arrays)}
 
 
 def array_layout(arrays: Mapping[str, Tree]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxft.checkpoint import checksums, contents
 from jaxft.checkpoint.atomic import in_bucket
-from jaxft.checkpoint.layout import complete_steps, read_progress
+from jaxft.checkpoint.layout import complete_steps, read_header
 from jaxft.checkpoint.orbax_adapter import absolute_path, filter_logs, write_error_cause
 from jaxft.distributed import is_main_process
 from jaxft.errors import CheckpointError
@@ -93,7 +93,7 @@ def read_description(folder: str | PathLike[str]) -> Mapping[str, Any]:
     """
     path = _newest(folder)
     if _is_run(path):
-        header = read_progress(path)  # None if damaged, which reading the arrays finds
+        header = read_header(path)  # None if damaged, which reading the arrays finds
         return contents.Header.from_json(header).description if header else {}
     filter_logs()
     with ocp.StandardCheckpointer() as reader:

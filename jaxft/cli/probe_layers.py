@@ -12,13 +12,12 @@ loss much, not that the block is the best to train alone.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from jaxft.cli.command import command_parser, run_until_signal
+from jaxft.cli.command import command_parser, keep_programs, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.stages import Stage
 from jaxft.train.auto_rgn import BATCHES, block_norms
-from jaxft.train.compiled_stage import keep_programs
 from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.lr_finder import trial
 

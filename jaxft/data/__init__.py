@@ -2,7 +2,7 @@
 
 from jaxft.data.arrays import arrays
 from jaxft.data.augment import View
-from jaxft.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
+from jaxft.data.batches import Batch, BatchConfig, eval_batches, steps_per_epoch, train_batches
 from jaxft.data.fingerprint import fingerprint
 from jaxft.data.image_cache import Cached
 from jaxft.data.open_source import open_source
@@ -15,6 +15,7 @@ __all__ = [
     "Augment",
     "Balance",
     "Batch",
+    "BatchConfig",
     "Cached",
     "OnBadImage",
     "Preprocessing",

@@ -6,6 +6,7 @@ only the position.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -54,25 +55,48 @@ def steps_per_epoch(source: Source, batch_size: int, *, drop_last: bool = False)
     return len(source) // batch_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Everything that the training batches of a stage depend on, apart from the images.
+
+    Attributes:
+      preprocessing: size and interpolation of the images.
+      augment: random view of each image.
+      batch_size: examples per batch.
+      seed: seed of the order and the augmentations.
+      stage: index of the stage, part of the seed.
+      drop_last: leave out the last batch of an epoch if it is not full.
+      balanced: draw an epoch's examples with replacement, all classes equally often
+        (`jaxft.data.class_balance`). Repeated examples are augmented differently.
+      num_views: repeat the views of an example after this many epochs; 0 never repeats them.
+      rows: rows of the arrays, `batch_size` by default; surplus rows are padding.
+      last_rows: rows of an epoch's last batch if it is not full, `rows` by default.
+      shard: (index, count) of this process. Each process prepares an equal part of the rows and
+        decodes no other images; the parts of all processes, concatenated, are the batch.
+    """
+
+    preprocessing: Preprocessing
+    augment: Augment | View
+    batch_size: int
+    seed: int
+    stage: int
+    drop_last: bool = False
+    balanced: bool = False
+    num_views: int = 0
+    rows: int | None = None
+    last_rows: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+
 def train_batches(
     source: Source,
-    preprocessing: Preprocessing,
+    config: BatchConfig,
     *,
-    augment: Augment | View,
-    batch_size: int,
-    seed: int,
-    stage: int,
     epochs: int,
     first_epoch: int = 0,
     first_step: int = 0,
-    workers: int,
-    drop_last: bool = False,
-    balanced: bool = False,
-    num_views: int = 0,
+    workers: int = 0,
     features: Callable[[int], np.ndarray] | None = None,
-    rows: int | None = None,
-    last_rows: int | None = None,
-    shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """Yields the training batches of a stage, epoch by epoch.
 
@@ -81,43 +105,34 @@ def train_batches(
 
     Args:
       source: labelled images.
-      preprocessing: size and interpolation of the images.
-      augment: random view of each image.
-      batch_size: examples per batch.
-      seed: seed of the order and the augmentations.
-      stage: index of the stage, part of the seed.
+      config: order, augmentation and shape of the batches.
       epochs: number of epochs of the stage.
       first_epoch: epoch to start from, to resume a run.
       first_step: batch of `first_epoch` to start from.
       workers: threads that prepare batches ahead; 0 prepares a batch when it is requested.
-      drop_last: leave out the last batch of an epoch if it is not full.
-      balanced: draw an epoch's examples with replacement, all classes equally often
-        (`jaxft.data.class_balance`). Repeated examples are augmented differently.
-      num_views: repeat the views of an example after this many epochs; 0 never repeats them.
       features: returns the features [n ...] of all examples for one view. The batches then hold
         these features instead of images, and use no threads.
-      rows: rows of the arrays, `batch_size` by default; surplus rows are padding.
-      last_rows: rows of an epoch's last batch if it is not full, `rows` by default.
-      shard: (index, count) of this process. Each process prepares an equal part of the rows and
-        decodes no other images; the parts of all processes, concatenated, are the batch.
 
     Raises:
       DataError: as `steps_per_epoch`; or the rows are too few, or not divisible by the number of
         processes; or, when its batch is requested, an image is unreadable.
     """
-    steps = steps_per_epoch(source, batch_size, drop_last=drop_last)
-    process_rows = _process_rows(len(source), batch_size, rows, last_rows, shard)
+    batch_size, seed, stage = config.batch_size, config.seed, config.stage
+    steps = steps_per_epoch(source, batch_size, drop_last=config.drop_last)
+    process_rows = _process_rows(
+        len(source), batch_size, config.rows, config.last_rows, config.shard
+    )
 
     # Around the end of an epoch, threads prepare batches of two epochs.
     @lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> np.ndarray:
         rng = np.random.default_rng([seed, stage, epoch])
-        return balanced_draws(source, rng) if balanced else rng.permutation(len(source))
+        return balanced_draws(source, rng) if config.balanced else rng.permutation(len(source))
 
     def make_batch(step: int) -> Batch:
         epoch, index = divmod(step, steps)
         row_range = process_rows(index)
-        view = epoch % num_views if num_views else epoch
+        view = epoch % config.num_views if config.num_views else epoch
         first = index * batch_size
         positions = np.arange(first, min(first + batch_size, len(source)))[row_range]
         examples = epoch_order(epoch)[positions]
@@ -126,13 +141,15 @@ def train_batches(
 
         def load(example: int, position: int) -> tuple[np.ndarray, int]:
             # A balanced epoch may repeat an example; its position then varies the view.
-            return load_view(example, view, *((position,) if balanced else ()))
+            return load_view(example, view, *((position,) if config.balanced else ()))
 
         loads = [partial(load, int(e), int(p)) for e, p in zip(examples, positions, strict=True)]
-        return _image_batch(loads, preprocessing.image_size, row_range, pixel_type(source))
+        return _image_batch(loads, config.preprocessing.image_size, row_range, pixel_type(source))
 
-    check_view(source, augment)
-    load_view = train_view_loader(source, preprocessing, augment, seed=seed, stage=stage)
+    check_view(source, config.augment)
+    load_view = train_view_loader(
+        source, config.preprocessing, config.augment, seed=seed, stage=stage
+    )
     remaining_steps = range(first_epoch * steps + first_step, epochs * steps)
     return prefetch(make_batch, remaining_steps, 0 if features else workers)
 
@@ -175,9 +192,7 @@ def eval_batches(
       workers: as in `train_batches`.
       load: returns the image [h w 3] of an example and its target, in place of the evaluation view.
       features: [n ...] of all examples; the batches then hold these instead of images.
-      rows: as in `train_batches`.
-      last_rows: as in `train_batches`.
-      shard: as in `train_batches`.
+      rows, last_rows, shard: as in `BatchConfig`.
 
     Raises:
       DataError: as in `train_batches`.

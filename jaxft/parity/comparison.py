@@ -54,7 +54,7 @@ def compare(
         1e-4 in float32.
 
     Raises:
-      RecipeError: if a stage uses random numbers, `auto_rgn`, a solver or validation, if the
+      RecipeError: if a stage uses random numbers, `auto_rgn`, a linear probe or validation, if the
         numbers of stages differ, or if a batch has the wrong size or layout.
       WeightsError: if the module's tensors do not match the network.
     """
@@ -130,8 +130,8 @@ def _check_stage(recipe: Recipe, stage: Stage, sizes: Sequence[int]) -> None:
             f"stage {stage.name!r} uses {', '.join(random)}, whose random numbers differ between "
             "PyTorch and jaxft; set them to 0."
         )
-    if stage.solver or stage.auto_rgn:
-        feature = "is solved" if stage.solver else "has auto_rgn"
+    if stage.linear_probe or stage.auto_rgn:
+        feature = "is a linear probe" if stage.linear_probe else "has auto_rgn"
         raise RecipeError(
             f"stage {stage.name!r} {feature}, which has no counterpart in torch's optimizers; "
             "compare the recipe without it."

@@ -23,8 +23,7 @@ from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, NumpyBatch, Step
 from jaxft.recipe import Recipe
-from jaxft.train.opening import open_programs
-from jaxft.train.stage_program import StageProgram
+from jaxft.train.stage_program import StageProgram, open_programs
 from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 
@@ -105,7 +104,7 @@ def _stage_steps(
     for position in range(program.steps):
         rows = epoch[position % len(epoch)]
         count = len(rows.targets)
-        batch = program.devices.batch(_padded(rows, program.rows))
+        batch = program.devices.batch(_padded(rows, program.sizes.rows))
         lr = program.plan.lr_at(state.opt_state, steps_per_epoch=program.steps_per_epoch)
         params = combine(state.trainable, frozen)
         outputs = block_outputs(params, state.stats, batch) if record_outputs else {}
@@ -141,9 +140,9 @@ def _block_outputs(
 
 def _training_loss(program: StageProgram, mean: jax.Array, batch: NumpyBatch) -> jax.Array:
     """Computes the loss that the stage minimises from the mean loss of a batch."""
-    weights = program.objective.class_weights
+    weights = program.loss.class_weights
     total = np.sum(np.asarray(weights)[batch.targets]) if weights else len(batch.targets)
-    return program.objective.reduced(mean, jnp.asarray(total))
+    return program.loss.reduced(mean, jnp.asarray(total))
 
 
 def _padded(batch: NumpyBatch, size: int) -> Batch:

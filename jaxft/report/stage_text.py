@@ -10,7 +10,7 @@ def title(program: StageProgram, of: int) -> str:
     """Returns the title of a stage, with its number `of` how many and its length."""
     stage, steps = program.plan.stage, program.steps
     most = "at most " if stage.until or stage.max_minutes else ""
-    if stage.solver:
+    if stage.linear_probe:
         length = "a logistic regression on the features before its head"
     elif steps == stage.steps:
         length = f"{most}{steps} steps, {program.steps_per_epoch} an epoch"
@@ -33,7 +33,7 @@ def cost(program: StageProgram, compiled: CompiledStage, seconds: float) -> str:
 
     `seconds` is the compile time.
     """
-    if program.plan.stage.solver:
+    if program.plan.stage.linear_probe:
         cost = f"{_flop(compiled.prefix_flops)} a batch"
     else:
         cost = f"{_flop(compiled.flops)} a step"

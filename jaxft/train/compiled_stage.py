@@ -1,34 +1,23 @@
-"""Compiled programs of a stage: compiled in the background, called with one batch or several.
+"""The compiled programs of a stage."""
 
-With `steps_per_execution` above 1, one call processes several batches, so that a small network does
-not wait for Python (as in Keras). Calls differ in how many batches they fill; the results do not
-depend on where calls begin, to the last bit. The host looks for signals, and at a stage's time
-limit, between calls only.
-"""
-
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
-from jaxft.distributed import Devices
 from jaxft.labels import Tree
-from jaxft.train.metrics import GradientNorms, StepRecord
+from jaxft.steps_per_execution import several_steps
+from jaxft.train.eval_step import eval_step
+from jaxft.train.frozen_prefix import compile_prefix
+from jaxft.train.metrics import GradientNorms
+from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
-from jaxft.weights.download import cache_folder
-
-T = TypeVar("T")
-
-_POLL_SECONDS = 0.2  # between two looks at whether the run must stop
 
 
 class CompiledStage(NamedTuple):
@@ -39,7 +28,7 @@ class CompiledStage(NamedTuple):
       copy: copies a training state to other buffers.
       step: `(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number`
         is the global step. The state is donated. With `steps_per_execution` above 1, batches and
-        records are stacked, and the number of batches follows them. None: the stage has a solver.
+        records are stacked, and the number of batches follows them. None for a linear probe.
       gradient_norms: see `StageProgram.gradient_norms`; by tensor. None without `auto_rgn`.
       prefix: see `compile_prefix`; empty if nothing of the prefix is cached.
       score: see `eval_step`; of batches of features. None: they are not cached.
@@ -87,138 +76,85 @@ def flops(compiled: Any) -> float:
     return float((compiled.cost_analysis() or {}).get("flops", 0.0))
 
 
-class Ahead(Generic[T]):
-    """Runs a function in a background thread.
+def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
+    """Compiles the programs of a stage for arrays of these shapes at its start."""
+    stage, recipe, devices = program.plan.stage, program.recipe, program.devices
+    prefix, steps_per_call = program.prefix, recipe.steps_per_execution
+    state, frozen = devices.abstract(program.state(shapes))
+    params, stats = devices.abstract((shapes.params, shapes.stats))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    start = params if stage.anchor else None
+    side = recipe.preprocessing.image_size
+    images = _batch_shapes(program, (side, side, 3), np.dtype(program.pixels))
 
-    XLA compiles without the GIL, so training in the meantime loses only the cores that it takes.
+    def init_optimizer(params: Tree) -> optax.OptState:
+        return devices.constrain(program.transform.init(params))
 
-    Attributes:
-      seconds: duration of the function.
-    """
+    def copy(state: TrainState) -> TrainState:
+        return devices.constrain(jax.tree.map(jnp.copy, state))
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.seconds = 0.0
-        self._error: BaseException | None = None
-        x64 = bool(jax.numpy.zeros(0, float).dtype == "float64")  # of the calling thread
+    def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
+        row = images.image.shape[1:], images.image.dtype
+        if prefix.row and prefix.train:
+            row = prefix.row.shape, prefix.row.dtype
+        counts = {program.sizes.rows}
+        if program.epoch_length(0) == program.steps_per_epoch:  # the stage reaches a last batch
+            counts.add(program.sizes.last_rows)
+        programs = {}
+        for rows in sorted(counts, reverse=True):
+            batches = _batch_shapes(program, *row, rows=rows, steps_per_call=steps_per_call)
+            programs[rows] = function.lower(state, frozen, batches, *rest).compile()
+        return (
+            programs[program.sizes.rows]
+            if len(programs) == 1
+            else ByRows(programs, program.sizes.rows)
+        )
 
-        def work() -> None:
-            started = time.perf_counter()
-            try:
-                with jax.enable_x64(x64):
-                    self._result = function()
-            except BaseException as error:
-                self._error = error
-            self.seconds = time.perf_counter() - started
-
-        # No daemon: at the end of Python the compiler would abort.
-        self._thread = threading.Thread(target=work, name="jaxft-compile")
-        self._thread.start()
-
-    def result(self, glance: Callable[[], None] = lambda: None) -> T:
-        """Waits for the function; returns its result or raises its error.
-
-        While it waits it calls `glance`, which may raise.
-        """
-        while self._thread.is_alive():
-            glance()
-            self._thread.join(_POLL_SECONDS)
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has set a folder for it.
-
-    It lies under `programs` in the folder of downloaded weights. `JAX_COMPILATION_CACHE_DIR` names
-    another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Without a folder that can
-    be written, as without a home, nothing is cached.
-    """
-    folder = cache_folder() / "programs"
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def groups(batches: Iterable[Batch], steps_per_call: int) -> Iterator[list[Batch]]:
-    """Yields up to `steps_per_call` consecutive batches at a time, all of one shape."""
-    for _, same_shape in groupby(batches, lambda batch: len(batch.mask)):
-        while group := list(islice(same_shape, steps_per_call)):
-            yield group
-
-
-def sent(devices: Devices, batches: Sequence[Batch], steps_per_call: int) -> tuple[Any, ...]:
-    """Starts to send batches to the devices; returns the arguments of a compiled program.
-
-    With `steps_per_call == 1`, returns `(batch,)`. Otherwise stacks the batches along a new leading
-    axis, zero-pads it to `steps_per_call`, and returns `(stacked, count)`.
-    """
-    if steps_per_call == 1:
-        return (devices.batch(batches[0]),)
-
-    def stack(*arrays: np.ndarray) -> np.ndarray:
-        filled = np.zeros((steps_per_call, *arrays[0].shape), arrays[0].dtype)
-        np.stack(arrays, out=filled[: len(arrays)])
-        return filled
-
-    return devices.batch(jax.tree.map(stack, *batches), stacked=True), np.int32(len(batches))
+    step = norms = score = None
+    if not stage.linear_probe and steps_per_call == 1:
+        step = compiled(jax.jit(program.train_step(), donate_argnums=0), 1, number, start)
+    elif not stage.linear_probe:
+        several = several_steps(program.train_step(), devices)
+        step = compiled(jax.jit(several, donate_argnums=0), steps_per_call, number, number, start)
+    if stage.auto_rgn:
+        norms = compiled(jax.jit(program.gradient_norms(program.tensor_labels)), 1, number, start)
+    through: dict[str, Any] = {}
+    if prefix.row and prefix.val:
+        like = (params, stats, images.image)
+        through = compile_prefix(program.model, recipe.preprocessing, devices, prefix.cuts, like)
+        scoring = eval_step(
+            program.model, recipe.preprocessing, first=prefix.first, steps_per_call=steps_per_call
+        )
+        views = 2 if recipe.tta == "flip" else 1
+        row = (views, *prefix.row.shape), prefix.row.dtype
+        features = _batch_shapes(program, *row, steps_per_call=steps_per_call)
+        count = (number,) if steps_per_call > 1 else ()
+        score = scoring.lower(params, stats, features, *count).compile()
+    return CompiledStage(
+        jax.jit(init_optimizer).lower(params).compile(),
+        jax.jit(copy).lower(state).compile(),
+        step,
+        norms,
+        through,
+        score,
+        flops(step) * stage.accumulate if step else 0.0,  # XLA counts a loop's body once
+        sum(map(flops, through.values())),
+    )
 
 
-def one_by_one(
-    step: Callable[[T, Batch, jax.Array], tuple[T, Any]],
-    carry: T,
-    batches: Batch,
-    count: jax.Array,
-) -> tuple[T, Any]:
-    """Calls `step(carry, batch, i) -> (carry, record)` for the first `count` of stacked batches.
-
-    Returns the last carry, and the records along a leading axis; those beyond `count` are zero.
-    """
-
-    def batch(i: Any) -> Batch:
-        return jax.tree.map(lambda x: x[i], batches)
-
-    steps_per_call = len(batches.mask)
-    _, record = jax.eval_shape(step, carry, batch(0), count)
-    records = jax.tree.map(lambda x: jnp.zeros((steps_per_call, *x.shape), x.dtype), record)
-
-    def body(i: jax.Array, sofar: tuple[T, Any]) -> tuple[T, Any]:
-        carry, records = sofar
-        carry, record = step(carry, batch(i), i)
-        return carry, jax.tree.map(lambda stacked, x: stacked.at[i].set(x), records, record)
-
-    result: tuple[T, Any] = jax.lax.fori_loop(0, count, body, (carry, records))
-    return result
-
-
-def apart(records: T, count: int, steps_per_call: int) -> list[T]:
-    """Returns the first `count` of stacked records, or the only one."""
-    if steps_per_call == 1:
-        return [records]
-    return [jax.tree.map(lambda x, i=i: x[i], records) for i in range(count)]
-
-
-def several_steps(
-    step: Callable[..., tuple[TrainState, StepRecord]], devices: Devices
-) -> Callable[..., tuple[TrainState, StepRecord]]:
-    """Returns `(state, frozen, batches, count, number, start) -> (state, records)`.
-
-    It takes the first `count` of stacked batches; `number` is the global step of the first.
-    """
-
-    def steps(
-        state: TrainState,
-        frozen: Tree,
-        batches: Batch,
-        count: jax.Array,
-        number: jax.Array,
-        start: Tree,
-    ) -> tuple[TrainState, StepRecord]:
-        def one(state: TrainState, batch: Batch, i: Any) -> tuple[TrainState, StepRecord]:
-            return step(state, frozen, batch, number + i, start)
-
-        # The loop leaves the sharding of its results open.
-        return devices.constrain(one_by_one(one, state, batches, count))
-
-    return steps
+def _batch_shapes(
+    program: StageProgram,
+    row: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    rows: int | None = None,
+    steps_per_call: int = 1,
+) -> Batch:
+    """Returns the shapes of a batch of such rows, or of several stacked batches."""
+    axes: tuple[int, ...] = (rows or program.sizes.rows,)
+    if steps_per_call > 1:
+        axes = (steps_per_call, *axes)
+    return program.devices.abstract_batch(
+        Batch(np.empty((*axes, *row), dtype), np.empty(axes, np.int32), np.empty(axes, bool)),
+        stacked=steps_per_call > 1,
+    )

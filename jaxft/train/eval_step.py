@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.train.compiled_stage import one_by_one
+from jaxft.steps_per_execution import one_by_one
 from jaxft.train.metrics import Metrics
 
 

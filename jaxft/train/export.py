@@ -92,7 +92,7 @@ def export(
     with closing(Checkpoints(checkpoints)) as kept:
         step = kept.latest_step()
         assert step is not None
-        header = Header.from_json(kept.progress(step))
+        header = Header.from_json(kept.header(step))
     progress = Progress.from_fields(header.progress)
     classes, pixels = header.data["classes"], header.data.get("pixels", "uint8")
     score = (

@@ -242,7 +242,7 @@ class StageFeatures:
             f"stage {stage.name!r}: the features of image {image} (of {images} to {use}, counted "
             f"from 0), as its frozen {where} compute them, are not finite. Look at that image, at "
             "the weights (large ones overflow) and at the running statistics."
-            + ("" if stage.solver else way_out)
+            + ("" if stage.linear_probe else way_out)
         )
 
     @cached_property

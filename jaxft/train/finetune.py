@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from jaxft import agreement, lost_process, models
+from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Source, Splits
@@ -26,37 +27,34 @@ from jaxft.data.validate import without_warnings
 from jaxft.distributed import Devices, check_devices, is_main_process
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
-from jaxft.recipe import Recipe
-from jaxft.recipe_file import resolve
-from jaxft.report import environment
-from jaxft.report.console import Console
-from jaxft.report.metrics_log import MetricsLog
-from jaxft.train import export
-from jaxft.train.batch_sizes import batch_sizes, oversized
-from jaxft.train.eval_step import eval_step
-from jaxft.train.extend import check_extension
-from jaxft.train.feature_cache import FeatureCache
-from jaxft.train.interruption import Interruption, interruptible
-from jaxft.train.metrics import Score
-from jaxft.train.opening import (
+from jaxft.open_recipe import (
     Start,
     check_image_size,
     check_network,
     draw_start,
     fit_start,
     open_network,
-    open_programs,
     open_splits,
     read_weights,
     start_shapes,
-    untrained_frozen_remarks,
     wanted_classes,
 )
+from jaxft.recipe import Recipe
+from jaxft.recipe_file import resolve
+from jaxft.report import environment
+from jaxft.report.console import Console
+from jaxft.report.metrics_log import MetricsLog
+from jaxft.stage_plan import untrained_frozen_remarks
+from jaxft.train import export
+from jaxft.train.eval_step import eval_step
+from jaxft.train.feature_cache import FeatureCache
+from jaxft.train.metrics import Score
 from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
-from jaxft.train.stage_program import StageProgram
+from jaxft.train.signals import Interruption, interruptible
+from jaxft.train.stage_program import StageProgram, open_programs
 from jaxft.train.train_stages import train_stages
 from jaxft.train.trainer import Trainer
-from jaxft.train.workdir import check, check_apart, claim, saved
+from jaxft.train.workdir import check, check_apart, check_extension, claim, saved
 from jaxft.weights.description import MARK, STRIDES
 
 

@@ -82,7 +82,7 @@ def frozen_prefix(
       images: number of training and validation images.
       epochs: length of the stage.
     """
-    solved = plan.stage.solver is not None
+    probes = plan.stage.linear_probe is not None
     params, stats = like
     blocks, why = inert_blocks(model, params, plan.labels, norms)
     if not blocks:
@@ -96,14 +96,14 @@ def frozen_prefix(
     mib = row.size * row.dtype.itemsize / 2**20
     to_train, to_validate = images
     of_val = mib * to_validate * (2 if recipe.tta == "flip" else 1)
-    of_both = of_val + mib * to_train * (1 if solved else _views(settings))
+    of_both = of_val + mib * to_train * (1 if probes else _views(settings))
     field = "disk_cache_mib" if recipe.disk_cache_mib else "cache_mib"
     room = getattr(recipe, field)
     # A linear probe needs all features at once, whatever the room.
-    reason = "" if solved else _why_not(recipe, settings, epochs)
-    if not reason and not solved and of_both > room:
+    reason = "" if probes else _why_not(recipe, settings, epochs)
+    if not reason and not probes and of_both > room:
         reason = f"the features take {of_both:,.0f} MiB, and {field} is {room}"
-    train, val = not reason, solved or of_val <= room
+    train, val = not reason, probes or of_val <= room
     return FrozenPrefix(
         blocks,
         model.blocks[len(blocks)],
@@ -114,7 +114,7 @@ def frozen_prefix(
         mib=of_both if train else of_val if val else 0.0,
         room=room,
         batch_size=settings.batch_size,
-        same_views=solved or settings.augment == "none",
+        same_views=probes or settings.augment == "none",
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -13,12 +13,12 @@ import numpy as np
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.distributed import any_process
+from jaxft.report.nonfinite import step_error
 from jaxft.stages import Stage
+from jaxft.steps_per_execution import apart, sent
 from jaxft.train.auto_rgn import BATCHES, restart_with_auto_rgn
-from jaxft.train.compiled_stage import CompiledStage, apart, sent
+from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.metrics import EpochMetrics, StepRecord
-from jaxft.train.nonfinite import check_steps
-from jaxft.train.stage import end_epoch, save, stop
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import StageState
 from jaxft.train.trainer import Trainer
@@ -55,9 +55,8 @@ def run_gradient_stage(
     with closing(batches):
         while True:
             _train_epoch(trainer, program, compiled, current, batches)
-            end = end_epoch(
-                trainer, program, compiled, features, current, done=partial(_done, program, current)
-            )
+            done = partial(_done, program, current)
+            end = trainer.end_epoch(program, compiled, features, current, done=done)
             if not advised and (advice := _input_advice(trainer, current)):
                 trainer.console.say(advice)
                 advised = True  # once a stage: it does not get better
@@ -88,7 +87,7 @@ def _train_epoch(
         counts = [count for _, count in unseen]
         pairs = zip(fetched, counts, strict=True)
         records = [record for pair in pairs for record in apart(*pair, steps_per_call)]
-        check_steps(trainer, program, current, records)
+        _check_finite(trainer, program, current, records)
         now = time.perf_counter()
         current.epoch_metrics = current.epoch_metrics.plus(records, seconds=now - mark, idle=idle)
         idle, mark = 0.0, now
@@ -124,13 +123,13 @@ def _train_epoch(
             if synced or jax.process_count() == 1:
                 if trainer.stop_asked():
                     look()
-                    stop(trainer, program, current)
+                    trainer.stop(program, current)
                 if plan.stage.max_minutes and any_process(_time_is_up(plan.stage, current)):
                     look()
                     return
             if every and current.progress.step % every == 0:
                 look()
-                save(trainer, program, current)
+                trainer.save_within(program, current)
 
 
 def _begin_epoch(
@@ -158,6 +157,18 @@ def _begin_epoch(
     lr = plan.lr_at(opt_state, steps_per_epoch=per_epoch)
     current.epoch_metrics = EpochMetrics(lr=lr)
     return batches
+
+
+def _check_finite(
+    trainer: Trainer, program: StageProgram, current: StageState, records: Sequence[StepRecord]
+) -> None:
+    """Raises NonFiniteError for the first of the last steps that is not finite."""
+    if program.recipe.on_nonfinite == "skip":
+        return
+    for step, record in enumerate(records, current.progress.step - len(records) + 1):
+        if not record.finite:
+            saved = trainer.checkpoints.latest_step()
+            raise step_error(program.plan.stage.name, current, record, step=step, saved=saved)
 
 
 def _done(program: StageProgram, current: StageState) -> str:

@@ -1,7 +1,6 @@
 """Runs a linear-probe stage: features, a sweep of penalties, and the head with the best of them."""
 
 import time
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,15 +9,11 @@ import numpy as np
 
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.distributed import broadcast_from_main
-from jaxft.errors import ModelError, RecipeError
-from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.labels import Tree, paths
 from jaxft.linear_probe import ITERATIONS, TOLERANCE, Fit, logistic_regression
-from jaxft.models import Model
-from jaxft.stage_plan import StagePlan
 from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
-from jaxft.train.stage import end_epoch
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import StageState
 from jaxft.train.trainer import Trainer
@@ -44,7 +39,7 @@ def run_linear_probe_stage(
     features = trainer.features(program, compiled, lambda: current.best)
     if current.progress.position == 0:  # otherwise only the validation is missing
         _solve(trainer, program, features, current)
-    end = end_epoch(trainer, program, compiled, features, current, done=lambda: "it is solved")
+    end = trainer.end_epoch(program, compiled, features, current, done=lambda: "it is solved")
     assert end is not None
     return end
 
@@ -57,14 +52,14 @@ def _solve(
     Nothing is saved before its end: a run that is stopped here starts the step again.
     """
     started = current.began = time.perf_counter()
-    solver = program.plan.stage.solver
-    assert solver is not None
+    probe = program.plan.stage.linear_probe
+    assert probe is not None
     train = _Features(features.train(), trainer.splits.train.targets)
     rows = features.val()
     if rows is None:
         raise trainer.stopped()
     val = _Features(rows[:, 0], trainer.splits.val.targets)
-    fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=solver.c)
+    fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=probe.c)
     trained = [_metrics(fit, train) for fit in fits]
     scores = [_metrics(fit, val).score for fit in fits]
     chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
@@ -119,50 +114,3 @@ def _head(fit: Fit, like: Tree) -> Tree:
         for path, leaf in zip(paths(like), jax.tree.leaves(like), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def check_linear_head(
-    plan: StagePlan, model: Model, params: Tree, stats: Tree, *, image_size: int
-) -> None:
-    """Checks that the stage trains the whole head and that the head is one linear layer.
-
-    Args:
-      plan: the stage over the network's parameters.
-      model: the network.
-      params, stats: parameters and statistics, or their shapes.
-      image_size: side of the images in pixels.
-
-    Raises:
-      ModelError, RecipeError: it does not.
-    """
-    name, head = plan.stage.name, model.head
-    if len(model.blocks) < 2:
-        raise ModelError(
-            f"stage {name!r} solves the head on the features before it, and {model.name} is one "
-            "block, of which they cannot be had. Step its head instead, with a learning rate; or "
-            "use jaxft.logistic_regression on features of your own."
-        )
-    labels = leaf_labels(params, plan.labels)
-    shapes = {
-        path: leaf.shape
-        for path, leaf, label in zip(paths(params), jax.tree.leaves(params), labels, strict=True)
-        if label != FROZEN or f"{path}.".startswith(f"{head}.")
-    }
-    trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    features, _ = jax.eval_shape(
-        partial(model.apply, norms="running", last=model.blocks[-2]), params, stats, images
-    )
-    kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
-    if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
-        raise RecipeError(
-            f"stage {name!r}: a LinearProbe solves the head alone, and that must be one "
-            f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
-            f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
-            f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
-        )
-    if sorted(trained) != sorted(shapes):
-        raise RecipeError(
-            f"stage {name!r}: a LinearProbe solves all of the head, and the pattern "
-            f"selects only {', '.join(trained)}. Write {head!r}."
-        )

@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.distributed import Devices, check_devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model
+from jaxft.open_recipe import Start, draw_start, fit_start
 from jaxft.optim.schedules import ExponentialLR
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.stages import Stage
-from jaxft.train import opening
 from jaxft.train.auto_rgn import BATCHES, restart_with_auto_rgn
-from jaxft.train.compiled_stage import CompiledStage
-from jaxft.train.opening import Start, draw_start, fit_start
-from jaxft.train.stage_program import StageProgram
+from jaxft.train.compiled_stage import CompiledStage, compile_stage
+from jaxft.train.stage_program import StageProgram, open_programs
 from jaxft.train.train_step import TrainState
 
 BETA = 0.98
@@ -53,7 +53,7 @@ class Trial:
         """Returns its programs, its first state, which a step may donate, and the frozen half."""
         params, stats, transform = self.params, self.stats, self.program.transform
         start = Snapshot(params, stats, jax.eval_shape(transform.init, params))
-        compiled = self.program.compile(jax.eval_shape(lambda: start))
+        compiled = compile_stage(self.program, jax.eval_shape(lambda: start))
         state, frozen = self.program.state(start._replace(opt_state=compiled.fresh(params)))
         return compiled, compiled.copy(state), frozen
 
@@ -94,19 +94,19 @@ def trial(
     """
     recipe = resolve(replace(recipe, stages=(stage,)))
     check_devices()
-    opening.check_network(recipe, model)
-    splits = opening.open_splits(recipe, data)
+    open_recipe.check_network(recipe, model)
+    splits = open_recipe.open_splits(recipe, data)
     classes = splits.train.classes
-    model = opening.open_network(recipe, model, classes)
-    source, recipe = opening.read_weights(recipe, model, classes)
-    opening.check_image_size(recipe, model)
+    model = open_recipe.open_network(recipe, model, classes)
+    source, recipe = open_recipe.read_weights(recipe, model, classes)
+    open_recipe.check_image_size(recipe, model)
     devices = Devices(recipe.sharding)
     if start is None:
-        at = draw_start(recipe, model, source, opening.wanted_classes(recipe, classes))
+        at = draw_start(recipe, model, source, open_recipe.wanted_classes(recipe, classes))
     else:
         at = fit_start(recipe, model, start)[0]
     seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
-    (program,) = opening.open_programs(seeing, model, splits, devices, at)
+    (program,) = open_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))
 
 
@@ -207,9 +207,9 @@ def ramp(stage: Stage, *, low: float, high: float, steps: int) -> Stage:
         raise RecipeError(f"learning rates rise from {low:g} to {high:g}; say 0 < low < high.")
     if steps < 10:
         raise RecipeError(f"a range test of {steps} steps shows nothing; take 10 or more.")
-    if stage.solver:
+    if stage.linear_probe:
         raise RecipeError(
-            f"stage {stage.name!r} is solved: it has no learning rate that could rise."
+            f"stage {stage.name!r} is a linear probe: it has no learning rate that could rise."
         )
     top = highest(stage)
     return dataclasses.replace(

@@ -21,10 +21,8 @@ from jaxft.models import Model
 from jaxft.models.model import OPTIONS
 from jaxft.recipe import Recipe
 from jaxft.stages import Stage
-from jaxft.train.extend import from_end, reopened
 from jaxft.train.metrics import EpochMetrics, Score
-from jaxft.train.opening import open_programs
-from jaxft.train.stage_program import StageProgram
+from jaxft.train.stage_program import StageProgram, open_programs
 from jaxft.train.state import Progress, StageState, item_shapes, opt_state_shapes
 from jaxft.train.trainer import Trainer
 from jaxft.train.workdir import saved
@@ -78,7 +76,7 @@ def resume(
     if found is None:
         trainer.metrics.begin()
         return None
-    header = Header.from_json(found.progress)
+    header = Header.from_json(found.header)
     trainer.metrics.begin(header.rows)
     for remark in found.remarks:
         trainer.console.say(remark)
@@ -89,7 +87,7 @@ def resume(
             f"Stage {program.plan.stage.name!r} had ended ({progress.ended}), and there is no "
             "earlier checkpoint of it to read: it continues from the arrays that it handed on."
         )
-        progress = from_end(program.plan.stage, progress, done, program.steps_per_epoch)
+        progress = progress.reopened(program.plan.stage, done, program.steps_per_epoch)
         current = StageState.at_start(program, progress, Arrays.from_items(found.arrays).current)
         if progress.position:
             current.epoch_metrics = EpochMetrics.from_fields(header.epoch_metrics)
@@ -109,9 +107,7 @@ def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Heade
     if not earlier:
         return
     try:
-        headers = [
-            Header.from_json(trainer.checkpoints.progress(step)) for step in (newest, earlier)
-        ]
+        headers = [Header.from_json(trainer.checkpoints.header(step)) for step in (newest, earlier)]
         trainer.checkpoints.verify(earlier)
     except CheckpointError:
         return  # `Checkpoints.newest` reports it
@@ -127,12 +123,12 @@ def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Heade
 
 
 def _steps_if_reopened(trainer: Trainer, progress: Progress, header: Header) -> int | None:
-    """Returns the result of `jaxft.train.extend.reopened` for the stage of a checkpoint."""
+    """Returns the result of `Progress.steps_if_reopened` for the stage of a checkpoint."""
     if _has_same_stages(trainer, header):
         return None
     program = trainer.programs[progress.stage]
     before = _stages(header)[progress.stage]
-    return reopened(before, program.plan.stage, progress, program.steps_per_epoch)
+    return progress.steps_if_reopened(before, program.plan.stage, program.steps_per_epoch)
 
 
 def _has_same_stages(trainer: Trainer, header: Header) -> bool:
@@ -207,7 +203,7 @@ def find_fork(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork
     ended = {}
     with closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         for step in checkpoints.steps():
-            header = Header.from_json(checkpoints.progress(step))
+            header = Header.from_json(checkpoints.header(step))
             progress = Progress.from_fields(header.progress)
             if progress.ended:
                 name = recipe.stages[progress.stage].name

@@ -1,9 +1,11 @@
 """A stage bound to the run's network, images and devices; compiles to `CompiledStage`."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import dataclasses
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +13,24 @@ import numpy as np
 import optax
 
 from jaxft import data
+from jaxft.batch_sizes import BatchSizes, batch_sizes, check_single_image, fitting_memory
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.data import Batch, Source, steps_per_epoch
+from jaxft.data import Batch, Source, Splits, steps_per_epoch
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
 from jaxft.data.source import pixel_type
 from jaxft.distributed import Devices
-from jaxft.errors import DataError, PatternError, RecipeError
-from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
+from jaxft.errors import DataError, ModelError, PatternError, RecipeError
+from jaxft.labels import FROZEN, Tree, leaf_labels, partition, paths, unflatten
 from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import norm_modes
 from jaxft.optim.transform import multi_transform
 from jaxft.recipe import Recipe, StageSettings
-from jaxft.stage_plan import StagePlan
+from jaxft.stage_plan import StagePlan, plan
 from jaxft.stages import Stage
-from jaxft.train.batch_sizes import BatchSizes, batch_sizes, check_single_image, fitting_memory
-from jaxft.train.compiled_stage import ByRows, CompiledStage, flops, several_steps
-from jaxft.train.eval_step import eval_step
-from jaxft.train.frozen_prefix import FrozenPrefix, compile_prefix
+from jaxft.train.frozen_prefix import FrozenPrefix, connect, frozen_prefix
+from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, StepRecord
-from jaxft.train.objective import Objective
 from jaxft.train.train_step import StepConfig, TrainState, gradient_norms, train_step
 
 
@@ -46,11 +46,11 @@ class StageProgram:
       model: the network.
       devices: where it runs.
       norms: mode of each norm layer.
-      objective: loss of its steps.
+      loss: loss of its steps.
       steps_per_epoch: batches that hold every training image once.
       sizes: array shapes of these batches.
       prefix: the part of the network that the stage does not change; added by
-        `jaxft.train.opening.with_prefixes`.
+        `with_prefixes`.
       pixels: type of the images' values, uint8 or float32.
     """
 
@@ -61,7 +61,7 @@ class StageProgram:
     model: Model
     devices: Devices
     norms: Mapping[str, NormMode]
-    objective: Objective
+    loss: Loss
     steps_per_epoch: int
     sizes: BatchSizes
     prefix: FrozenPrefix = FrozenPrefix()
@@ -92,19 +92,14 @@ class StageProgram:
         return min(left, before_last) if last_differs and before_last else left
 
     @property
-    def rows(self) -> int:
-        """Rows of a full batch's arrays: in equal shares for the devices."""
-        return self.sizes.rows
-
-    @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """The stage's optimizer; for a linear probe one that only carries parked state."""
-        if self.plan.stage.solver:
+        if self.plan.stage.linear_probe:
             return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
 
     def fitting_memory(self) -> AbstractContextManager[None]:
-        """Returns the context of `jaxft.train.batch_sizes.fitting_memory` for this stage."""
+        """Returns the context of `jaxft.batch_sizes.fitting_memory` for this stage."""
         return fitting_memory(self.plan.stage, self.recipe, self.settings.batch_size, self.model)
 
     def batches(
@@ -120,22 +115,24 @@ class StageProgram:
         recipe, settings = self.recipe, self.settings
         return data.train_batches(
             source,
-            recipe.preprocessing,
-            augment=settings.augment,
-            batch_size=settings.batch_size,
-            seed=recipe.seed,
-            stage=self.index,
+            data.BatchConfig(
+                preprocessing=recipe.preprocessing,
+                augment=settings.augment,
+                batch_size=settings.batch_size,
+                seed=recipe.seed,
+                stage=self.index,
+                drop_last=recipe.drop_last,
+                balanced=settings.balance == "sampling",
+                num_views=settings.num_views,
+                rows=self.sizes.rows,
+                last_rows=self.sizes.last_rows,
+                shard=self.devices.shard,
+            ),
+            epochs=epochs,
             first_epoch=first_epoch,
             first_step=first_step,
-            epochs=epochs,
             workers=recipe.workers,
-            drop_last=recipe.drop_last,
-            balanced=settings.balance == "sampling",
-            num_views=settings.num_views,
             features=features,
-            rows=self.sizes.rows,
-            last_rows=self.sizes.last_rows,
-            shard=self.devices.shard,
         )
 
     def state(self, snapshot: Snapshot) -> tuple[TrainState, Tree]:
@@ -157,7 +154,7 @@ class StageProgram:
             transform=self.transform,
             preprocessing=recipe.preprocessing,
             norms=self.norms,
-            objective=self.objective,
+            loss=self.loss,
             labels=self.plan.labels,
             anchor=stage.anchor,
             clip_norm=stage.clip_norm,
@@ -182,10 +179,6 @@ class StageProgram:
 
         return numbered
 
-    def train_steps(self) -> Callable[..., tuple[TrainState, StepRecord]]:
-        """Returns a function that takes `count` steps over batches stacked along a new axis."""
-        return several_steps(self.train_step(), self.devices)
-
     def gradient_norms(self, labels: Tree) -> Callable[..., GradientNorms]:
         """Returns `jaxft.train.train_step.gradient_norms` of the stage's step."""
         return gradient_norms(self.train_step(keep_gradients=True), labels)
@@ -196,82 +189,6 @@ class StageProgram:
         labels = self.plan.labels
         named = zip(paths(labels), jax.tree.leaves(labels), strict=True)
         return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in named])
-
-    def compile(self, shapes: Snapshot) -> CompiledStage:
-        """Compiles the programs of the stage for arrays of these shapes at its start."""
-        stage, recipe, devices = self.plan.stage, self.recipe, self.devices
-        steps_per_call, number = recipe.steps_per_execution, jax.ShapeDtypeStruct((), jnp.int32)
-
-        def init_optimizer(params: Tree) -> optax.OptState:
-            return devices.constrain(self.transform.init(params))
-
-        def copy(state: TrainState) -> TrainState:
-            return devices.constrain(jax.tree.map(jnp.copy, state))
-
-        state, frozen = devices.abstract(self.state(shapes))
-        params, stats = devices.abstract((shapes.params, shapes.stats))
-        side, prefix = recipe.preprocessing.image_size, self.prefix
-        images = self._abstract((side, side, 3), self.pixels)
-        row, dtype = images.image.shape[1:], images.image.dtype
-        if prefix.row and prefix.train:
-            row, dtype = prefix.row.shape, prefix.row.dtype
-
-        def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
-            programs, shapes_of_rows = {}, {self.sizes.rows}
-            if self.epoch_length(0) == self.steps_per_epoch:  # the stage reaches a last batch
-                shapes_of_rows.add(self.sizes.last_rows)
-            for rows in sorted(shapes_of_rows, reverse=True):
-                batches = self._abstract(row, dtype, steps_per_call, rows)
-                programs[rows] = function.lower(state, frozen, batches, *rest).compile()
-            return programs[self.rows] if len(programs) == 1 else ByRows(programs, self.rows)
-
-        through: dict[str, Any] = {}
-        score = None
-        if prefix.row and prefix.val:
-            like = (params, stats, images.image)
-            through = compile_prefix(self.model, recipe.preprocessing, devices, prefix.cuts, like)
-            scoring = eval_step(
-                self.model,
-                recipe.preprocessing,
-                first=prefix.first,
-                steps_per_call=steps_per_call,
-            )
-            views = 2 if recipe.tta == "flip" else 1
-            rows = self._abstract((views, *prefix.row.shape), prefix.row.dtype, steps_per_call)
-            count = (number,) if steps_per_call > 1 else ()
-            score = scoring.lower(params, stats, rows, *count).compile()
-        start = params if stage.anchor else None
-        step = None
-        if not stage.solver and steps_per_call == 1:
-            step = compiled(jax.jit(self.train_step(), donate_argnums=0), 1, number, start)
-        elif not stage.solver:
-            several = jax.jit(self.train_steps(), donate_argnums=0)
-            step = compiled(several, steps_per_call, number, number, start)
-        norms: Callable[..., GradientNorms] | None = None
-        if stage.auto_rgn:
-            norms = compiled(jax.jit(self.gradient_norms(self.tensor_labels)), 1, number, start)
-        return CompiledStage(
-            jax.jit(init_optimizer).lower(params).compile(),
-            jax.jit(copy).lower(state).compile(),
-            step,
-            norms,
-            through,
-            score,
-            flops(step) * stage.accumulate if step else 0.0,  # XLA counts a loop's body once
-            sum(map(flops, through.values())),
-        )
-
-    def _abstract(
-        self, row: tuple[int, ...], dtype: Any, steps_per_call: int = 1, rows: int | None = None
-    ) -> Batch:
-        """Returns the shapes of a batch of such rows, or of several stacked batches."""
-        axes: tuple[int, ...] = (rows or self.rows,)
-        if steps_per_call > 1:
-            axes = (steps_per_call, *axes)
-        return self.devices.abstract_batch(
-            Batch(np.empty((*axes, *row), dtype), np.empty(axes, np.int32), np.empty(axes, bool)),
-            stacked=steps_per_call > 1,
-        )
 
 
 def stage_program(
@@ -303,7 +220,7 @@ def stage_program(
             f"stage {stage.name!r} has {len(weights)} class_weights, and there are "
             f"{len(source.classes)} classes: {', '.join(source.classes)}."
         )
-    objective = Objective(
+    loss = Loss(
         label_smoothing=settings.label_smoothing,
         class_weights=weights,
         reduction=recipe.reduction,
@@ -314,7 +231,7 @@ def stage_program(
     size, drop_last = settings.batch_size, recipe.drop_last
     steps = steps_per_epoch(source, size, drop_last=drop_last)
     sizes = batch_sizes(model, devices, len(source), size, drop_last=drop_last)
-    if not stage.solver:
+    if not stage.linear_probe:
         with _naming(stage):
             check_single_image(
                 model,
@@ -327,9 +244,95 @@ def stage_program(
                 reaches_last=stage.length(steps) >= steps,
             )
     return StageProgram(
-        index, plan, recipe, settings, model, devices, norms, objective, steps, sizes,
+        index, plan, recipe, settings, model, devices, norms, loss, steps, sizes,
         pixels=pixel_type(source).name,
     )  # fmt: skip
+
+
+def open_programs(
+    recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: tuple[Tree, Tree]
+) -> tuple[StageProgram, ...]:
+    """Returns a program for each of the recipe's stages; `like` may be shapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the console shows the remarks when their stage begins
+        plans = plan(recipe.stages, like[0])
+    for each in plans:
+        if each.stage.linear_probe:
+            image_size = recipe.preprocessing.image_size
+            _check_linear_head(each, model, *like, image_size=image_size)
+    programs = [
+        stage_program(index, stage, recipe, model, splits.train, devices, like)
+        for index, stage in enumerate(plans)
+    ]
+    return with_prefixes(programs, like, images=(len(splits.train), len(splits.val)))
+
+
+def with_prefixes(
+    programs: Sequence[StageProgram], like: tuple[Tree, Tree], *, images: tuple[int, int]
+) -> tuple[StageProgram, ...]:
+    """Returns the stages of a run with their frozen prefixes.
+
+    Args:
+      programs: the stages.
+      like: parameters and statistics, or their shapes.
+      images: number of training and validation images.
+    """
+    prefixes = [
+        frozen_prefix(
+            each.plan, each.recipe, each.settings, each.model, each.norms, like,
+            images=images, epochs=each.epochs,
+        )
+        for each in programs
+    ]  # fmt: skip
+    connected = zip(programs, connect(prefixes), strict=True)
+    return tuple(dataclasses.replace(each, prefix=prefix) for each, prefix in connected)
+
+
+def _check_linear_head(
+    plan: StagePlan, model: Model, params: Tree, stats: Tree, *, image_size: int
+) -> None:
+    """Checks that the stage trains the whole head and that the head is one linear layer.
+
+    Args:
+      plan: the stage over the network's parameters.
+      model: the network.
+      params, stats: parameters and statistics, or their shapes.
+      image_size: side of the images in pixels.
+
+    Raises:
+      ModelError, RecipeError: it does not.
+    """
+    name, head = plan.stage.name, model.head
+    if len(model.blocks) < 2:
+        raise ModelError(
+            f"stage {name!r} solves the head on the features before it, and {model.name} is one "
+            "block, of which they cannot be had. Step its head instead, with a learning rate; or "
+            "use jaxft.logistic_regression on features of your own."
+        )
+    labels = leaf_labels(params, plan.labels)
+    shapes = {
+        path: leaf.shape
+        for path, leaf, label in zip(paths(params), jax.tree.leaves(params), labels, strict=True)
+        if label != FROZEN or f"{path}.".startswith(f"{head}.")
+    }
+    trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    features, _ = jax.eval_shape(
+        partial(model.apply, norms="running", last=model.blocks[-2]), params, stats, images
+    )
+    kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
+    if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
+        raise RecipeError(
+            f"stage {name!r}: a LinearProbe solves the head alone, and that must be one "
+            f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
+            f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
+            f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
+        )
+    if sorted(trained) != sorted(shapes):
+        raise RecipeError(
+            f"stage {name!r}: a LinearProbe solves all of the head, and the pattern "
+            f"selects only {', '.join(trained)}. Write {head!r}."
+        )
 
 
 def _replicas(recipe: Recipe, devices: Devices) -> int:

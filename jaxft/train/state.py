@@ -36,6 +36,7 @@ class Progress:
       waited: epochs since that improvement.
       seconds: time spent on the stage.
       ended: why the stage ended; empty before its end.
+      reached_length: whether it ended because its epochs, steps or minutes were over.
     """
 
     stage: int
@@ -49,6 +50,7 @@ class Progress:
     waited: int = 0
     seconds: float = 0.0
     ended: str = ""
+    reached_length: bool = False
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Progress":
@@ -80,10 +82,11 @@ class Progress:
         improved = is_better(score, self.best, *stage.best_by)
         rule = until if isinstance(until, EarlyStop) else EarlyStop()
         bar, waited = rule.count(score, self.bar, self.waited, epoch=epoch)
+        by_rule = ""
         if isinstance(until, EarlyStop):
-            done = until.end_reason(waited, epoch) or done
+            by_rule = until.end_reason(waited, epoch)
         elif isinstance(until, PlateauStop):
-            done = until.end_reason(reductions) or done
+            by_rule = until.end_reason(reductions)
         return dataclasses.replace(
             self,
             epoch=epoch,
@@ -93,12 +96,45 @@ class Progress:
             best_epoch=epoch if improved else self.best_epoch,
             bar=bar,
             waited=waited,
-            ended=done,
+            ended=by_rule or done,
+            reached_length=bool(done and not by_rule),
         )
 
     def restored_score(self, stage: Stage) -> Score:
         """Returns the score of the arrays that the next stage starts from."""
         return self.best if stage.restore == "best" else self.score
+
+    def steps_if_reopened(self, before: Stage, now: Stage, steps_per_epoch: int) -> int | None:
+        """Returns the steps that an ended stage has taken, if its longer form continues it.
+
+        A stage that ended by `EarlyStop` continues if its patience, or its least length, has grown.
+        One that ended by `PlateauStop` does not. None: the stage stays ended.
+        """
+        done = min(before.length(steps_per_epoch), self.epoch * steps_per_epoch)
+        if (
+            before == now
+            or now.linear_probe
+            or not self.ended
+            or done >= now.length(steps_per_epoch)
+        ):
+            return None
+        if not self.reached_length:
+            rule = now.until
+            waits = isinstance(rule, EarlyStop) and (
+                self.waited < rule.patience or self.epoch < rule.min_epochs
+            )
+            return done if waits else None
+        return done
+
+    def reopened(self, stage: Stage, done: int, steps_per_epoch: int) -> "Progress":
+        """Returns the progress of a stage that continues from its end, after `done` steps."""
+        epoch, position = divmod(done, steps_per_epoch)
+        progress, score = self, self.restored_score(stage)
+        if stage.restore == "last":  # the arrays of its best epoch are not known
+            progress = dataclasses.replace(progress, best=score, best_epoch=epoch)
+        return dataclasses.replace(
+            progress, epoch=epoch, position=position, score=score, ended="", reached_length=False
+        )
 
 
 @dataclass

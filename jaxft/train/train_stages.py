@@ -1,20 +1,67 @@
 """Trains the stages of a run one after another; compiles each while the one before it trains."""
 
+import threading
+import time
+from collections.abc import Callable
 from functools import partial
+from typing import Generic, TypeVar
 
 import jax
 
 from jaxft.checkpoint.contents import Snapshot
+from jaxft.open_recipe import Start
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
-from jaxft.train.compiled_stage import Ahead, CompiledStage
+from jaxft.train.compiled_stage import CompiledStage, compile_stage
 from jaxft.train.gradient_stage import run_gradient_stage
 from jaxft.train.linear_probe_stage import run_linear_probe_stage
-from jaxft.train.nonfinite import check_validation
-from jaxft.train.opening import Start
 from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
 from jaxft.train.trainer import Trainer
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.2  # between two looks at whether the run must stop
+
+
+class InBackground(Generic[T]):
+    """Runs a function in a background thread.
+
+    XLA compiles without the GIL, so training in the meantime loses only the cores that it takes.
+
+    Attributes:
+      seconds: duration of the function.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.seconds = 0.0
+        self._error: BaseException | None = None
+        x64 = bool(jax.numpy.zeros(0, float).dtype == "float64")  # of the calling thread
+
+        def work() -> None:
+            started = time.perf_counter()
+            try:
+                with jax.enable_x64(x64):
+                    self._result = function()
+            except BaseException as error:
+                self._error = error
+            self.seconds = time.perf_counter() - started
+
+        # No daemon: at the end of Python the compiler would abort.
+        self._thread = threading.Thread(target=work, name="jaxft-compile")
+        self._thread.start()
+
+    def result(self, glance: Callable[[], None] = lambda: None) -> T:
+        """Waits for the function; returns its result or raises its error.
+
+        While it waits it calls `glance`, which may raise.
+        """
+        while self._thread.is_alive():
+            glance()
+            self._thread.join(_POLL_SECONDS)
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[Progress, Snapshot]:
@@ -61,7 +108,9 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
             _announce(trainer, program, text, current)
             if index + 1 < len(trainer.programs):
                 ahead = _compile(trainer, index + 1, shapes)
-            run_stage = run_linear_probe_stage if program.plan.stage.solver else run_gradient_stage
+            run_stage = (
+                run_linear_probe_stage if program.plan.stage.linear_probe else run_gradient_stage
+            )
             arrays = run_stage(trainer, program, compiled, current)
         progress = current.progress
         trainer.console.row("")
@@ -76,7 +125,11 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
 
 
 def _begin(
-    trainer: Trainer, index: int, start: Start, forked: Fork | None, ahead: Ahead[CompiledStage]
+    trainer: Trainer,
+    index: int,
+    start: Start,
+    forked: Fork | None,
+    ahead: InBackground[CompiledStage],
 ) -> tuple[Progress, Snapshot]:
     """Evaluates the start of the run, which begins with stage `index`.
 
@@ -98,20 +151,20 @@ def _begin(
         raise trainer.stopped()
     name = trainer.programs[index].plan.stage.name
     place = f"stage {name!r}, before the first step"
-    check_validation(trainer, at.params, at.stats, score, place=place)
+    trainer.check_validation(at.params, at.stats, score, place=place)
     if forked:
         return begin_fork(trainer, forked, score, at), at
     return Progress.at_start(0, 0, score), at
 
 
-def _compile(trainer: Trainer, index: int, shapes: Start) -> Ahead[CompiledStage]:
+def _compile(trainer: Trainer, index: int, shapes: Start) -> InBackground[CompiledStage]:
     """Starts to compile a stage in the background."""
 
     def compiled() -> CompiledStage:
         state = opt_state_shapes(trainer.programs, index, shapes[0])
-        return trainer.programs[index].compile(Snapshot(*shapes, state))
+        return compile_stage(trainer.programs[index], Snapshot(*shapes, state))
 
-    return Ahead(compiled)
+    return InBackground(compiled)
 
 
 def _enter(

@@ -18,8 +18,8 @@ from jaxft.models import Model, Norms
 from jaxft.models.norm_modes import layer
 from jaxft.optim import gradients
 from jaxft.optim.transform import pass_step
+from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, Metrics, StepRecord
-from jaxft.train.objective import Objective
 
 
 class TrainState(NamedTuple):
@@ -47,7 +47,7 @@ class StepConfig:
       transform: the stage's optimizer, of the trainable half.
       preprocessing: normalises the images.
       norms: mode of the norm layers.
-      objective: turns a batch into a loss.
+      loss: turns a batch into a loss.
       labels: label tree by which the record groups gradient and update norms; None: no groups.
       anchor: penalty that pulls the weights towards the starting weights.
       clip_norm: largest norm of the gradients.
@@ -71,7 +71,7 @@ class StepConfig:
     transform: optax.GradientTransformation
     preprocessing: Preprocessing
     norms: Norms
-    objective: Objective = Objective()
+    loss: Loss = Loss()
     labels: Tree = None
     anchor: L2SP | None = None
     clip_norm: float | None = None
@@ -100,7 +100,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
     The record's `loss` is the mean loss times the number of rows, without the anchor's penalty. Its
     `correct` counts hits of each image's own class, whichever image is mixed into it.
     """
-    model, objective = config.model, config.objective
+    model, criterion = config.model, config.loss
     groups = [label for label in jax.tree.leaves(config.labels) if label != FROZEN]
 
     def step(
@@ -110,10 +110,10 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         features = config.first is not None
         images = batch.image if features else config.preprocessing.normalize(batch.image)
         # Augment.
-        images, targets = objective.vary(
+        images, targets = criterion.erase_and_mix(
             jnp.asarray(images), batch.target, batch.mask, model.num_classes, key
         )
-        weight = jnp.sum(objective.weights(targets), where=batch.mask)
+        weight = jnp.sum(criterion.weights(targets), where=batch.mask)
         rows = _Rows(images, targets, batch.target, batch.mask, key)
         # Gradient.
         grads, stats, metrics = _gradient(config, state, frozen, rows, weight)
@@ -179,7 +179,7 @@ def _gradient(
     config: StepConfig, state: TrainState, frozen: Tree, rows: "_Rows", weight: jax.Array
 ) -> tuple[Tree, Tree, Metrics]:
     """Returns gradients, new statistics and metrics of a batch; its `loss` is the mean."""
-    model, objective = config.model, config.objective
+    model, criterion = config.model, config.loss
     apply = partial(block_by_block, model) if config.remat else model.apply
 
     def loss(trainable: Tree, stats: Tree, part: _Rows) -> tuple[jax.Array, tuple[Tree, Metrics]]:
@@ -193,11 +193,11 @@ def _gradient(
             key=part.key,
             first=config.first,
         )
-        losses = objective.losses(logits, part.targets)
+        losses = criterion.losses(logits, part.targets)
         # As in torch, a batch whose classes all weigh 0 has the sum 0, and no mean.
-        total = jnp.where(weight == 0, 1, weight) if objective.reduction == "sum" else weight
+        total = jnp.where(weight == 0, 1, weight) if criterion.reduction == "sum" else weight
         share = jnp.sum(losses, where=part.mask) / total
-        minimised = objective.reduced(share, weight)
+        minimised = criterion.reduced(share, weight)
         # On CPU a fused loop of XLA may lose a NaN of the logits.
         has_nan = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
         metrics = Metrics.of_batch(logits, part.classes, part.mask)

@@ -1,17 +1,20 @@
-"""The trainer: everything that the stages of a run share."""
+"""The trainer: evaluation, the end of an epoch, checkpoints and stop requests, in every stage."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import jax
 
 from jaxft import data
 from jaxft import recipe_file as recipes
+from jaxft.batch_sizes import batch_sizes
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.contents import Snapshot
+from jaxft.checkpoint.contents import Arrays, Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
 from jaxft.distributed import Devices, any_process
@@ -20,13 +23,14 @@ from jaxft.labels import Tree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
-from jaxft.train.batch_sizes import batch_sizes
-from jaxft.train.compiled_stage import CompiledStage, groups, sent
+from jaxft.report.nonfinite import first_block, validation_error
+from jaxft.steps_per_execution import groups, sent
+from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.feature_cache import FeatureCache, StageFeatures
-from jaxft.train.interruption import Interruption
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
+from jaxft.train.signals import Interruption
 from jaxft.train.stage_program import StageProgram
-from jaxft.train.state import Progress, header_of
+from jaxft.train.state import Progress, StageState, header_of, shown
 
 T = TypeVar("T")
 
@@ -127,6 +131,115 @@ class Trainer:
                 val, step, batch_size=size, steps_per_call=steps_per_call, features=rows
             )
         return None if batches is None else Metrics.total(batches).score
+
+    def end_epoch(
+        self,
+        program: StageProgram,
+        compiled: CompiledStage,
+        features: StageFeatures,
+        current: StageState,
+        *,
+        done: Callable[[], str],
+    ) -> Snapshot | None:
+        """Validates, writes the metrics row and saves a checkpoint.
+
+        Args:
+          program, compiled: the stage.
+          features: cached features of the stage.
+          current: state of the stage, which moves to the end of the epoch.
+          done: returns why the stage has no further epoch; empty if it has one.
+
+        Returns:
+          The arrays that the next stage starts from; None if the stage has not ended.
+
+        Raises:
+          InterruptedRunError: a signal asked the run to stop.
+          NonFiniteError: the validation loss is not finite, and the recipe stops then.
+        """
+        plan, started = program.plan, time.perf_counter()
+        validated = self.evaluate(*current.shown[:2], features)
+        if validated is None:
+            self.stop(program, current)
+        current.validated = time.perf_counter()
+        before, saved = current.progress, self.checkpoints.latest_step()
+        self.check_validation(
+            *current.shown[:2],
+            validated,
+            place=f"stage {plan.stage.name!r}, epoch {before.epoch + 1}, step {before.step}",
+            remark=", though loss and gradients of all steps are finite"
+            + (f". The last checkpoint is that of step {saved}" if saved else ""),
+        )
+        opt_state = plan.after_epoch(
+            current.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
+        )
+        current.state = current.state._replace(opt_state=self.devices.put(opt_state))
+        current.tick()
+        progress = current.progress.after_epoch(
+            plan.stage, validated, done=done(), reductions=plan.reductions(opt_state)
+        )
+        current.progress = progress
+        improved = progress.best_epoch == progress.epoch
+        if improved:
+            current.best = shown(compiled.copy(current.state), current.frozen)
+        metrics = current.epoch_metrics
+        row = metrics.row(
+            plan.stage.name,
+            epoch=progress.epoch,
+            step=progress.step,
+            validated=validated,
+            seconds=metrics.seconds + time.perf_counter() - started,
+        )
+        skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
+        self.console.epoch_row(
+            progress.epoch,
+            row["train_loss"],
+            validated.loss,
+            validated.accuracy,
+            row["seconds"],
+            ", ".join(filter(None, ("best" if improved else "", skipped))),
+        )
+        self.metrics.write(row)
+        if not progress.ended:
+            self.save_within(program, current)
+            return None
+        end = current.best if plan.stage.restore == "best" else current.shown
+        current.tick()
+        self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
+        return end
+
+    def check_validation(
+        self, params: Tree, stats: Tree, score: Score, *, place: str, remark: str = ""
+    ) -> None:
+        """Checks the validation loss of these weights, at a place such as "epoch 1".
+
+        Raises:
+          NonFiniteError: it is NaN or infinite, and the recipe does not skip what is not finite.
+        """
+        if math.isfinite(score.loss) or self.recipe.on_nonfinite == "skip":
+            return
+        block = first_block(
+            self.programs[0].model,
+            self.recipe.preprocessing,
+            params,
+            stats,
+            partial(self.of_each_batch, self.splits.val),
+        )
+        raise validation_error(score, place=place, remark=remark, block=block)
+
+    def save_within(self, program: StageProgram, current: StageState) -> None:
+        """Starts to write a checkpoint within the stage."""
+        current.tick()
+        self.save(current.progress, current.epoch_metrics, current.items(program))
+
+    def stop(self, program: StageProgram, current: StageState) -> Never:
+        """Saves a checkpoint, unless this step has one, and raises InterruptedRunError."""
+        step = current.progress.step
+        if self.checkpoints.latest_step() != step:
+            self.save_within(program, current)
+        raise self.interruption.error(
+            f"came in stage {program.plan.stage.name!r}, and step {step} is saved. The same "
+            "command resumes from there"
+        )
 
     def of_each_batch(
         self,

@@ -1,23 +1,30 @@
 """A run's folder: whose it is, and that one run at a time works in it."""
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from os import PathLike
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxft import recipe_file as recipes
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.atomic import in_bucket
+from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Header
 from jaxft.data.folder import class_roots
 from jaxft.distributed import ask_main_process
 from jaxft.errors import JaxftError, RecipeError
+from jaxft.labels import Tree
+from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
-from jaxft.recipe_differences import differences, listed
-from jaxft.train.extend import refused
+from jaxft.recipe_differences import differences, listed, refused
+from jaxft.train.stage_program import StageProgram
+from jaxft.train.state import Progress, opt_state_shapes
 
 
 def saved(workdir: str | PathLike[str]) -> Recipe | None:
@@ -26,7 +33,7 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
     The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
     """
     folder = epath.Path(workdir) / "checkpoints"
-    values = layout.newest_progress(folder)
+    values = layout.newest_header(folder)
     if values is None:
         return None
     begun = recipes.from_fields(
@@ -38,7 +45,7 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
 def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> None:
     """Checks that the folder is free, or holds a run of the same recipe.
 
-    With `extend`, the recipe may be longer than the run's; see `jaxft.train.extend`.
+    With `extend`, the recipe may be longer than the run's; see `refused`.
 
     Raises:
       RecipeError: it is not.
@@ -87,6 +94,70 @@ def _is_longer(file: epath.Path, before: Recipe) -> bool:
     except (OSError, JaxftError):  # damaged
         return False
     return bool(differences(before, recipe)) and not refused(before, recipe)
+
+
+def check_extension(
+    workdir: str | PathLike[str],
+    before: Recipe,
+    old: Sequence[StageProgram],
+    new: Sequence[StageProgram],
+    start: tuple[Tree, Tree],
+) -> None:
+    """Checks that the run can end as if it had been longer from the start.
+
+    Args:
+      workdir: the run's folder.
+      before: its recipe so far.
+      old: the programs of that recipe's stages.
+      new: the programs of the longer recipe's stages.
+      start: parameters and statistics, or their shapes.
+
+    Raises:
+      RecipeError: it cannot.
+    """
+    index = len(old) - 1
+    with closing(Checkpoints(epath.Path(workdir) / "checkpoints")) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            return
+        progress = Progress.from_fields(Header.from_json(checkpoints.header(step)).progress)
+    if progress.stage < index:
+        return  # nothing of the last stage has been trained
+    if old[index].plan.stage == new[index].plan.stage and progress.ended:
+        return
+    _check_lrs(old[index], new[index])
+    was, now = (
+        jax.tree.leaves_with_path(opt_state_shapes(programs, index, start[0]))
+        for programs in (old, new)
+    )
+    if was != now:
+        raise RecipeError(
+            f"stage {before.stages[index].name!r} has begun, and the stages that are appended "
+            "divide its groups of parameters. Let it end with its own recipe, then append them."
+        )
+
+
+def _check_lrs(old: StageProgram, new: StageProgram) -> None:
+    """Raises RecipeError if a schedule that spans the stage would have been another."""
+    for group, update in new.plan.updates().items():
+        schedule = update.schedule
+        if isinstance(schedule, ReduceLROnPlateau):
+            continue
+        by_step = schedule.by == "step"
+        totals = [program.steps if by_step else program.epochs for program in (old, new)]
+        times = jnp.arange(totals[0])
+        was, now = (
+            [np.asarray(x) for x in (schedule.lr_at(update.lr, times, total),
+                                     schedule.momentum(times, total)) if x is not None]
+            for total in totals
+        )  # fmt: skip
+        if not all(map(np.array_equal, was, now)):
+            raise RecipeError(
+                f"stage {new.plan.stage.name!r}: the learning rates of {group!r} by "
+                f"{type(schedule).__name__} depend on the stage's length, of which "
+                f"{totals[0]} {schedule.by}s are planned and {totals[1]} wanted: the run would not "
+                "be the longer one. Append a stage instead, with its own schedule."
+            )
 
 
 def check_apart(workdir: str | PathLike[str], data: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jaxft import Adam, CheckpointError, Stage, plan
 from jaxft.checkpoint import checksums
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.layout import newest_progress
+from jaxft.checkpoint.layout import newest_header
 
 PARAMS = {"body": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"kernel": jnp.arange(2.0)}}
 LARGE = {"noise": jax.random.normal(jax.random.key(0), (1000, 1000))}  # 4 MB, hardly compressible
@@ -40,7 +40,7 @@ def test_restore_is_bit_for_bit(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() == 7
         assert checkpoints.path(7).is_dir()
-        best = checkpoints.progress(7)["best"]
+        best = checkpoints.header(7)["best"]
         assert best["accuracy"] == 0.1 + 0.2
         assert np.isnan(best["loss"])
         restored = checkpoints.restore(7, jax.eval_shape(lambda: arrays))
@@ -77,8 +77,8 @@ def test_save_of_donated_buffers_several_times_without_waiting(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         for number in range(4):
             written = np.asarray(checkpoints.restore(number, like)["state"]["x"])
-            np.testing.assert_array_equal(written, checkpoints.progress(number)["x"])
-            assert checkpoints.progress(number)["x"] == 1 + 5 * number
+            np.testing.assert_array_equal(written, checkpoints.header(number)["x"])
+            assert checkpoints.header(number)["x"] == 1 + 5 * number
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_reader_does_not_change_the_folder_of_a_run(tmp_path):
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
     before = sorted(tmp_path.rglob("*"))
     with closing(Checkpoints(tmp_path)) as checkpoints:
-        assert checkpoints.progress(checkpoints.latest_step()) == {"x": 1}
+        assert checkpoints.header(checkpoints.latest_step()) == {"x": 1}
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -151,14 +151,14 @@ def test_killed_replacement_leaves_the_old_or_the_new_checkpoint(tmp_path, monke
 
     scores = []
     for copy in copies:
-        assert newest_progress(copy) is not None
+        assert newest_header(copy) is not None
         with closing(Checkpoints(copy)) as checkpoints:
             restored = checkpoints.newest(
                 lambda progress: {"params": {} if progress["score"] else PARAMS}
             )
         assert (restored.step, restored.remarks) == (7, ())
         assert names(copy) == {"7"}
-        scores.append(restored.progress["score"])
+        scores.append(restored.header["score"])
     assert scores[0] is None
     assert scores[-1] == 0.5
     assert all(after or not before for before, after in pairwise(scores))  # never the old again
@@ -214,7 +214,7 @@ def test_newest_without_a_readable_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* starts the run over.\n.*/1 is"):
         newest(tmp_path)
     assert names(tmp_path) == {"corrupt-1"}
-    assert newest_progress(tmp_path) is None
+    assert newest_header(tmp_path) is None
     assert newest(tmp_path) is None
 
 
@@ -257,9 +257,9 @@ def test_full_disk_during_a_write_keeps_older_checkpoints(
         )
     checkpoints.close()  # does not raise again
     assert not caplog.records
-    assert newest_progress(disk.folder / "run") is not None
+    assert newest_header(disk.folder / "run") is not None
     disk.free()
-    assert newest(disk.folder / "run").progress == {"score": 0.5}
+    assert newest(disk.folder / "run").header == {"score": 0.5}
     with closing(Checkpoints(disk.folder / "run")) as checkpoints:
         checkpoints.save(2, {}, {"params": LARGE})
     assert names(disk.folder / "run") == {"1", "2"}

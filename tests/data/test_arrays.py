@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.data import (
+    BatchConfig,
     Preprocessing,
     Splits,
     View,
@@ -138,7 +139,10 @@ def batches(source, augment):
         return list(eval_batches(source, PREPROCESSING, batch_size=3, workers=0))
     return list(
         train_batches(
-            source, PREPROCESSING, augment=augment, batch_size=3, workers=0, seed=0, stage=0,
+            source,
+            BatchConfig(
+                preprocessing=PREPROCESSING, augment=augment, batch_size=3, seed=0, stage=0
+            ),
             epochs=2,
         )
     )  # fmt: skip

@@ -17,6 +17,7 @@ from PIL import Image
 from jaxft.data import (
     Augment,
     Batch,
+    BatchConfig,
     Preprocessing,
     eval_batches,
     open_source,
@@ -48,8 +49,10 @@ class Numbered:
 
 def batches(source, *, preprocessing=PLAIN, **changes):
     """Returns the training batches, of one epoch by default."""
-    options = {"augment": "none", "batch_size": 8, "seed": 0, "stage": 0, "epochs": 1, "workers": 0}
-    return train_batches(source, preprocessing, **{**options, **changes})
+    names = ("epochs", "first_epoch", "first_step", "workers", "features")
+    position = {"epochs": 1, **{name: changes.pop(name) for name in names if name in changes}}
+    options = {"augment": "none", "batch_size": 8, "seed": 0, "stage": 0, **changes}
+    return train_batches(source, BatchConfig(preprocessing=preprocessing, **options), **position)
 
 
 def digests(batches):
@@ -185,11 +188,11 @@ def test_batch_shards_in_two_processes(tmp_path):
     program = """
 import sys
 import numpy as np
-from jaxft.data import Preprocessing, open_source, train_batches
+from jaxft.data import BatchConfig, Preprocessing, open_source, train_batches
 source, _ = open_source("digits:0-1", shots=10)
-batches = train_batches(source, Preprocessing(image_size=8, resize_size=None), augment="shift",
-                        batch_size=8, seed=0, stage=0, epochs=2, workers=2,
-                        shard=(int(sys.argv[1]), 2))
+config = BatchConfig(preprocessing=Preprocessing(image_size=8, resize_size=None), augment="shift",
+                     batch_size=8, seed=0, stage=0, shard=(int(sys.argv[1]), 2))
+batches = train_batches(source, config, epochs=2, workers=2)
 arrays = {f"{name}{k}": a for k, batch in enumerate(batches) for name, a in zip("itm", batch)}
 np.savez(sys.argv[2], **arrays)
 """
@@ -328,10 +331,11 @@ def test_batches_end_their_threads_after_the_last_batch():
 @pytest.mark.slow
 def test_program_ends_quietly_with_unread_batches():
     program = """
-from jaxft.data import Preprocessing, open_source, train_batches
+from jaxft.data import BatchConfig, Preprocessing, open_source, train_batches
 source, _ = open_source("digits:0")
-stream = train_batches(source, Preprocessing(), augment="crop_flip", batch_size=8, seed=0,
-                       stage=0, epochs=10000, workers=4)
+config = BatchConfig(preprocessing=Preprocessing(), augment="crop_flip", batch_size=8, seed=0,
+                     stage=0)
+stream = train_batches(source, config, epochs=10000, workers=4)
 print(next(stream).image.shape)
 """
     process = subprocess.run(

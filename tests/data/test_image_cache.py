@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from reference import sample
 
-from jaxft.data import Preprocessing, train_batches
+from jaxft.data import BatchConfig, Preprocessing, train_batches
 from jaxft.data.image_cache import Cached
 
 SIZES = [(8, 8), (10, 6), (30, 40), (5, 5), (12, 7)]
@@ -87,11 +87,13 @@ def test_cached_leaves_train_batches_unchanged(max_bytes):
             batch.image.tobytes()
             for batch in train_batches(
                 source,
-                Preprocessing(image_size=6, resize_size=7),
-                augment="trivialaugment",
-                batch_size=2,
-                seed=0,
-                stage=0,
+                BatchConfig(
+                    preprocessing=Preprocessing(image_size=6, resize_size=7),
+                    augment="trivialaugment",
+                    batch_size=2,
+                    seed=0,
+                    stage=0,
+                ),
                 epochs=4,
                 workers=2,
             )

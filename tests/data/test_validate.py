@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft.data import Preprocessing, open_source, train_batches
+from jaxft.data import BatchConfig, Preprocessing, open_source, train_batches
 from jaxft.data.validate import without_warnings
 from jaxft.errors import DataError
 
@@ -51,8 +51,12 @@ def test_check_images_collects_warnings_in_one_remark(root, outer_filter):
         warnings.simplefilter("always")
         with without_warnings():
             for batch in train_batches(
-                splits.train, Preprocessing(image_size=8, resize_size=8),
-                augment="none", batch_size=6, seed=0, stage=0, epochs=2, workers=1,
+                splits.train,
+                BatchConfig(
+                    preprocessing=Preprocessing(image_size=8, resize_size=8),
+                    augment="none", batch_size=6, seed=0, stage=0,
+                ),
+                epochs=2, workers=1,
             ):  # fmt: skip
                 assert batch.image.shape == (6, 8, 8, 3)
     assert printed == []

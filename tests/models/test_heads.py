@@ -9,7 +9,7 @@ from jaxft import Recipe, RecipeError, Stage, WeightsError
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.models import create
 from jaxft.recipe_file import read, save
-from jaxft.train.objective import Objective
+from jaxft.train.loss import Loss
 from jaxft.weights import load
 from jaxft.weights import save as save_weights
 from jaxft.weights.head import new_head
@@ -119,7 +119,7 @@ GRADIENTS = [
 
 def losses(z, targets, **fields):
     logits = jnp.stack([jnp.zeros_like(z), z], axis=-1)
-    return Objective(**fields).losses(logits, targets)
+    return Loss(**fields).losses(logits, targets)
 
 
 @pytest.mark.parametrize("targets", [Y, jax.nn.one_hot(Y, 2)], ids=["classes", "one-hot"])

@@ -72,7 +72,7 @@ LR_FACTORS = {
 def small_recipe(config, norms=None, carry=None):
     """A config's recipe with small batches, and with these norm modes and carry if given."""
     recipe = recipes.read(CONFIGS / f"{config}.py")
-    stages = [stage for stage in recipe.stages if not stage.solver]
+    stages = [stage for stage in recipe.stages if not stage.linear_probe]
     epochs = EPOCHS if len(stages) > 1 else SINGLE_STAGE_EPOCHS
     schedule = SCHEDULES.get(config)
 

@@ -14,6 +14,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import combine
+from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.stage_program import stage_program
 from jaxft.weights.key_maps import torch_tensors
 
@@ -67,7 +68,7 @@ def _train(stages):
     for index, stage in enumerate(plan(stages, start[0])):
         stage = stage_program(index, stage, recipe, MODEL, source, Devices(), start)
         at = at._replace(opt_state=stage.transform.init(at.params))
-        compiled = stage.compile(at)
+        compiled = compile_stage(stage, at)
         state, frozen = stage.state(at)
         state, records = compiled.copy(state), []
         origin = start[0] if stage.plan.stage.anchor else None

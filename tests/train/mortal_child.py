@@ -20,9 +20,9 @@ from pathlib import Path
 
 from jaxft.checkpoint import checksums
 from jaxft.report.console import Console
-from jaxft.train.compiled_stage import Ahead
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress
+from jaxft.train.train_stages import InBackground
 from jaxft.train.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
@@ -69,7 +69,7 @@ if __name__ == "__main__":
         strike_before(Trainer, "evaluate", lambda call, *_: call == int(at))
     else:
         never_compile(int(at) - 1)
-        strike_before(Ahead, "result", lambda call, *_: call == int(at))
+        strike_before(InBackground, "result", lambda call, *_: call == int(at))
     sys.argv = [str(SCRIPT), *sys.argv[3:]]
     sys.path[0] = str(SCRIPT.parent)
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -6,25 +6,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.train.compiled_stage import Ahead, flops, keep_programs
+from jaxft.cli.command import keep_programs
+from jaxft.train.compiled_stage import flops
+from jaxft.train.train_stages import InBackground
 
 
 def test_ahead_returns_result_of_function():
-    ahead = Ahead(lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile())
+    ahead = InBackground(lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile())
     assert ahead.result()(jnp.zeros(3)).tolist() == [1, 1, 1]
     assert ahead.seconds > 0
     assert ahead.result() is ahead.result()
 
 
 def test_ahead_raises_error_of_function_in_result():
-    ahead = Ahead(lambda: 1 / 0)
+    ahead = InBackground(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ahead.result()
 
 
 def test_ahead_wait_ends_by_exception_of_glance():
     hold = threading.Event()
-    ahead = Ahead(hold.wait)
+    ahead = InBackground(hold.wait)
 
     def glance():
         raise InterruptedError
@@ -38,7 +40,7 @@ def test_ahead_wait_ends_by_exception_of_glance():
 def test_ahead_computes_in_precision_of_caller():
     for wide in (False, True):
         with jax.enable_x64(wide):
-            ahead = Ahead(lambda: jnp.zeros(1, float).dtype)
+            ahead = InBackground(lambda: jnp.zeros(1, float).dtype)
         assert ahead.result() == ("float64" if wide else "float32")
 
 

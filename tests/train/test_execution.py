@@ -19,7 +19,7 @@ import jaxft.train.gradient_stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.distributed import Devices
-from jaxft.train.compiled_stage import apart, one_by_one, sent
+from jaxft.steps_per_execution import apart, one_by_one, sent
 from jaxft.train.state import Progress
 
 # Eight batches of 4, the last half empty: calls end at checkpoints, at epochs' ends, between.

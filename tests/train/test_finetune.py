@@ -29,12 +29,12 @@ from jaxft import (
 )
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Preprocessing
+from jaxft.open_recipe import draw_start
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.recipe_file import read
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics
-from jaxft.train.opening import draw_start
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 

@@ -9,8 +9,8 @@ from flax import nnx
 from mortal import QUIET, assert_close, assert_same_end, rows
 
 from jaxft import SGD, Recipe, Stage, data, finetune
+from jaxft.batch_sizes import BatchSizes, oversized
 from jaxft.models import NNX, Linen
-from jaxft.train.batch_sizes import BatchSizes, oversized
 from jaxft.train.lr_finder import ramp, range_test, trial
 
 

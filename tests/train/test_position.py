@@ -9,8 +9,8 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.labels import paths
-from jaxft.train import opening
 from jaxft.train.metrics import EpochMetrics, Score
+from jaxft.train.stage_program import open_programs
 from jaxft.train.state import Progress, StageState, header_of, item_shapes
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
@@ -20,7 +20,7 @@ START = MODEL.init(jax.random.key(0))
 def stage(stage):
     recipe = Recipe(model=MODEL.name, data="digits:5-9", batch_size=4, stages=(stage,))
     images = data.arrays(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), classes=list("abcde"))
-    return opening.open_programs(recipe, MODEL, Splits(images, images), Devices(), START)[0]
+    return open_programs(recipe, MODEL, Splits(images, images), Devices(), START)[0]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from jaxft import SGD, LinearProbe, RecipeError, Stage, data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
-from jaxft.train import opening
+from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.feature_cache import FeatureCache
-from jaxft.train.interruption import InterruptedRunError
+from jaxft.train.signals import InterruptedRunError
+from jaxft.train.stage_program import open_programs
 from jaxft.train.state import Progress
 from jaxft.train.trainer import Trainer
 
@@ -53,7 +54,7 @@ def programs(recipe, images=(30, 100)):
     recipe = recipe.expecting(data.Preprocessing())
     model = recipe.network(5)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    return opening.open_programs(recipe, model, Splits(train, val), Devices(), like), like
+    return open_programs(recipe, model, Splits(train, val), Devices(), like), like
 
 
 def run(workdir, recipe):
@@ -261,7 +262,7 @@ def test_cache_replays_batches_if_all_were_seen_and_fit(room, again):
 def compiled(recipe, index):
     found, (params, stats) = programs(recipe)
     state = jax.eval_shape(found[index].transform.init, params)
-    return found[index].compile(Snapshot(params, stats, state))
+    return compile_stage(found[index], Snapshot(params, stats, state))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from jaxft import Recipe, Stage, data, models
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
-from jaxft.train import opening
+from jaxft.train.stage_program import open_programs
 from jaxft.train.train_step import block_by_block
 
 MODEL = models.create("cifar_resnet8", num_classes=4, dropout=0.2, drop_path=0.2)
@@ -36,7 +36,7 @@ IMAGES = Splits(*[data.arrays(*BATCH[:2], classes=list("abcd"))] * 2)
 
 def program(**fields):
     recipe = dataclasses.replace(RECIPE, **fields)
-    return opening.open_programs(recipe, MODEL, IMAGES, Devices(), START)[0]
+    return open_programs(recipe, MODEL, IMAGES, Devices(), START)[0]
 
 
 def stepped(program):

@@ -23,8 +23,8 @@ from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train import linear_probe_stage
 from jaxft.train.eval_step import eval_step
-from jaxft.train.interruption import InterruptedRunError
 from jaxft.train.metrics import Metrics, Score
+from jaxft.train.signals import InterruptedRunError
 from jaxft.train.trainer import Trainer
 
 C = (1e-2, 1e4, 1.0)

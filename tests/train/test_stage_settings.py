@@ -33,8 +33,8 @@ from jaxft.distributed import Devices
 from jaxft.optim import schedules
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
+from jaxft.train.loss import Loss
 from jaxft.train.metrics import Metrics, Score
-from jaxft.train.objective import Objective
 from jaxft.train.stage_program import stage_program
 from jaxft.train.state import Progress
 from jaxft.train.trainer import Trainer
@@ -90,13 +90,13 @@ def test_stage_setting_applies_to_that_stage_only(field):
         assert other.settings == dataclasses.replace(
             own.settings, **{field: getattr(other.settings, field)}
         )
-        assert other.objective == Objective()
+        assert other.loss == Loss()
     assert getattr(own.settings, field) == OWN[field] != getattr(before.settings, field)
-    if hasattr(own.objective, field):
-        assert own.objective == Objective(**{field: OWN[field]})
+    if hasattr(own.loss, field):
+        assert own.loss == Loss(**{field: OWN[field]})
     steps = 3 if field == "batch_size" else 4
     assert (before.steps, own.steps, after.steps) == (4, steps, 4)
-    assert (before.rows, own.rows) == (6, own.settings.batch_size)
+    assert (before.sizes.rows, own.sizes.rows) == (6, own.settings.batch_size)
 
 
 def test_stage_setting_overrides_recipe():
@@ -105,22 +105,20 @@ def test_stage_setting_overrides_recipe():
         Stage("whole", {"fc": 0.1}, 1, class_weights=(1.0, 2.0) * 5),
     )
     first, second = programs(plain, whole, mixup=0.2, label_smoothing=0.1, balance="loss")
-    assert first.objective == Objective()
-    assert second.objective == Objective(
-        mixup=0.2, label_smoothing=0.1, class_weights=(1.0, 2.0) * 5
-    )
+    assert first.loss == Loss()
+    assert second.loss == Loss(mixup=0.2, label_smoothing=0.1, class_weights=(1.0, 2.0) * 5)
     (balanced,) = programs(Stage("x", {"fc": 0.1}, 1), balance="loss")
     counts = np.bincount(TRAIN.targets, minlength=10)
-    assert balanced.objective.class_weights == pytest.approx(24 / (10 * counts))
+    assert balanced.loss.class_weights == pytest.approx(24 / (10 * counts))
 
 
 @pytest.mark.slow
 def test_batches_follow_stage_settings(tmp_path, monkeypatch):
     drawn, real = [], data.train_batches
 
-    def spied(source, preprocessing, **settings):
-        drawn.append([settings[name] for name in ("batch_size", "augment", "balanced", "rows")])
-        return real(source, preprocessing, **settings)
+    def spied(source, config, **position):
+        drawn.append([config.batch_size, config.augment, config.balanced, config.rows])
+        return real(source, config, **position)
 
     monkeypatch.setattr(data, "train_batches", spied)
     rows, _ = run(

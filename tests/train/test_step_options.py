@@ -14,7 +14,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
-from jaxft.train.compiled_stage import flops
+from jaxft.train.compiled_stage import compile_stage, flops
 from jaxft.train.eval_step import eval_step
 from jaxft.train.stage_program import stage_program
 
@@ -74,7 +74,7 @@ def start_of(stage, **settings):
     source = data.arrays(*rows(0), classes="0123456789")
     prepared = stage_program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
     at = Snapshot(params, stats, prepared.transform.init(params))
-    compiled = prepared.compile(at)
+    compiled = compile_stage(prepared, at)
     state, frozen = prepared.state(at)
     return compiled, compiled.copy(state), frozen, params
 

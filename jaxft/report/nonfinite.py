@@ -1,52 +1,42 @@
 """Steps and validation losses that are not finite: errors that name the part and the way out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import compress
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import Batch
+from jaxft.data import Batch, Preprocessing
 from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree, paths
+from jaxft.models import Model
 from jaxft.models.norm_modes import layer
 from jaxft.train.feature_cache import finite_rows
 from jaxft.train.metrics import Score, StepRecord
-from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import StageState
-from jaxft.train.trainer import Trainer
 
 
-def check_steps(
-    trainer: Trainer, program: StageProgram, current: StageState, records: Sequence[StepRecord]
-) -> None:
-    """Checks the last steps of a stage.
+def step_error(
+    stage: str, current: StageState, record: StepRecord, *, step: int, saved: int | None
+) -> NonFiniteError:
+    """Returns the error of a step that is not finite.
 
     Args:
-      trainer: the run's trainer.
-      program: the stage.
-      current: its state after these steps.
-      records: record of each step.
-
-    Raises:
-      NonFiniteError: a step is not finite, and the recipe does not skip such steps.
+      stage: name of the stage.
+      current: state of the stage after the step.
+      record: record of the step.
+      step: number of the step.
+      saved: step of the last checkpoint, if there is one.
     """
-    if program.recipe.on_nonfinite == "skip":
-        return
-    progress, first = current.progress, current.progress.step - len(records) + 1
-    for step, record in enumerate(records, first):
-        if record.finite:
-            continue
-        saved = trainer.checkpoints.latest_step()
-        raise NonFiniteError(
-            f"stage {program.plan.stage.name!r}, epoch {progress.epoch + 1}, step {step}: "
-            + _not_finite(current, record)
-            + (f"The checkpoint of step {saved} is good. " if saved else "")
-            + "With --on-nonfinite skip the same command resumes and leaves such steps out. "
-            + _way_out(record, step)
-        )
+    return NonFiniteError(
+        f"stage {stage!r}, epoch {current.progress.epoch + 1}, step {step}: "
+        + _not_finite(current, record)
+        + (f"The checkpoint of step {saved} is good. " if saved else "")
+        + "With --on-nonfinite skip the same command resumes and leaves such steps out. "
+        + _way_out(record, step)
+    )
 
 
 def _not_finite(current: StageState, record: StepRecord) -> str:
@@ -86,18 +76,16 @@ def _way_out(record: StepRecord, step: int) -> str:
     )
 
 
-def check_validation(
-    trainer: Trainer, params: Tree, stats: Tree, score: Score, *, place: str, remark: str = ""
-) -> None:
-    """Checks the validation loss of these weights, at a place such as "epoch 1".
+def validation_error(score: Score, *, place: str, remark: str, block: str | None) -> NonFiniteError:
+    """Returns the error of a validation loss that is not finite.
 
-    Raises:
-      NonFiniteError: it is NaN or infinite, and the recipe does not skip what is not finite.
+    Args:
+      score: the validation score.
+      place: place in the run, such as "epoch 1".
+      remark: clause on the place.
+      block: the first block whose output is not finite, if known.
     """
-    if math.isfinite(score.loss) or trainer.recipe.on_nonfinite == "skip":
-        return
-    block = _first_block(trainer, params, stats)
-    raise NonFiniteError(
+    return NonFiniteError(
         f"{place}: the validation loss is {score.loss}{remark}. "
         + (f"The first block whose output is not finite is {block!r}. " if block else "")
         + "Look at the images to validate, at the weights (large ones overflow) and at the running "
@@ -106,22 +94,33 @@ def check_validation(
     )
 
 
-def _first_block(trainer: Trainer, params: Tree, stats: Tree) -> str | None:
-    """Returns the first block whose output is not finite for any image to validate.
+def first_block(
+    model: Model,
+    preprocessing: Preprocessing,
+    params: Tree,
+    stats: Tree,
+    each_batch: Callable[[Callable[[Batch], jax.Array]], list[jax.Array] | None],
+) -> str | None:
+    """Returns the first block whose output is not finite for some image.
 
     None if there is no such block, if the network is one block, or if a signal has come.
+
+    Args:
+      model: the network.
+      preprocessing: normalises the images.
+      params, stats: the weights.
+      each_batch: calls a function with each batch of the images; returns the results.
     """
-    model, preprocessing = trainer.programs[0].model, trainer.recipe.preprocessing
     if len(model.blocks) == 1:
         return None
 
     @jax.jit
     def wrong(params: Tree, stats: Tree, batch: Batch) -> jax.Array:
-        x, found = preprocessing.normalize(batch.image), []
+        x, flags = preprocessing.normalize(batch.image), []
         for block in model.blocks:
             x, _ = model.apply(params, stats, x, norms="running", first=block, last=block)
-            found.append(~finite_rows(x).all(where=jnp.asarray(batch.mask)))
-        return jnp.stack(found)
+            flags.append(~finite_rows(x).all(where=jnp.asarray(batch.mask)))
+        return jnp.stack(flags)
 
-    flags = trainer.of_each_batch(trainer.splits.val, lambda batch: wrong(params, stats, batch))
+    flags = each_batch(lambda batch: wrong(params, stats, batch))
     return next(compress(model.blocks, np.any(jax.device_get(flags or []), axis=0)), None)

@@ -1,10 +1,5 @@
-"""Opens everything that a run needs before its first step.
+"""Opens the images, the network and the weights that a recipe names."""
 
-Images, network, the arrays that it starts from, and a program for each stage.
-"""
-
-import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +11,10 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
-from jaxft.distributed import Devices
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
-from jaxft.labels import FROZEN, Tree, leaf_labels, paths
+from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
 from jaxft.recipe import Recipe
-from jaxft.stage_plan import StagePlan, plan
-from jaxft.train.frozen_prefix import connect, frozen_prefix
-from jaxft.train.linear_probe_stage import check_linear_head
-from jaxft.train.stage_program import StageProgram, stage_program
 from jaxft.weights import Weights
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import with_head
@@ -165,45 +155,6 @@ def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) 
     return model
 
 
-def open_programs(
-    recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: Start
-) -> tuple[StageProgram, ...]:
-    """Returns a program for each of the recipe's stages; `like` may be shapes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the console shows the remarks when their stage begins
-        plans = plan(recipe.stages, like[0])
-    for each in plans:
-        if each.stage.solver:
-            image_size = recipe.preprocessing.image_size
-            check_linear_head(each, model, *like, image_size=image_size)
-    programs = [
-        stage_program(index, stage, recipe, model, splits.train, devices, like)
-        for index, stage in enumerate(plans)
-    ]
-    return with_prefixes(programs, like, images=(len(splits.train), len(splits.val)))
-
-
-def with_prefixes(
-    programs: Sequence[StageProgram], like: tuple[Tree, Tree], *, images: tuple[int, int]
-) -> tuple[StageProgram, ...]:
-    """Returns the stages of a run with their frozen prefixes.
-
-    Args:
-      programs: the stages.
-      like: parameters and statistics, or their shapes.
-      images: number of training and validation images.
-    """
-    prefixes = [
-        frozen_prefix(
-            each.plan, each.recipe, each.settings, each.model, each.norms, like,
-            images=images, epochs=each.epochs,
-        )
-        for each in programs
-    ]  # fmt: skip
-    connected = zip(programs, connect(prefixes), strict=True)
-    return tuple(dataclasses.replace(each, prefix=prefix) for each, prefix in connected)
-
-
 def start_shapes(model: Model) -> Start:
     """Returns the shapes of a network's arrays, for a run that starts from a checkpoint."""
     return jax.eval_shape(model.init, jax.random.key(0))
@@ -283,24 +234,6 @@ def fit_start(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[s
     fitted: Start = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     check_finite("start (0 is params, 1 is stats)", wanted, fitted)
     return fitted, remarks
-
-
-def untrained_frozen_remarks(plans: Sequence[StagePlan], params: Tree) -> list[str]:
-    """Returns a remark on the first stage that freezes parameters which no stage has trained yet.
-
-    `params` are random; only their paths are read.
-    """
-    trained: set[str] = set()
-    for each in plans:
-        labels = dict(zip(paths(params), leaf_labels(params, each.labels), strict=True))
-        trained |= {path for path, label in labels.items() if label != FROZEN}
-        if untrained := [path for path in labels if path not in trained]:
-            parts = ", ".join(dict.fromkeys(path.partition(".")[0] for path in untrained))
-            return [
-                f"Stage {each.stage.name!r} freezes random weights: {parts}. Nothing pretrained "
-                "was given; name it by weights=... or start=..., or train these layers first."
-            ]
-    return []
 
 
 def _array(leaf: Any) -> jax.Array | np.ndarray:

@@ -14,7 +14,7 @@ from jaxft.data.random_erasing import erase, erasing_boxes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Loss:
     """Loss of a batch; by default plain cross entropy.
 
     Attributes:
@@ -34,7 +34,7 @@ class Objective:
     mixup: float = 0.0
     cutmix: float = 0.0
 
-    def vary(
+    def erase_and_mix(
         self,
         images: jax.Array,
         target: ArrayLike,

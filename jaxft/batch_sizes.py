@@ -114,8 +114,8 @@ def check_single_image(
             where += " (or of an epoch's last one)" if accumulate > 1 else ", or the last one,"
         raise RecipeError(
             f"{where} has a single image, on which {error}, as in torch. Set drop_last=True or "
-            "another batch_size or accumulate, or norms 'B' (frozen layers) or 'E' (layers that "
-            "train), which use running statistics."
+            "another batch_size or accumulate, or norms 'frozen_eval' (frozen layers) or 'eval' "
+            "(layers that train), which use running statistics."
         ) from error
 
 

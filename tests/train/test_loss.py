@@ -13,7 +13,7 @@ from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
-from jaxft.train.objective import Objective
+from jaxft.train.loss import Loss
 from jaxft.train.stage_program import stage_program
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
@@ -33,7 +33,7 @@ RECORDED = {  # torch 2.13.0, CrossEntropyLoss(weight, label_smoothing=...) in f
 MODEL = models.create("cifar_resnet8", num_classes=5)
 PREPROCESSING = Preprocessing(image_size=8, resize_size=None)
 KEY = jax.random.key(3)
-EVERYTHING = Objective(
+EVERYTHING = Loss(
     label_smoothing=0.1, class_weights=(1, 2, 3, 4, 5), random_erasing=0.7, mixup=0.3, cutmix=1.0
 )
 
@@ -52,13 +52,15 @@ def mean_loss(objective, logits, targets, mask):
 
 @pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
 def test_cross_entropy_is_torchs(weights, smoothing):
-    objective = Objective(class_weights=weights, label_smoothing=smoothing)
+    objective = Loss(class_weights=weights, label_smoothing=smoothing)
     mask = np.array([True] * 4 + [False] * 2)
     padded = np.concatenate([LOGITS, [[9, 9, -9]] * 2]), np.concatenate([TARGET, [1, 2]])
 
     @jax.jit
     def loss(logits, target, mask):
-        _, targets = objective.vary(jnp.zeros((len(target), 8, 8, 3)), target, mask, 3, KEY)
+        _, targets = objective.erase_and_mix(
+            jnp.zeros((len(target), 8, 8, 3)), target, mask, 3, KEY
+        )
         return mean_loss(objective, logits, targets, mask)
 
     expected = RECORDED[weights, smoothing]
@@ -69,7 +71,7 @@ def test_cross_entropy_is_torchs(weights, smoothing):
 @pytest.mark.parametrize(("weights", "smoothing"), RECORDED, ids=str)
 def test_cross_entropy_gradient_is_torchs(weights, smoothing):
     torch = pytest.importorskip("torch")
-    objective = Objective(class_weights=weights, label_smoothing=smoothing)
+    objective = Loss(class_weights=weights, label_smoothing=smoothing)
     rng = np.random.default_rng(1)
     logits, target = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(0, 3, 7)
     onehot, mask = jax.nn.one_hot(target, 3), np.ones(7, bool)
@@ -88,7 +90,7 @@ def test_cross_entropy_gradient_is_torchs(weights, smoothing):
 @pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.5)], ids=str)
 def test_cross_entropy_sum_is_torchs(weights):
     torch = pytest.importorskip("torch")
-    objective = Objective(class_weights=weights, label_smoothing=0.1, reduction="sum")
+    objective = Loss(class_weights=weights, label_smoothing=0.1, reduction="sum")
     onehot, mask = jax.nn.one_hot(TARGET, 3), np.ones(4, bool)
 
     def summed(logits):
@@ -107,7 +109,7 @@ def test_cross_entropy_sum_is_torchs(weights):
 
 @cache
 def compiled(objective):
-    return jax.jit(objective.vary, static_argnums=3)
+    return jax.jit(objective.erase_and_mix, static_argnums=3)
 
 
 def varied(objective, batch, key=KEY):
@@ -119,7 +121,7 @@ def varied(objective, batch, key=KEY):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
-    [Objective(mixup=0.3), Objective(cutmix=1.0), Objective(mixup=0.3, cutmix=1.0), EVERYTHING],
+    [Loss(mixup=0.3), Loss(cutmix=1.0), Loss(mixup=0.3, cutmix=1.0), EVERYTHING],
     ids=["mixup", "cutmix", "either", "everything"],
 )
 def test_mixup_and_cutmix_ignore_padding(objective):
@@ -136,9 +138,9 @@ def test_mixup_and_cutmix_ignore_padding(objective):
 @pytest.mark.slow
 def test_erasing_and_mixup_draw_independently():
     """The draws of one are the same with and without the other."""
-    both, erased = Objective(random_erasing=1.0, mixup=0.5), Objective(random_erasing=1.0)
-    plain, _ = varied(Objective(), batch())
-    mixed, targets = varied(Objective(mixup=0.5), batch())
+    both, erased = Loss(random_erasing=1.0, mixup=0.5), Loss(random_erasing=1.0)
+    plain, _ = varied(Loss(), batch())
+    mixed, targets = varied(Loss(mixup=0.5), batch())
     boxes = varied(erased, batch())[0] == 0
     assert boxes.any()
     assert (mixed != plain).any()
@@ -164,7 +166,7 @@ def prepare(objective, model=MODEL, **options):
             transform=transform,
             preprocessing=PREPROCESSING,
             norms=norms,
-            objective=objective,
+            loss=objective,
             **options,
         )
     )
@@ -174,7 +176,7 @@ def prepare(objective, model=MODEL, **options):
 @pytest.mark.slow
 def test_label_smoothing_changes_loss_but_not_counts():
     sums = []
-    for objective in (Objective(label_smoothing=0.3), Objective()):
+    for objective in (Loss(label_smoothing=0.3), Loss()):
         step, state, frozen = prepare(objective)
         sums.append(step(state, frozen, batch(real=5), KEY)[1].metrics)
     assert [int(s.examples) for s in sums] == [5, 5]
@@ -188,7 +190,7 @@ def test_sum_reduction_scales_the_step_by_rows(accumulate):
     """Also when accumulated with a last part of padding; the recorded loss stays the mean."""
     moved, losses = [], []
     for reduction in ("mean", "sum"):
-        step, state, frozen = prepare(Objective(reduction=reduction), accumulate=accumulate)
+        step, state, frozen = prepare(Loss(reduction=reduction), accumulate=accumulate)
         start = jax.device_get(state.trainable)
         state, record = step(state, frozen, batch(real=5), KEY)
         moved.append(jax.tree.map(lambda a, b: a - b, state.trainable, start))
@@ -205,7 +207,7 @@ def test_objective_of_recipe():
     recipe = Recipe(model=MODEL.name, data="random", stages=stages, **fields)
     source = data.arrays(*batch()[:2], classes="01234")
     prepared = stage_program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
-    assert prepared.objective == Objective(**fields)
+    assert prepared.loss == Loss(**fields)
 
 
 @pytest.mark.slow
@@ -225,7 +227,7 @@ def test_objective_without_mixing_ignores_padding():
 def test_default_objective_compiles_to_plain_step():
     """Options that are off add nothing to the program."""
     texts = []
-    for objective in (Objective(), Objective(label_smoothing=0.0, class_weights=None)):
+    for objective in (Loss(), Loss(label_smoothing=0.0, class_weights=None)):
         step, state, frozen = prepare(objective)
         texts.append(step.lower(state, frozen, batch(), KEY).as_text())
     assert texts[0] == texts[1]
@@ -267,7 +269,7 @@ SOFT = ((0.7, 0.0, 0.3), (0.3, 0.7, 0.0), (0.0, 0.3, 0.7))
     ],
 )
 def test_class_weights_with_soft_targets_are_torchs(mixup, smoothing, reduction, expected):
-    objective = Objective(
+    objective = Loss(
         class_weights=(0.5, 2.0, 1.0), label_smoothing=smoothing, mixup=mixup, reduction=reduction
     )
     targets = jnp.array(SOFT if mixup else np.eye(3))
