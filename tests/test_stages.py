@@ -134,7 +134,9 @@ def test_plan_of_a_stage_with_a_solver_has_a_group_and_no_optimizer():
     solved, after = jaxft.plan(stages, PARAMS)
     assert solved.labels["fc"] == {"kernel": "fc", "bias": "fc"} == after.labels["fc"]
     assert (solved.lr, list(solved.patterns), stages[0].length(7)) == ({}, ["fc"], 1)
-    with pytest.raises(RecipeError, match=r"stage 'fc' is solved .*jaxft.logistic_regression"):
+    with pytest.raises(
+        RecipeError, match=r"stage 'fc' is a linear probe .*jaxft.logistic_regression"
+    ):
         solved.transform()
 
 

@@ -104,18 +104,15 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         for rows in sorted(counts, reverse=True):
             batches = _batch_shapes(program, *row, rows=rows, steps_per_call=steps_per_call)
             programs[rows] = function.lower(state, frozen, batches, *rest).compile()
-        return (
-            programs[program.sizes.rows]
-            if len(programs) == 1
-            else ByRows(programs, program.sizes.rows)
-        )
+        full = program.sizes.rows
+        return programs[full] if len(programs) == 1 else ByRows(programs, full)
 
     step = norms = score = None
-    if not stage.linear_probe and steps_per_call == 1:
-        step = compiled(jax.jit(program.train_step(), donate_argnums=0), 1, number, start)
-    elif not stage.linear_probe:
-        several = several_steps(program.train_step(), devices)
-        step = compiled(jax.jit(several, donate_argnums=0), steps_per_call, number, number, start)
+    if not stage.linear_probe:
+        function, numbers = program.train_step(), [number]
+        if steps_per_call > 1:
+            function, numbers = several_steps(function, devices), [number, number]
+        step = compiled(jax.jit(function, donate_argnums=0), steps_per_call, *numbers, start)
     if stage.auto_rgn:
         norms = compiled(jax.jit(program.gradient_norms(program.tensor_labels)), 1, number, start)
     through: dict[str, Any] = {}

@@ -147,7 +147,7 @@ def test_difference_holds_both_values(planted, module):
             replace(RECIPE, stages=(Stage("probe", {"fc": LinearProbe()}),)),
             1,
             RecipeError,
-            "stage 'probe' is solved",
+            "stage 'probe' is a linear probe",
         ),
         (replace(RECIPE, batch_size=4), 2, RecipeError, r"batches of 4, but .* of \[6, 4\]"),
         (replace(RECIPE, concat_pool=True), 2, WeightsError, "fc.0.bias, fc.0.running_mean"),
