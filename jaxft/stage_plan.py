@@ -77,8 +77,8 @@ class StagePlan:
         if self.stage.linear_probe:
             raise RecipeError(
                 f"stage {self.stage.name!r} is a linear probe and has no optimizer: put kernel and "
-                f"stage {self.stage.name!r} is a linear probe and has no optimizer: put kernel and "
                 "bias of jaxft.logistic_regression(features, targets, ...) in the head's place."
+            )
         length = self._length(steps_per_epoch)
         transforms = {
             group: group_transform(
