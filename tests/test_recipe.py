@@ -131,11 +131,11 @@ def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
     assert resolve(recipe) == recipe
 
 
-def test_command_line_overrides_the_strengths_of_a_solver(tmp_path):
+def test_command_line_overrides_the_strengths_of_a_linear_probe(tmp_path):
     stage = Stage("probe", train={"fc": LinearProbe()})
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
-    assert recipe.stages[0].solver == LinearProbe((0.5, 2.0))
+    assert recipe.stages[0].linear_probe == LinearProbe((0.5, 2.0))
 
 
 def test_read_python_file(tmp_path):

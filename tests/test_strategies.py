@@ -153,7 +153,7 @@ def test_strategies_return_the_published_stages(stages, by_hand):
     for stage, expected in zip(stages, by_hand, strict=True):
         assert list(stage.train) == list(expected.train)
         assert stage.train == (
-            expected.train if expected.solver else pytest.approx(expected.train, rel=1e-12)
+            expected.train if expected.linear_probe else pytest.approx(expected.train, rel=1e-12)
         )
         assert vars(stage) | {"train": None} == vars(expected) | {"train": None}
 

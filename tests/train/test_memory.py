@@ -7,6 +7,7 @@ import pytest
 from test_start import ALL, GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune
+from jaxft.train import lr_finder, train_stages
 from jaxft.train.auto_rgn import block_norms
 from jaxft.train.lr_finder import ramp, range_test, trial
 from jaxft.train.stage_program import StageProgram
@@ -30,13 +31,13 @@ def refuse(*_, **__):
     raise FULL
 
 
-def compile_without_step(self, shapes, compile=StageProgram.compile):
-    return compile(self, shapes)._replace(step=refuse)
+def compile_without_step(program, shapes, compile_stage=train_stages.compile_stage):
+    return compile_stage(program, shapes)._replace(step=refuse)
 
 
 PLACES = {
-    "compile": (StageProgram, "compile", refuse),
-    "step": (StageProgram, "compile", compile_without_step),
+    "compile": (train_stages, "compile_stage", refuse),
+    "step": (train_stages, "compile_stage", compile_without_step),
     "evaluation": (Trainer, "evaluate", refuse),
 }
 
@@ -55,11 +56,11 @@ def test_run_out_of_memory_resumes(tmp_path, monkeypatch):
     recipe = dataclasses.replace(ALL, stages=stages)
     whole = run(tmp_path / "whole", recipe)
 
-    def second_stage_fails(self, shapes, compile=StageProgram.compile):
-        return refuse() if self.index else compile(self, shapes)
+    def second_stage_fails(program, shapes, compile_stage=train_stages.compile_stage):
+        return refuse() if program.index else compile_stage(program, shapes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StageProgram, "compile", second_stage_fails)
+        patch.setattr(train_stages, "compile_stage", second_stage_fails)
         with pytest.raises(RecipeError, match="stage 'more': a batch of 8 images"):
             run(tmp_path / "run", recipe)
     assert run(tmp_path / "run", recipe).weights.read_bytes() == whole.weights.read_bytes()
@@ -69,14 +70,14 @@ def test_other_runtime_error_is_not_replaced(tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: the driver")
 
-    monkeypatch.setattr(StageProgram, "compile", fail)
+    monkeypatch.setattr(train_stages, "compile_stage", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         run(tmp_path / "run")
 
 
 def test_out_of_memory_of_range_test_and_block_norms(monkeypatch):
     tried = trial(ALL, ramp(ALL.stages[0], low=1e-4, high=1.0, steps=10), model=NET, **IN_MEMORY)
-    monkeypatch.setattr(StageProgram, "compile", refuse)
+    monkeypatch.setattr(lr_finder, "compile_stage", refuse)
     monkeypatch.setattr(StageProgram, "gradient_norms", refuse)
     for probe in (
         lambda: range_test(tried, low=1e-4, high=1.0),
