@@ -42,7 +42,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler
 from torchvision import datasets, models, transforms
 
 from jaxft import Recipe, finetune, recipe_file
-from jaxft.cli.command import check_writable, run_until_signal
+from jaxft.cli.command_setup import check_writable, run_until_signal
 from jaxft.cli.process import exit_process
 from jaxft.report.console import Console
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxft.cli import run_program
+from jaxft.cli.commands import run_program
 
 if __name__ == "__main__":
     run_program("find-lr", sys.argv[1:], f"python {sys.argv[0]}")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import jax
 
-from jaxft.cli import COMMANDS
+from jaxft.cli.commands import COMMANDS
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

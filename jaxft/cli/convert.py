@@ -24,7 +24,7 @@ import tyro
 from jaxft import models, weights
 from jaxft.checkpoint.atomic import anywhere
 from jaxft.checkpoint.weights_only import save_weights
-from jaxft.cli.command import check_writable, command_parser, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
 from jaxft.errors import WeightsError
 from jaxft.models.model import OPTIONS
 from jaxft.recipe import Recipe

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxft.checkpoint.atomic import anywhere
-from jaxft.cli.command import check_writable, command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.recipe import Recipe
 from jaxft.report.lr_plot import draw, lr_table, write_curve

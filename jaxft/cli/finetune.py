@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxft import agreement, distributed, lost_process
-from jaxft.cli.command import command_parser, keep_programs, report_errors
+from jaxft.cli.command_setup import command_parser, keep_programs, report_errors
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options, read_recipe
 from jaxft.train.finetune import Result, finetune

@@ -13,7 +13,7 @@ from typing import cast
 
 from jaxft.checkpoint.atomic import anywhere
 from jaxft.cli import folder_builder
-from jaxft.cli.command import check_writable, command_parser, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
 from jaxft.data import folder
 from jaxft.data.validate import check_images
 

@@ -56,6 +56,14 @@ def exit_process(code: int) -> None:
         os._exit(code)
 
 
+def show(text: str) -> None:
+    """Prints `text`, quietly if nobody reads it to the end, as with `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python would flush again at its end, and print the error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def fail(message: str, code: int) -> int:
     """Prints `message` on standard error and returns `code`."""
     with suppress(OSError):  # the disk behind it may be full

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from commands import call
 
-from jaxft import RecipeError, cli
-from jaxft.cli.command import report_errors, run_until_signal
+from jaxft import RecipeError
+from jaxft.cli import commands as cli
+from jaxft.cli.command_setup import report_errors, run_until_signal
 from jaxft.errors import InterruptedRunError
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_program_without_command_prints_help_and_fails(capsys):
 
 def test_package_installs_program():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"jaxft": "jaxft.cli:main"}
+    assert project["scripts"] == {"jaxft": "jaxft.cli.commands:main"}
 
 
 def test_python_m_jaxft_runs_program():
@@ -74,8 +75,8 @@ def test_version(flag, capsys):
 )
 def test_unknown_command_is_one_line_with_near_miss(name, hint, capsys):
     assert cli.main([name]) == 2
-    commands = ", ".join(cli.COMMANDS)
-    message = f"jaxft: there is no command {name!r}.{hint} Commands: {commands}.\n"
+    names = ", ".join(cli.COMMANDS)
+    message = f"jaxft: there is no command {name!r}.{hint} Commands: {names}.\n"
     assert capsys.readouterr().err == message
 
 
@@ -114,7 +115,9 @@ def test_help_of_script_names_script(capsys):
 
 
 def test_program_handles_signals_before_it_imports_jax():
-    code = "import sys, jaxft.cli; sys.exit(bool({'jax', 'numpy', 'optax'} & {*sys.modules}))"
+    code = (
+        "import sys, jaxft.cli.commands; sys.exit(bool({'jax', 'numpy', 'optax'} & {*sys.modules}))"
+    )
     assert python(code).returncode == 0
 
 
@@ -191,3 +194,13 @@ def test_run_until_signal_reports_output_that_cannot_be_written(monkeypatch, cap
     monkeypatch.setattr(sys, "stdout", FullDisk())
     assert run_until_signal(lambda: print("lost")) == 1
     assert capsys.readouterr().err == "OSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
+def test_help_is_quiet_when_its_reader_ends_early(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *unbuffered, "-m", "jaxft", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

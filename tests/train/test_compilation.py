@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.cli.command import keep_programs
+from jaxft.cli.command_setup import keep_programs
 from jaxft.train.compiled_stage import flops
 from jaxft.train.train_stages import InBackground
 
