@@ -16,7 +16,7 @@ from jaxft import distributed
 from jaxft.cli.finetune import run
 from jaxft.cli.process import exit_process
 from jaxft.report.console import Bar
-from jaxft.train.stage_program import StageProgram
+from jaxft.train import train_stages
 
 
 def main(lines, *joining):
@@ -34,17 +34,17 @@ def main(lines, *joining):
         advance(bar, loss, taken)
 
     Bar.advance = counted
-    compile = StageProgram.compile
+    compile_stage = train_stages.compile_stage
 
     def weighed(program, shapes):
-        compiled = compile(program, shapes)
+        compiled = compile_stage(program, shapes)
         if distributed.is_main_process() and compiled.step:
             held = compiled.step.memory_analysis().argument_size_in_bytes
             stage, sharding = program.plan.stage.name, program.devices.sharding
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)
         return compiled
 
-    StageProgram.compile = weighed
+    train_stages.compile_stage = weighed
     codes = []
     for arguments, steps in json.loads(lines):  # noqa: B007
         codes.append(run([*arguments, *(joining or ("--processes", "1"))]))
