@@ -7,6 +7,7 @@ and the steps after which this process gets a SIGTERM (0: never), which ends the
 ends its line alone. What a device holds of a step's arguments is printed.
 """
 
+import gc
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ def main(lines, *joining):
     joining = [text for pair in zip(options, joining, strict=False) for text in pair]
     distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     distributed._PARTING = 2  # of 20 seconds
+    gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax has traced
     advance, steps = Bar.advance, 0
 
     def counted(bar, loss, taken):

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.slow
 
 CHILD = Path(__file__).with_name("devices_child.py")
 QUIET = Console(quiet=True)
-# 22 steps. Neither batches nor the images to validate divide by 8, and each stage has what draws
-# random numbers by row, sees a batch's statistics, or adds up over all parameters.
+# 14 steps, in stages that end at 4, 13 and 14. Neither batches nor the images to validate divide by
+# 8, and each stage has what draws random numbers by row, sees a batch's statistics, or adds up over
+# all parameters.
 RECIPE = Recipe(
     model="cifar_resnet8",
     weights="asset:digits_0to4",
@@ -41,7 +42,7 @@ RECIPE = Recipe(
     dropout=0.1,
     sync_steps=1,
     stages=(
-        Stage("head", {"fc": 1e-2}, epochs=4, batch_size=20, auto_rgn=True),
+        Stage("head", {"fc": 1e-2}, epochs=2, batch_size=20, auto_rgn=True),
         Stage(
             "late",
             {"fc": 1e-3, "layer3": 1e-3},
@@ -51,13 +52,6 @@ RECIPE = Recipe(
             mixup=0.2,
             random_erasing=0.5,
             clip_norm=1.0,
-        ),
-        Stage(
-            "all",
-            {"*": 1e-3},
-            epochs=2,
-            norms="train_all",
-            batch_size=20,
             accumulate=2,
             ema=0.5,
         ),
@@ -66,6 +60,8 @@ RECIPE = Recipe(
 )
 # Its norm layers see the batch, and its one step is soon compiled.
 BRIEF = dataclasses.replace(RECIPE, stages=(Stage("brief", {"fc": 1e-2}, epochs=1, norms="batch"),))
+FSDP = ("--sharding", "fsdp")
+IN_THREES = ("--steps-per-execution", "3")
 
 
 def rows(workdir):
@@ -125,6 +121,11 @@ def end(process):
     return process.returncode, re.sub(r"^\[Gloo\] .*\n", "", out, flags=re.MULTILINE), errors
 
 
+def line(workdir, *options, recipe="recipe"):
+    """Returns the command line of a run in a folder beside its recipe."""
+    return [str(workdir.with_name(f"{recipe}.yaml")), "--workdir", str(workdir), *options]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Folder of all runs and their recipes."""
@@ -143,7 +144,7 @@ def one(folder):
 
     def save_and_die(self, step, *args, **kwargs):
         real(self, step, *args, **kwargs)
-        if step == 8:
+        if step == 4:
             raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
@@ -155,34 +156,26 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def eight(folder, one):
-    """The end of a process of eight devices; `moved` stopped at step 13, within an epoch."""
-
-    def line(workdir, *options, recipe="recipe"):
-        file = str(folder / f"{recipe}.yaml")
-        return [file, "--workdir", str(folder / workdir), *options]
-
-    in_threes = ("--steps-per-execution", "3")
+    """The end of a process of eight devices; `moved` stopped at step 8, within an epoch."""
     lines = [
-        (line("eight-replicated", *in_threes), 0),
-        (line("eight-fsdp", "--sharding", "fsdp", *in_threes), 0),
-        (line("eight-replica", "--statistics", "replica", recipe="brief"), 0),
-        (line("moved"), 5),
+        (line(folder / "eight", *IN_THREES), 0),
+        (line(folder / "eight-replica", "--statistics", "replica", recipe="brief"), 0),
+        (line(folder / "moved"), 4),
     ]
     return end(start(lines, 8))
 
 
 @pytest.fixture(scope="module")
 def two(folder, eight):
-    """The ends of two processes of four; `moved` stopped at step 18 by a signal to the second."""
-    recipe, brief = str(folder / "recipe.yaml"), str(folder / "brief.yaml")
-    moved = [recipe, "--workdir", str(folder / "moved"), "--sharding", "fsdp"]
+    """The ends of two processes of four; `moved` stopped at step 11 by a signal to the second."""
     lines = [
-        [recipe, "--workdir", str(folder / "two-replicated")],
-        [recipe, "--workdir", str(folder / "two-fsdp"), "--sharding", "fsdp"],
-        [recipe, "--workdir", str(folder / "two-fsdp"), "--seed", "1"],
-        [brief, "--workdir", str(folder / "two-nan"), "--stages.0.train.fc", "1e38"],
+        line(folder / "two-brief", recipe="brief"),
+        line(folder / "two", *FSDP, *IN_THREES),
+        line(folder / "two", "--seed", "1"),
+        line(folder / "two-nan", "--stages.0.train.fc", "1e38", recipe="brief"),
     ]
-    own = [[*((line, 0) for line in lines), (moved, steps)] for steps in (0, 5)]
+    moved = line(folder / "moved", *FSDP)
+    own = [[*((line, 0) for line in lines), (moved, steps)] for steps in (0, 3)]
     return [end(process) for process in start_pair(own)]
 
 
@@ -190,9 +183,9 @@ def test_signal_to_one_process_stops_all(eight, two):
     assert eight[0] == 75, eight[2]
     # On a busy machine Orbax has something to say before it.
     assert eight[2].splitlines()[-1] == (
-        "SIGTERM came in stage 'late', and step 13 is saved. The same command resumes from there."
+        "SIGTERM came in stage 'late', and step 8 is saved. The same command resumes from there."
     )
-    stopped = "SIGTERM came in stage 'all', and step 18 is saved."
+    stopped = "SIGTERM came in stage 'late', and step 11 is saved."
     for code, _, errors in two:
         assert code == 75, errors
         assert errors.count(stopped) == 1, errors
@@ -206,19 +199,22 @@ def test_only_first_process_prints_and_logs(folder, two):
     assert first.count("Validation accuracy") == 2  # of the two that came to their ends
     assert first.count("on 8 cpu devices, 2 processes") == 4  # the refused one has no prologue
     assert second == ""
-    assert len(list((folder / "two-fsdp" / "tensorboard").iterdir())) == 1
+    assert len(list((folder / "two" / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
-@pytest.mark.parametrize("devices", ["eight", "two"])
-def test_devices_train_as_one(devices, sharding, one, two):
-    assert_same(one.with_name(f"{devices}-{sharding}"), one)
+@pytest.mark.parametrize(
+    ("workdir", "expected"),
+    [("eight", "one"), ("two", "one"), ("two-brief", "brief")],
+    ids=["eight-replicated", "two-fsdp", "two-replicated"],
+)
+def test_devices_train_as_one(workdir, expected, folder, two):
+    assert_same(folder / workdir, folder / expected)
 
 
 def test_run_resumes_on_other_devices(one, two):
     moved = one.with_name("moved")
     with closing(Checkpoints(moved / "checkpoints")) as checkpoints:
-        assert checkpoints.latest_step() == 18
+        assert checkpoints.latest_step() == 11
     finetune(RECIPE, moved, console=QUIET)
     assert_same(moved, one)
     where = [(row["stage"], row["epoch"], row["step"]) for row in rows(moved)]
@@ -231,9 +227,11 @@ def test_replica_statistics_differ_from_global(folder, one, eight):
     assert 1e-3 < abs(found - expected) < 0.5
 
 
-def test_fsdp_divides_state_among_devices(eight):
+def test_fsdp_divides_state_among_devices(eight, two):
     """Compares the bytes of a step's arguments on each of the eight devices."""
-    found = re.findall(r"^arguments of (\w+), (\w+): (\d+) bytes$", eight[1], re.MULTILINE)
+    found = re.findall(
+        r"^arguments of (\w+), (\w+): (\d+) bytes$", eight[1] + two[0][1], re.MULTILINE
+    )
     # The first of each: `moved`, the last run, takes single steps, whose batches are fewer.
     held = {(stage, sharding): int(count) for stage, sharding, count in reversed(found)}
     params, _ = jax.eval_shape(RECIPE.network(5).init, jax.random.key(0))
@@ -242,10 +240,9 @@ def test_fsdp_divides_state_among_devices(eight):
     }
     large = {path: size for path, size in sizes.items() if size >= 4 * 2**12}
     assert sum(large.values()) > 0.9 * sum(sizes.values())
-    # Each once; with its momentum where it trains; and with its average.
-    of_late = sum((1 + path.startswith("layer3")) * size for path, size in large.items())
-    for stage, divided in {"late": of_late, "all": 3 * sum(large.values())}.items():
-        assert held[stage, "replicated"] - held[stage, "fsdp"] == divided * 7 // 8
+    # Each once; where it trains also with its momentum and its average.
+    divided = sum((1 + 2 * path.startswith("layer3")) * size for path, size in large.items())
+    assert held["late", "replicated"] - held["late", "fsdp"] == divided * 7 // 8
 
 
 def test_error_in_one_process_ends_both(tmp_path):
