@@ -16,13 +16,13 @@ from flax import nnx
 from narrow import narrowed
 
 import jaxft
+from jaxft.export import export
 from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.report.lr_plot import lr_table
-from jaxft.train.export import export
 from jaxft.train.frozen_prefix import block_labels
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import agreement, lost_process, models
+from jaxft import agreement, export, lost_process, models
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -45,7 +45,6 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train import export
 from jaxft.train.eval_step import eval_step
 from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.metrics import Score

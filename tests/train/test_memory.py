@@ -6,10 +6,10 @@ import jax
 import pytest
 from test_start import ALL, GIVEN, NET
 
-from jaxft import RecipeError, Stage, finetune
-from jaxft.train import lr_finder, train_stages
+from jaxft import RecipeError, Stage, finetune, lr_finder
+from jaxft.lr_finder import ramp, range_test, trial
+from jaxft.train import train_stages
 from jaxft.train.auto_rgn import block_norms
-from jaxft.train.lr_finder import ramp, range_test, trial
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.trainer import Trainer
 

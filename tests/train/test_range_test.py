@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
+from jaxft.lr_finder import Curve, named, ramp, range_test, trial, valley
 from jaxft.optim import schedules
 from jaxft.recipe_file import save
 from jaxft.train.auto_rgn import block_norms
-from jaxft.train.lr_finder import Curve, named, ramp, range_test, trial, valley
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/range_test.npz"

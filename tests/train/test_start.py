@@ -23,8 +23,8 @@ from jaxft import (
     models,
     weights,
 )
+from jaxft.export import export
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train.export import export
 
 
 class Net(nn.Module):
