@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """
 
     image: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b ..."]
-    """Images as uint8, normalised images if those of the source are, or features."""
+    """uint8 images, float images that are already normalised, or features."""
     target: Int32[np.ndarray | jax.Array, " b"]
     mask: Bool[np.ndarray | jax.Array, " b"]
 

@@ -43,7 +43,7 @@ class Preprocessing:
     ) -> Float[jax.Array, "b h w 3"]:
         """Normalises images like torchvision's `ToTensor` and `Normalize`; works under `jax.jit`.
 
-        Floats are already normalised and returned unchanged. The result of uint8 is float32.
+        uint8 images become float32. Float images are already normalised and returned unchanged.
         """
         images = jnp.asarray(images)
         if jnp.issubdtype(images.dtype, jnp.floating):
