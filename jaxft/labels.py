@@ -13,7 +13,14 @@ from typing import Any
 import jax
 
 from jaxft.errors import LabelError, PatternError, first_of
-from jaxft.patterns import Pattern, matcher, pattern_text, shallow_warnings, unmatched_message
+from jaxft.patterns import (
+    Pattern,
+    PatternKey,
+    matcher,
+    pattern_text,
+    shallow_warnings,
+    unmatched_message,
+)
 
 Tree = Any
 """A pytree of arrays, from any framework."""
@@ -39,7 +46,7 @@ def paths(params: Tree) -> list[str]:
     return [_dotted(path + below[1:]) for path, node in nodes for below, _ in flatten(node)[0]]
 
 
-def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) -> Tree:
+def label(params: Tree, rules: Mapping[PatternKey, str], *, default: str = FROZEN) -> Tree:
     """Labels each parameter with the label of the first pattern that matches it.
 
     Warns about a pattern such as `*.bias` where `**.bias` selects more.

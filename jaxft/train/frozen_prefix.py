@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
-from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
+from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.models import Model, NormMode, Norms
 from jaxft.models.norm_modes import layer
+from jaxft.patterns import Pattern
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
 
