@@ -1,13 +1,13 @@
 """Compares recipe, images, versions and workdir between the processes of a run before it trains.
 
 Each process writes values to the key-value store of `jax.distributed` and reads the values of all
-others. A collective computation would not do: a process that fails before it joins one would keep
-all others waiting.
+others. A collective computation would not do: a process that fails before it joins would keep all
+others waiting.
 
 One comparison is a round. All processes exchange these keys, in this order:
 
 1. `facts`: recipe, package versions and data set facts, or the error that stopped the process.
-2. `digests`, then `names`: only if the images differ. They find one such image for the message.
+2. `digests`, then `names`: only if the images differ. The error message then names one image.
 3. `file`, then `seen`: only if the facts are the same. Process 0 creates a file in the workdir, and
    each process looks for it there.
 
@@ -45,8 +45,8 @@ _MAX_DIFFERENCES = 8  # lines in one message
 _MAX_NAMES = 20_000  # names that a process sends to the others, all of one class
 
 # In seconds.
-_FAILURE_TIMEOUT = 60.0  # a failed process waits so long for the others to read its error
-_DETAIL_TIMEOUT = 60.0  # the search for an image that differs may fail in one process
+_FAILURE_TIMEOUT = 60.0  # longest wait of a failed process for the others to read its error
+_DETAIL_TIMEOUT = 60.0  # longest wait for digests and names, which a process may fail to send
 _FILE_TIMEOUT = 10.0  # until a network file system shows a new file on all hosts
 _BARRIER_TIMEOUT = 10.0  # at the end of a round
 _NOTICE_SECONDS = 60.0  # until a line on stderr names the missing processes
@@ -161,9 +161,10 @@ def _image_line(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) -
 
 
 def _differing_image(split: str, source: Source) -> list[str]:
-    """Finds the first class whose images differ, and one image of it that a process lacks.
+    """Returns a line that names an image of the first class whose images differ.
 
-    Sends a digest of each class before the names of one class: a data set may have millions.
+    Sends a digest of each class first, and then the names of that class alone, since a data set may
+    have millions of images.
     """
     names = _names_by_class(source)
     lists = ["\n".join(class_names).encode("utf-8", "replace") for class_names in names]
@@ -251,8 +252,8 @@ def _exchange(
 ) -> list[dict[str, Any]]:
     """Sends a value under a key and returns the values of all processes, in their order.
 
-    Waits until each process has sent its value. After `_NOTICE_SECONDS` it prints which ones are
-    missing: such a process may be alive and still never send one.
+    Waits until each process has sent its value. After `_NOTICE_SECONDS` it prints which processes
+    are missing: a process may be alive and still never send its value.
 
     Args:
       name: name of the key in this round.

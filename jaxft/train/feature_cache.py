@@ -1,7 +1,8 @@
 """Computes the features of a run's images, and keeps them and validation batches in a cache.
 
-- A feature is the output of a stage's frozen prefix for one image: of the first blocks of the
-  network, which the stage does not change (`jaxft.train.frozen_prefix.FrozenPrefix`).
+- A frozen prefix is the first blocks of the network, if a stage does not change them
+  (`jaxft.train.frozen_prefix.FrozenPrefix`).
+- A feature is the output of the stage's prefix for one image.
 - An end is the last block of a prefix. One pass over the images computes the features at the end
   of this stage's prefix, and at the ends of later stages' shorter prefixes.
 - A split is "train" or "val".
@@ -277,8 +278,8 @@ class StageFeatures:
 class _FeatureWriter:
     """Copies features from the devices, batch by batch, into arrays of all images of a split.
 
-    A batch stays pending until the next one is enqueued, which the devices then compute during
-    the copy.
+    A batch stays pending until the next batch is enqueued, so that the devices compute the next
+    batch during the copy.
 
     Attributes:
       num_images: number of images of the split.

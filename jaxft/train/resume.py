@@ -2,8 +2,9 @@
 
 Reopening: a run of a stage with `epochs=5` has ended and has two checkpoints, after epoch 4 and at
 the end of the stage. The same run is started with `extend` and `epochs=8`. The end holds only the
-arrays for a next stage, such as those of the best epoch, not the ones after epoch 5. It is
-therefore deleted, and the stage continues after epoch 4, as if it had had 8 epochs from the start.
+arrays for a next stage, such as the arrays of the best epoch, and may lack the arrays after epoch
+5. Its checkpoint is therefore deleted, and the stage continues after epoch 4, as if it had had 8
+epochs from the start.
 A stage without a readable checkpoint before its end continues from the arrays of the end instead.
 """
 
