@@ -36,7 +36,8 @@ class FrozenPrefix:
       mib: size of all cached features in MiB.
       room: size that the recipe allows, in MiB.
       batch_size: images per pass, on which the last bits of the features depend.
-      same_views: whether the training images look the same in all stages where this is true.
+      same_views: True if the training images are not augmented. Their features then serve all
+        stages for which this is True.
       cuts: blocks at which the prefix is cut into programs: the ends of the prefixes of all stages.
       taps: cuts whose features later stages need; the same pass over the images computes them.
     """
@@ -56,7 +57,7 @@ class FrozenPrefix:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Last block of each prefix that a pass over the images serves, this one's last."""
+        """Blocks whose features a pass over the images stores: `taps`, then the prefix's last."""
         return (*self.taps, *self.blocks[-1:])
 
 
