@@ -23,6 +23,7 @@ from jaxft.data.source import pixel_type
 from jaxft.distributed import Devices
 from jaxft.errors import DataError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
+from jaxft.linear_head_check import check_linear_head
 from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import norm_modes
 from jaxft.optim.transform import multi_transform
@@ -31,7 +32,6 @@ from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
 from jaxft.train import train_step
 from jaxft.train.frozen_prefix import FrozenPrefix, connect, frozen_prefix
-from jaxft.train.linear_head_check import check_linear_head
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, StepRecord
 from jaxft.train.train_step import StepConfig, TrainState
