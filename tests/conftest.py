@@ -48,7 +48,7 @@ SMOKE = (
     # a run resumes after SIGKILL
     "tests/train/test_kills.py::test_run_killed_by_sigkill_within_an_epoch",
     # features of a frozen prefix change nothing
-    "tests/train/test_prefix.py::test_run_with_prefix_ends_as_without[plain]",
+    "tests/train/test_frozen_prefix.py::test_run_with_prefix_ends_as_without[plain]",
 )
 
 # Start first, because each runs in one worker and would else be the last to end.
@@ -56,13 +56,13 @@ LONG = (
     "tests/train/test_devices.py",
     "tests/parity/test_recipes.py",
     "tests/models/test_resnet.py",
-    "tests/train/test_prefix.py",
+    "tests/train/test_frozen_prefix.py",
     "tests/train/test_kills.py",
     "tests/train/test_mishaps.py",
     "tests/train/test_signals.py",
     "tests/train/test_fork.py",
-    "tests/train/test_images.py",
-    "tests/train/test_solve.py",
+    "tests/train/test_data_options.py",
+    "tests/train/test_linear_probe_stage.py",
     "tests/test_configs.py",
 )
 

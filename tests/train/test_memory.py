@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import pytest
-from test_start import ALL, GIVEN, NET
+from test_start_arrays import ALL, GIVEN, NET
 
 from jaxft import RecipeError, Stage, finetune, lr_finder
 from jaxft.lr_finder import ramp, range_test, trial
