@@ -1,4 +1,4 @@
-"""Records range tests of fastai's `lr_find`, for tests/train/test_lr_finder.py.
+"""Records range tests of fastai's `lr_find`, for tests/test_lr_finder.py.
 
     python tests/record_lr_finder.py
 

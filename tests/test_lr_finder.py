@@ -18,7 +18,7 @@ from jaxft.optim import schedules
 from jaxft.recipe_file import save
 from jaxft.train.auto_rgn import block_norms
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/lr_finder.npz"
 STEPS = {"diverges": 100, "ends": 100, "nan": 100, "few": 30}
 RECIPE = Recipe(
@@ -46,7 +46,7 @@ def golden():
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_lr_finder_suggestions_are_fastais(case, golden):
+def test_range_test_suggestions_are_fastais(case, golden):
     lrs, losses, smoothed, expected = (
         golden[f"{case}/{name}"] for name in ("lr", "losses", "smoothed", "suggestions")
     )
@@ -110,7 +110,7 @@ def test_curve_that_diverges_at_once_is_refused():
 
 
 @pytest.mark.slow
-def test_lr_finder_ends_when_loss_diverges():
+def test_range_test_ends_when_loss_diverges():
     stage = dataclasses.replace(RECIPE.stages[0], auto_rgn=True)
     tried = trial(RECIPE, ramp(stage, low=1e-2, high=1e6, steps=30))
     # Not on the host: a view of an array would keep it from being donated.
