@@ -39,12 +39,6 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 @pytest.mark.parametrize("case", STEPS)
 def test_range_test_suggestions_are_fastais(case, golden):
     lrs, losses, smoothed, expected = (

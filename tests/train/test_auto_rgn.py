@@ -63,7 +63,7 @@ def run(workdir):
 
 
 @pytest.mark.slow
-def test_auto_rgn_of_killed_run_is_the_authors(tmp_path):
+def test_auto_rgn_of_killed_run_is_the_authors(golden, tmp_path):
     """Killed in its second epoch, and in the first step of the third."""
     measured = []
     with before("auto_rgn", lambda *_, step, **__: measured.append(step)):
@@ -81,16 +81,14 @@ def test_auto_rgn_of_killed_run_is_the_authors(tmp_path):
         jax.tree.leaves(jax.tree.map(lambda t, x: t.to_torch(x), TENSORS, ended)),
         strict=True,
     )
-    with np.load(GOLDEN) as recorded:
-        assert_as_recorded({"end": samples({t.name: x for t, x in named})}, dict(recorded))
+    assert_as_recorded({"end": samples({t.name: x for t, x in named})}, golden)
 
 
-def test_recording_of_auto_rgn_is_torchs():
+def test_recording_of_auto_rgn_is_torchs(golden):
     pytest.importorskip("torch")
     from record_auto_rgn import record
 
-    with np.load(GOLDEN) as recorded:
-        assert_as_recorded(record(), dict(recorded))
+    assert_as_recorded(record(), golden)
 
 
 def gauge(gradients, weights):

@@ -64,6 +64,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_run_files_and_epochs(unbroken):
     workdir, result = unbroken
     assert {path.name for path in workdir.iterdir()} == {
@@ -83,6 +84,7 @@ def test_run_files_and_epochs(unbroken):
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_exported_model_reproduces_validation_score(unbroken):
     workdir, result = unbroken
     described = json.loads((workdir / "model.json").read_text())

@@ -69,7 +69,10 @@ def cached(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [PLAIN, VIEWS], ids=["plain", "views"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(PLAIN, id="plain", marks=pytest.mark.smoke), pytest.param(VIEWS, id="views")],
+)
 def test_run_with_prefix_ends_as_without(recipe, cached, tmp_path):
     """In its last stage, the prefix ends at the same block as in the first, with other weights."""
     workdir = cached if recipe is PLAIN else run(tmp_path / "cached", recipe)

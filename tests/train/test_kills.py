@@ -26,6 +26,7 @@ from jaxft import L2SP, InterruptedRunError
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.smoke
 def test_run_killed_by_sigkill_within_an_epoch(one_stage, tmp_path):
     """While it writes a checkpoint."""
     code, errors = run_until("seal", 6, tmp_path / "killed", ONE_STAGE)

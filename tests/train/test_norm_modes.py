@@ -46,12 +46,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_norm_modes_are_torchs(case, golden):

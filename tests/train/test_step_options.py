@@ -42,12 +42,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_step_options_are_torchs(case, golden):
