@@ -1,9 +1,9 @@
-"""Records outputs of PyTorch's networks with random weights, for test_resnet.py.
+"""Records tensors and outputs of PyTorch's networks with random weights, for test_resnet.py.
 
     python tests/models/record_golden.py
 
 Needs torch, torchvision and timm. Both sides draw weights and images from seeds (`weights`,
-`images`), so the files in tests/golden hold outputs only.
+`images`), so the files in tests/golden hold names, shapes and outputs only.
 """
 
 import importlib
@@ -17,37 +17,52 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+TENSORS = GOLDEN / "resnet_tensors.npz"
 NUM_CLASSES = 10
 _TORCHVISION = (
     *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
-_TIMM = ("resnet26t", *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101, 152)))
-_TIMM_TRAIN_ONLY = (
-    *("resnet10t", "resnet14t", "resnet26", "resnet50t", "resnet200", "resnet200d"),
+_TIMM = (
+    *(f"resnet{depth}" for depth in (26, 200)),
     *(f"resnet{depth}{letter}" for depth in (50, 101, 152) for letter in "cs"),
+    *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101, 152, 200)),
+    *(f"resnet{depth}t" for depth in (10, 14, 26, 50)),
     *("resnext50d_32x4d", "resnext101_32x4d"),
 )
 _CIFAR = tuple(f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110))
 # case: (name of the network, options of `create`)
 CASES = {
-    **{name: (name, {}) for name in (*_TORCHVISION, *_TIMM, *_TIMM_TRAIN_ONLY, *_CIFAR)},
+    **{name: (name, {}) for name in (*_TORCHVISION, *_TIMM, *_CIFAR)},
     **{
         f"{name}_stride_in_1x1": (name, {"stride_in_1x1": True})
         for name in ("resnet50", "resnet101", "resnet152")
     },
     "resnet18_concat_pool": ("resnet18", {"concat_pool": True}),
 }
-_REPRESENTATIVES = (
-    *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
-    *("resnet26t", "resnet18d", "resnet50d", "cifar_resnet8", "cifar_resnet20"),
-)
-LIVE = tuple(case for case, (network, _) in CASES.items() if network in _REPRESENTATIVES)
-"""Cases that are compared with torch itself and at all image sizes.
+COMPARED = {
+    "resnet18": (64, 224),
+    "resnet50": (64,),
+    "resnet101": (),  # more than ten blocks in a layer
+    "resnet50_stride_in_1x1": (64,),
+    "resnet18_concat_pool": (64,),
+    "resnext50_32x4d": (64,),
+    "wide_resnet50_2": (),
+    "resnet50c": (),
+    "resnet50s": (),
+    "resnet18d": (64,),
+    "resnet50d": (64,),
+    "resnet10t": (),
+    "resnet26t": (64,),
+    "cifar_resnet8": (32,),
+    "cifar_resnet20": (32,),
+}
+"""Cases whose outputs are recorded, with the sizes of images in eval mode: even, and full size.
+Each case also takes a training step, on images of an odd size.
 
-They cover every kind of stem, block and shortcut. The other networks consist of the same parts, so
-a recorded training step is enough for them."""
+They cover every kind of stem, block, shortcut and head. The other networks differ from them in
+depths and widths alone."""
 
 
 def originals_are_here() -> bool:
@@ -55,17 +70,12 @@ def originals_are_here() -> bool:
     return all(map(importlib.util.find_spec, ("torch", "torchvision", "timm")))
 
 
-def sides(network: str) -> tuple[int, ...]:
-    """Image sizes in eval mode, in pixels: even, odd and full size."""
-    if network not in _REPRESENTATIVES:
-        return ()
-    return (32, 33) if network in _CIFAR else (64, 65, 224)
+def train_side(case: str) -> int:
+    """Image size of the training step, odd in each layer.
 
-
-def train_side(network: str) -> int:
-    """Image size of the training step, which uses all weights and statistics."""
-    even = sides(network)
-    return even[0] if even else 33 if network in _CIFAR else 65
+    Not smaller: XLA on CPU takes 50 times as long for a float64 convolution at 2x2 px.
+    """
+    return 17 if case in _CIFAR else 65
 
 
 def images(side: int, batch: int = 2) -> np.ndarray:
@@ -108,6 +118,29 @@ def digest(logits: np.ndarray, running: Mapping[str, np.ndarray]) -> dict[str, n
     return {"train": logits, "sizes": sizes, "directions": directions}
 
 
+def shapes(case: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of torch's tensors by name, without counters of batches."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in _on_meta(case).state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def listing(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns names and shapes as text, a sorted line for each tensor."""
+    return "\n".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+
+
+def _on_meta(case: str):
+    """Builds a case in torch without memory or initial values."""
+    import torch
+
+    network, options = CASES[case]
+    with torch.device("meta"):
+        return torch_network(network, **options)
+
+
 def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Computes a case in torch.
 
@@ -117,21 +150,17 @@ def record(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """
     import torch
 
-    network, options = CASES[case]
-    with torch.device("meta"):  # saves the initialisation of weights that are replaced
-        module = torch_network(network, **options)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
-    arrays = weights({n: shape for n, shape in shapes.items() if n not in counters})
-    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module = _on_meta(case)
+    state = {name: torch.from_numpy(x) for name, x in weights(shapes(case)).items()}
+    counters = module.state_dict().keys() - state.keys()
     module.load_state_dict(state | {n: torch.tensor(0) for n in counters}, assign=True)
     outputs = {}
     with torch.no_grad():
         module.eval()
-        for side in sides(network):
+        for side in COMPARED[case]:
             outputs[f"eval_{side}"] = module(torch.from_numpy(images(side))).numpy()
         module.double().train()
-        batch = torch.from_numpy(images(train_side(network), batch=4)).double()
+        batch = torch.from_numpy(images(train_side(case), batch=4)).double()
         outputs["train"] = module(batch).numpy()
     return outputs, {n: t.numpy() for n, t in module.state_dict().items() if ".running_" in n}
 
@@ -141,7 +170,7 @@ def torch_network(name: str, stride_in_1x1: bool = False, concat_pool: bool = Fa
     if name in _CIFAR:
         return _cifar_resnet((int(name.removeprefix("cifar_resnet")) - 2) // 6)
     torchvision = import_torchvision()
-    if name in _TIMM + _TIMM_TRAIN_ONLY:
+    if name in _TIMM:
         return importlib.import_module("timm").create_model(name, num_classes=NUM_CLASSES)
     module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     if stride_in_1x1:
@@ -229,7 +258,8 @@ def _cifar_resnet(n: int):
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for case in sys.argv[1:] or CASES:
+    np.savez_compressed(TENSORS, **{case: listing(shapes(case)).encode() for case in CASES})
+    for case in sys.argv[1:] or COMPARED:
         outputs, running = record(case)
         outputs |= digest(outputs["train"], running)
         np.savez_compressed(GOLDEN / f"{case}.npz", **outputs)

@@ -3,14 +3,15 @@
 import ctypes
 import gc
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import record_golden
-from record_golden import CASES, GOLDEN, NUM_CLASSES
+from record_golden import CASES, COMPARED, GOLDEN, NUM_CLASSES, TENSORS
 
 from jaxft.models import create, names
 from jaxft.weights.key_maps import torch_tensors
@@ -21,9 +22,17 @@ STATISTICS_TOLERANCE = 1e-9
 SMOKE = ("resnet10t", "cifar_resnet20")
 
 
-def seeded_trees(model):
+@cache
+def network(case: str):
+    """Returns the network of a case, and its arrays as torch's tensors `(params, stats)`."""
+    name, options = CASES[case]
+    model = create(name, num_classes=NUM_CLASSES, **options)
+    return model, torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def seeded_trees(case: str):
     """The weights of `record_golden` as `(params, stats)`."""
-    tensors = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
+    _, tensors = network(case)
     arrays = record_golden.weights({t.name: t.shape for t in jax.tree.leaves(tensors)})
     return jax.tree.map(lambda t: jax.device_put(t.from_torch(arrays[t.name])), tensors)
 
@@ -35,17 +44,16 @@ def images(side: int, batch: int = 2) -> jax.Array:
 def evaluate(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Computes the results of `record_golden.record` with jaxft's network, without `jax.jit`.
 
-    This is faster than compiling 150 programs, because the networks share most operations.
+    This is faster than compiling 30 programs, because the networks share most operations.
     """
-    network, options = CASES[case]
-    model = create(network, num_classes=NUM_CLASSES, **options)
-    params, stats = seeded_trees(model)
+    model, _ = network(case)
+    params, stats = seeded_trees(case)
     outputs = {}
-    for side in record_golden.sides(network):
+    for side in COMPARED[case]:
         outputs[f"eval_{side}"], _ = model.apply(params, stats, images(side), norms="running")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, stats))
-        batch = images(record_golden.train_side(network), batch=4).astype(jnp.float64)
+        batch = images(record_golden.train_side(case), batch=4).astype(jnp.float64)
         outputs["train"], stats = model.apply(*wide, batch, norms="batch")
     return outputs, running(stats)
 
@@ -69,6 +77,37 @@ def test_every_registered_name_has_a_recorded_case():
     assert {network for network, _ in CASES.values()} == set(names())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_resnet_tensors_have_torchs_names_and_shapes(case):
+    tensors = jax.tree.leaves(network(case)[1])
+    shapes = {t.name: t.shape for t in tensors}
+    assert len(shapes) == len(tensors)
+    with np.load(TENSORS) as recorded:
+        assert record_golden.listing(shapes) == str(recorded[case], "ascii")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not record_golden.originals_are_here(), reason="needs the torch extra")
+def test_recorded_tensors_are_torchs():
+    with np.load(TENSORS) as recorded:
+        assert recorded.keys() == CASES.keys()
+        for case in CASES:
+            live = record_golden.listing(record_golden.shapes(case))
+            assert str(recorded[case], "ascii") == live, case
+
+
+def test_networks_without_recorded_outputs_differ_in_depths_and_widths_alone():
+    def kind(case):
+        config = network(case)[0].config
+        return replace(config, depths=(), groups=1, base_width=64)
+
+    assert {kind(case) for case in CASES} == {kind(case) for case in COMPARED}
+    compared = [network(case)[0].config for case in COMPARED]
+    assert max(max(config.depths) for config in compared) > 10
+    assert any(config.groups > 1 for config in compared)
+    assert any(config.base_width > 64 for config in compared)
+
+
 @pytest.fixture
 def release_memory():
     """Returns freed memory to the system after a test; glibc would keep gigabytes."""
@@ -81,8 +120,7 @@ def release_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.smoke) for case in SMOKE]
-    + [case for case in CASES if case not in SMOKE],
+    [pytest.param(case, marks=[pytest.mark.smoke] * (case in SMOKE)) for case in COMPARED],
 )
 @pytest.mark.usefixtures("release_memory")
 def test_resnet_outputs_and_statistics_equal_torchs(case):
@@ -96,7 +134,7 @@ def test_resnet_outputs_and_statistics_equal_torchs(case):
     np.testing.assert_allclose(digest["directions"], directions, rtol=0, atol=STATISTICS_TOLERANCE)
     assert outputs.keys() == recorded.keys()
     assert_agree(outputs, recorded)
-    if case in record_golden.LIVE and record_golden.originals_are_here():
+    if record_golden.originals_are_here():
         live, live_statistics = record_golden.record(case)
         assert (live.keys(), live_statistics.keys()) == (outputs.keys(), statistics.keys())
         assert_agree(outputs, live)
@@ -106,10 +144,9 @@ def test_resnet_outputs_and_statistics_equal_torchs(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["resnet18", "resnet26t", "cifar_resnet20"])
 def test_resnet_compiled_float32_training_equals_torchs(case):
-    network, options = CASES[case]
-    model = create(network, num_classes=NUM_CLASSES, **options)
-    batch = images(record_golden.train_side(network), batch=4)
-    logits, stats = jax.jit(partial(model.apply, norms="batch"))(*seeded_trees(model), batch)
+    model, _ = network(case)
+    batch = images(record_golden.train_side(case), batch=4)
+    logits, stats = jax.jit(partial(model.apply, norms="batch"))(*seeded_trees(case), batch)
     with np.load(GOLDEN / f"{case}.npz") as golden:
         scale = np.abs(golden["train"]).max()
         np.testing.assert_allclose(logits, golden["train"], rtol=0, atol=1e-4 * scale)
@@ -160,8 +197,8 @@ def test_resnet_initialisation_equals_torchvisions():
     ids=["bfloat16", "float16", "float64"],
 )
 def test_resnet_computes_in_the_dtype_of_the_images(images_dtype, logits_dtype):
-    model = create("cifar_resnet8", num_classes=10)
-    params, stats = seeded_trees(model)
+    model, _ = network("cifar_resnet8")
+    params, stats = seeded_trees("cifar_resnet8")
     exact, _ = jax.jit(partial(model.apply, norms="batch"))(params, stats, images(32))
     with jax.enable_x64(images_dtype == jnp.float64):
         run = jax.jit(partial(model.apply, norms="batch"), static_argnames="last")
