@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
+    from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
@@ -43,6 +44,7 @@ _MODULES = {
     name: module
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
+        "nnx_filter": ["trainable_filter"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
         "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
@@ -111,6 +113,7 @@ __all__ = [  # in the order of the documentation
     "schedules",
     "strategies",
     "summary",
+    "trainable_filter",
     "weights",
 ]
 
