@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxft.optim.transform import multi_transform
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
+    from jaxft.stacked_layers import stack, unstack
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
     from jaxft.train.finetune import Result, finetune
@@ -45,6 +46,7 @@ _MODULES = {
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
         "nnx_filter": ["trainable_filter"],
+        "stacked_layers": ["stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
         "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
@@ -111,9 +113,11 @@ __all__ = [  # in the order of the documentation
     "paths",
     "plan",
     "schedules",
+    "stack",
     "strategies",
     "summary",
     "trainable_filter",
+    "unstack",
     "weights",
 ]
 

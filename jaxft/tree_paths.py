@@ -17,6 +17,18 @@ class Leaf(NamedTuple):
     box: Any
 
 
+class LayerIndex(int):
+    """Index of a layer in a stacked parameter; paths have it after their first `depth` segments."""
+
+    depth: int
+
+    def __new__(cls, index: int, depth: int) -> "LayerIndex":
+        """Returns the index with its place in a path."""
+        self = super().__new__(cls, index)
+        self.depth = depth
+        return self
+
+
 def leaves_of(params: Any) -> list[Leaf]:
     """Returns all leaves; None counts as a leaf."""
     flatten = jax.tree_util.tree_flatten_with_path
@@ -79,6 +91,9 @@ def dotted(path: tuple[Any, ...]) -> str:
         # DictKey and FlattenedIndexKey have a key, SequenceKey an idx, GetAttrKey a name; the keys
         # of a user's container may be of any type, those of flax.traverse_util are tuples.
         name = next((getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)), key)
+        if isinstance(name, LayerIndex):
+            segments.insert(name.depth, str(name))
+            continue
         for part in name if isinstance(name, tuple) else (name,):
             segments += [part for part in str(part).split("/") if part != "~"]  # Haiku's modules
     return ".".join(segments)

@@ -12,8 +12,8 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "patterns", "tree_paths", "labels", "nnx_filter", "stages", "stage_options", "stage_plan",
-    "early_stopping", "strategies", "l2_sp", "linear_probe", "optim.optimizers",
+    "patterns", "tree_paths", "labels", "nnx_filter", "stacked_layers", "stages", "stage_options",
+    "stage_plan", "early_stopping", "strategies", "l2_sp", "linear_probe", "optim.optimizers",
     "optim.transform", "optim.schedules", "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip
 HEAVY = {
