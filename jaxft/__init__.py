@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from jaxft.stages import Stage, Update
     from jaxft.train.finetune import Result, finetune
 
+    __version__: str
+
 # The module of each name. Names are imported on first use: the `jaxft` program handles signals
 # before it imports jax, and to label a tree, nobody should wait for Flax, Orbax and TFDS.
 _MODULES = {
@@ -126,14 +128,16 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("jaxft")
-    if name in _SUBMODULES:
-        value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
-    elif name in _MODULES:
-        value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("jaxft")
+        if name in _SUBMODULES:
+            value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
+        elif name in _MODULES:
+            value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value

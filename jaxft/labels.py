@@ -16,6 +16,7 @@ import jax
 from jaxft.errors import LabelError, PatternError, first_of
 from jaxft.patterns import (
     Pattern,
+    PatternKey,
     matcher,
     matches_any,
     pattern_text,
@@ -48,7 +49,7 @@ def paths(params: Tree) -> list[str]:
 
 def label(
     params: Tree,
-    rules: Mapping[Pattern, str] | Iterable[tuple[Pattern, str]],
+    rules: Mapping[PatternKey, str] | Iterable[tuple[Pattern, str]],
     *,
     default: str = FROZEN,
 ) -> Tree:

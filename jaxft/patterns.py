@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from string import digits
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxft.errors import PatternError, first_of
 
@@ -25,6 +25,13 @@ Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
 - A compiled regular expression must match the whole path.
 - A predicate receives `(path, leaf)` and returns a bool.
 """
+
+# The keys of a mapping are invariant: a type checker would not accept a dict[str, float] as a
+# Mapping[Pattern, float].
+if TYPE_CHECKING:
+    PatternKey: TypeAlias = Any
+else:
+    PatternKey = Pattern
 
 # The names of parameters in other libraries, and their names in Flax.
 _FLAX_NAMES = {"weight": ("kernel", "scale", "embedding"), "gamma": ("scale",), "beta": ("bias",)}

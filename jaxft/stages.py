@@ -21,7 +21,7 @@ from jaxft.linear_probe import LinearProbe
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
-from jaxft.patterns import Pattern, pattern_text
+from jaxft.patterns import Pattern, PatternKey, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 
 _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
@@ -124,7 +124,7 @@ class Stage:
     """
 
     name: str
-    train: Mapping[Pattern, float | Update | LinearProbe]
+    train: Mapping[PatternKey, float | Update | LinearProbe]
     epochs: int | None = None
     schedule: ClosedForm | ReduceLROnPlateau | None = None
     optimizer: Rule | None = None

@@ -92,9 +92,7 @@ def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsy
     run(recipe(HEAD), tmp_path / "run")
     two = recipe(dataclasses.replace(HEAD, epochs=2))
     run(two, tmp_path / "run", console=Console(), extend=True)
-    assert "continues from the arrays that it handed on" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "continues from the arrays at its end" in " ".join(capsys.readouterr().out.split())
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
 
 

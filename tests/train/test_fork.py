@@ -200,7 +200,7 @@ def test_fork_needs_ended_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train_to_end(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="no stage has ended"):
+    with pytest.raises(CheckpointError, match="to fork from: no stage has ended"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "run")
     assert not (tmp_path / "fork").exists()
 

@@ -57,7 +57,7 @@ def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monke
     finetune(RECIPE, workdir, console=Console())
     said = capsys.readouterr().out.replace("\n", " ")
     assert "/12 is damaged: " in said
-    assert "Going on from step 9: stage 'late'" in said
+    assert "The run continues from step 9: stage 'late'" in said
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == ["corrupt-12"]
 

@@ -213,7 +213,8 @@ def overflow(recipe, workdir, block, *, train=False, val=False):
 def test_nonfinite_frozen_block_in_validation_ends_the_run(block, cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
     told = (
-        r"stage 'head': the features of image 1 \(of 4 to validate, .* frozen blocks stem to layer3"
+        r"stage 'head': the features of validation image 1 \(counted from 0, of 4 images\) are not "
+        "finite after the frozen blocks stem to layer3"
         if cache_mib
         else r"stage 'head', before the first step: the validation loss is (nan|inf)\. "
         rf"The first block whose output is not finite is '{block}'\. "
@@ -228,7 +229,7 @@ def test_nonfinite_frozen_block_in_validation_ends_the_run(block, cache_mib, tmp
 def test_nonfinite_frozen_block_in_training_ends_the_run(block, cache_mib, tmp_path):
     recipe = dataclasses.replace(OVERFLOWING, cache_mib=cache_mib)
     told = (
-        r"features of image 3 \(of 10 to train"
+        r"features of training image 3 \(counted from 0, of 10 images\)"
         if cache_mib
         else r"step \d: the loss is (nan|inf)\. "
     )
