@@ -18,7 +18,6 @@ from jaxft.patterns import (
     Pattern,
     PatternKey,
     matcher,
-    matches_any,
     pattern_text,
     roots_of,
     shallow_warnings,
@@ -120,8 +119,9 @@ def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], 
     """
     check_ties(params)
     leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
+    trains = [can_train(leaf) for leaf in leaves]
     hits = [
-        [can_train(leaf) and matches(leaf.path, leaf.value) for leaf in leaves]
+        [x and matches(leaf.path, leaf.value) for x, leaf in zip(trains, leaves, strict=True)]
         for matches in map(matcher, patterns)
     ]
     chosen = [
@@ -130,14 +130,15 @@ def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], 
     errors = []
     for i, (pattern, row) in enumerate(zip(patterns, hits, strict=True)):
         if not any(row):
-            names = [leaf.path for leaf in leaves if can_train(leaf)]
+            names = [leaf.path for x, leaf in zip(trains, leaves, strict=True) if x]
             constants = [
-                f"{leaf.path} ({type(leaf.box or leaf.value).__name__})"
+                f"{leaf.path} ({type(leaf.value if leaf.box is None else leaf.box).__name__})"
                 for leaf in leaves
-                if isinstance(pattern, str) and matches_any(pattern, [leaf.path])
+                if not callable(pattern) and matcher(pattern)(leaf.path, leaf.value)
             ]
             errors.append(
-                f"pattern {pattern!r} matches only leaves that never train: {_listed(constants)}."
+                f"pattern {pattern_text(pattern)!r} matches only leaves that never train: "
+                f"{_listed(constants)}."
                 if constants
                 else unmatched_message(pattern, names)
             )

@@ -1,5 +1,7 @@
 """Labels with nnx.Optimizer: all gradients, or only those of the variables that train."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxft
-from jaxft import LabelError
+from jaxft import LabelError, PatternError
 
 X = jax.random.normal(jax.random.key(7), (8, 4))
 
@@ -86,6 +88,8 @@ def test_label_freezes_batch_statistics_and_random_states_of_a_module():
     named = zip(jaxft.paths(net), jax.tree.leaves(labels), strict=True)
     frozen = {path for path, name in named if name == "frozen"}
     assert frozen == {"bn.mean", "bn.var", "drop.rngs.count", "drop.rngs.key"}
+    with pytest.raises(PatternError, match=r"never train: bn.mean \(BatchStat\)\."):
+        jaxft.label(net, {re.compile(r".*\.mean"): "x"})
 
 
 def test_trainable_filter_selects_by_path_and_equals_another_of_the_same_labels():
