@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxft.optim.transform import multi_transform
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
-    from jaxft.stacked_layers import stack, unstack
+    from jaxft.stacked_layers import LayerStack, stack, unstack
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
     from jaxft.train.finetune import Result, finetune
@@ -48,7 +48,7 @@ _MODULES = {
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
         "nnx_filter": ["trainable_filter"],
-        "stacked_layers": ["stack", "unstack"],
+        "stacked_layers": ["LayerStack", "stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
         "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
@@ -87,6 +87,7 @@ __all__ = [  # in the order of the documentation
     "InterruptedRunError",
     "JaxftError",
     "LabelError",
+    "LayerStack",
     "LinearProbe",
     "ModelError",
     "NonFiniteError",

@@ -1,5 +1,6 @@
 """The variables that train, as a filter of Flax NNX; imports no Flax."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from jaxft.tree_paths import dotted, leaves_of
 
 
 @dataclass(frozen=True)
-class TrainableFilter:
+class _TrainableFilter:
     """An NNX filter: a predicate `(path, variable) -> bool` for variables that train."""
 
     paths: frozenset[str]
@@ -18,7 +19,7 @@ class TrainableFilter:
         return dotted(path) in self.paths
 
 
-def trainable_filter(labels: Tree) -> TrainableFilter:
+def trainable_filter(labels: Tree) -> Callable[[tuple[Any, ...], Any], bool]:
     """Returns the NNX filter of the variables that train.
 
     Pass it as `wrt` of `nnx.Optimizer` and to `nnx.DiffState`. Then gradients and optimizer state
@@ -37,4 +38,4 @@ def trainable_filter(labels: Tree) -> TrainableFilter:
     ]
     # A variable may hold a tree, so every start of a path counts.
     starts = (".".join(path[:i]) for path in segments for i in range(1, len(path) + 1))
-    return TrainableFilter(frozenset(starts))
+    return _TrainableFilter(frozenset(starts))

@@ -59,10 +59,10 @@ def unstack(params: Tree, *stacks: str, axis: int = 0) -> Tree:
     `stack(combine(trainable, frozen))` within the loss. Norm layers and biases are vectors again,
     e.g. for `AdamW(decay_vectors=False)`.
 
-    Frozen layers have no optimizer state and stay bit-identical. Their backward pass is not saved:
-    as soon as a layer of the stack or a parameter before it trains, the scan runs backward over all
-    layers and computes the gradients of all of them. Only if none trains is it left out. Each
-    step also copies the layers into the stacked array.
+    Frozen layers have no optimizer state and stay bit-identical, but their backward pass is not
+    saved. The scan runs backward over all layers and computes the gradients of all of them as soon
+    as one layer of the stack, or a parameter before it, trains. JAX leaves out this backward pass
+    only if none of them trains. Each step also copies the layers into the stacked array.
 
     Args:
       params: a pytree of parameters or of their shapes.
