@@ -18,8 +18,8 @@ from jaxft.optim import schedules
 from jaxft.recipe_file import save
 from jaxft.train.auto_rgn import block_norms
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests/golden/range_test.npz"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden/lr_finder.npz"
 STEPS = {"diverges": 100, "ends": 100, "nan": 100, "few": 30}
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -37,12 +37,6 @@ RECIPE = Recipe(
         Stage("all", {"fc": 1e-2, "*": 1e-3}, epochs=1, until=EarlyStop()),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
 
 
 @pytest.mark.parametrize("case", STEPS)
