@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
+    from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from jaxft.optim.transform import multi_transform
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
+    from jaxft.stacked_layers import LayerStack, stack, unstack
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
     from jaxft.train.finetune import Result, finetune
@@ -45,6 +47,8 @@ _MODULES = {
     name: module
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
+        "nnx_filter": ["trainable_filter"],
+        "stacked_layers": ["LayerStack", "stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
         "optim.transform": ["multi_transform"],
         "optim.carry": ["carry"],
@@ -83,6 +87,7 @@ __all__ = [  # in the order of the documentation
     "InterruptedRunError",
     "JaxftError",
     "LabelError",
+    "LayerStack",
     "LinearProbe",
     "ModelError",
     "NonFiniteError",
@@ -111,8 +116,11 @@ __all__ = [  # in the order of the documentation
     "paths",
     "plan",
     "schedules",
+    "stack",
     "strategies",
     "summary",
+    "trainable_filter",
+    "unstack",
     "weights",
 ]
 

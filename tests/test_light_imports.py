@@ -12,9 +12,9 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "strategies",
-    "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
-    "optim.carry", "optim.plateau", "optim.gradients",
+    "patterns", "tree_paths", "labels", "nnx_filter", "stacked_layers", "stages", "stage_options",
+    "stage_plan", "early_stopping", "strategies", "l2_sp", "linear_probe", "optim.optimizers",
+    "optim.transform", "optim.schedules", "optim.carry", "optim.plateau", "optim.gradients",
 ]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
@@ -49,8 +49,8 @@ def test_exported_names_are_those_of_the_type_checker():
     homes = {alias.name: statement.module for statement in imports for alias in statement.names}
     assert sorted(jaxft.__all__) == sorted(homes)
     for name, module in homes.items():
-        path = f"{module}.{name}"
-        expected = sys.modules.get(path) or getattr(import_module(module), name)
+        home = import_module(module)
+        expected = getattr(home, name, None) or import_module(f"{module}.{name}")
         assert getattr(jaxft, name) is expected, name
 
 

@@ -69,7 +69,9 @@ def test_ramp_scales_all_rates_and_drops_schedules_and_endings():
     train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(momentum=0.5)), "b": 1e-3}
     fields = {"max_minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "batch"}
     stage = Stage("x", train, 4, cosine, until=EarlyStop(), **fields)
-    (ramped,) = plan([ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": 0.0, "b": jnp.ones(2)})
+    (ramped,) = plan(
+        [ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": jnp.ones(1), "b": jnp.ones(2)}
+    )
     assert ramped.stage.train["a"].optimizer == SGD(momentum=0.5)
     assert (ramped.stage.norms, ramped.stage.clip_norm) == ("batch", 1.0)
     assert (ramped.stage.until, ramped.stage.max_minutes, ramped.stage.ema) == (None, None, None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
+from jaxft.labels import FROZEN, Tree, labels_like
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm
@@ -169,8 +169,8 @@ def multi_transform(
       labels: the label tree.
 
     Raises:
-      LabelError: a label has no transform, or a transform no label; from `init`: the parameters
-        have another structure than the labels.
+      LabelError: a label has no transform, or a transform no label; from `init` and `update`: the
+        labels do not fit the tree, see `jaxft.labels.labels_like`.
 
     Example:
       >>> labels = {"body": "frozen", "head": "head"}
@@ -194,13 +194,7 @@ def multi_transform(
         sides = {"labels without a transform": missing, "transforms without a label": unused}
         errors = [f"{side} {names}" for side, names in sides.items() if names]
         raise LabelError(f"{'; '.join(errors)}. Every label but {FROZEN!r} takes one transform.")
-    # A label tree may be callable (a module of strings), and optax would call it.
-    transform = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
-    trainable_labels, _ = partition(labels, labels)
-
-    def init(params: Tree) -> optax.OptState:
-        is_half = same_structure(params, trainable_labels)
-        leaf_labels(params, trainable_labels if is_half else labels)  # checks the structure
-        return transform.init(params)
-
-    return optax.GradientTransformationExtraArgs(init, transform.update)
+    # An NNX optimizer initialises with a state of variables and updates with one of arrays.
+    return optax.multi_transform(
+        {**transforms, FROZEN: optax.set_to_zero()}, lambda tree: labels_like(tree, labels)
+    )
