@@ -115,19 +115,19 @@ def step_lr(size):
     return lambda optimizer: lr_scheduler.StepLR(optimizer, size, gamma=0.1)
 
 
-def pytorch_tutorial_finetune(norms, carry):
-    return [stage(lambda name: 1e-3, sgd(), norms=norms or "train_all", scheduler=step_lr(7))]
+def pytorch_tutorial_finetune():
+    return [stage(lambda name: 1e-3, sgd(), norms="train_all", scheduler=step_lr(7))]
 
 
-def pytorch_tutorial_extractor(norms, carry):
-    return [stage(only_fc(1e-3), sgd(), norms=norms, scheduler=step_lr(7))]
+def pytorch_tutorial_extractor():
+    return [stage(only_fc(1e-3), sgd(), norms="batch", scheduler=step_lr(7))]
 
 
 def only_fc(rate):
     return lambda name: rate if name.startswith("fc.") else None
 
 
-def d2l_hotdog(norms, carry):
+def d2l_hotdog():
     def summed(module, images, targets):
         return cross_entropy(module(images), targets, reduction="none").sum()
 
@@ -135,7 +135,7 @@ def d2l_hotdog(norms, carry):
         stage(
             lambda name: 5e-4 if name.startswith("fc.") else 5e-5,
             lambda groups: SGD(groups, weight_decay=0.001),
-            norms=norms or "train_all",
+            norms="train_all",
             loss=summed,
         )
     ]
@@ -145,7 +145,7 @@ def bce(module, images, targets):
     return binary_cross_entropy_with_logits(module(images)[:, 0], targets.to(images.dtype))
 
 
-def lightning_milestones(norms, carry):
+def lightning_milestones():
     def convolutions(name):
         return "conv" in name or "downsample.0" in name
 
@@ -168,14 +168,13 @@ def lightning_milestones(norms, carry):
         lambda name: "batch" if name.startswith("layer") else "frozen_batch",
         "batch",
     ]
-    carry = carry or "keep"
     return [
-        stage(rates, Adam, norms=norms or mode, carry=carry, loss=bce)
+        stage(rates, Adam, norms=mode, carry="keep", loss=bce)
         for rates, mode in zip((head, layers, every), modes, strict=True)
     ]
 
 
-def fastai_fine_tune(norms, carry):
+def fastai_fine_tune():
     def options(name, rate):
         decays = not is_norm(name) and not name.endswith("bias")
         return {"lr": rate, "weight_decay": 0.01 if decays else 0.0}
@@ -201,11 +200,11 @@ def fastai_fine_tune(norms, carry):
 
     return [
         stage(
-            frozen, adam, norms="train_all", carry=carry,
+            frozen, adam, norms="train_all",
             scheduler=lambda o: FastaiOneCycle(o, pct=0.99, div=25.0), by="step",
         ),
         stage(
-            unfrozen, adam, norms="train_all", carry=carry,
+            unfrozen, adam, norms="train_all",
             scheduler=lambda o: FastaiOneCycle(o, pct=0.3, div=5.0), by="step",
         ),
     ]  # fmt: skip
@@ -253,17 +252,17 @@ class SlantedTriangular(ByFormula):
             group["lr"] = peak * (1 + p * 31) / 32
 
 
-def keras_guide(norms, carry):
+def keras_guide():
     def adam(groups):
         return Adam(groups, eps=1e-7)
 
     return [
-        stage(only_fc(1e-3), adam, norms=norms or "frozen_eval", carry=carry, loss=bce),
-        stage(lambda name: 1e-5, adam, norms=norms or "eval", carry=carry, loss=bce),
+        stage(only_fc(1e-3), adam, norms="frozen_eval", loss=bce),
+        stage(lambda name: 1e-5, adam, norms="eval", loss=bce),
     ]
 
 
-def ulmfit(norms, carry):
+def ulmfit():
     order = ["fc", "layer4", "layer3", "layer2", "layer1", "stem"]
 
     def unfrozen_blocks(count):
@@ -279,28 +278,28 @@ def ulmfit(norms, carry):
 
     return [
         stage(
-            unfrozen_blocks(count), adam, norms=norms or "frozen_eval", carry=carry or "keep",
+            unfrozen_blocks(count), adam, norms="frozen_eval", carry="keep",
             scheduler=SlantedTriangular, by="step",
         )
         for count in range(1, 7)
     ]  # fmt: skip
 
 
-def lp_ft(norms, carry):
+def lp_ft():
     def cosine(optimizer):
         return lr_scheduler.CosineAnnealingLR(optimizer, SINGLE_STAGE_EPOCHS)
 
-    return [stage(lambda name: 1e-4, sgd(), norms=norms or "eval", scheduler=cosine)]
+    return [stage(lambda name: 1e-4, sgd(), norms="eval", scheduler=cosine)]
 
 
-def surgical(norms, carry):
+def surgical():
     def first(name):
         return 1e-3 if name.startswith(("conv1.", "layer1.")) else None
 
-    return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms=norms or "eval")]
+    return [stage(first, lambda groups: Adam(groups, weight_decay=1e-4), norms="eval")]
 
 
-def bit(norms, carry):
+def bit():
     def schedule(optimizer):  # the authors' get_lr with shorter supports
         def factor(step):
             if step < 4:
@@ -310,10 +309,10 @@ def bit(norms, carry):
         return lr_scheduler.LambdaLR(optimizer, factor)
 
     rates = [lambda name: 0.003, sgd()]
-    return [stage(*rates, norms=norms or "train_all", scheduler=schedule, by="step")]
+    return [stage(*rates, norms="train_all", scheduler=schedule, by="step")]
 
 
-def l2_sp(norms, carry):
+def l2_sp():
     pretrained = {name: p.detach().clone() for name, p in network("l2_sp").named_parameters()}
 
     def penalty(module):
@@ -327,7 +326,7 @@ def l2_sp(norms, carry):
 
     return [
         stage(
-            lambda name: 0.01 / 8, sgd(), norms=norms or "train_all", penalty=penalty,
+            lambda name: 0.01 / 8, sgd(), norms="train_all", penalty=penalty,
             scheduler=drop, by="step",
         )
     ]  # fmt: skip
@@ -348,7 +347,7 @@ def smoothed(module, images, targets):
     return cross_entropy(module(images), targets, label_smoothing=0.1)
 
 
-def layer_decay(norms, carry):
+def layer_decay():
     blocks = [f"layer{layer}.{block}." for layer in (4, 3, 2, 1) for block in (1, 0)]
     order = ["fc.", *blocks, ("conv1.", "bn1.")]
 
@@ -361,19 +360,19 @@ def layer_decay(norms, carry):
         stage(
             options,
             AdamW,
-            norms=norms or "train_all",
+            norms="train_all",
             loss=smoothed,
             scheduler=warm_cosine(epochs=SINGLE_STAGE_EPOCHS),
         )
     ]
 
 
-def torchvision_reference(norms, carry):
+def torchvision_reference():
     decayed = sgd(weight_decay=1e-4)
     return [stage(lambda name: 0.1 / 32, decayed, norms="train_all", scheduler=step_lr(3))]
 
 
-def torchvision_reference_v2(norms, carry):
+def torchvision_reference_v2():
     def options(name):
         norm = "bn" in name or "downsample.1" in name
         return {"lr": 0.5 / 128, "weight_decay": 0.0 if norm else 2e-5}
@@ -389,17 +388,20 @@ def torchvision_reference_v2(norms, carry):
     ]
 
 
-RECIPES = (
-    seed, pytorch_tutorial_finetune, pytorch_tutorial_extractor, d2l_hotdog, lightning_milestones,
-    fastai_fine_tune, keras_guide, ulmfit, lp_ft, surgical, bit, l2_sp, layer_decay,
-    torchvision_reference, torchvision_reference_v2,
-)  # fmt: skip
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(seed, pytorch_tutorial_finetune, pytorch_tutorial_extractor, d2l_hotdog),
+        *(lightning_milestones, fastai_fine_tune, keras_guide, ulmfit, lp_ft, surgical, bit),
+        *(l2_sp, layer_decay, torchvision_reference, torchvision_reference_v2),
+    )
+}
 
 
 def record(case):
     """Trains a case in PyTorch and summarises it; see `trajectories.summarize`."""
     config, norms, carry = CASES[case]
-    (stages,) = (recipe(norms, carry) for recipe in RECIPES if recipe.__name__ == config)
+    stages = RECIPES[config](norms, carry) if config == "seed" else RECIPES[config]()
     recipe = small_recipe(config, norms, carry)
     lengths = [2 * stage.epochs for stage in recipe.stages]
     steps = torch_steps(network(config), stages, lengths, epoch(recipe), next_modules={})

@@ -25,32 +25,23 @@ SIDE = 33  # pixels
 BATCH_SIZE, LAST_BATCH_SIZE = 8, 5
 EPOCHS, SINGLE_STAGE_EPOCHS = 5, 10  # of two batches each
 
-# config: (norms, carry) of each variant; None keeps the recipe's value
-VARIANTS = {
-    "seed": [
-        (norms, carry)
-        for norms in ("batch", "frozen_eval", "frozen_batch", "eval")
-        for carry in ("reset", "keep")
-    ],
-    "pytorch_tutorial_finetune": [(None, None), ("eval", None)],
-    "pytorch_tutorial_extractor": [("batch", None), ("frozen_eval", None), ("frozen_batch", None)],
-    "d2l_hotdog": [(None, None), ("eval", None)],
-    "lightning_milestones": [(None, None), (None, "reset"), ("frozen_eval", None)],
-    "fastai_fine_tune": [(None, None), (None, "keep")],
-    "keras_guide": [(None, None), ("eval", "keep"), ("frozen_eval", None)],
-    "ulmfit": [(None, None), (None, "reset"), ("eval", None)],
-    "lp_ft": [(None, None), ("frozen_eval", None)],
-    "surgical": [(None, None), ("batch", None), ("frozen_eval", None)],
-    "bit": [(None, None), ("eval", None)],
-    "l2_sp": [(None, None), ("eval", None)],
-    "layer_decay": [(None, None), ("eval", None)],
-    "torchvision_reference": [(None, None)],
-    "torchvision_reference_v2": [(None, None)],
-}
+# Each recipe as it is; `seed` also with each norm mode, and with either carry.
+# case: (config, norms, carry); None keeps the recipe's value
 CASES = {
-    f"{name}, {norms or 'its own'}, {carry or 'its own'}": (name, norms, carry)
-    for name, variants in VARIANTS.items()
-    for norms, carry in variants
+    f"seed, {norms}, {carry}": ("seed", norms, carry)
+    for norms, carry in (
+        *(("batch", "reset"), ("frozen_eval", "keep")),
+        *(("frozen_batch", "reset"), ("eval", "keep")),
+    )
+}
+CASES |= {
+    f"{config}, its own, its own": (config, None, None)
+    for config in (
+        *("pytorch_tutorial_finetune", "pytorch_tutorial_extractor", "d2l_hotdog"),
+        *("lightning_milestones", "fastai_fine_tune", "keras_guide", "ulmfit", "lp_ft"),
+        *("surgical", "bit", "l2_sp", "layer_decay"),
+        *("torchvision_reference", "torchvision_reference_v2"),
+    )
 }
 # Shorter schedules, because the stages are shorter.
 SCHEDULES = {
