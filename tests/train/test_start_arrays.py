@@ -228,7 +228,7 @@ def test_missing_devices_are_one_error(error, tmp_path, monkeypatch):
 def test_export_needs_the_user_model(tmp_path):
     recipe = dataclasses.replace(HEAD, model="cifar_resnet8")
     finetune(recipe, tmp_path, model=NET, start=arrays(), **GIVEN)
-    with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.train\.export"):
+    with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.export"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ModelError, match=r"Net cannot be exported .*(?s:.*)x.shape\[0\], not len"):
         export(tmp_path, tmp_path / "out", model=NET, platforms=("cpu",))
