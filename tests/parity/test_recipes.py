@@ -6,7 +6,8 @@ norm of each tensor.
 
 import numpy as np
 import pytest
-from trajectories import CASES, CONFIGS, GOLDEN, train
+from trajectories import CASES, CONFIGS, train
+from trajectories import GOLDEN as GOLDEN  # read by the fixture `golden`
 
 RTOL = {"loss": 1e-9, "lr": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
 # These do not train in steps, or their steps are tested elsewhere.
@@ -14,12 +15,6 @@ TESTED_ELSEWHERE = {"quickstart", "quickstart_from_scratch", "hymenoptera_resnet
 # Each optimizer, schedules by step and by epoch, a binary loss, and label smoothing.
 FLOAT32 = ("keras_guide", "bit", "layer_decay")
 SMOKE = ("d2l_hotdog, its own, its own", "lp_ft, its own, its own")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
 
 
 def case_arrays(golden, case):
