@@ -13,7 +13,7 @@ from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.early_stopping import EarlyStop, PlateauStop, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.models.norm_modes import layer
-from jaxft.optim.carry import carry_with_warnings
+from jaxft.optim.carry import carry
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.stage_program import StageProgram
@@ -256,4 +256,5 @@ def next_opt_state(
     """Returns the optimizer state at a stage's start, from the stage before; and remarks."""
     if program.plan.stage.carry == "reset":
         return fresh, []
-    return carry_with_warnings(before, fresh, park=program.plan.park)
+    state, report = carry(before, fresh, park=program.plan.park, report=True)
+    return state, list(report.warnings)
