@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from jaxft.linear_probe import LinearProbe, logistic_regression
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
+    from jaxft.optim.carry_report import CarryReport
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
-    from jaxft.optim.transform import multi_transform
+    from jaxft.optim.transform import multi_transform, trainable_only
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
     from jaxft.stage_plan import StagePlan, plan
@@ -44,8 +45,9 @@ _MODULES = {
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
-        "optim.transform": ["multi_transform"],
+        "optim.transform": ["multi_transform", "trainable_only"],
         "optim.carry": ["carry"],
+        "optim.carry_report": ["CarryReport"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
@@ -74,6 +76,7 @@ __all__ = [  # in the order of the documentation
     "SGD",
     "Adam",
     "AdamW",
+    "CarryReport",
     "CheckpointError",
     "Console",
     "DataError",
@@ -111,6 +114,7 @@ __all__ = [  # in the order of the documentation
     "schedules",
     "strategies",
     "summary",
+    "trainable_only",
     "weights",
 ]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
+from jaxft.labels import FROZEN, Tree, filled, leaf_labels, partition, same_structure
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm
@@ -162,7 +162,9 @@ def multi_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.multi_transform` that freezes the label `frozen` and checks labels and transforms.
 
-    Initialise and update it with all parameters or with the trainable half (None where frozen).
+    Its `init` and `update` accept all parameters and the trainable half (None where frozen), in any
+    combination. Wrappers with arrays of their own, such as `optax.MultiSteps`, need the same tree
+    in both; see `trainable_only`.
 
     Args:
       transforms: a transform for each label except `frozen`.
@@ -204,3 +206,54 @@ def multi_transform(
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
+
+
+def trainable_only(
+    transform: optax.GradientTransformation | optax.MultiSteps, labels: Tree
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transform that passes only the trainable half to another one.
+
+    Its `init` and `update` accept all parameters and the trainable half (None where frozen), in any
+    combination. Use it around wrappers that store arrays of all parameters that they see, such as
+    `optax.MultiSteps`: then they store none for frozen parameters. Adds nothing to the state.
+
+    Args:
+      transform: an optax transform, usually a wrapper around a `multi_transform`.
+      labels: the label tree.
+
+    Raises:
+      LabelError: from `init` and `update`: the parameters have another structure than the labels.
+
+    Example:
+      >>> labels = {"body": "frozen", "head": "head"}
+      >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
+      >>> tx = trainable_only(optax.MultiSteps(tx, every_k_schedule=2), labels)
+      >>> state = tx.init({"body": jnp.ones(()), "head": jnp.ones(())})
+      >>> state.acc_grads
+      {'body': None, 'head': Array(0., dtype=float32)}
+      >>> for _ in range(2):
+      ...     updates, state = tx.update({"body": None, "head": jnp.ones(())}, state)
+      >>> updates
+      {'body': None, 'head': Array(-0.5, dtype=float32)}
+    """
+    if isinstance(transform, optax.GradientTransformation):
+        transform = optax.with_extra_args_support(transform)
+    trainable_labels, _ = partition(labels, labels)
+
+    def half(tree: Tree) -> Tree:
+        return tree if same_structure(tree, trainable_labels) else partition(tree, labels)[0]
+
+    def init(params: Tree) -> optax.OptState:
+        return transform.init(half(params))
+
+    def update(
+        gradients: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, optax.OptState]:
+        if params is not None:
+            params = half(params)
+        updates, state = transform.update(half(gradients), state, params, **extra_args)
+        if same_structure(gradients, trainable_labels):
+            return updates, state
+        return filled(updates, jax.tree.map(jnp.zeros_like, gradients)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
