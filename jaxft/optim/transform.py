@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.errors import LabelError
+from jaxft.errors import LabelError, RecipeError
 from jaxft.labels import FROZEN, Tree, filled, leaf_labels, partition, same_structure
+from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm
@@ -55,6 +56,9 @@ def group_transform(
       steps_per_epoch: converts steps to epochs, for schedules by epoch.
       relative: whether each tensor's learning rate is also multiplied by its entry of
         `GroupState.factors`, which is 1 until `restart` sets it.
+
+    Raises:
+      RecipeError: from `init`: the optimizer includes a learning rate.
     """
     length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
@@ -66,6 +70,9 @@ def group_transform(
         return rule.direction(schedule.momentum(*_schedule_time(schedule, position, **length)))
 
     def init(params: Tree) -> GroupState:
+        is_unknown = isinstance(rule, optax.GradientTransformation) and is_complete(rule) is None
+        if is_unknown and is_complete(rule, params):  # it needs the structure of these parameters
+            raise RecipeError(f"the optimizer of a stage {WAY_OUT}")
         plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
         return GroupState(
             rule=direction(0).init(params),
