@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxft.report.console import Console
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
+    from jaxft.state_shapes import abstract_state
     from jaxft.train.finetune import Result, finetune
 
 # The module of each name. Names are imported on first use: the `jaxft` program handles signals
@@ -54,6 +55,7 @@ _MODULES = {
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],
         "stage_plan": ["plan", "StagePlan"],
+        "state_shapes": ["abstract_state"],
         "errors": [
             "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
             "DataError", "CheckpointError", "NonFiniteError", "InterruptedRunError",
@@ -99,6 +101,7 @@ __all__ = [  # in the order of the documentation
     "StagePlan",
     "Update",
     "WeightsError",
+    "abstract_state",
     "carry",
     "combine",
     "data",

@@ -70,6 +70,7 @@ RUN = {
     ("jaxft/README.md", "Freezing in five lines"),
     ("jaxft/README.md", "A training step"),
     ("jaxft/README.md", "Stages in your own loop"),
+    ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
     ("jaxft/README.md", "Your own network"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
@@ -268,6 +269,8 @@ def test_freezing_and_stages_in_every_framework(setup):
     states = names["opt_state"].inner_states
     counts = {name: int(states[name].inner_state.rule.count) for name in ("head", "*")}
     assert counts == {"head": 50, "*": 30}
+    wrapped = names["transform"](names["plan"]).init(names["params"])
+    assert len(jax.tree.leaves(wrapped.acc_grads)) == len(jax.tree.leaves(before))
 
 
 def test_training_step_trains_only_the_head():
