@@ -14,6 +14,7 @@ import optax
 from jaxft.errors import LabelError, RecipeError
 from jaxft.labels import FROZEN, Tree, filled, leaf_labels, partition, same_structure
 from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
+from jaxft.optim.group_trees import compact_trees, masked_tree
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm
@@ -33,6 +34,10 @@ class GroupState(NamedTuple):
     """State of a ReduceLROnPlateau schedule; None for other schedules."""
     factors: Tree = None
     """Factor of each tensor's learning rate, [] each, for relative learning rates; else None."""
+
+
+class LeafwiseTransform(optax.GradientTransformation):
+    """A transform that treats each array by itself, wherever in the tree it is."""
 
 
 def group_transform(
@@ -86,15 +91,27 @@ def group_transform(
     ) -> tuple[Tree, GroupState]:
         updates, moments = direction(state.position).update(gradients, state.rule, params)
         # A scheduled momentum may be of a wider type; it must not widen the moments.
-        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
-        scheduled_lr = group_lr(lr, schedule, state, **length)
-        factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
-        updates = jax.tree.map(
-            lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u, updates, factors
+        moments = jax.tree.map(
+            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
+            moments,
+            state.rule,
         )
+        scheduled_lr = group_lr(lr, schedule, state, **length)
+        if relative:
+            updates = jax.tree.map(
+                lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u,
+                updates,
+                state.factors,
+            )
+        else:
+            # Computed once, because thousands of small operations take long to compile.
+            dtypes = dict.fromkeys(u.dtype for u in jax.tree.leaves(updates))
+            factor_of = {dtype: -scheduled_lr.astype(dtype) for dtype in dtypes}
+            updates = jax.tree.map(lambda u: factor_of[u.dtype] * u, updates)
         return updates, state._replace(rule=moments, position=state.position + 1)
 
-    return optax.GradientTransformation(init, update)
+    is_foreign = isinstance(rule, optax.GradientTransformation)
+    return (optax.GradientTransformation if is_foreign else LeafwiseTransform)(init, update)
 
 
 def group_lr(
@@ -203,16 +220,57 @@ def multi_transform(
         sides = {"labels without a transform": missing, "transforms without a label": unused}
         errors = [f"{side} {names}" for side, names in sides.items() if names]
         raise LabelError(f"{'; '.join(errors)}. Every label but {FROZEN!r} takes one transform.")
-    # A label tree may be callable (a module of strings), and optax would call it.
-    transform = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
+    structure: Any = jax.tree.structure(labels)
     trainable_labels, _ = partition(labels, labels)
+    indices = {label: [i for i, x in enumerate(leaves) if x == label] for label in used}
+    compact = compact_trees(labels)
+    # Transforms of optax may have masks in the structure of the parameters; jaxft's have none.
+    trees = {
+        label: compact[label] if isinstance(tx, LeafwiseTransform) else masked_tree(labels, label)
+        for label, tx in transforms.items()
+    }
+    structures: dict[str, Any] = {label: jax.tree.structure(tree) for label, tree in trees.items()}
+    inner = {label: optax.with_extra_args_support(tx) for label, tx in transforms.items()}
 
-    def init(params: Tree) -> optax.OptState:
+    def divided(tree: Tree) -> dict[str, Tree]:
+        """Returns the tree of each label."""
+        leaves = structure.flatten_up_to(tree)
+        return {
+            label: structures[label].unflatten([leaves[i] for i in indices[label]])
+            for label in inner
+        }
+
+    def init(params: Tree) -> optax.PartitionState:
         is_half = same_structure(params, trainable_labels)
         leaf_labels(params, trainable_labels if is_half else labels)  # checks the structure
-        return transform.init(params)
+        states = {label: inner[label].init(tree) for label, tree in divided(params).items()}
+        states[FROZEN] = optax.EmptyState()
+        return optax.PartitionState(
+            {label: optax.MaskedState(state) for label, state in states.items()}
+        )
 
-    return optax.GradientTransformationExtraArgs(init, transform.update)
+    def update(
+        gradients: Tree,
+        state: optax.PartitionState,
+        params: Tree | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, optax.PartitionState]:
+        updates = structure.flatten_up_to(gradients)
+        for i in indices.get(FROZEN, ()):
+            updates[i] = jax.tree.map(jnp.zeros_like, updates[i])  # of None: None
+        states = dict(state.inner_states)  # parked states stay with the frozen label
+        params_of = dict.fromkeys(inner) if params is None else divided(params)
+        for label, tree in divided(gradients).items():
+            group_updates, group_state = inner[label].update(
+                tree, states[label].inner_state, params_of[label], **extra_args
+            )
+            states[label] = optax.MaskedState(group_state)
+            group_leaves = structures[label].flatten_up_to(group_updates)
+            for i, leaf in zip(indices[label], group_leaves, strict=True):
+                updates[i] = leaf
+        return structure.unflatten(updates), optax.PartitionState(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def trainable_only(
