@@ -14,7 +14,8 @@ import jaxft
 LIGHT = [
     "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "strategies",
     "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
-    "optim.carry", "optim.plateau", "optim.gradients",
+    "optim.carry", "optim.plateau", "optim.gradients", "optim.carry_report", "optim.memory",
+    "optim.group_trees", "optim.complete_optimizer", "state_shapes",
 ]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",

@@ -30,7 +30,7 @@ A parked group is stored with the frozen label, without wrappers:
 """
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -56,12 +56,16 @@ from jaxft.optim.memory import (
     Key,
     Memory,
     is_optional,
+    is_partition,
     leaves_of,
     map_memory,
     memory_of,
     optimizer_of,
+    parameter_paths,
+    same_shape,
     unwrapped,
     with_memory,
+    without_partitions,
 )
 
 
@@ -146,16 +150,18 @@ def carry(
         choices += partition_choices
     carried = iter(states)
     state = jax.tree.map(
-        lambda node: next(carried) if _is_partition(node) else node, new, is_leaf=_is_partition
+        lambda node: next(carried) if is_partition(node) else node, new, is_leaf=is_partition
     )
     messages = [*period_warnings(old), *fresh_warnings(choices)]
-    if outside := ", ".join(_moments_outside(old)):
-        choices.append(Choice("", "fresh", f"{outside}: carry matches parameters by label"))
+    outside = leaves_of(memory_of(without_partitions(old))).items()
+    fields = dict.fromkeys(field.name for (field, path), x in outside if path or np.ndim(x))
+    if names := ", ".join(fields):
+        choices.append(Choice("", "fresh", f"{names}: carry matches parameters by label"))
         messages.append(
-            f"the state outside of the multi_transform ({outside}) starts fresh: carry matches "
+            f"the state outside of the multi_transform ({names}) starts fresh: carry matches "
             "parameters by label."
         )
-    choices += resets("", _outside(new))
+    choices += resets("", without_partitions(new))
     if report:
         return state, CarryReport(tuple(choices), tuple(messages))
     for message in messages:
@@ -199,12 +205,13 @@ def _carry_partition(
         used.update(donor.group for donor in outcome.donors)
         states[group] = with_memory(states[group], outcome.memory)
     idle = {source.group: source for source in sources if source.group not in fresh}
-    if (unparked := [group for group in idle if group in park]) and FROZEN not in states:
+    unparked = [group for group in idle if group in park and idle[group].leaves]
+    if unparked and FROZEN not in states:
         raise LabelError(
             f"carry: {', '.join(unparked)} cannot be parked, as nothing is labelled {FROZEN!r}. "
             "Build the transform with jaxft.multi_transform."
         )
-    parked, idle_choices = _park(idle, park, used, training=_parameter_paths(fresh.values()))
+    parked, idle_choices = _park(idle, park, used, training=parameter_paths(fresh.values()))
     if parked:
         states[FROZEN] = states[FROZEN]._replace(inner_state=parked)
     return new._replace(inner_states=states), choices + idle_choices
@@ -218,7 +225,7 @@ def _sources(old: optax.PartitionState) -> list[_Source]:
     frozen = getattr(old.inner_states.get(FROZEN), "inner_state", None)
     parked = frozen if isinstance(frozen, dict) else {}
     active = {group: state for group, state in old.inner_states.items() if group != FROZEN}
-    trained = _parameter_paths(map(memory_of, active.values()))
+    trained = parameter_paths(map(memory_of, active.values()))
     sources = []
     for groups, is_parked in ((parked, True), (active, False)):
         for group, state in groups.items():
@@ -226,7 +233,7 @@ def _sources(old: optax.PartitionState) -> list[_Source]:
             leaves = leaves_of(memory)
             if is_parked:
                 leaves = {key: leaf for key, leaf in leaves.items() if key[1] not in trained}
-            paths, optimizer = _parameter_paths([memory]), optimizer_of(memory)
+            paths, optimizer = parameter_paths([memory]), optimizer_of(memory)
             sources.append(_Source(group, is_parked, state, memory, leaves, paths, optimizer))
     return sources
 
@@ -234,16 +241,13 @@ def _sources(old: optax.PartitionState) -> list[_Source]:
 def _park(
     idle: Mapping[str, _Source], park: Collection[str], used: Collection[str], training: set[str]
 ) -> tuple[dict[str, optax.OptState], list[Choice]]:
-    """Parks or drops the groups that do not train now.
+    """Returns the states to park, without wrappers and parameters that train, and the choices.
 
     Args:
-      idle: these groups of the old state, by name.
+      idle: groups of the old state that do not train now, by name.
       park: names of the groups to park.
       used: names of the groups whose state is carried to others.
-      training: paths of the parameters that train now; their state is left out.
-
-    Returns:
-      `(parked, choices)`: the states to park, without wrappers, and a choice for each group.
+      training: paths of the parameters that train now.
     """
 
     def without_training(_: Field, value: Any) -> Any:
@@ -253,18 +257,15 @@ def _park(
 
     parked, choices = {}, []
     for group, source in idle.items():
+        is_training = bool(source.paths) and source.paths <= training
         if not source.leaves:
             continue
-        if group not in park:
-            reason = "it does not train and is not named in park"
-        elif source.paths and source.paths <= training:
-            reason = "its parameters train in other groups"
-        else:
+        if group in park and not is_training:
             parked[group] = map_memory(without_training, unwrapped(source.state))
             reason = "name it in park at each carry until it trains again"
             choices.append(Choice(group, "parked", reason))
-            continue
-        if group not in used:
+        elif group not in used:
+            reason = "its parameters train in other groups" if is_training else "not named in park"
             choices.append(Choice(group, "dropped", reason))
     return parked, choices
 
@@ -287,7 +288,7 @@ def _carry_group(group: str, fresh: Memory, sources: Sequence[_Source]) -> _Outc
     reason = ""
     if not origins:
         reason = _missing_origin(group, leaves, optimizer, sources)
-    elif any(not _same_shape(x.leaves.get(key), leaves[key]) for x in donors for key in shared):
+    elif any(not same_shape(x.leaves.get(key), leaves[key]) for x in donors for key in shared):
         reason = OTHER_ARRAYS
     elif shared and (is_partial or not _same_values(group, shared, donors)):
         reason = MIXES
@@ -302,7 +303,7 @@ def _carry_group(group: str, fresh: Memory, sources: Sequence[_Source]) -> _Outc
         return tree_map_with_path(lambda path, leaf: values.get((field, keystr(path)), leaf), value)
 
     names = [f"the {'parked ' * donor.is_parked}state of {donor.group!r}" for donor in donors]
-    reason = " and ".join(names) + "; new parameters start fresh" * is_partial
+    reason = " and ".join(names) + "; arrays without old state start fresh" * is_partial
     memory = {field: carried(field, value) for field, value in fresh.items()}
     return _Outcome(memory, Choice(group, "carried", reason), donors)
 
@@ -324,7 +325,7 @@ def _origins(
         key: source
         for key in keys
         for source in alike
-        if _same_shape(source.leaves.get(key), leaves[key])
+        if same_shape(source.leaves.get(key), leaves[key])
     }
 
 
@@ -344,17 +345,6 @@ def _missing_origin(
     return OTHER_ARRAYS if is_same else OTHER_OPTIMIZER
 
 
-def _parameter_paths(memories: Iterable[Memory]) -> set[str]:
-    return {path for memory in memories for _, path in leaves_of(memory) if path}
-
-
-def _same_shape(a: Any, b: Any) -> bool:
-    if a is None:
-        return False
-    kinds = [getattr(x, "dtype", type(x)) for x in (a, b)]
-    return np.shape(a) == np.shape(b) and kinds[0] == kinds[1]
-
-
 def _same_values(group: str, keys: Sequence[Key], donors: Sequence[_Source]) -> bool:
     """Returns whether all donors have the same values, e.g. step counts.
 
@@ -371,32 +361,11 @@ def _same_values(group: str, keys: Sequence[Key], donors: Sequence[_Source]) -> 
 
 
 def _partitions(state: optax.OptState, which: str) -> list[optax.PartitionState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_partition)
-    if not (partitions := [node for node in nodes if _is_partition(node)]):
+    nodes = jax.tree.leaves(state, is_leaf=is_partition)
+    if not (partitions := [node for node in nodes if is_partition(node)]):
         raise LabelError(
             f"carry: the {which} state, of type {type(state).__name__}, holds no multi_transform. "
             "carry takes states of jaxft.multi_transform and optax.multi_transform, also within "
             "optax.chain, masked, MultiSteps or inject_hyperparams."
         )
     return partitions
-
-
-def _is_partition(node: Any) -> bool:
-    return isinstance(node, optax.PartitionState)
-
-
-def _outside(state: optax.OptState) -> optax.OptState:
-    """Returns a state without its `multi_transform`s."""
-    return jax.tree.map(
-        lambda node: optax.EmptyState() if _is_partition(node) else node,
-        state,
-        is_leaf=_is_partition,
-    )
-
-
-def _moments_outside(state: optax.OptState) -> list[str]:
-    """Returns the names of the fields outside of the `multi_transform`s that hold moments."""
-    leaves = leaves_of(memory_of(_outside(state)))
-    return list(
-        dict.fromkeys(field.name for (field, path), x in leaves.items() if path or np.ndim(x))
-    )

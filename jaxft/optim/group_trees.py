@@ -29,10 +29,10 @@ def compact_trees(labels: Tree) -> dict[str, Tree]:
       >>> compact_trees({"body": {"w": "late", "b": "late"}, "head": "head"})["head"]
       {'body': MaskedNode(), 'head': 'head'}
     """
+    if jax.tree_util.all_leaves([labels]):
+        return {labels: labels}
     structure: Any
     children, structure = jax.tree.flatten(labels, is_leaf=lambda node: node is not labels)
-    if jax.tree_util.treedef_is_leaf(structure):
-        return {labels: labels}
     parts = [compact_trees(child) for child in children]
     absent = [
         _absent(labels, child) if part else child

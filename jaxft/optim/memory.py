@@ -4,10 +4,11 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from jaxft.optim.optimizers import RMSpropState, SGDState
@@ -114,6 +115,19 @@ def leaves_of(memory: Memory) -> dict[Key, Any]:
     }
 
 
+def parameter_paths(memories: Iterable[Memory]) -> set[str]:
+    """Returns the paths of all leaves that belong to one parameter."""
+    return {path for memory in memories for _, path in leaves_of(memory) if path}
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Returns whether two leaves have the same shape and dtype; False if the first is None."""
+    if a is None:
+        return False
+    kinds = [getattr(x, "dtype", type(x)) for x in (a, b)]
+    return np.shape(a) == np.shape(b) and kinds[0] == kinds[1]
+
+
 def optimizer_of(memory: Memory) -> set[tuple[str, int]]:
     """Returns a key that identifies the optimizer, whatever its hyperparameters.
 
@@ -166,6 +180,20 @@ def reset_fields(state: Any) -> list[str]:
         for name in state._fields
         if name not in _carried_fields(state) and jax.tree.leaves(getattr(state, name))
     ]
+
+
+def is_partition(node: Any) -> bool:
+    """Returns whether a node is the state of a `multi_transform`."""
+    return isinstance(node, optax.PartitionState)
+
+
+def without_partitions(state: optax.OptState) -> optax.OptState:
+    """Returns the state outside of all `multi_transform`s."""
+    return jax.tree.map(
+        lambda node: optax.EmptyState() if is_partition(node) else node,
+        state,
+        is_leaf=is_partition,
+    )
 
 
 def _is_masked(node: Any) -> bool:

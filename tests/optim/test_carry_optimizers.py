@@ -136,7 +136,7 @@ def test_carry_report():
         ("head", "fresh", "has another optimizer now"),
         ("head", "reset", "Group: position"),
         ("body.w", "parked", "name it in park at each carry until it trains again"),
-        ("body.b", "dropped", "it does not train and is not named in park"),
+        ("body.b", "dropped", "not named in park"),
     )
     assert report.warnings == ("group 'head' has another optimizer now: it starts fresh.",)
     assert str(report).splitlines() == [
@@ -144,7 +144,7 @@ def test_carry_report():
         "head    fresh    has another optimizer now",
         "head    reset    Group: position",
         "body.w  parked   name it in park at each carry until it trains again",
-        "body.b  dropped  it does not train and is not named in park",
+        "body.b  dropped  not named in park",
         "Warning: group 'head' has another optimizer now: it starts fresh.",
     ]
 
@@ -211,9 +211,7 @@ def test_carry_drops_parked_state_that_is_not_named_again():
     _, state = train(first, first.init(PARAMS), 1)
     state = jaxft.carry(state, second.init(PARAMS), park={"body"})
     state, report = jaxft.carry(state, second.init(PARAMS), report=True)
-    assert report.choices[1:] == (
-        ("body", "dropped", "it does not train and is not named in park"),
-    )
+    assert report.choices[1:] == (("body", "dropped", "not named in park"),)
     assert counts(jaxft.carry(state, first.init(PARAMS))) == {"head": 1, "body": 0}
 
 
