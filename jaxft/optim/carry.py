@@ -31,7 +31,7 @@ A parked group is stored with the frozen label, without wrappers:
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -71,11 +71,15 @@ from jaxft.optim.memory import (
 
 @overload
 def carry(
-    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ...
+    old: optax.OptState,
+    new: optax.OptState,
+    *,
+    park: Collection[str] = ...,
+    report: Literal[False] = ...,
 ) -> optax.OptState: ...
 @overload
 def carry(
-    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ..., report: bool
+    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ..., report: Literal[True]
 ) -> tuple[optax.OptState, CarryReport]: ...
 def carry(
     old: optax.OptState,
