@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
+    from jaxft.optim.carry_report import CarryReport
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
-    from jaxft.optim.transform import multi_transform
+    from jaxft.optim.transform import multi_transform, trainable_only
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
     from jaxft.stacked_layers import LayerStack, stack, unstack
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
+    from jaxft.state_shapes import abstract_state
     from jaxft.train.finetune import Result, finetune
 
     __version__: str
@@ -50,14 +52,16 @@ _MODULES = {
         "nnx_filter": ["trainable_filter"],
         "stacked_layers": ["LayerStack", "stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
-        "optim.transform": ["multi_transform"],
+        "optim.transform": ["multi_transform", "trainable_only"],
         "optim.carry": ["carry"],
+        "optim.carry_report": ["CarryReport"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],
         "stage_plan": ["plan", "StagePlan"],
+        "state_shapes": ["abstract_state"],
         "errors": [
             "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
             "DataError", "CheckpointError", "NonFiniteError", "InterruptedRunError",
@@ -80,6 +84,7 @@ __all__ = [  # in the order of the documentation
     "SGD",
     "Adam",
     "AdamW",
+    "CarryReport",
     "CheckpointError",
     "Console",
     "DataError",
@@ -103,6 +108,7 @@ __all__ = [  # in the order of the documentation
     "StagePlan",
     "Update",
     "WeightsError",
+    "abstract_state",
     "carry",
     "combine",
     "data",
@@ -120,6 +126,7 @@ __all__ = [  # in the order of the documentation
     "strategies",
     "summary",
     "trainable_filter",
+    "trainable_only",
     "unstack",
     "weights",
 ]

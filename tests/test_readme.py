@@ -71,6 +71,7 @@ RUN = {
     ("jaxft/README.md", "Freezing in five lines"),
     ("jaxft/README.md", "Loops"),
     ("jaxft/README.md", "Stages in your own loop"),
+    ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
     ("jaxft/README.md", "Your own network"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
@@ -270,6 +271,8 @@ def run_stages(names):
     states = names["opt_state"].inner_states
     counts = {name: int(states[name].inner_state.rule.count) for name in ("head", "*")}
     assert counts == {"head": 50, "*": 30}
+    wrapped = names["transform"](names["plan"]).init(names["params"])
+    assert len(jax.tree.leaves(wrapped.acc_grads)) == len(jax.tree.leaves(before))
 
 
 LOOPS = re.split(r"^### (.*)\n", sections("jaxft/README.md")["Loops"], flags=re.MULTILINE)
