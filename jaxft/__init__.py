@@ -26,16 +26,22 @@ if TYPE_CHECKING:
     from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
+    from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
     from jaxft.optim.carry import carry
+    from jaxft.optim.carry_report import CarryReport
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
-    from jaxft.optim.transform import multi_transform
+    from jaxft.optim.transform import multi_transform, trainable_only
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
+    from jaxft.stacked_layers import LayerStack, stack, unstack
     from jaxft.stage_plan import StagePlan, plan
     from jaxft.stages import Stage, Update
+    from jaxft.state_shapes import abstract_state
     from jaxft.train.finetune import Result, finetune
+
+    __version__: str
 
 # The module of each name. Names are imported on first use: the `jaxft` program handles signals
 # before it imports jax, and to label a tree, nobody should wait for Flax, Orbax and TFDS.
@@ -43,15 +49,19 @@ _MODULES = {
     name: module
     for module, names in {
         "labels": ["label", "partition", "combine", "paths", "summary", "FROZEN"],
+        "nnx_filter": ["trainable_filter"],
+        "stacked_layers": ["LayerStack", "stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
-        "optim.transform": ["multi_transform"],
+        "optim.transform": ["multi_transform", "trainable_only"],
         "optim.carry": ["carry"],
+        "optim.carry_report": ["CarryReport"],
         "optim.plateau": ["ReduceLROnPlateau"],
         "stages": ["Stage", "Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],
         "stage_plan": ["plan", "StagePlan"],
+        "state_shapes": ["abstract_state"],
         "errors": [
             "JaxftError", "PatternError", "LabelError", "RecipeError", "ModelError", "WeightsError",
             "DataError", "CheckpointError", "NonFiniteError", "InterruptedRunError",
@@ -74,6 +84,7 @@ __all__ = [  # in the order of the documentation
     "SGD",
     "Adam",
     "AdamW",
+    "CarryReport",
     "CheckpointError",
     "Console",
     "DataError",
@@ -81,6 +92,7 @@ __all__ = [  # in the order of the documentation
     "InterruptedRunError",
     "JaxftError",
     "LabelError",
+    "LayerStack",
     "LinearProbe",
     "ModelError",
     "NonFiniteError",
@@ -96,6 +108,7 @@ __all__ = [  # in the order of the documentation
     "StagePlan",
     "Update",
     "WeightsError",
+    "abstract_state",
     "carry",
     "combine",
     "data",
@@ -109,8 +122,12 @@ __all__ = [  # in the order of the documentation
     "paths",
     "plan",
     "schedules",
+    "stack",
     "strategies",
     "summary",
+    "trainable_filter",
+    "trainable_only",
+    "unstack",
     "weights",
 ]
 
@@ -119,14 +136,16 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("jaxft")
-    if name in _SUBMODULES:
-        value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
-    elif name in _MODULES:
-        value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("jaxft")
+        if name in _SUBMODULES:
+            value: Any = import_module(f"jaxft.{_SUBMODULES[name]}")
+        elif name in _MODULES:
+            value = getattr(import_module(f"jaxft.{_MODULES[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value

@@ -1,7 +1,20 @@
-"""Compares recipe, images and versions between the processes of a run, before they train.
+"""Compares recipe, images, versions and workdir between the processes of a run before it trains.
 
-Everything travels through the key-value store of `jax.distributed`, not through a collective
-computation: one that a process never joins, because it failed, would keep all others waiting.
+Each process writes values to the key-value store of `jax.distributed` and reads the values of all
+others. A collective computation would not do: a process that fails before it joins would keep all
+others waiting.
+
+One comparison is a round. All processes exchange these keys, in this order:
+
+1. `facts`: recipe, package versions and data set facts, or the error that stopped the process.
+2. `digests`, then `names`: only if the images differ. The error message then names one image.
+3. `file`, then `seen`: only if the facts are the same. Process 0 creates a file in the workdir, and
+   each process looks for it there.
+
+Every process must exchange the same keys, since each exchange waits for all of them. The decision
+to exchange a key therefore depends only on values that all processes have received. A round ends
+at a barrier, because a process that exits also ends the others: none may exit before the others
+have read its values.
 """
 
 import hashlib
@@ -10,9 +23,8 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Any
@@ -28,217 +40,265 @@ from jaxft.errors import DataError, ParallelError, first_of
 from jaxft.recipe import Recipe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxft")
-_SHOWN = 8  # differences
-_VISIBLE = 10.0  # seconds until a new file must have come through a network file system
-_LAST_WORDS = 60.0  # seconds that a process which failed waits for the others to hear of it
-_LONG = 60.0  # seconds until a line names the processes that are missing
-_COMPARED = 20_000  # names of images that one process sends to the others
 _DIGEST = "names, sizes or classes of {} images (digest)"
-_SLICE = 2000  # milliseconds of one wait, after which Python may handle a signal
+_MAX_DIFFERENCES = 8  # lines in one message
+_MAX_NAMES = 20_000  # names that a process sends to the others, all of one class
 
-_round = 0  # of comparisons: one for each run of this process
+# In seconds.
+_FAILURE_TIMEOUT = 60.0  # longest wait of a failed process for the others to read its error
+_DETAIL_TIMEOUT = 60.0  # longest wait for digests and names, which a process may fail to send
+_FILE_TIMEOUT = 10.0  # until a network file system shows a new file on all hosts
+_BARRIER_TIMEOUT = 10.0  # at the end of a round
+_NOTICE_SECONDS = 60.0  # until a line on stderr names the missing processes
+_POLL_SECONDS = 2.0  # of one wait in C++, after which Python can handle a signal
+
+_round = 0  # number of comparisons so far in this process
 
 
 @contextmanager
 def announced() -> Iterator[None]:
-    """Sends an error within the block to the other processes, unless `reach` was called before.
+    """Sends an error in the block to the other processes, which raise it as ParallelError.
 
-    They raise ParallelError in their call of `reach`, instead of waiting for this process. So does
-    an exit of the program, as for an option that there is not.
+    The block holds the work before `reach`, or that work and `reach` itself. Without the message
+    the other processes would wait for the facts of this one. An exit with a code other than 0, as
+    after an unknown option, is sent as well. An error after the round of `reach` is not sent.
     """
-    begun = _round
+    round_before = _round
     try:
         yield
     except (Exception, SystemExit) as error:
-        if begun == _round and _count() > 1:
+        message = _failure(error)
+        if message and round_before == _round and _num_processes() > 1:
             with suppress(jax.errors.JaxRuntimeError):
-                line = f"{type(error).__name__}: {error}"
-                if isinstance(error, SystemExit):
-                    line = f"it has ended with exit code {error.code}, and its output tells why."
-                _exchange("facts", {"error": line}, patience=_LAST_WORDS)
+                _exchange("facts", {"error": message}, timeout=_FAILURE_TIMEOUT)
             _end_round()
         raise
 
 
+def _failure(error: Exception | SystemExit) -> str:
+    """Returns the message of an error; empty for an exit with code 0, as after `--help`."""
+    if not isinstance(error, SystemExit):
+        return f"{type(error).__name__}: {error}"
+    return f"it exited with code {error.code}; its output shows why." if error.code else ""
+
+
 def reach(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
-    """Returns once all processes hold the same recipe, images, versions and workdir.
+    """Returns once all processes have the same recipe, images, versions and workdir.
 
     All processes must call it, or fail within `announced`.
 
     Raises:
-      ParallelError: in every process, with the differences, or with another process's error.
+      ParallelError: in every process, with the differences or with the error of another process.
     """
-    if _count() == 1:
+    if _num_processes() == 1:
         return
+    facts = _facts(recipe, splits)  # before the round, so that `announced` sends its errors
     try:
-        facts = _exchange("facts", _facts(recipe, splits))
-        _compare(facts, partial(_first_other_image, splits, facts))
-        _share(epath.Path(workdir))
+        facts_by_process = _exchange("facts", facts)
+        _check_facts(facts_by_process, splits)
+        _check_shared(epath.Path(workdir))
     finally:
         _end_round()
 
 
 def _facts(recipe: Recipe, splits: Splits) -> dict[str, Any]:
-    images = record(splits)
+    """Returns the values that must be the same in all processes, by the name to print."""
+    data = record(splits)
     facts: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for package in _PACKAGES:
-        with suppress(PackageNotFoundError):  # a folder on the path, not installed
+        with suppress(PackageNotFoundError):  # jaxft may be a folder on the path, not installed
             facts[package] = version(package)
     facts |= {f"recipe: {name}": value for name, value in recipes.decisive(recipe).items()}
-    facts["classes"] = images["classes"]
+    facts["classes"] = data["classes"]
     for split in ("train", "val"):
-        facts[f"{split} images"] = images[split]
-        for name, count in zip(images["classes"], images["per_class"][split], strict=True):
+        facts[f"{split} images"] = data[split]
+        for name, count in zip(data["classes"], data["per_class"][split], strict=True):
             facts[f"{split} images of class {name}"] = count
-        facts[_DIGEST.format(split)] = images["fingerprint"][split][:16]
+        facts[_DIGEST.format(split)] = data["fingerprint"][split][:16]
     return facts
 
 
-def _compare(facts: list[dict[str, Any]], first_other_image: Callable[[], list[str]]) -> None:
-    for process, each in enumerate(facts):
-        if "error" in each:
-            raise ParallelError(f"process {process} of this run has failed: {each['error']}")
-    lines = []
-    for name in dict.fromkeys(name for each in facts for name in each):
-        values = [json.dumps(each.get(name)) for each in facts]
-        if process := next((i for i, value in enumerate(values) if value != values[0]), 0):
-            here, there = (value if len(value) < 60 else f"{value[:56]} ..." for value in
-                           (values[0], values[process]))  # fmt: skip
-            lines.append(f"{name}: {here} in process 0, {there} in process {process}")
-    if lines:
+def _check_facts(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) -> None:
+    """Raises ParallelError if a process has failed or if the facts differ."""
+    for process, facts in enumerate(facts_by_process):
+        if "error" in facts:
+            raise ParallelError(f"process {process} of this run has failed: {facts['error']}")
+    differences = []
+    for name in dict.fromkeys(name for facts in facts_by_process for name in facts):
+        values = [json.dumps(facts.get(name)) for facts in facts_by_process]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            differences.append(
+                f"{name}: {_shortened(values[0])} in process 0, "
+                f"{_shortened(values[other])} in process {other}"
+            )
+    if differences:
+        lines = [*first_of(differences, _MAX_DIFFERENCES), *_image_line(facts_by_process, splits)]
         raise ParallelError(
             "the processes of this run differ:\n  "
-            + "\n  ".join([*first_of(lines, _SHOWN), *first_other_image()])
+            + "\n  ".join(lines)
             + "\nGive all of them the same command, images and versions."
         )
 
 
-def _first_other_image(splits: Splits, facts: list[dict[str, Any]]) -> list[str]:
-    """Returns a line that names an image which two processes do not share, where that is cheap.
+def _shortened(value: str) -> str:
+    return value if len(value) < 60 else f"{value[:56]} ..."
 
-    All processes hold the same `facts`, and take the same way here.
+
+def _image_line(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) -> list[str]:
+    """Returns a line that names an image which differs; none if the search for it fails.
+
+    Exchanges keys, so all processes must call it with the same `facts_by_process`.
     """
-    if any(each["classes"] != facts[0]["classes"] for each in facts):
-        return []
+    first, *others = facts_by_process
+    if any(facts["classes"] != first["classes"] for facts in others):
+        return []  # the classes are in the message already
     for split in ("train", "val"):
-        if len({each[_DIGEST.format(split)] for each in facts}) > 1:
+        if any(facts[_DIGEST.format(split)] != first[_DIGEST.format(split)] for facts in others):
             with suppress(jax.errors.JaxRuntimeError, DataError):
-                return _other_image(split, getattr(splits, split))
+                return _differing_image(split, getattr(splits, split))
     return []
 
 
-def _other_image(split: str, source: Source) -> list[str]:
+def _differing_image(split: str, source: Source) -> list[str]:
+    """Returns a line that names an image of the first class whose images differ.
+
+    Sends a digest of each class first, and then the names of that class alone, since a data set may
+    have millions of images.
+    """
+    names = _names_by_class(source)
+    lists = ["\n".join(class_names).encode("utf-8", "replace") for class_names in names]
+    digests = [hashlib.sha256(x).hexdigest()[:16] for x in lists]
+    received = _exchange("digests", {"digests": digests}, timeout=_DETAIL_TIMEOUT)
+    digests_by_process = [values["digests"] for values in received]
+    differing = [
+        (process, target)
+        for process, digests in enumerate(digests_by_process)
+        for target, digest in enumerate(digests)
+        if digest != digests_by_process[0][target]
+    ]
+    if not differing:
+        return []  # the same images of each class, but the classes alternate in another order
+    other, target = differing[0]
+    names_to_send = names[target] if len(names[target]) <= _MAX_NAMES else None
+    received = _exchange("names", {"names": names_to_send}, timeout=_DETAIL_TIMEOUT)
+    if received[0]["names"] is None or received[other]["names"] is None:
+        return []
+    first_names, other_names = {*received[0]["names"]}, {*received[other]["names"]}
+    lacks = [
+        f"only process {process} has {min(only)}"
+        for process, only in ((0, first_names - other_names), (other, other_names - first_names))
+        if only
+    ]
+    text = ", ".join(lacks) or f"process {other} has them in another order than process 0"
+    return [f"{split} images of class {source.classes[target]}: {text}"]
+
+
+def _names_by_class(source: Source) -> list[list[str]]:
+    """Returns a name to print for each image, by class.
+
+    `identity` returns path and size of an image file, separated by a NUL character; a digest in
+    bytes of an image in memory; and otherwise any str or bytes that the source defines.
+    """
     names: list[list[str]] = [[] for _ in source.classes]
     for index, target in enumerate(source.targets):
         name = identity(source, index)
         text = name.hex()[:16] if isinstance(name, bytes) else name
         path, _, size = text.partition("\0")
         names[target].append(f"{path} of {size} bytes" if size else path)
-    digests = [hashlib.sha256("\n".join(each).encode("utf-8", "replace")) for each in names]
-    by_process = [
-        each["digests"]
-        for each in _exchange(
-            "digests", {"digests": [x.hexdigest()[:16] for x in digests]}, patience=_LAST_WORDS
-        )
-    ]
-    other, target = next(
-        (process, target)
-        for process, theirs in enumerate(by_process)
-        for target, digest in enumerate(theirs)
-        if digest != by_process[0][target]
-    )
-    if len(names[target]) > _COMPARED:
-        names[target] = []
-    both = _exchange("names", {"names": names[target]}, patience=_LAST_WORDS)
-    first, second = ({*both[process]["names"]} for process in (0, other))
-    if not first or not second:
-        return []
-    alone = [
-        f"only process {process} has {min(names)}"
-        for process, names in ((0, first - second), (other, second - first))
-        if names
-    ]
-    found = ", ".join(alone) or f"other order in process {other} than in process 0"
-    return [f"{split} images of class {source.classes[target]}: {found}"]
+    return names
 
 
-def _share(workdir: epath.Path) -> None:
-    """Raises ParallelError in every process unless all see the first one's file in the workdir."""
+def _check_shared(workdir: epath.Path) -> None:
+    """Raises ParallelError in every process unless all see the file that process 0 creates."""
     name, problem = f".shared-{uuid.uuid4().hex}", ""
-    first = distributed.global_state.process_id == 0
-    if first:
+    is_first = distributed.global_state.process_id == 0
+    if is_first:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / name).touch()
         except OSError as error:
             problem = f"{workdir} cannot be written: {error.strerror or error}."
-    written = _exchange("file", {"name": name, "problem": problem})[0]
-    if not written["problem"]:
-        seen = _sees(workdir / written["name"])
-        blind = [i for i, each in enumerate(_exchange("seen", {"seen": seen})) if not each["seen"]]
+    created = _exchange("file", {"name": name, "problem": problem})[0]  # by process 0
+    problem = created["problem"]
+    if not problem:
+        received = _exchange("seen", {"seen": _appears(workdir / created["name"])})
+        blind = [process for process, values in enumerate(received) if not values["seen"]]
         if blind:
             problem = (
-                f"{workdir} is not the same folder in all processes: what process 0 writes there, "
-                f"process {blind[0]} does not see. A run of several hosts needs a --workdir on a "
-                "disk that they share, or in a bucket (gs://...)."
+                f"{workdir} is not the same folder in all processes: process {blind[0]} does not "
+                "see a file that process 0 has written there. A run of several hosts needs a "
+                "--workdir on a disk that they share, or in a bucket (gs://...)."
             )
-    if first:
+    if is_first:
         with suppress(OSError):
             (workdir / name).unlink(missing_ok=True)
             if problem:
-                workdir.rmdir()  # if nothing else is there
-    if problem or written["problem"]:
-        raise ParallelError(problem or written["problem"])
+                workdir.rmdir()  # fails, as it should, if the folder holds anything else
+    if problem:
+        raise ParallelError(problem)
 
 
-def _sees(file: epath.Path) -> bool:
-    late = time.monotonic() + _VISIBLE
-    while not (found := file.exists()) and time.monotonic() < late:
+def _appears(file: epath.Path) -> bool:
+    """Returns whether the file exists; waits for it up to `_FILE_TIMEOUT`."""
+    deadline = time.monotonic() + _FILE_TIMEOUT
+    while not (exists := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return found
+    return exists
 
 
 def _exchange(
-    name: str, value: Mapping[str, Any], *, patience: float = float("inf")
+    name: str, value: Mapping[str, Any], *, timeout: float = float("inf")
 ) -> list[dict[str, Any]]:
-    """Returns the value of each process; waits for all of them, up to `patience` seconds.
+    """Sends a value under a key and returns the values of all processes, in their order.
 
-    Prints a line if that takes long: a process may be alive and yet never come.
+    Waits until each process has sent its value. After `_NOTICE_SECONDS` it prints which processes
+    are missing: a process may be alive and still never send its value.
+
+    Args:
+      name: name of the key in this round.
+      value: JSON values of this process.
+      timeout: longest wait in seconds.
+
+    Raises:
+      jax.errors.JaxRuntimeError: a value is missing after `timeout`, or a process has ended.
     """
     client, key = distributed.global_state.client, f"jaxft/{_round}/{name}"
-    assert client is not None  # as there are several processes
+    assert client is not None  # `jax.distributed` is initialised if there are several processes
     client.key_value_set(f"{key}/{distributed.global_state.process_id}", json.dumps(value))
-    begun, remarked = time.monotonic(), False
+    started, has_printed = time.monotonic(), False
     values: list[dict[str, Any]] = []
-    while len(values) < _count():
+    while len(values) < _num_processes():
         try:
-            found = client.blocking_key_value_get(f"{key}/{len(values)}", _SLICE)
-            values.append(json.loads(found))
+            next_key = f"{key}/{len(values)}"
+            received = client.blocking_key_value_get(next_key, int(1000 * _POLL_SECONDS))
+            values.append(json.loads(received))
         except jax.errors.JaxRuntimeError as error:
-            waited = time.monotonic() - begun
-            if "DEADLINE_EXCEEDED" not in str(error) or waited > patience:
+            waited = time.monotonic() - started
+            if "DEADLINE_EXCEEDED" not in str(error) or waited > timeout:
                 raise
-            if waited > _LONG and not remarked:
-                remarked = True
-                come = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
-                absent = ", ".join(str(i) for i in range(_count()) if i not in come)
+            if waited > _NOTICE_SECONDS and not has_printed:
+                has_printed = True
+                sent = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
+                missing = ", ".join(str(i) for i in range(_num_processes()) if i not in sent)
                 print(
-                    f"Waiting for process {absent} of {_count()} to open its images and weights. "
-                    "If it never will, end it.",
+                    f"Waiting for process {missing} of {_num_processes()} to compare recipe, "
+                    "images and workdir before training. If a process hangs, end it: the others "
+                    "then end with an error.",
                     file=sys.stderr,
                 )
     return values
 
 
 def _end_round() -> None:
-    """Waits until all processes have read each other's values: one that ends ends the others."""
+    """Waits until all processes have read each other's values, then numbers the next round."""
     global _round
     client = distributed.global_state.client
-    assert client is not None
-    with suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier(f"jaxft/{_round}/read", 10_000)
+    assert client is not None  # see `_exchange`
+    with suppress(jax.errors.JaxRuntimeError):  # a process is missing: the error is raised already
+        client.wait_at_barrier(f"jaxft/{_round}/read", int(1000 * _BARRIER_TIMEOUT))
     _round += 1
 
 
-def _count() -> int:
+def _num_processes() -> int:
     return int(distributed.global_state.num_processes or 1)

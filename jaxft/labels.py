@@ -7,13 +7,23 @@ JAX alone.
 
 import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxft.errors import LabelError, PatternError, first_of
-from jaxft.patterns import Pattern, matcher, pattern_text, shallow_warnings, unmatched_message
+from jaxft.patterns import (
+    Pattern,
+    PatternKey,
+    matcher,
+    pattern_text,
+    roots_of,
+    shallow_warnings,
+    unmatched_message,
+)
+from jaxft.tree_paths import alias_warnings, can_train, check_ties, dotted, is_none, leaves_of
 
 Tree = Any
 """A pytree of arrays, from any framework."""
@@ -33,20 +43,27 @@ def paths(params: Tree) -> list[str]:
       >>> paths({"layer1": [{"kernel": 0.0}], "fc/~/out": {"w": 0.0}})
       ['fc.out.w', 'layer1.0.kernel']
     """
-    flatten = jax.tree_util.tree_flatten_with_path
-    nodes, _ = flatten(params, is_leaf=_is_box)
-    # The key of a box ("value") is the first below it; an array has none.
-    return [_dotted(path + below[1:]) for path, node in nodes for below, _ in flatten(node)[0]]
+    return [leaf.path for leaf in leaves_of(params) if leaf.value is not None]
 
 
-def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) -> Tree:
+def label(
+    params: Tree,
+    rules: Mapping[PatternKey, str] | Iterable[tuple[Pattern, str]],
+    *,
+    default: str = FROZEN,
+) -> Tree:
     """Labels each parameter with the label of the first pattern that matches it.
 
-    Warns about a pattern such as `*.bias` where `**.bias` selects more.
+    Leaves that are no parameters are always frozen: functions, numbers, arrays of integers or keys,
+    and the batch statistics, caches and random states of NNX.
+
+    Warns about a pattern such as `*.bias` where `**.bias` selects more, and about an array at two
+    paths that get different labels.
 
     Args:
-      params: any pytree; only its structure and paths are read (a predicate also sees the leaves).
-      rules: pattern to label, in order of precedence.
+      params: any pytree; only its structure, paths and dtypes are read (a predicate also sees the
+        leaves).
+      rules: pattern to label, in order of precedence: a mapping or pairs.
       default: label of the parameters that no pattern matches.
 
     Returns:
@@ -54,27 +71,36 @@ def label(params: Tree, rules: Mapping[Pattern, str], *, default: str = FROZEN) 
 
     Raises:
       PatternError: a pattern matches nothing, or only parameters that earlier patterns match.
-      LabelError: `rules` is no mapping, or a label is not a string.
+      LabelError: `rules` is no mapping, a label is not a string, or an NNX module holds the same
+        variable at two paths.
 
     Example:
-      >>> params = {"conv": {"kernel": 0.0}, "fc": {"kernel": 0.0, "bias": 0.0}}
+      >>> import numpy as np
+      >>> params = {"conv": np.zeros(2), "fc": {"kernel": np.zeros(2), "bias": np.zeros(2)}}
       >>> label(params, {"fc.bias": "bias", "fc": "head"})
-      {'conv': {'kernel': 'frozen'}, 'fc': {'bias': 'bias', 'kernel': 'head'}}
+      {'conv': 'frozen', 'fc': {'bias': 'bias', 'kernel': 'head'}}
     """
-    if not isinstance(rules, Mapping):
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise LabelError(
             f"label: the rules are {reprlib.repr(rules)}; they must be a mapping of patterns to "
             "labels, such as {'fc': 'head'}."
         )
-    places = [(repr(pattern_text(pattern)), name) for pattern, name in rules.items()]
+    places = [(repr(pattern_text(pattern)), name) for pattern, name in pairs]
     _check_label_types([*places, ("the default", default)])
-    patterns, names = list(rules), list(rules.values())
+    patterns, names = [pattern for pattern, _ in pairs], [name for _, name in pairs]
     chosen, errors = match(params, patterns)
     if errors:
         raise PatternError("\n".join(errors))
-    for warning in shallow_warnings(patterns, paths(params)):
+    leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
+    labels = [
+        names[i] if i is not None else default if can_train(leaf) else FROZEN
+        for i, leaf in zip(chosen, leaves, strict=True)
+    ]
+    for warning in [*shallow_warnings(patterns, paths(params)), *alias_warnings(params, labels)]:
         warnings.warn(warning, stacklevel=2)
-    return unflatten(params, [default if i is None else names[i] for i in chosen])
+    return unflatten(params, labels)
 
 
 def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], list[str]]:
@@ -87,20 +113,35 @@ def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], 
     Returns:
       `(chosen, errors)`: for each leaf the index of its pattern, or None; and a message for each
       pattern that matches nothing or that earlier patterns shadow completely.
+
+    Raises:
+      LabelError: an NNX module holds the same variable at two paths.
     """
-    names = paths(params)
-    leaves = jax.tree.leaves(params)
+    check_ties(params)
+    leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
+    trains = [can_train(leaf) for leaf in leaves]
     hits = [
-        [matches(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        [x and matches(leaf.path, leaf.value) for x, leaf in zip(trains, leaves, strict=True)]
         for matches in map(matcher, patterns)
     ]
     chosen = [
-        next((i for i, row in enumerate(hits) if row[leaf]), None) for leaf in range(len(names))
+        next((i for i, row in enumerate(hits) if row[leaf]), None) for leaf in range(len(leaves))
     ]
     errors = []
     for i, (pattern, row) in enumerate(zip(patterns, hits, strict=True)):
         if not any(row):
-            errors.append(unmatched_message(pattern, names))
+            names = [leaf.path for x, leaf in zip(trains, leaves, strict=True) if x]
+            constants = [
+                f"{leaf.path} ({type(leaf.value if leaf.box is None else leaf.box).__name__})"
+                for leaf in leaves
+                if not callable(pattern) and matcher(pattern)(leaf.path, leaf.value)
+            ]
+            errors.append(
+                f"pattern {pattern_text(pattern)!r} matches only leaves that never train: "
+                f"{_listed(constants)}."
+                if constants
+                else unmatched_message(pattern, names)
+            )
         elif i not in chosen:
             earlier = dict.fromkeys(j for j, hit in zip(chosen, row, strict=True) if hit)
             shadow = ", ".join(repr(pattern_text(patterns[j])) for j in earlier if j is not None)
@@ -125,12 +166,14 @@ def partition(params: Tree, labels: Tree) -> tuple[Tree, Tree]:
       `(trainable, frozen)`, each with None where the other half holds the leaf.
 
     Raises:
-      LabelError: `labels` has another structure than `params`.
+      LabelError: the labels do not fit the parameters, or an NNX module holds the same variable at
+        two paths.
 
     Example:
       >>> partition({"conv": 1.0, "fc": 2.0}, {"conv": "frozen", "fc": "head"})
       ({'conv': None, 'fc': 2.0}, {'conv': 1.0, 'fc': None})
     """
+    check_ties(params)
     is_frozen = [name == FROZEN for name in leaf_labels(params, labels)]
     leaves = jax.tree.leaves(params)
     trainable, frozen = (
@@ -157,11 +200,11 @@ def combine(*parts: Tree) -> Tree:
         values = [leaf for leaf in leaves if leaf is not None]
         if len(values) > 1:
             raise LabelError(
-                f"{_dotted(path)} is held by {len(values)} parts; parts must not overlap."
+                f"{dotted(path)} is held by {len(values)} parts; parts must not overlap."
             )
         return values[0] if values else None
 
-    return jax.tree_util.tree_map_with_path(pick, *parts, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_map_with_path(pick, *parts, is_leaf=is_none)
 
 
 def filled(part: Tree, whole: Tree) -> Tree:
@@ -175,7 +218,7 @@ def filled(part: Tree, whole: Tree) -> Tree:
         lambda leaf, fallback: fallback if leaf is None else leaf,
         part,
         whole,
-        is_leaf=lambda x: x is None,
+        is_leaf=is_none,
     )
 
 
@@ -183,23 +226,66 @@ def leaf_labels(params: Tree, labels: Tree) -> list[str]:
     """Returns the label of each leaf of `params`, in leaf order.
 
     Raises:
-      LabelError: `labels` has another structure than `params`, or a label is not a string.
+      LabelError: the labels do not fit the parameters, see `labels_like`.
     """
-    param_paths, label_paths = paths(params), paths(labels)
-    known, labelled = set(param_paths), set(label_paths)
-    unlabelled = [path or "a bare array" for path in param_paths if path not in labelled]
-    extra = [path or "a bare label" for path in label_paths if path not in known]
-    if unlabelled or extra or not same_structure(labels, params):
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    names = jax.tree.leaves(labels_like(params, labels))
+    return [name for name, leaf in zip(names, leaves, strict=True) if leaf is not None]
+
+
+def labels_like(params: Tree, labels: Tree) -> Tree:
+    """Returns the labels in the containers of `params`; a leaf that is None also gets one.
+
+    Labels of an NNX module also serve its state and its pure state, and those of all parameters
+    serve a tree without the frozen ones: where the structures differ, labels are matched by path.
+
+    Raises:
+      LabelError: a parameter has no label, a label other than `frozen` has no parameter, or a label
+        is not a string.
+    """
+    values, structure = jax.tree.flatten(params, is_leaf=is_none)
+    names, label_structure = jax.tree.flatten(labels, is_leaf=is_none)
+    extra: list[str] = []
+    if label_structure != structure:  # type: ignore[operator]
+        # By position otherwise: Haiku's a/b and a/~/b share a path.
+        names, extra = _names_by_path(params, labels, names)
+    unlabelled, wrong = [], []
+    pairs = enumerate(zip(values, names, strict=True))
+    irregular = [i for i, (x, n) in pairs if type(n) is not str or (x is None and n != FROZEN)]
+    leaves = leaves_of(params) if irregular else []
+    for i in irregular:
+        path, name = leaves[i].path, names[i]
+        if name is None and (leaves[i].value is None or not can_train(leaves[i])):
+            names[i] = FROZEN
+        elif name is None:
+            unlabelled.append(path)
+        elif leaves[i].value is None and name != FROZEN:
+            extra.append(path)
+        else:
+            wrong.append((path, name))
+    if unlabelled or extra:
         raise LabelError(
             "the label tree has another structure than the parameters"
-            + (f"; without a label: {_listed(unlabelled)}" if unlabelled else "")
-            + (f"; labels of no parameter: {_listed(extra)}" if extra else "")
-            + ("" if unlabelled or extra else "; its containers are of other types")
+            + (f"; without a label: {_listed(unlabelled, 'a bare array')}" if unlabelled else "")
+            + (f"; labels of no parameter: {_listed(extra, 'a bare label')}" if extra else "")
             + ". Build it with jaxft.label(params, ...)."
         )
-    names = jax.tree.leaves(labels)  # by position: Haiku's a/b and a/~/b share a path
-    _check_label_types(zip(param_paths, names, strict=True))
-    return names
+    _check_label_types(wrong)
+    return jax.tree.unflatten(structure, names)
+
+
+def _names_by_path(params: Tree, labels: Tree, names: list[Any]) -> tuple[list[Any], list[str]]:
+    """Returns the label of each leaf by its path, and the paths of trainable labels left over."""
+    leaf_paths, label_paths = ([leaf.path for leaf in leaves_of(tree)] for tree in (params, labels))
+    counts = Counter(leaf_paths) | Counter(label_paths)
+    if shared := [path for path, count in counts.items() if count > 1]:
+        raise LabelError(
+            "the label tree has another structure than the parameters, and several leaves share "
+            f"the path {_listed(shared)}. Build it with jaxft.label(params, ...)."
+        )
+    by_path = dict(zip(label_paths, names, strict=True))
+    names = [by_path.pop(path, None) for path in leaf_paths]
+    return names, [path for path, name in by_path.items() if name not in (None, FROZEN)]
 
 
 def summary(params: Tree, labels: Tree) -> str:
@@ -216,7 +302,7 @@ def summary(params: Tree, labels: Tree) -> str:
     """
     names = leaf_labels(params, labels)
     sizes = [int(getattr(leaf, "size", 1)) for leaf in jax.tree.leaves(params)]
-    roots = [path.split(".")[0] for path in paths(params)]
+    roots = roots_of(paths(params))
     total = sum(sizes)
     order = sorted(dict.fromkeys(names), key=lambda name: name == FROZEN)
     rows = [("label", "tensors", "parameters", "share", "where")]
@@ -238,34 +324,12 @@ def unflatten(params: Tree, leaves: Sequence[Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def same_structure(a: Tree, b: Tree) -> bool:
-    """Returns True if two trees have the same containers with the same keys."""
-    return bool(jax.tree.structure(a) == jax.tree.structure(b))  # type: ignore[operator]
-
-
 def _check_label_types(names: Iterable[tuple[str, Any]]) -> None:
     wrong = [f"{reprlib.repr(name)} for {place}" for place, name in names if type(name) is not str]
     if wrong:
         raise LabelError(f"labels must be strings, not {_listed(wrong)}.")
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
-    segments = []
-    for key in path:
-        # DictKey and FlattenedIndexKey have a key, SequenceKey an idx, GetAttrKey a name; the keys
-        # of a user's container may be of any type.
-        name = next((getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)), key)
-        segments += [part for part in str(name).split("/") if part != "~"]  # Haiku's module names
-    return ".".join(segments)
-
-
-def _is_box(node: Any) -> bool:
-    """Returns True for one parameter in a Flax wrapper; checks names, to avoid importing Flax."""
-    return any(
-        base.__name__ in ("Variable", "AxisMetadata") and base.__module__.startswith("flax.")
-        for base in type(node).__mro__
-    )
-
-
-def _listed(entries: Sequence[str]) -> str:
-    return ", ".join(first_of(entries, 5, "... and {} more"))
+def _listed(entries: Iterable[str], bare: str = "") -> str:
+    """Joins the first entries; an empty path is shown as `bare`."""
+    return ", ".join(first_of([entry or bare for entry in entries], 5, "... and {} more"))

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Float, Float64, Int
 
 from jaxft.dataclass_checks import checked
 from jaxft.errors import DataError, RecipeError
@@ -49,10 +50,8 @@ class Fit(NamedTuple):
 
     c: float
     """Inverse strength of the penalty."""
-    kernel: np.ndarray
-    """Weights, float64 [d k]."""
-    bias: np.ndarray
-    """Bias, float64 [k]."""
+    kernel: Float64[np.ndarray, "d k"]
+    bias: Float64[np.ndarray, " k"]
     iterations: int
     """Number of iterations taken."""
     gradient_norm: float
@@ -65,7 +64,11 @@ class Fit(NamedTuple):
 
 
 def logistic_regression(
-    features: ArrayLike, targets: ArrayLike, num_classes: int, *, c: Sequence[float] = (1.0,)
+    features: Float[ArrayLike, "n d"],
+    targets: Int[ArrayLike, " n"],
+    num_classes: int,
+    *,
+    c: Sequence[float] = (1.0,),
 ) -> tuple[Fit, ...]:
     """Fits a linear classifier to features, once for each inverse strength of the penalty.
 
@@ -81,8 +84,8 @@ def logistic_regression(
     Needs memory for 3 float64 copies of the features on the default device.
 
     Args:
-      features: features [n d].
-      targets: classes, int [n].
+      features: a row per example.
+      targets: class of each example.
       num_classes: number of classes k.
       c: inverse strengths of the penalty. Each fit starts from the next stronger penalty.
 
@@ -94,7 +97,8 @@ def logistic_regression(
       RecipeError: `c` is empty or not positive.
 
     Example:
-      >>> (fit,) = logistic_regression([[0.0], [1.0], [3.0], [4.0]], [0, 0, 1, 1], 2)
+      >>> features = np.array([[0.0], [1.0], [3.0], [4.0]])
+      >>> (fit,) = logistic_regression(features, np.array([0, 0, 1, 1]), 2)
       >>> fit.converged, (np.array([[1.0], [3.0]]) @ fit.kernel + fit.bias).argmax(1).tolist()
       (True, [0, 1])
     """
@@ -130,19 +134,23 @@ def logistic_regression(
 
 @jax.jit
 def _minimise(
-    rows: jax.Array, targets: jax.Array, penalty: float, scale: jax.Array, start: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rows: Float[jax.Array, "n r"],
+    targets: Int[jax.Array, " n"],
+    penalty: Float[ArrayLike, ""],
+    scale: Float[jax.Array, " r"],
+    start: Float[jax.Array, "r k"],
+) -> tuple[Float[jax.Array, "r k"], Float[jax.Array, ""], Int[jax.Array, ""]]:
     """Minimises the penalised cross entropy with L-BFGS.
 
     Args:
-      rows: rotated features with a last column of ones [n r].
-      targets: classes, int [n].
+      rows: rotated features with a last column of ones.
+      targets: class of each row.
       penalty: factor of half the squared norm of the weights without bias.
-      scale: scale of each row of weights [r], for conditioning.
-      start: initial weights [r k]; the last row is the bias.
+      scale: scale of each row of weights, for conditioning.
+      start: initial weights; the last row is the bias.
 
     Returns:
-      Weights [r k], the norm of the gradient and the number of iterations.
+      Weights, the norm of the gradient and the number of iterations.
     """
     scale = scale[:, None]
 
@@ -156,7 +164,7 @@ def _minimise(
     )
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         point, state, _, iterations = carry
         value, gradient = value_and_grad(point, state=state)
         updates, state = solver.update(
@@ -176,12 +184,12 @@ def _minimise(
 
 
 def _add_absent_classes(
-    features: np.ndarray,
-    present: np.ndarray,
-    kernel: np.ndarray,
-    bias: np.ndarray,
+    features: Float64[np.ndarray, "n d"],
+    present: Int[np.ndarray, " p"],
+    kernel: Float64[np.ndarray, "d p"],
+    bias: Float64[np.ndarray, " p"],
     num_classes: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float64[np.ndarray, "d {num_classes}"], Float64[np.ndarray, " {num_classes}"]]:
     """Extends a layer of the classes that occur to all classes; returns its kernel and bias."""
     logits = features @ kernel + bias
     absent_bias = np.logaddexp.reduce(logits, axis=1).min() - math.log(len(features) + 1)

@@ -21,6 +21,7 @@ from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.transform import group_lr, group_transform, multi_transform
 from jaxft.patterns import Pattern, pattern_text, shallow_warnings
 from jaxft.stages import Resolved, Stage, check_stages
+from jaxft.tree_paths import alias_warnings
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,13 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
     """Applies stages to parameters: forms groups and a label tree for each stage.
 
     Two parameters are in the same group if and only if every stage matches them with the same
-    pattern, or with none. Warns about a pattern such as `*.bias` where `**.bias` selects more.
+    pattern, or with none. Warns about a pattern such as `*.bias` where `**.bias` selects more, and
+    about an array at two paths in different groups.
 
     Args:
       stages: one or several stages.
-      params: a pytree of parameters; only its structure and paths are read (a predicate also sees
-        the leaves).
+      params: a pytree of parameters; only its structure, paths and dtypes are read (a predicate
+        also sees the leaves). Leaves that are no parameters are frozen, as in `label`.
 
     Returns:
       A plan for each stage.
@@ -170,9 +172,10 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
     Raises:
       RecipeError: there are no stages, or two have the same name.
       PatternError: patterns match nothing or are shadowed; the message covers all stages.
+      LabelError: an NNX module holds the same variable at two paths.
 
     Example:
-      >>> params = {"stem": 0.0, "layer4": 0.0, "fc": 0.0}
+      >>> params = {"stem": np.zeros(2), "layer4": np.zeros(2), "fc": np.zeros(2)}
       >>> head, late = plan(
       ...     [Stage("head", {"fc": 1e-3}, 5), Stage("late", {"fc": 1e-3, "*": 1e-4}, 5)], params
       ... )
@@ -194,6 +197,8 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
     # signature form a group.
     signatures: list[Signature] = list(zip(*matches, strict=True))
     names = _name_groups(stages, list(dict.fromkeys(signatures)))
+    for warning in alias_warnings(params, [names.get(s, FROZEN) for s in signatures]):
+        warnings.warn(warning, stacklevel=2)
     patterns = [
         {
             names[signature]: pattern

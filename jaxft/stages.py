@@ -18,10 +18,11 @@ from jaxft.early_stopping import EarlyStop, Mode, Monitor, PlateauStop, default_
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
+from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
-from jaxft.patterns import Pattern, pattern_text
+from jaxft.patterns import Pattern, PatternKey, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 
 _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
@@ -36,8 +37,9 @@ class Update:
     Attributes:
       lr: base learning rate.
       schedule: changes the learning rate within the stage; by default the stage's schedule.
-      optimizer: one of jaxft's, or an optax transform that leaves out the learning rate
-        (`optax.scale_by_lion()`); by default the stage's optimizer.
+      optimizer: one of jaxft's, or an optax transform that leaves out the learning rate and its
+        minus sign (`optax.scale_by_lion()`, not `optax.lion(1e-4)`); by default the stage's
+        optimizer.
       weight_decay: replaces the weight decay of the optimizer.
     """
 
@@ -124,7 +126,7 @@ class Stage:
     """
 
     name: str
-    train: Mapping[Pattern, float | Update | LinearProbe]
+    train: Mapping[PatternKey, float | Update | LinearProbe]
     epochs: int | None = None
     schedule: ClosedForm | ReduceLROnPlateau | None = None
     optimizer: Rule | None = None
@@ -186,7 +188,8 @@ class Stage:
             lr, rule, decay = update.lr, update.optimizer, update.weight_decay
             if not (_is_finite_number(lr) and lr > 0):
                 errors.append(
-                    f"the learning rate of {name!r} is {lr!r}; it must be a positive, finite number"
+                    f"the learning rate of {name!r} is {reprlib.repr(lr)}; it must be a positive, "
+                    f"finite number{_lr_hint(lr)}"
                 )
             if decay is not None and not (_is_finite_number(decay) and decay >= 0):
                 errors.append(f"the weight_decay of {name!r} is {decay!r}; it must not be negative")
@@ -287,10 +290,15 @@ class Stage:
           optimizer: used if neither the update nor the stage sets one.
 
         Raises:
-          RecipeError: the update sets a weight_decay, but its optimizer is an optax transform.
+          RecipeError: the optimizer is an optax transform, and the update sets a weight_decay or
+            the transform includes a learning rate.
         """
         update = self.updates[pattern]
         rule = update.optimizer or self.optimizer or optimizer
+        if isinstance(rule, optax.GradientTransformation) and is_complete(rule):
+            raise RecipeError(
+                f"stage {self.name!r}: the optimizer of {pattern_text(pattern)!r} {WAY_OUT}"
+            )
         if update.weight_decay is not None:
             if isinstance(rule, optax.GradientTransformation):
                 raise RecipeError(
@@ -300,6 +308,18 @@ class Stage:
             rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
         schedule = update.schedule or self.schedule or Constant()
         return Resolved(float(update.lr), schedule, rule)
+
+
+def _lr_hint(lr: object) -> str:
+    """Returns where to write an object that is no learning rate."""
+    if isinstance(lr, optax.GradientTransformation | Optimizer):
+        return ". Write an optimizer as Update(1e-3, optimizer=...) or Stage(..., optimizer=...)"
+    if callable(lr) or isinstance(lr, Schedule | ReduceLROnPlateau):
+        return (
+            ", the base of a schedule. Write the schedule as Stage(..., schedule=...) or "
+            "Update(1e-3, schedule=...), from jaxft.schedules"
+        )
+    return ""
 
 
 def _is_finite_number(value: object) -> bool:

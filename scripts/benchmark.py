@@ -33,9 +33,9 @@ import plain_pytorch
 from plain_pytorch import RATES
 
 from jaxft import SGD, Recipe, Stage, finetune
+from jaxft.lr_finder import Trial, trial
 from jaxft.report.console import Console
 from jaxft.steps_per_execution import sent
-from jaxft.train.lr_finder import Trial, trial
 from jaxft.train.stage_program import StageProgram, with_prefixes
 from jaxft.weights.key_maps import torch_tensors
 

@@ -2,7 +2,7 @@
 
 - Programs compile fast, because many run for a few steps only, and are cached between sessions.
 - `--check-cpu` measures the CPU time of each test.
-- `SMOKE` lists the slow tests that run by default.
+- `golden` reads the recorded values of a test module.
 - `disk` is a small disk that a test can fill.
 """
 
@@ -31,38 +31,18 @@ CACHE_BYTES = 2**30  # of compiled programs, before they are deleted
 CPU_LIMIT = 2.0
 CPU_NOISE = 3.0
 
-# Slow tests that run by default all the same: each kind of proof once.
-SMOKE = (
-    # a network's outputs are torch's
-    "tests/models/test_resnet.py::test_resnet_outputs_and_statistics_equal_torchs[resnet10t]",
-    "tests/models/test_resnet.py::test_resnet_outputs_and_statistics_equal_torchs[cifar_resnet20]",
-    # a recipe trains as in torch, step by step
-    "tests/parity/test_recipes.py::test_recipe_trains_as_in_pytorch[d2l_hotdog, its own, its own]",
-    "tests/parity/test_recipes.py::test_recipe_trains_as_in_pytorch[lp_ft, its own, its own]",
-    # a whole run, and its exported model
-    "tests/train/test_finetune.py::test_run_files_and_epochs",
-    "tests/train/test_finetune.py::test_exported_model_reproduces_validation_score",
-    # SIGTERM ends a run, which then resumes
-    "tests/train/test_interruption.py::test_signal_ends_run_in_each_phase[SIGTERM-step_taken]",
-    "tests/train/test_interruption.py::test_run_interrupted_in_each_phase_ends_as_unbroken[SIGTERM]",
-    # a run resumes after SIGKILL
-    "tests/train/test_kills.py::test_run_killed_by_sigkill_within_an_epoch",
-    # features of a frozen prefix change nothing
-    "tests/train/test_prefix.py::test_run_with_prefix_ends_as_without[plain]",
-)
-
 # Start first, because each runs in one worker and would else be the last to end.
 LONG = (
     "tests/train/test_devices.py",
     "tests/parity/test_recipes.py",
     "tests/models/test_resnet.py",
-    "tests/train/test_prefix.py",
+    "tests/train/test_frozen_prefix.py",
     "tests/train/test_kills.py",
     "tests/train/test_mishaps.py",
     "tests/train/test_signals.py",
     "tests/train/test_fork.py",
-    "tests/train/test_images.py",
-    "tests/train/test_solve.py",
+    "tests/train/test_data_options.py",
+    "tests/train/test_linear_probe_stage.py",
     "tests/test_configs.py",
 )
 
@@ -124,21 +104,10 @@ def pytest_collect_file():
     return [item for item in (yield) if not isinstance(item, DoctestModule)]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items, config):
-    """Marks the tests of SMOKE, before `-m` selects, and sorts the files of LONG first."""
+def pytest_collection_modifyitems(items):
+    """Sorts the files of LONG first."""
     places = {file: place for place, file in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
-    for item in items:
-        if item.nodeid.startswith(SMOKE):
-            item.add_marker(pytest.mark.smoke)
-    if any("::" in argument for argument in config.args):
-        return
-    for start in SMOKE:
-        file = start.partition("::")[0]
-        names = [item.nodeid for item in items if item.nodeid.startswith(file)]
-        if names and not any(name.startswith(start) for name in names):
-            raise pytest.UsageError(f"SMOKE in tests/conftest.py names no test: {start}")
 
 
 def cpu_seconds():
@@ -236,6 +205,15 @@ class CpuTimes:
 def pytest_xdist_auto_num_workers():
     """One more than the cores, because tests wait for disks and processes."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
+@pytest.fixture(scope="module")
+def golden(request):
+    """Recorded arrays by name, from the file `GOLDEN` of the test module."""
+    import numpy as np
+
+    with np.load(request.module.GOLDEN) as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""Records epochs of Auto-RGN in torch for tests/train/test_relative_gradients.py.
+"""Records epochs of Auto-RGN in torch for tests/train/test_auto_rgn.py.
 
     python tests/record_auto_rgn.py
 
@@ -21,8 +21,8 @@ sys.path[:0] = [str(TESTS / "models"), str(TESTS / "train")]
 from float64_stages import samples  # noqa: E402
 from record_ddp import network  # noqa: E402
 from record_stage_steps import tensors  # noqa: E402
+from test_auto_rgn import BATCH, EPOCHS, GAMMA, GOLDEN, RATES, SOURCE  # noqa: E402
 from test_ddp import normalized  # noqa: E402
-from test_relative_gradients import BATCH, EPOCHS, GAMMA, GOLDEN, RATES, SOURCE  # noqa: E402
 
 from jaxft.data import BatchConfig, Preprocessing, train_batches  # noqa: E402
 

@@ -10,10 +10,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
+from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxft
-from jaxft import Adam, Stage
+from jaxft import Adam, LabelError, PatternError, Stage
 
 X = jax.random.normal(jax.random.key(7), (8, 4))
 
@@ -206,9 +207,9 @@ def test_label_of_shapes_equals_label_of_arrays(name, networks):
 def test_paths_of_lists_of_layers():
     layers = nnx.List([nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(i)) for i in range(2)])
     state = nnx.state(nnx.Dict(blocks=layers), nnx.Param)
-    kernel = {"kernel": jnp.ones((2, 2))}
-    trees = {"blocks": [kernel, kernel]}, nnx.Dict(blocks=layers), state, nnx.to_pure_dict(state)
-    haiku = {"blocks/0": kernel, "blocks/~/1": kernel}
+    kernel, other = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.ones((2, 2))}
+    trees = {"blocks": [kernel, other]}, nnx.Dict(blocks=layers), state, nnx.to_pure_dict(state)
+    haiku = {"blocks/0": kernel, "blocks/~/1": other}
     for tree in (*trees, haiku):
         assert jaxft.paths(tree) == ["blocks.0.kernel", "blocks.1.kernel"]
         labels = jaxft.label(tree, {"blocks.1": "x"})
@@ -260,3 +261,100 @@ def test_paths_of_registered_container_with_string_keys():
             return cls(children)
 
     assert jaxft.paths(Pair([jnp.ones(1), {"w": jnp.ones(1)}])) == ["left", "right.w"]
+
+
+def test_train_state_with_all_gradients_equals_one_of_the_trainable_half():
+    params = LinenNet().init(jax.random.key(0), X)["params"]
+    labels = jaxft.label(params, {"head": "head"})
+    tx = jaxft.multi_transform({"head": optax.adam(0.1)}, labels)
+    trainable, frozen = jaxft.partition(params, labels)
+
+    def loss(params):
+        return jnp.sum(LinenNet().apply({"params": params}, X) ** 2)
+
+    whole = TrainState.create(apply_fn=None, params=params, tx=tx)
+    half = TrainState.create(apply_fn=None, params=trainable, tx=tx)
+    for _ in range(2):
+        whole = whole.apply_gradients(grads=jax.grad(loss)(whole.params))
+        grads = jax.grad(lambda half: loss(jaxft.combine(half, frozen)))(half.params)
+        half = half.apply_gradients(grads=grads)
+    after = jaxft.combine(half.params, frozen)
+    jax.tree.map(np.testing.assert_allclose, after, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, after["body"], params["body"])
+    assert not np.array_equal(after["head"]["bias"], params["head"]["bias"])
+
+
+@pytest.mark.parametrize("labelled", ["whole", "arrays"])
+@pytest.mark.parametrize("rules", [{"head": "x"}, {"*": "x"}], ids=["head", "all"])
+def test_equinox_filter_grad_with_all_gradients(labelled, rules, networks):
+    import equinox as eqx
+
+    net, apply = networks["equinox, whole"]
+    labels = jaxft.label(net if labelled == "whole" else eqx.filter(net, eqx.is_array), rules)
+    tx = jaxft.multi_transform({"x": optax.adam(0.1)}, labels)
+    results = []
+    for initial in (net, eqx.filter(net, eqx.is_array)):
+        after, opt_state = net, tx.init(initial)
+        for _ in range(2):
+            _, grads = eqx.filter_value_and_grad(lambda net: jnp.sum(apply(net) ** 2))(after)
+            updates, opt_state = tx.update(grads, opt_state, eqx.filter(after, eqx.is_array))
+            after = eqx.apply_updates(after, updates)
+        results.append(after)
+    trainable, frozen = jaxft.partition(net, labels)
+    opt_state = tx.init(trainable)
+    for _ in range(2):
+        _, grads = eqx.filter_value_and_grad(
+            lambda half, frozen=frozen: jnp.sum(apply(jaxft.combine(half, frozen)) ** 2)
+        )(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        trainable = eqx.apply_updates(trainable, updates)
+    results.append(jaxft.combine(trainable, frozen))
+    for after in results:
+        assert after.activation is net.activation
+        assert jax.tree.structure(after) == jax.tree.structure(net)
+        arrays = [eqx.filter(tree, eqx.is_array) for tree in (after, results[0])]
+        jax.tree.map(np.testing.assert_array_equal, *arrays)
+        assert np.array_equal(after.body.weight, net.body.weight) == ("head" in rules)
+        assert not np.array_equal(after.head.weight, net.head.weight)
+
+
+def test_label_freezes_leaves_that_are_no_arrays_of_floats():
+    params = {
+        "function": jnp.tanh,
+        "number": 0.5,  # a dropout rate of Equinox
+        "steps": jnp.zeros((), jnp.int32),
+        "key": jax.random.key(0),
+        "w": jnp.ones(2),
+        "half": jnp.ones(2, jnp.bfloat16),
+    }
+    labels = jaxft.label(params, {"*": "x"})
+    assert [name for name in params if labels[name] == "x"] == ["w", "half"]
+    assert jaxft.label(params, {"w": "x"}, default="rest")["function"] == "frozen"
+    (plan,) = jaxft.plan(Stage("all", {"*": 0.1}, 1), params)
+    plan.transform(Adam()).init(params)
+    trainable, frozen = jaxft.partition(params, plan.labels)
+    assert sorted(jaxft.paths(trainable)) == ["half", "w"]
+    assert jaxft.combine(trainable, frozen) == params
+    message = r"'function' matches only leaves that never train: function \(PjitFunction\)"
+    with pytest.raises(PatternError, match=message):
+        jaxft.label(params, {"function": "x"})
+
+
+def test_multi_transform_matches_labels_by_path_where_containers_differ(networks):
+    params, _ = networks["linen"]
+    labels = jaxft.label(params, {"head": "head"})
+    tx = jaxft.multi_transform({"head": optax.adam(0.1)}, labels)
+    states = [tx.init(tree) for tree in (params, freeze(params))]
+    assert jax.tree.map(jnp.shape, states[0]).inner_states.keys() == {"head", "frozen"}
+    assert jaxft.paths(states[0]) == jaxft.paths(states[1])
+    with pytest.raises(LabelError, match=r"labels of no parameter: head\.bias, head\.kernel"):
+        tx.init({"body": params["body"]})
+    with pytest.raises(LabelError, match=r"without a label: neck"):
+        tx.init({**params, "neck": jnp.ones(1)})
+
+
+def test_labels_are_refused_where_leaves_share_a_path_and_containers_differ():
+    params = {"net/linear": {"w": jnp.ones(1)}, "net/~/linear": {"w": jnp.ones(2)}}
+    labels = jaxft.label(params, {"net": "x"})
+    with pytest.raises(LabelError, match=r"several leaves share the path net\.linear\.w"):
+        jaxft.partition(freeze(params), labels)

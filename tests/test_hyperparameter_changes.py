@@ -85,8 +85,8 @@ def without_lr(opts):
 
 
 @pytest.mark.parametrize("seed", RECORDED)
-def test_carry_with_changed_hyperparameters_equals_recorded_torch(seed):
-    with jax.enable_x64(True), np.load(GOLDEN) as golden:
+def test_carry_with_changed_hyperparameters_equals_recorded_torch(seed, golden):
+    with jax.enable_x64(True):
         np.testing.assert_allclose(train(seed), golden[str(seed)], rtol=1e-12, atol=1e-12)
 
 

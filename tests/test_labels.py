@@ -65,6 +65,79 @@ def test_label_selects_by_pattern(pattern, expected):
     assert {path for path, label in chosen if label == "x"} == expected
 
 
+LAYERS = [f"layer.{i}.w" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("layer.1", [1]),  # neither layer.10 nor layer.11
+        ("layer.1*", [1, 10, 11]),
+        ("layer[10:]", [10, 11]),
+        ("layer[:2]", [0, 1]),
+        ("layer[8:11]", [8, 9, 10]),
+        ("**.layer[3:4].w", [3]),
+        ("laye?[3:5]", [3, 4]),
+        ("layer[:]", [*range(12)]),
+    ],
+)
+@pytest.mark.parametrize("container", ["dict", "list", "flat"])
+def test_label_selects_layers_by_index(pattern, expected, container):
+    items = [{"w": np.zeros(1)} for _ in range(12)]
+    layers = {
+        "dict": {"layer": {str(i): item for i, item in enumerate(items)}},
+        "list": {"layer": items},
+        "flat": {("layer", str(i), "w"): item["w"] for i, item in enumerate(items)},
+    }
+    params = layers[container] | (
+        {("layers",): np.zeros(1), ("layer_norm", "3"): np.zeros(1)}
+        if container == "flat"
+        else {"layers": np.zeros(1), "layer_norm": {"3": np.zeros(1)}}
+    )
+    labels = jaxft.label(params, {pattern: "x"})
+    named = zip(jaxft.paths(params), jax.tree.leaves(labels), strict=True)
+    assert {path for path, name in named if name == "x"} == {LAYERS[i] for i in expected}
+
+
+def test_label_accepts_pairs_and_keeps_their_order():
+    rules = [("fc.bias", "bias"), ("fc", "head")]
+    assert jaxft.label(RESNET, rules) == jaxft.label(RESNET, dict(rules))
+    assert jaxft.label(RESNET, iter(rules)) == jaxft.label(RESNET, dict(rules))
+    with pytest.raises(PatternError, match="'fc' is never reached: 'fc' before it"):
+        jaxft.label(RESNET, [("fc", "a"), ("fc", "b")])
+
+
+@pytest.mark.parametrize("rules", [["fc"], "fc", 3, None, [("fc", "a", "b")]], ids=str)
+def test_label_rejects_rules_that_are_no_mapping(rules):
+    with pytest.raises(LabelError, match="must be a mapping of patterns to labels"):
+        jaxft.label(RESNET, rules)
+
+
+def test_paths_of_keys_of_flatten_dict():
+    from flax.traverse_util import flatten_dict
+
+    nested = tree("encoder.0.kernel", "head.kernel")
+    for flat in (flatten_dict(nested), flatten_dict(nested, sep="/")):
+        assert jaxft.paths(flat) == jaxft.paths(nested)
+        labels = jaxft.label(flat, {"head": "x"})
+        assert jax.tree.leaves(labels) == ["frozen", "x"]
+        assert [*labels] == [*flat]
+
+
+def test_array_at_two_paths_with_different_labels_is_a_warning():
+    shared = np.zeros((4, 3))
+    params = {"embed": {"w": shared}, "head": {"w": shared}, "other": np.zeros(1)}
+    message = "'embed.w' and 'head.w' hold the same array with different labels, 'frozen' and 'x'"
+    with pytest.warns(UserWarning, match=message):
+        jaxft.label(params, {"head": "x"})
+    with pytest.warns(UserWarning, match=message.replace("'x'", "'head'")):
+        jaxft.plan(jaxft.Stage("a", {"head": 0.1}, 1), params)
+    assert jaxft.label(params, {"*": "x"})["head"] == {"w": "x"}  # no warning
+    jaxft.plan(jaxft.Stage("a", {"*": 0.1}, 1), params)
+    shape = jax.ShapeDtypeStruct((4, 3), np.float32)
+    jaxft.label({"embed": shape, "head": shape}, {"head": "x"})
+
+
 def test_label_uses_the_first_match_and_freezes_the_rest():
     labels = jaxft.label(RESNET, {"fc.bias": "bias", "fc": "head"})
     assert labels["fc"] == {"bias": "bias", "kernel": "head"}
@@ -87,6 +160,68 @@ def test_label_uses_the_first_match_and_freezes_the_rest():
 def test_label_rejects_wrong_rules(rules, message):
     with pytest.raises(PatternError, match=f"(?s){message}"):
         jaxft.label(RESNET, rules)
+
+
+VIT = tree(
+    "cls_token",
+    *(f"blocks_{i}.{name}.kernel" for i in range(4) for name in ("attn", "fc1")),
+    "head.kernel",
+)
+DEEP = tree("layer1.0.conv1.kernel", "layer3.5.conv1.kernel", "layer4.0.conv1.kernel", "fc.bias")
+
+
+@pytest.mark.parametrize(
+    ("params", "pattern", "hint"),
+    [
+        (DEEP, "layer5", "'layer4'?"),  # not layer3.5
+        (DEEP, "layer2", "'layer1'?"),
+        (DEEP, "layer3.6.conv1", "'layer3.5.conv1'?"),
+        (DEEP, "layer4.0.conv2", "'layer4.0.conv1'?"),
+        (DEEP, "fcc", "'fc'?"),
+        (VIT, "blocks_12.attn", "'blocks_3.attn'?"),
+        (VIT, "attn", "'**.attn'?"),
+        (VIT, "attn.weight", "'**.attn.kernel'?"),
+        (VIT, "model.head.weight", "'head.kernel'?"),
+        (VIT, "blocks_3/attn", "'blocks_3.attn'?"),
+        (VIT, "blocks_(2|3)", r"re.compile('blocks_(2|3)\\..*')?"),
+        (VIT, r"blocks_\d+\.attn\.kernel", r"re.compile('blocks_\\d+\\.attn\\.kernel')?"),
+        (VIT, "blocks_(2", "'blocks_2'?"),  # no regular expression
+        ({"params": VIT}, "head", "'params.head' or to pass params['params']?"),
+        ({"params": VIT, "batch_stats": tree("head.mean")}, "head", "'params.head' or to pass"),
+        ({"params": VIT}, "hed", "'params.head'?"),
+        ({"params": VIT}, "blocks_5", "'params.blocks_3'?"),
+        ({"params": VIT}, "blocks_(2|3)", r"re.compile('.*\\.blocks_(2|3)\\..*')?"),
+        ({"net": DEEP}, "fc", "'net.fc'?"),
+        (tree("layer.0.w", "layer.10.w"), "layer.11", "'layer.10'?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unmatched_pattern_error_suggests_a_pattern(params, pattern, hint):
+    with pytest.raises(PatternError) as caught:
+        jaxft.label(params, {pattern: "x"})
+    assert str(caught.value).splitlines()[1].startswith(f"  Did you mean {hint}")
+
+
+def test_string_with_empty_segment_may_be_a_regular_expression():
+    with pytest.raises(PatternError, match=r"regular expression, pass re.compile\('\.\*head"):
+        jaxft.label(VIT, {".*head.*": "x"})
+
+
+def test_parameters_are_listed_below_the_common_root():
+    with pytest.raises(PatternError) as caught:
+        jaxft.label({"params": VIT}, {"neck": "x"})
+    entries = [f"params.blocks_{i}.* (2)" for i in range(4)]
+    expected = "  ".join([*entries, "params.cls_token", "params.head.* (1)"])
+    assert str(caught.value).endswith(f"\n  Parameters: {expected}")
+    table = jaxft.summary({"params": VIT}, jaxft.label({"params": VIT}, {"params.head": "x"}))
+    where = [line.split("  ")[-1] for line in table.splitlines()[1:3]]
+    others = " ".join(["params.blocks_0", *(f"params.blocks_{i}" for i in (1, 2, 3))])
+    assert where == ["params.head", f"{others} params.cls_token"]
+
+
+def test_summary_of_a_single_array():
+    assert jaxft.summary(np.zeros(2), "x").splitlines()[1].split() == ["x", "1", "2", "100.0%"]
+    assert jaxft.summary(tree("a.b"), {"a": {"b": "x"}}).splitlines()[1].endswith("a.b")
 
 
 def test_unmatched_pattern_error_lists_the_parameters():
@@ -135,7 +270,7 @@ def test_partition_leaves_none_in_place_of_the_other_half():
     [
         ({"a": "x"}, "without a label: b.0, b.1"),
         ({"a": "x", "b": ["x", "x"], "c": "x"}, "labels of no parameter: c"),
-        ({"a": "x", "b": ("x", "x")}, "its containers are of other types"),
+        ({"a": "x", "b": ["x", "x"], "c": None, "d": "y"}, "labels of no parameter: d"),
         ({"a": None, "b": ["x", "x"]}, "without a label: a"),
         ({"a": 1, "b": ["x", "x"]}, "must be strings, not 1 for a"),
     ],

@@ -12,9 +12,11 @@ import pytest
 import jaxft
 
 LIGHT = [
-    "patterns", "labels", "stages", "stage_options", "stage_plan", "early_stopping", "strategies",
-    "l2_sp", "linear_probe", "optim.optimizers", "optim.transform", "optim.schedules",
-    "optim.carry", "optim.plateau", "optim.gradients",
+    "patterns", "tree_paths", "labels", "nnx_filter", "stacked_layers", "stages", "stage_options",
+    "stage_plan", "early_stopping", "strategies", "l2_sp", "linear_probe", "optim.optimizers",
+    "optim.transform", "optim.schedules", "optim.carry", "optim.plateau", "optim.gradients",
+    "optim.carry_report", "optim.memory", "optim.group_trees", "optim.complete_optimizer",
+    "state_shapes",
 ]  # fmt: skip
 HEAVY = {
     "flax", "orbax", "tensorflow", "tensorflow_datasets", "torch", "sklearn", "PIL",
@@ -44,13 +46,14 @@ def test_importing_jaxft_imports_no_jax():
 def test_exported_names_are_those_of_the_type_checker():
     """The imports under TYPE_CHECKING, the table of modules and `__all__` agree."""
     tree = ast.parse(Path(jaxft.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    homes = {alias.name: statement.module for statement in block.body for alias in statement.names}
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [statement for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    homes = {alias.name: statement.module for statement in imports for alias in statement.names}
     assert sorted(jaxft.__all__) == sorted(homes)
     for name, module in homes.items():
-        path = f"{module}.{name}"
-        expected = sys.modules.get(path) or getattr(import_module(module), name)
-        assert getattr(jaxft, name) is expected, name
+        value = getattr(jaxft, name)  # imports it
+        expected = sys.modules.get(f"{module}.{name}") or getattr(import_module(module), name)
+        assert value is expected, name
 
 
 def test_exported_names_exist():

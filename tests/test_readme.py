@@ -13,16 +13,17 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 from narrow import narrowed
 
 import jaxft
+from jaxft.export import export
 from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.report.lr_plot import lr_table
-from jaxft.train.export import export
 from jaxft.train.frozen_prefix import block_labels
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +69,9 @@ RUN = {
     ("configs/README.md", "A linear probe"),
     ("configs/README.md", "Ready-made stages"),
     ("jaxft/README.md", "Freezing in five lines"),
-    ("jaxft/README.md", "A training step"),
+    ("jaxft/README.md", "Loops"),
     ("jaxft/README.md", "Stages in your own loop"),
+    ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
     ("jaxft/README.md", "Your own network"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
@@ -98,7 +100,7 @@ def libraries():
     import haiku as hk
 
     names = {"jax": jax, "jnp": jnp, "optax": optax, "jaxft": jaxft, "pathlib": pathlib}
-    return names | {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx}
+    return names | {"nn": nn, "nnx": nnx, "hk": hk, "eqx": eqx, "TrainState": TrainState}
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -242,7 +244,9 @@ def freeze(setup, five_lines):
     before = names["params"]
     assert len(five_lines.splitlines()) == 5
     exec(five_lines, names)
-    half = optax.apply_updates(names["trainable"], names["updates"])
+    half = names["trainable"]
+    updates, names["opt_state"] = names["tx"].update(names["gradients"], names["opt_state"], half)
+    half = optax.apply_updates(half, updates)
     after = jaxft.combine(half, names["frozen"])
     assert jax.tree.structure(after) == jax.tree.structure(before)
     assert changed(before, after) == {"head"}
@@ -253,25 +257,63 @@ def test_five_lines_of_the_readme_freeze():
     freeze(*blocks("README.md", "In your own training loop"))
 
 
-FIVE_LINES, *FRAMEWORKS = blocks("jaxft/README.md", "Freezing in five lines")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", FRAMEWORKS, ids=["dict", "linen", "nnx", "haiku", "equinox"])
-def test_freezing_and_stages_in_every_framework(setup):
-    names = freeze(setup, FIVE_LINES)
+def test_freezing_and_stages():
+    five_lines, setup = blocks("jaxft/README.md", "Freezing in five lines")
+    run_stages(freeze(setup, five_lines))
+
+
+def run_stages(names):
+    """Runs the loop over stages with the parameters and the loss in `names`."""
     before = names["params"]
     run("jaxft/README.md", "Stages in your own loop", names)
     assert changed(before, names["params"]) == {"body", "head"}
     states = names["opt_state"].inner_states
     counts = {name: int(states[name].inner_state.rule.count) for name in ("head", "*")}
     assert counts == {"head": 50, "*": 30}
+    wrapped = names["transform"](names["plan"]).init(names["params"])
+    assert len(jax.tree.leaves(wrapped.acc_grads)) == len(jax.tree.leaves(before))
 
 
-def test_training_step_trains_only_the_head():
-    names = run("jaxft/README.md", "A training step", {})
-    assert (names["params"]["body"]["kernel"] == 1).all()
-    assert (names["params"]["head"]["kernel"] != 1).all()
+LOOPS = re.split(r"^### (.*)\n", sections("jaxft/README.md")["Loops"], flags=re.MULTILINE)
+LOOPS = {
+    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for title, text in zip(LOOPS[1::2], LOOPS[2::2], strict=True)
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", LOOPS)
+def test_loop_trains_only_what_is_labelled(title):
+    (block,) = LOOPS[title]
+    assert len(block.splitlines()) <= 25
+    names = libraries() | {"x": jax.random.normal(jax.random.key(7), (5, 4))}
+    exec(LOOPS["Plain optax"][0], names)
+    exec(block, names)
+    if "NNX" in title:
+        before, after = (
+            nnx.state(net, nnx.Param) for net in (names["Net"](nnx.Rngs(0)), names["net"])
+        )
+    else:
+        before, after = names["params"], names["trained"]
+    if title == "LoRA":
+        assert changed(before, after) == {"body", "head"}
+        assert changed(before["body"], after["body"]) == {"lora_a", "lora_b"}
+    elif title == "Scanned layers":
+        assert changed(before, after) == {"blocks", "head"}
+        kernels = (tree["blocks"]["fc"]["kernel"].layers for tree in (before, after))
+        assert changed(*kernels) == {"3", "4", "5"}
+    else:
+        assert changed(before, after) == {"head"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["Flax Linen and TrainState", "Equinox", "Haiku"])
+def test_stages_in_every_framework(title):
+    names = libraries() | {"x": jax.random.normal(jax.random.key(7), (5, 4))}
+    for block in (*LOOPS["Plain optax"], *LOOPS[title]):
+        exec(block, names)
+    run_stages(names)
 
 
 def test_optimizer_updates_by_its_learning_rate():

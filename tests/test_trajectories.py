@@ -173,12 +173,6 @@ def train(case):
     return np.stack(rows)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_trajectory_equals_torch(case, golden):
     with jax.enable_x64(True):

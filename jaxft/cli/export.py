@@ -17,7 +17,7 @@ from functools import partial
 
 from jaxft.checkpoint.atomic import anywhere
 from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
-from jaxft.train.export import export
+from jaxft.export import export
 from jaxft.weights.description import MARK, STRIDES
 from jaxft.weights.jax_export import PLATFORMS
 

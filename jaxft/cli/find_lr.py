@@ -16,9 +16,9 @@ from functools import partial
 from jaxft.checkpoint.atomic import anywhere
 from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
+from jaxft.lr_finder import highest, named, ramp, range_test, trial
 from jaxft.recipe import Recipe
 from jaxft.report.lr_plot import draw, lr_table, write_curve
-from jaxft.train.lr_finder import highest, named, ramp, range_test, trial
 
 
 def run(arguments: Sequence[str], program: str = "jaxft find-lr") -> int:

@@ -14,12 +14,12 @@ from functools import partial
 
 from jaxft.cli.command_setup import command_parser, keep_programs, run_until_signal
 from jaxft.cli.recipe_options import read_recipe
+from jaxft.lr_finder import trial
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.stages import Stage
 from jaxft.train.auto_rgn import BATCHES, block_norms
 from jaxft.train.frozen_prefix import block_labels
-from jaxft.train.lr_finder import trial
 
 
 def run(arguments: Sequence[str], program: str = "jaxft probe-layers") -> int:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from jaxft.data.augment import View, check_view
 from jaxft.data.class_balance import balanced_draws
@@ -26,15 +28,15 @@ _AUGMENTATION = 1
 
 
 class Batch(NamedTuple):
-    """A batch of NumPy arrays; rows where `mask` is False are padding with zeros."""
+    """A batch: NumPy arrays on the host, jax arrays on a device.
 
-    image: np.ndarray
-    """uint8 [b h w 3] before normalisation, float32 if the source is already normalised, or
-    features [b ...]."""
-    target: np.ndarray
-    """int32 [b]."""
-    mask: np.ndarray
-    """bool [b], False for padding."""
+    Rows where `mask` is False are padding with zeros. Stacked batches have one more leading axis.
+    """
+
+    image: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b ..."]
+    """uint8 images, float images that are already normalised, or features."""
+    target: Int32[np.ndarray | jax.Array, " b"]
+    mask: Bool[np.ndarray | jax.Array, " b"]
 
 
 def steps_per_epoch(source: Source, batch_size: int, *, drop_last: bool = False) -> int:

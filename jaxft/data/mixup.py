@@ -1,46 +1,49 @@
 """Soft targets, mixup and CutMix on the device, as pure functions that work under `jax.jit`.
 
 As in torchvision's `v2.MixUp` and `v2.CutMix`, one coefficient is drawn per batch, and each row is
-mixed with the row before it; the first row is mixed with the last. Images are normalised float32
-[b h w c]; targets float32 [b k] sum to one; `mask` bool [b] is False for padding. Padding rows are
-skipped and stay unchanged.
+mixed with the row before it; the first row is mixed with the last. Images are normalised; targets
+sum to one; `mask` is False for padding. Padding rows are skipped and stay unchanged.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 
 class MixedBatch(NamedTuple):
     """A batch after mixing."""
 
-    images: jax.Array
-    """float32 [b h w c]."""
-    targets: jax.Array
-    """float32 [b k]."""
+    images: Float[jax.Array, "b h w c"]
+    targets: Float[jax.Array, "b k"]
 
 
-def soft_targets(target: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
+def soft_targets(
+    target: Int[jax.Array, " b"], num_classes: int, smoothing: float = 0.0
+) -> Float[jax.Array, "b {num_classes}"]:
     """Returns smoothed one-hot targets: (1 - smoothing) onehot + smoothing / k.
 
     The cross entropy with these targets equals torch's with `label_smoothing=smoothing`. Smoothing
     and mixing commute.
 
     Args:
-      target: classes, int [b].
+      target: classes.
       num_classes: number of classes k.
       smoothing: label smoothing in 0..1.
-
-    Returns:
-      float32 [b k].
     """
     onehot = jax.nn.one_hot(target, num_classes)
     return (1 - smoothing) * onehot + smoothing / num_classes
 
 
 def mixup(
-    key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float
+    key: PRNGKeyArray,
+    images: Float[jax.Array, "b h w c"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
+    *,
+    alpha: float,
 ) -> MixedBatch:
     """Blends each row with the row before it; the coefficient is Beta(alpha, alpha) distributed.
 
@@ -50,7 +53,12 @@ def mixup(
 
 
 def cutmix(
-    key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float
+    key: PRNGKeyArray,
+    images: Float[jax.Array, "b h w c"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
+    *,
+    alpha: float,
 ) -> MixedBatch:
     """Pastes a random box from the row before; 1 - its area is Beta(alpha, alpha) distributed.
 
@@ -67,10 +75,10 @@ def cutmix(
 
 
 def mixup_or_cutmix(
-    key: jax.Array,
-    images: jax.Array,
-    targets: jax.Array,
-    mask: jax.Array,
+    key: PRNGKeyArray,
+    images: Float[jax.Array, "b h w c"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
     *,
     mixup_alpha: float,
     cutmix_alpha: float,
@@ -88,7 +96,10 @@ def mixup_or_cutmix(
 
 
 def blend(
-    images: jax.Array, targets: jax.Array, mask: jax.Array, lam: jax.typing.ArrayLike
+    images: Float[jax.Array, "b h w c"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
+    lam: Float[ArrayLike, ""],
 ) -> MixedBatch:
     """Returns lam * row + (1 - lam) * previous row, for images and targets."""
     previous = _previous_rows(mask)
@@ -103,18 +114,18 @@ def blend(
 
 
 def cut_box(
-    lam: jax.typing.ArrayLike,
-    x: jax.typing.ArrayLike,
-    y: jax.typing.ArrayLike,
+    lam: Float[ArrayLike, ""],
+    x: Int[ArrayLike, ""],
+    y: Int[ArrayLike, ""],
     height: int,
     width: int,
-) -> jax.Array:
+) -> Int[jax.Array, "4"]:
     """Returns the box of CutMix around (x, y), with 1 - lam of the image's area.
 
     The box is clipped at the image's edges. As in torchvision, half sides are truncated to pixels.
 
     Returns:
-      int32 [4]: left, top, right and bottom in pixels; right and bottom are exclusive.
+      Left, top, right and bottom in pixels; right and bottom are exclusive.
     """
     radius = 0.5 * jnp.sqrt(1 - jnp.asarray(lam, jnp.float32))
     half_width = (radius * width).astype(jnp.int32)
@@ -124,15 +135,13 @@ def cut_box(
     return jnp.stack([left, top, right, bottom]).astype(jnp.int32)
 
 
-def paste(images: jax.Array, targets: jax.Array, mask: jax.Array, box: jax.Array) -> MixedBatch:
-    """Pastes the box of the previous row into each row; blends the targets by the areas.
-
-    Args:
-      images: float32 [b h w c].
-      targets: float32 [b k].
-      mask: bool [b], False for padding.
-      box: int [4], from `cut_box`.
-    """
+def paste(
+    images: Float[jax.Array, "b h w c"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
+    box: Int[jax.Array, "4"],
+) -> MixedBatch:
+    """Pastes the previous row into each row, within a `cut_box`; blends targets by the areas."""
     _, height, width, _ = images.shape
     left, top, right, bottom = box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
@@ -143,8 +152,8 @@ def paste(images: jax.Array, targets: jax.Array, mask: jax.Array, box: jax.Array
     return MixedBatch(mixed_images, blend(images, targets, mask, lam).targets)
 
 
-def _previous_rows(mask: jax.Array) -> jax.Array:
-    """Returns the index of the previous real row for each real row, cyclically, int [b]."""
+def _previous_rows(mask: Bool[jax.Array, " b"]) -> Int[jax.Array, " b"]:
+    """Returns the index of the previous real row for each real row, cyclically."""
     rows = jnp.arange(mask.shape[0])
     latest = jax.lax.cummax(jnp.where(mask, rows, -1))  # last real row up to each row
     previous = jnp.roll(latest, 1)

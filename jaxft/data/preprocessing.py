@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from jaxft.data import geometry
@@ -36,14 +38,12 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
-    def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
+    def normalize(
+        self, images: UInt8[ArrayLike, "b h w 3"] | Float[ArrayLike, "b h w 3"]
+    ) -> Float[jax.Array, "b h w 3"]:
         """Normalises images like torchvision's `ToTensor` and `Normalize`; works under `jax.jit`.
 
-        Args:
-          images: uint8 [b h w 3], or floats, which are already normalised and returned unchanged.
-
-        Returns:
-          float32 [b h w 3].
+        uint8 images become float32. Float images are already normalised and returned unchanged.
         """
         images = jnp.asarray(images)
         if jnp.issubdtype(images.dtype, jnp.floating):

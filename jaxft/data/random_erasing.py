@@ -8,20 +8,22 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PRNGKeyArray
 
 _ATTEMPTS = 10
 
 
 def erasing_boxes(
-    key: jax.Array,
+    key: PRNGKeyArray,
     count: int,
     height: int,
     width: int,
     *,
-    probability: float = 0.5,
+    probability: Float[ArrayLike, ""] = 0.5,
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
-) -> jax.Array:
+) -> Int[jax.Array, "{count} 4"]:
     """Draws a box per image as torchvision's `RandomErasing.get_params`.
 
     Takes the first of ten random boxes that is lower and narrower than the image.
@@ -37,7 +39,7 @@ def erasing_boxes(
       ratio: range of the box's height / width, log-uniform.
 
     Returns:
-      int32 [count 4]: top, left, height and width in pixels.
+      Top, left, height and width in pixels.
     """
     keys = jax.random.split(key, 5)
     shape = (count, _ATTEMPTS)
@@ -56,13 +58,10 @@ def erasing_boxes(
     return jnp.stack([top, left, h, w], axis=1)
 
 
-def erase(images: jax.Array, boxes: jax.Array) -> jax.Array:
-    """Sets the pixels in each image's box to 0, the mean colour.
-
-    Args:
-      images: normalised float32 [b h w c].
-      boxes: int [b 4] from `erasing_boxes`.
-    """
+def erase(
+    images: Float[jax.Array, "b h w c"], boxes: Int[jax.Array, "b 4"]
+) -> Float[jax.Array, "b h w c"]:
+    """Sets the pixels in each image's box of `erasing_boxes` to 0, the mean colour."""
     _, height, width, _ = images.shape
     top, left, h, w = (boxes[:, k, None] for k in range(4))
     y, x = jnp.arange(height), jnp.arange(width)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 
+@runtime_checkable
 class Source(Protocol):
     """Labelled images, read by index. Several threads may read at once.
 

@@ -1,10 +1,11 @@
 """The `Model` protocol: a network as pure functions on plain trees."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
@@ -60,6 +61,7 @@ class Architecture(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Architecture, Protocol):
     """A network that jaxft can train.
 
@@ -84,7 +86,7 @@ class Model(Architecture, Protocol):
         """Arguments of `create` that build this network; weights files record them."""
         ...
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, in the dtypes that every run of this network uses."""
         ...
 
@@ -92,15 +94,15 @@ class Model(Architecture, Protocol):
         self,
         params: Tree,
         stats: Tree,
-        inputs: jax.Array,
+        inputs: Float[jax.Array, "b ..."],
         *,
         norms: Norms,
-        mask: ArrayLike | None = None,
+        mask: Bool[ArrayLike, " b"] | None = None,
         replicas: int = 1,
-        key: jax.Array | None = None,
+        key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,
-    ) -> tuple[jax.Array, Tree]:
+    ) -> tuple[Float[jax.Array, "b ..."], Tree]:
         """Applies the blocks from `first` to `last`, both included; by default all blocks.
 
         Args:
@@ -108,7 +110,7 @@ class Model(Architecture, Protocol):
           stats: all running statistics of the network.
           inputs: normalised RGB images `[b h w c]`, or the output of the block before `first`.
           norms: the mode of each norm layer.
-          mask: `[b]`, False for padding rows, which batch statistics leave out.
+          mask: False for padding rows, which batch statistics leave out.
           replicas: number of equal parts of the batch with separate batch statistics.
           key: random key for dropout and stochastic depth; None disables both.
           first: the first block to apply.

@@ -6,11 +6,12 @@ optimizers are not needed, because every JAX transform sees arrays in dicts.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.models.context import Context
 from jaxft.models.layers import Rngs
@@ -42,6 +43,7 @@ def with_nnx_keys(tree: Tree, template: Tree) -> Tree:
     return {key: with_nnx_keys(tree[str(key)], value) for key, value in template.items()}
 
 
+@runtime_checkable
 class Config(Architecture, Protocol):
     """The configuration of a module for `NNXModel`."""
 
@@ -99,7 +101,7 @@ class NNXModel:
         """Arguments of `jaxft.models.create` that the configuration has."""
         return {name: getattr(self.config, name) for name in OPTIONS if hasattr(self.config, name)}
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, drawn in float32 and cast to `config.param_dtype`."""
         module = self._build(key)
         trees = variables(module, nnx.Param), variables(module, nnx.BatchStat)
@@ -109,15 +111,15 @@ class NNXModel:
         self,
         params: Tree,
         stats: Tree,
-        inputs: jax.Array,
+        inputs: Float[jax.Array, "b ..."],
         *,
         norms: Norms,
-        mask: ArrayLike | None = None,
+        mask: Bool[ArrayLike, " b"] | None = None,
         replicas: int = 1,
-        key: jax.Array | None = None,
+        key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,
-    ) -> tuple[jax.Array, Tree]:
+    ) -> tuple[Float[jax.Array, "b ..."], Tree]:
         """Applies the blocks from `first` to `last`; see `Model.apply`.
 
         `params` and `stats` are the whole trees, also for a few blocks.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.errors import ModelError
 from jaxft.models.model import NormMode, Norms, Tree
@@ -115,15 +116,15 @@ class UserModel(ABC):
         self,
         params: Tree,
         stats: Tree,
-        inputs: jax.Array,
+        inputs: Float[jax.Array, "b h w c"],
         *,
         norms: Norms,
-        mask: ArrayLike | None = None,
+        mask: Bool[ArrayLike, " b"] | None = None,
         replicas: int = 1,
-        key: jax.Array | None = None,
+        key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,
-    ) -> tuple[jax.Array, Tree]:
+    ) -> tuple[Float[jax.Array, "b k"], Tree]:
         """Applies the module; see `Model.apply`.
 
         With a `key` the module is called in training mode. Half-precision logits are cast to
@@ -167,7 +168,7 @@ class UserModel(ABC):
         """Name of the network."""
 
     @abstractmethod
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, drawn by the module."""
 
     @abstractmethod

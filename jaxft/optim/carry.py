@@ -1,72 +1,128 @@
-"""Carries optimizer state over to new labels, matching parameters by path instead of position.
+"""Carries optimizer state over to new labels, matching parameters by path within a label's state.
 
-Throughout this file, the *memory* of a state is the part that is carried: moments and their count.
+The state of `multi_transform({"head": optax.adam(1e-3)}, labels)`, where the body is frozen:
+
+    PartitionState(inner_states={
+        "head": MaskedState(inner_state=(              # one entry per label: a group
+            ScaleByAdamState(                          # optax.adam is a chain of two transforms
+                count=3,
+                mu={"body": MaskedNode(), "head": {"w": [4 2]}},
+                nu={"body": MaskedNode(), "head": {"w": [4 2]}},
+            ),                                         # MaskedNode: a parameter of another group
+            EmptyState(),                              # of the learning rate
+        )),
+        "frozen": MaskedState(inner_state=EmptyState()),
+    })
+
+The *memory* of a group is the part that is carried: the fields of its states, without wrappers.
+
+    {Field("ScaleByAdamState", 0, "count"): 3,
+     Field("ScaleByAdamState", 0, "mu"): {"body": MaskedNode(), "head": {"w": [4 2]}},
+     Field("ScaleByAdamState", 0, "nu"): {"body": MaskedNode(), "head": {"w": [4 2]}}}
+
+A field that is a bare array, such as `count`, is shared by the group. In all other fields each leaf
+belongs to one parameter. Its key is the field and the path of the leaf: `mu`, `['head']['w']`. Keys
+do not depend on the name of the group, on wrappers or on positions in a chain.
+
+A parked group is stored with the frozen label, without wrappers:
+
+    "frozen": MaskedState(inner_state={"late": (ScaleByAdamState(...), EmptyState())})
 """
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
 import optax
+from jax.tree_util import keystr, tree_map_with_path
 
 from jaxft.errors import LabelError
 from jaxft.labels import FROZEN
-from jaxft.optim.optimizers import RMSpropState, SGDState
-from jaxft.optim.transform import GroupState
+from jaxft.optim.carry_report import (
+    MIXES,
+    OTHER_ARRAYS,
+    OTHER_OPTIMIZER,
+    CarryReport,
+    Choice,
+    fresh_warnings,
+    is_known,
+    period_warnings,
+    resets,
+)
+from jaxft.optim.memory import (
+    Field,
+    Key,
+    Memory,
+    is_optional,
+    is_partition,
+    leaves_of,
+    map_memory,
+    memory_of,
+    optimizer_of,
+    parameter_paths,
+    same_shape,
+    unwrapped,
+    with_memory,
+    without_partitions,
+)
 
-Leaves = dict[str, Any]
-"""Leaves of a memory by key path; a `MaskedNode` at the parameters of other groups."""
 
-# The field of each wrapper state that is carried; None carries nothing. All other fields start
-# with the stage: positions of schedules, hyperparameters, accumulated gradients, counts of skipped
-# steps.
-_CARRIED_FIELD = {
-    GroupState: "rule",
-    optax.MaskedState: "inner_state",
-    optax.InjectHyperparamsState: "inner_state",
-    optax.InjectStatefulHyperparamsState: "inner_state",
-    optax.MultiStepsState: "inner_opt_state",
-    optax.ApplyIfFiniteState: "inner_state",
-    optax.ConditionallyTransformState: "inner_state",
-    optax.ConditionallyMaskState: "inner_state",
-    optax.LookaheadState: "fast_state",
-    optax.ScaleByScheduleState: None,
-    optax.contrib.ReduceLROnPlateauState: None,
-    optax.AddNoiseState: None,
-}
-
-
+@overload
 def carry(
-    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ()
-) -> optax.OptState:
+    old: optax.OptState,
+    new: optax.OptState,
+    *,
+    park: Collection[str] = ...,
+    report: Literal[False] = ...,
+) -> optax.OptState: ...
+@overload
+def carry(
+    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ..., report: Literal[True]
+) -> tuple[optax.OptState, CarryReport]: ...
+def carry(
+    old: optax.OptState,
+    new: optax.OptState,
+    *,
+    park: Collection[str] = (),
+    report: bool = False,
+) -> optax.OptState | tuple[optax.OptState, CarryReport]:
     """Copies optimizer state of the previous labels into a fresh state of the new labels.
 
     Works like torch's `add_param_group`: parameters that keep training keep their moments and step
-    count, new ones start fresh. Groups may be renamed, split or merged, and hyperparameters may
-    change. A group starts fresh, with a warning, if its optimizer changed (Adam and AdamW count as
-    the same) or if it mixes parameters with different step counts (`jaxft.plan` never does).
+    count, new ones start fresh. Parameters are matched by path within a label's state, so groups
+    may be renamed, split or merged. A group starts fresh, with a warning, if its optimizer changed
+    (Adam and AdamW count as the same) or if it mixes parameters with different step counts
+    (`jaxft.plan` never does).
 
     Only moments and their count are carried. Hyperparameters, positions of schedules and
-    accumulated gradients are those in `new`, for jaxft's transforms and for optax's.
+    accumulated gradients are those in `new`, for jaxft's transforms and for optax's: the learning
+    rate is the one that the new transform asks for. An optimizer that uses one count for its
+    moments and its schedule (`optax.contrib.prodigy`) continues both.
 
     The `multi_transform` may be wrapped (`optax.chain`, `MultiSteps`, `apply_if_finite`,
     `inject_hyperparams`, ...) and may contain wrappers. Moments outside of it, and gradients that a
     `MultiSteps` has accumulated for its next step, are dropped with a warning.
 
+    Under `jax.jit` and `jax.eval_shape`, groups may be renamed and split but not merged, because
+    step counts cannot be compared there.
+
     Args:
       old: state of a `multi_transform` over the previous labels.
       new: initial state of a `multi_transform` over the new labels.
-      park: labels whose state is kept while they do not train, for a later `carry`. It is stored
-        with the frozen label. Other unused state is dropped.
+      park: labels whose state is kept while they do not train, in the state of the frozen label.
+        Name them at each `carry` until they train again: state that is neither used nor parked is
+        dropped.
+      report: whether to return a `CarryReport` instead of warning.
 
     Returns:
-      A state with the structure of `new`, apart from parked state.
+      A state with the structure of `new`, apart from parked state; or `(state, report)`.
 
     Raises:
-      LabelError: a state contains no `multi_transform`, or the states contain different numbers of
-        them.
+      LabelError: a state contains no `multi_transform`; the states contain different numbers of
+        them; a label cannot be parked, because no transform belongs to `frozen`; or groups are
+        merged under `jax.jit`.
 
     Example:
       >>> import jax.numpy as jnp, jaxft
@@ -76,20 +132,14 @@ def carry(
       ...     return jaxft.multi_transform({name: optax.adam(0.1) for name in names}, labels)
       >>> first, second = relabel("head"), relabel("head", "body")
       >>> _, state = first.update(params, first.init(params), params)
-      >>> state = carry(state, second.init(params))
+      >>> state, report = carry(state, second.init(params), report=True)
       >>> [int(state.inner_states[name].inner_state[0].count) for name in ("head", "body")]
       [1, 0]
+      >>> print(report)
+      group  action   reason
+      head   carried  the state of 'head'
+      body   fresh    its parameters have no state yet
     """
-    state, messages = carry_with_warnings(old, new, park=park)
-    for message in messages:
-        warnings.warn(message, stacklevel=2)
-    return state
-
-
-def carry_with_warnings(
-    old: optax.OptState, new: optax.OptState, *, park: Collection[str] = ()
-) -> tuple[optax.OptState, list[str]]:
-    """Returns the state that `carry` returns, and its warnings as sentences."""
     old_partitions, new_partitions = _partitions(old, "old"), _partitions(new, "new")
     if len(old_partitions) != len(new_partitions):
         raise LabelError(
@@ -97,251 +147,229 @@ def carry_with_warnings(
             f"{len(new_partitions)}. Build the transforms of both stages alike, or carry each "
             "multi_transform separately."
         )
-    messages = [*_dropped_moments(old), *_dropped_gradients(old)]
-    states = []
+    states, choices = [], []
     for old_partition, new_partition in zip(old_partitions, new_partitions, strict=True):
-        state, partition_messages = _carry_partition(old_partition, new_partition, park)
+        state, partition_choices = _carry_partition(old_partition, new_partition, park)
         states.append(state)
-        messages += partition_messages
+        choices += partition_choices
     carried = iter(states)
     state = jax.tree.map(
-        lambda node: next(carried) if _is_partition(node) else node, new, is_leaf=_is_partition
+        lambda node: next(carried) if is_partition(node) else node, new, is_leaf=is_partition
     )
-    return state, messages
+    messages = [*period_warnings(old), *fresh_warnings(choices)]
+    outside = leaves_of(memory_of(without_partitions(old))).items()
+    fields = dict.fromkeys(field.name for (field, path), x in outside if path or np.ndim(x))
+    if names := ", ".join(fields):
+        choices.append(Choice("", "fresh", f"{names}: carry matches parameters by label"))
+        messages.append(
+            f"the state outside of the multi_transform ({names}) starts fresh: carry matches "
+            "parameters by label."
+        )
+    choices += resets("", without_partitions(new))
+    if report:
+        return state, CarryReport(tuple(choices), tuple(messages))
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
+    return state
+
+
+class _Source(NamedTuple):
+    """A group of the old state."""
+
+    group: str
+    is_parked: bool
+    state: optax.OptState
+    memory: Memory
+    leaves: dict[Key, Any]
+    """Arrays that may be carried."""
+    paths: set[str]
+    """Paths of its parameters."""
+    optimizer: object
+
+
+class _Outcome(NamedTuple):
+    """The memory of a new group, and the sources that it comes from."""
+
+    memory: Memory
+    choice: Choice
+    donors: Sequence[_Source] = ()
 
 
 def _carry_partition(
     old: optax.PartitionState, new: optax.PartitionState, park: Collection[str]
-) -> tuple[optax.PartitionState, list[str]]:
-    old_memories = {group: _memory(state) for group, state in old.inner_states.items()}
-    parked = old_memories.pop(FROZEN, None)
-    old_memories |= parked if isinstance(parked, dict) else {}
-    states = dict(new.inner_states)
-    new_memories = {group: _memory(state) for group, state in states.items() if group != FROZEN}
-    leaves_by_group = [_leaves(m) for m in (*old_memories.values(), *new_memories.values())]
-    masked = {path for leaves in leaves_by_group for path, x in leaves.items() if _is_masked(x)}
-    messages, changed_groups = [], []
-    for group, fresh in new_memories.items():
-        same_optimizer = {
-            name: memory for name, memory in old_memories.items() if _kind(memory) == _kind(fresh)
-        }
-        sources = {name: _leaves(memory) for name, memory in same_optimizer.items()}
-        carried, message = _carry_leaves(group, _leaves(fresh), sources, masked)
-        if message:
-            messages.append(message)
-        elif not carried and group not in sources and jax.tree.leaves(old_memories.get(group)):
-            changed_groups.append(group)
-        memory = _replace_leaves(fresh, carried)
-        if group in same_optimizer:
-            memory = _with_unused_fields(memory, same_optimizer[group])
-        states[group] = _with_memory(states[group], memory)
-    if changed_groups:
-        messages.append(_changed_optimizer_message(changed_groups))
-    if kept := {g: old_memories[g] for g in old_memories if g in set(park) - set(new_memories)}:
-        if FROZEN not in states:
-            raise LabelError(
-                f"carry: {', '.join(kept)} cannot be parked, as nothing is labelled {FROZEN!r}. "
-                "Build the transform with jaxft.multi_transform."
-            )
-        states[FROZEN] = states[FROZEN]._replace(inner_state=kept)
-    return new._replace(inner_states=states), messages
+) -> tuple[optax.PartitionState, list[Choice]]:
+    """Carries the state of one `multi_transform`: fills the groups that train, parks the others."""
+    sources, states = _sources(old), dict(new.inner_states)
+    fresh = {group: memory_of(state) for group, state in states.items() if group != FROZEN}
+    choices: list[Choice] = []
+    used: set[str] = set()
+    for group, memory in fresh.items():
+        outcome = _carry_group(group, memory, sources)
+        choices += [outcome.choice, *resets(group, states[group])]
+        used.update(donor.group for donor in outcome.donors)
+        states[group] = with_memory(states[group], outcome.memory)
+    idle = {source.group: source for source in sources if source.group not in fresh}
+    unparked = [group for group in idle if group in park and idle[group].leaves]
+    if unparked and FROZEN not in states:
+        raise LabelError(
+            f"carry: {', '.join(unparked)} cannot be parked, as nothing is labelled {FROZEN!r}. "
+            "Build the transform with jaxft.multi_transform."
+        )
+    parked, idle_choices = _park(idle, park, used, training=parameter_paths(fresh.values()))
+    if parked:
+        states[FROZEN] = states[FROZEN]._replace(inner_state=parked)
+    return new._replace(inner_states=states), choices + idle_choices
 
 
-def _changed_optimizer_message(groups: list[str]) -> str:
-    names = ", ".join(map(repr, groups))
-    if len(groups) == 1:
-        return f"group {names} has another optimizer now: it starts fresh."
-    return f"groups {names} have another optimizer now: they start fresh."
+def _sources(old: optax.PartitionState) -> list[_Source]:
+    """Returns the groups of the old state: the parked ones, then those that trained.
+
+    Leaves out parked state of parameters that have trained since, in another group.
+    """
+    frozen = getattr(old.inner_states.get(FROZEN), "inner_state", None)
+    parked = frozen if isinstance(frozen, dict) else {}
+    active = {group: state for group, state in old.inner_states.items() if group != FROZEN}
+    trained = parameter_paths(map(memory_of, active.values()))
+    sources = []
+    for groups, is_parked in ((parked, True), (active, False)):
+        for group, state in groups.items():
+            memory = memory_of(state)
+            leaves = leaves_of(memory)
+            if is_parked:
+                leaves = {key: leaf for key, leaf in leaves.items() if key[1] not in trained}
+            paths, optimizer = parameter_paths([memory]), optimizer_of(memory)
+            sources.append(_Source(group, is_parked, state, memory, leaves, paths, optimizer))
+    return sources
 
 
-def _carry_leaves(
-    group: str, fresh: Leaves, sources: Mapping[str, Leaves], masked: Collection[str]
-) -> tuple[Leaves, str]:
-    """Finds old values for the leaves of a group.
+def _park(
+    idle: Mapping[str, _Source], park: Collection[str], used: Collection[str], training: set[str]
+) -> tuple[dict[str, optax.OptState], list[Choice]]:
+    """Returns the states to park, without wrappers and parameters that train, and the choices.
 
     Args:
-      group: name of the group.
-      fresh: leaves of its fresh memory.
-      sources: leaves of the old memories of the same optimizer, by group.
-      masked: paths that are masked in any group, i.e. belong to a single parameter.
-
-    Returns:
-      `(leaves, message)`: old values by path, and a warning if the group must start fresh.
+      idle: groups of the old state that do not train now, by name.
+      park: names of the groups to park.
+      used: names of the groups whose state is carried to others.
+      training: paths of the parameters that train now.
     """
-    wanted = {path: leaf for path, leaf in fresh.items() if not _is_masked(leaf)}
-    # Leaves that are masked elsewhere, and arrays, belong to one parameter; the others, such as
-    # Adam's count, to the whole group.
-    param_paths = [path for path in wanted if path in masked or np.ndim(wanted[path])]
-    if not param_paths:  # a count alone shows no parameters, so the group's name decides
-        return {path: sources[group][path] for path in wanted} if group in sources else {}, ""
-    source_of = {
-        path: name
-        for path in param_paths
-        for name, leaves in sources.items()
-        if _same_shape(leaves.get(path), wanted[path])
-    }
-    if not source_of:
-        return {}, ""
-    donors = [sources[name] for name in dict.fromkeys(source_of.values())]
-    shared_paths = [path for path in wanted if path not in param_paths]
-    counts = [[donor[path] for path in shared_paths] for donor in donors]
-    has_newcomers = len(source_of) < len(param_paths)
-    counts_differ = any(not _equal(counts[0], other) for other in counts[1:])
-    if shared_paths and (has_newcomers or counts_differ):
-        return {}, (
-            f"group {group!r} mixes parameters that have trained for different numbers of steps: "
-            "it starts fresh. Give them different labels, as jaxft.plan does."
+
+    def without_training(_: Field, value: Any) -> Any:
+        return tree_map_with_path(
+            lambda path, leaf: optax.MaskedNode() if keystr(path) in training else leaf, value
         )
-    shared = dict(zip(shared_paths, counts[0], strict=True))
-    return shared | {path: sources[name][path] for path, name in source_of.items()}, ""
+
+    parked, choices = {}, []
+    for group, source in idle.items():
+        is_training = bool(source.paths) and source.paths <= training
+        if not source.leaves:
+            continue
+        if group in park and not is_training:
+            parked[group] = map_memory(without_training, unwrapped(source.state))
+            reason = "name it in park at each carry until it trains again"
+            choices.append(Choice(group, "parked", reason))
+        elif group not in used:
+            reason = "its parameters train in other groups" if is_training else "not named in park"
+            choices.append(Choice(group, "dropped", reason))
+    return parked, choices
 
 
-def _replace_leaves(memory: Any, leaves: Leaves) -> Any:
-    """Returns the memory with the given leaves replaced."""
-    parts = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf),
-        _parts(memory),
-        is_leaf=_is_masked,
-    )
-    remaining = iter(parts)
+def _carry_group(group: str, fresh: Memory, sources: Sequence[_Source]) -> _Outcome:
+    """Fills the memory of a group with old values, unless it must start fresh."""
+    leaves, optimizer = leaves_of(fresh), optimizer_of(fresh)
+    alike = [source for source in sources if source.optimizer == optimizer]
+    namesake = next((source for source in reversed(alike) if source.group == group), None)
+    if not leaves and namesake and namesake.leaves:
+        # Torch keeps what it does not use: a momentum buffer survives a stage with momentum 0.
+        reason = f"the state of {group!r}, which its optimizer does not use now"
+        return _Outcome(namesake.memory, Choice(group, "carried", reason), [namesake])
 
-    def put(node: Any) -> Any:
-        if type(node) is tuple:
-            return tuple(map(put, node))
-        return next(remaining) if _parts(node) else node
+    origins = _origins(leaves, alike, namesake)
+    origin_ids = set(map(id, origins.values()))
+    donors = [source for source in sources if id(source) in origin_ids]
+    shared = [key for key in leaves if not key[1]]
+    is_partial = len({*origins, *shared}) < len(leaves)
+    reason = ""
+    if not origins:
+        reason = _missing_origin(group, leaves, optimizer, sources)
+    elif any(not same_shape(x.leaves.get(key), leaves[key]) for x in donors for key in shared):
+        reason = OTHER_ARRAYS
+    elif shared and (is_partial or not _same_values(group, shared, donors)):
+        reason = MIXES
+    if reason:
+        return _Outcome(fresh, Choice(group, "fresh", reason))
+    values = {key: donors[0].leaves[key] for key in shared}
+    values |= {key: source.leaves[key] for key, source in origins.items()}
 
-    return put(memory)
+    def carried(field: Field, value: Any) -> Any:
+        if value is None and is_optional(field) and namesake:  # not used now, see above
+            return namesake.memory[field]
+        return tree_map_with_path(lambda path, leaf: values.get((field, keystr(path)), leaf), value)
+
+    names = [f"the {'parked ' * donor.is_parked}state of {donor.group!r}" for donor in donors]
+    reason = " and ".join(names) + "; arrays without old state start fresh" * is_partial
+    memory = {field: carried(field, value) for field, value in fresh.items()}
+    return _Outcome(memory, Choice(group, "carried", reason), donors)
 
 
-def _parts(memory: Any) -> list[Any]:
-    """Returns the states with arrays of a possibly nested chain, in order.
+def _origins(
+    leaves: Mapping[Key, Any], alike: Sequence[_Source], namesake: _Source | None
+) -> dict[Key, _Source]:
+    """Returns the source of each leaf that belongs to a parameter, if it has one.
 
-    States without arrays depend on hyperparameters, so they must not count: optax's Adam has one
-    for its decay, and different ones for a schedule and for a constant learning rate.
+    If no leaf does, the name of the group decides: the state holds counts alone, or the parameters
+    are a single array.
     """
-    if type(memory) is tuple:
-        return [part for node in memory for part in _parts(node)]
-    is_jaxft_state = isinstance(memory, SGDState | RMSpropState)
-    return [memory] if is_jaxft_state or jax.tree.leaves(memory, is_leaf=_is_masked) else []
+    keys = [key for key in leaves if key[1]]
+    if not keys:
+        keys = list(leaves)
+        is_array = len(alike) == 1 and any(map(np.ndim, leaves.values()))
+        alike = [namesake] if namesake else alike if is_array else []
+    return {
+        key: source
+        for key in keys
+        for source in alike
+        if same_shape(source.leaves.get(key), leaves[key])
+    }
 
 
-def _with_unused_fields(fresh: Any, old: Any) -> Any:
-    """Returns the memory with the old values of fields that the new hyperparameters do not use.
-
-    Torch keeps them too: a momentum buffer survives a stage with momentum 0.
-    """
-    if not isinstance(fresh, SGDState | RMSpropState):
-        return fresh
-    return type(fresh)(*(b if a is None else a for a, b in zip(fresh, old, strict=True)))
-
-
-def _memory(state: Any) -> Any:
-    """Returns the part of a state that is carried, without wrappers."""
-
-    def inner(node: Any) -> Any:
-        if type(node) not in _CARRIED_FIELD:
-            return node
-        field = _CARRIED_FIELD[type(node)]
-        return None if field is None else _memory(getattr(node, field))
-
-    return jax.tree.map(inner, state, is_leaf=_is_opaque)
-
-
-def _with_memory(state: Any, memory: Any) -> Any:
-    """Returns the state with its memory replaced; the inverse of `_memory`."""
-
-    def replace(node: Any, part: Any) -> Any:
-        if type(node) not in _CARRIED_FIELD:
-            return part
-        field = _CARRIED_FIELD[type(node)]
-        if field is None:
-            return node
-        return node._replace(**{field: _with_memory(getattr(node, field), part)})
-
-    return jax.tree.map(replace, state, memory, is_leaf=_is_opaque)
-
-
-def _is_opaque(node: Any) -> bool:
-    return type(node) in _CARRIED_FIELD or isinstance(node, SGDState | RMSpropState)
-
-
-def _kind(memory: Any) -> Any:
-    """Returns a key that identifies the optimizer, whatever its parameters and hyperparameters."""
-    return [
-        type(part)
-        if isinstance(part, SGDState | RMSpropState)
-        else jax.tree.structure(part, is_leaf=_is_masked)
-        for part in _parts(memory)
+def _missing_origin(
+    group: str, leaves: Mapping[Key, Any], optimizer: object, sources: Sequence[_Source]
+) -> str:
+    """Returns why no leaf of a group has an origin."""
+    paths = {path for _, path in leaves if path}
+    known = [
+        source
+        for source in sources
+        if source.leaves and (paths & source.paths if paths else source.group == group)
     ]
+    if not known:
+        return "its parameters have no state yet" if leaves else "its optimizer has no state"
+    is_same = any(source.optimizer == optimizer for source in known)
+    return OTHER_ARRAYS if is_same else OTHER_OPTIMIZER
 
 
-def _partitions(state: Any, which: str) -> list[optax.PartitionState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_partition)
-    if not (partitions := [node for node in nodes if _is_partition(node)]):
+def _same_values(group: str, keys: Sequence[Key], donors: Sequence[_Source]) -> bool:
+    """Returns whether all donors have the same values, e.g. step counts.
+
+    Raises:
+      LabelError: the values are not known, because they are traced.
+    """
+    values = [[donor.leaves[key] for key in keys] for donor in donors]
+    if len(donors) > 1 and not all(is_known(x) for row in values for x in row):
+        raise LabelError(
+            f"carry: {group!r} merges {' and '.join(repr(donor.group) for donor in donors)}, whose "
+            "step counts cannot be compared under jax.jit. Call carry outside of it."
+        )
+    return all(np.all(a == b) for row in values[1:] for a, b in zip(values[0], row, strict=True))
+
+
+def _partitions(state: optax.OptState, which: str) -> list[optax.PartitionState]:
+    nodes = jax.tree.leaves(state, is_leaf=is_partition)
+    if not (partitions := [node for node in nodes if is_partition(node)]):
         raise LabelError(
             f"carry: the {which} state, of type {type(state).__name__}, holds no multi_transform. "
             "carry takes states of jaxft.multi_transform and optax.multi_transform, also within "
             "optax.chain, masked, MultiSteps or inject_hyperparams."
         )
     return partitions
-
-
-def _is_partition(node: Any) -> bool:
-    return isinstance(node, optax.PartitionState)
-
-
-def _dropped_moments(state: Any) -> list[str]:
-    """Returns a warning about moments outside of the `multi_transform`s, if there are any."""
-    outside = jax.tree.map(
-        lambda node: None if _is_partition(node) else node, state, is_leaf=_is_partition
-    )
-    keyed, _ = jax.tree_util.tree_flatten_with_path(_memory(outside))
-    names = dict.fromkeys(_field(path) for path, leaf in keyed if np.ndim(leaf))
-    if not names:
-        return []
-    return [
-        f"the state outside of the multi_transform ({', '.join(names)}) starts fresh: carry "
-        "matches parameters by label."
-    ]
-
-
-def _dropped_gradients(state: Any) -> list[str]:
-    """Returns a warning about gradients that a `MultiSteps` has accumulated, if there are any."""
-
-    def is_accumulator(node: Any) -> bool:
-        return isinstance(node, optax.MultiStepsState)
-
-    nodes = filter(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator))
-    counts = [n.mini_step for n in nodes if not isinstance(n.mini_step, jax.core.Tracer)]
-    most = max(map(int, counts), default=0)
-    if not most:
-        return []
-    return [
-        f"MultiSteps holds the gradients of {most} mini-step{'s' * (most > 1)} towards its next "
-        "step: they are dropped. A stage whose steps are a multiple of every_k_schedule drops "
-        "none."
-    ]
-
-
-def _field(path: Iterable[Any]) -> str:
-    """Returns the last attribute on a path: `ema`, `trace`, `mu`."""
-    return [getattr(key, "name", str(key)) for key in path if hasattr(key, "name")][-1]
-
-
-def _leaves(memory: Any) -> Leaves:
-    keyed, _ = jax.tree_util.tree_flatten_with_path(_parts(memory), is_leaf=_is_masked)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in keyed}
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _same_shape(a: Any, b: Any) -> bool:
-    if a is None or _is_masked(a):
-        return False
-    return bool(np.shape(a) == np.shape(b) and a.dtype == b.dtype)
-
-
-def _equal(a: list[Any], b: list[Any]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))

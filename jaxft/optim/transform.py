@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.errors import LabelError
-from jaxft.labels import FROZEN, Tree, leaf_labels, partition, same_structure
+from jaxft.errors import LabelError, RecipeError
+from jaxft.labels import FROZEN, Tree, combine, labels_like, partition
+from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
+from jaxft.optim.group_trees import GroupTrees
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm
+from jaxft.tree_paths import is_none
 
 
 class GroupState(NamedTuple):
@@ -32,6 +35,10 @@ class GroupState(NamedTuple):
     """State of a ReduceLROnPlateau schedule; None for other schedules."""
     factors: Tree = None
     """Factor of each tensor's learning rate, [] each, for relative learning rates; else None."""
+
+
+class LeafwiseTransform(optax.GradientTransformation):
+    """A transform that treats each array by itself, wherever in the tree it is."""
 
 
 def group_transform(
@@ -55,6 +62,9 @@ def group_transform(
       steps_per_epoch: converts steps to epochs, for schedules by epoch.
       relative: whether each tensor's learning rate is also multiplied by its entry of
         `GroupState.factors`, which is 1 until `restart` sets it.
+
+    Raises:
+      RecipeError: from `init`: the optimizer includes a learning rate.
     """
     length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
@@ -66,6 +76,9 @@ def group_transform(
         return rule.direction(schedule.momentum(*_schedule_time(schedule, position, **length)))
 
     def init(params: Tree) -> GroupState:
+        is_unknown = isinstance(rule, optax.GradientTransformation) and is_complete(rule) is None
+        if is_unknown and is_complete(rule, params):  # it needs the structure of these parameters
+            raise RecipeError(f"the optimizer of a stage {WAY_OUT}")
         plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
         return GroupState(
             rule=direction(0).init(params),
@@ -79,15 +92,27 @@ def group_transform(
     ) -> tuple[Tree, GroupState]:
         updates, moments = direction(state.position).update(gradients, state.rule, params)
         # A scheduled momentum may be of a wider type; it must not widen the moments.
-        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.rule)
-        scheduled_lr = group_lr(lr, schedule, state, **length)
-        factors = state.factors if relative else jax.tree.map(lambda _: 1.0, updates)
-        updates = jax.tree.map(
-            lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u, updates, factors
+        moments = jax.tree.map(
+            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
+            moments,
+            state.rule,
         )
+        scheduled_lr = group_lr(lr, schedule, state, **length)
+        if relative:
+            updates = jax.tree.map(
+                lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u,
+                updates,
+                state.factors,
+            )
+        else:
+            # Computed once, because thousands of small operations take long to compile.
+            dtypes = dict.fromkeys(u.dtype for u in jax.tree.leaves(updates))
+            factor_of = {dtype: -scheduled_lr.astype(dtype) for dtype in dtypes}
+            updates = jax.tree.map(lambda u: factor_of[u.dtype] * u, updates)
         return updates, state._replace(rule=moments, position=state.position + 1)
 
-    return optax.GradientTransformation(init, update)
+    is_foreign = isinstance(rule, optax.GradientTransformation)
+    return (optax.GradientTransformation if is_foreign else LeafwiseTransform)(init, update)
 
 
 def group_lr(
@@ -162,15 +187,17 @@ def multi_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.multi_transform` that freezes the label `frozen` and checks labels and transforms.
 
-    Initialise and update it with all parameters or with the trainable half (None where frozen).
+    Its `init` and `update` accept all parameters and the trainable half (None where frozen), in any
+    combination. Wrappers with arrays of their own, such as `optax.MultiSteps`, need the same tree
+    in both; see `trainable_only`.
 
     Args:
       transforms: a transform for each label except `frozen`.
       labels: the label tree.
 
     Raises:
-      LabelError: a label has no transform, or a transform no label; from `init`: the parameters
-        have another structure than the labels.
+      LabelError: a label has no transform, or a transform no label; from `init` and `update`: the
+        labels do not fit the tree, see `jaxft.labels.labels_like`.
 
     Example:
       >>> labels = {"body": "frozen", "head": "head"}
@@ -194,13 +221,88 @@ def multi_transform(
         sides = {"labels without a transform": missing, "transforms without a label": unused}
         errors = [f"{side} {names}" for side, names in sides.items() if names]
         raise LabelError(f"{'; '.join(errors)}. Every label but {FROZEN!r} takes one transform.")
-    # A label tree may be callable (a module of strings), and optax would call it.
-    transform = optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, lambda _: labels)
-    trainable_labels, _ = partition(labels, labels)
+    # Transforms of optax may have masks in the structure of the parameters; jaxft's have none.
+    compact = [label for label, tx in transforms.items() if isinstance(tx, LeafwiseTransform)]
+    inner = {label: optax.with_extra_args_support(tx) for label, tx in transforms.items()}
+    own_trees = GroupTrees(labels_like(labels, labels), inner, compact)
+
+    def trees_of(tree: Tree) -> GroupTrees:
+        """Checks the tree. An NNX optimizer updates other containers than it initialises."""
+        fitting = labels_like(tree, labels)
+        is_own = jax.tree.structure(tree, is_leaf=is_none) == own_structure
+        return own_trees if is_own else GroupTrees(fitting, inner, compact)
+
+    own_structure: Any = jax.tree.structure(labels, is_leaf=is_none)
+
+    def init(params: Tree) -> optax.PartitionState:
+        trees = trees_of(params).divide(params)
+        states = {label: inner[label].init(tree) for label, tree in trees.items()}
+        states[FROZEN] = optax.EmptyState()
+        return optax.PartitionState(
+            {label: optax.MaskedState(state) for label, state in states.items()}
+        )
+
+    def update(
+        gradients: Tree,
+        state: optax.PartitionState,
+        params: Tree | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, optax.PartitionState]:
+        trees = trees_of(gradients)
+        params_of = dict.fromkeys(inner) if params is None else trees.divide(params)
+        states = dict(state.inner_states)  # parked states stay with the frozen label
+        updates = {}
+        for label, group_gradients in trees.divide(gradients).items():
+            updates[label], group_state = inner[label].update(
+                group_gradients, states[label].inner_state, params_of[label], **extra_args
+            )
+            states[label] = optax.MaskedState(group_state)
+        return trees.join(updates, gradients), optax.PartitionState(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def trainable_only(
+    transform: optax.GradientTransformation | optax.MultiSteps, labels: Tree
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transform that passes only the trainable half to another one.
+
+    Its `init` and `update` accept all parameters and the trainable half (None where frozen), in any
+    combination. Use it around wrappers that store arrays of all parameters that they see, such as
+    `optax.MultiSteps`: then they store none for frozen parameters. Adds nothing to the state.
+
+    Args:
+      transform: an optax transform, usually a wrapper around a `multi_transform`.
+      labels: the label tree.
+
+    Raises:
+      LabelError: from `init` and `update`: the parameters have another structure than the labels.
+
+    Example:
+      >>> labels = {"body": "frozen", "head": "head"}
+      >>> tx = multi_transform({"head": optax.sgd(0.5)}, labels)
+      >>> tx = trainable_only(optax.MultiSteps(tx, every_k_schedule=2), labels)
+      >>> state = tx.init({"body": jnp.ones(()), "head": jnp.ones(())})
+      >>> state.acc_grads
+      {'body': None, 'head': Array(0., dtype=float32)}
+      >>> for _ in range(2):
+      ...     updates, state = tx.update({"body": None, "head": jnp.ones(())}, state)
+      >>> updates
+      {'body': None, 'head': Array(-0.5, dtype=float32)}
+    """
+    if isinstance(transform, optax.GradientTransformation):
+        transform = optax.with_extra_args_support(transform)
 
     def init(params: Tree) -> optax.OptState:
-        is_half = same_structure(params, trainable_labels)
-        leaf_labels(params, trainable_labels if is_half else labels)  # checks the structure
-        return transform.init(params)
+        return transform.init(partition(params, labels)[0])
 
-    return optax.GradientTransformationExtraArgs(init, transform.update)
+    def update(
+        gradients: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, optax.OptState]:
+        if params is not None:
+            params, _ = partition(params, labels)
+        half, frozen = partition(gradients, labels)
+        updates, state = transform.update(half, state, params, **extra_args)
+        return combine(updates, jax.tree.map(jnp.zeros_like, frozen)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

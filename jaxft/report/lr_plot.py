@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxft.train.lr_finder import Curve
+from jaxft.lr_finder import Curve
 
 
 def write_curve(path: Path, curve: Curve) -> None:

@@ -1,8 +1,23 @@
-"""Features of a run's images, and validation batches, kept while the process lives.
+"""Computes the features of a run's images, and keeps them and validation batches in a cache.
 
-Features are keyed by the images, their views, and a hash of all weights and statistics that
-computed them, so that outdated ones are never found. They are not saved: a resumed run computes
-them again, to the same last bit.
+- A frozen prefix is the first blocks of the network, if a stage does not change them
+  (`jaxft.train.frozen_prefix.FrozenPrefix`).
+- A feature is the output of the stage's prefix for one image.
+- An end is the last block of a prefix. One pass over the images computes the features at the end
+  of this stage's prefix, and at the ends of later stages' shorter prefixes.
+- A split is "train" or "val".
+- A view is one random augmentation of each training image, numbered from 0 in its stage.
+
+The cache finds features by a key of four parts:
+
+- the split;
+- stage and view, on which the random augmentation depends; None for images without augmentation,
+  whose features serve all stages;
+- the batch size, on which the last bits of the features depend;
+- a hash of all weights and statistics up to the end, so that features of outdated weights are
+  never found.
+
+The cache ends with the process. A resumed run computes its features again, to the same last bit.
 """
 
 import hashlib
@@ -12,7 +27,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -24,14 +39,14 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
 from jaxft.distributed import Devices
-from jaxft.errors import InterruptedRunError, NonFiniteError, RecipeError
-from jaxft.labels import paths
+from jaxft.errors import NonFiniteError, RecipeError
+from jaxft.labels import Tree, paths
 from jaxft.models.norm_modes import layer
 from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.frozen_prefix import block_labels
 from jaxft.train.stage_program import StageProgram
 
-Half = Literal["train", "val"]
+Split = Literal["train", "val"]
 
 
 class FeatureCache:
@@ -41,69 +56,78 @@ class FeatureCache:
         """Creates an empty cache.
 
         Args:
-          max_bytes: size of all arrays.
-          on_disk: whether `empty` allocates files.
+          max_bytes: maximum size of all arrays together.
+          on_disk: whether `allocate` creates files instead of memory.
         """
-        self._max = self._free = max_bytes
+        self._max_bytes = self._free_bytes = max_bytes
         self._on_disk = on_disk
-        self._trees: dict[Hashable, Any] = {}
+        self._trees: dict[Hashable, Any] = {}  # the least recently used first
 
     def get(self, key: Hashable) -> Any:
-        """Returns the tree of a key; None without one."""
+        """Returns the tree of a key; None if the cache does not hold it."""
         if key not in self._trees:
             return None
-        self._trees[key] = self._trees.pop(key)  # now the last of them
+        self._trees[key] = self._trees.pop(key)  # moves it to the end of the dict
         return self._trees[key]
 
     def add(self, key: Hashable, tree: Any) -> None:
-        """Adds a tree, unless it alone is too large."""
-        if _size(tree) > self._max:
+        """Adds a tree and drops others for it; does nothing if the tree alone is too large."""
+        if _size(tree) > self._max_bytes:
             return
         if key in self._trees:
-            self._free += _size(self._trees.pop(key))
-        self._free -= _size(tree)
+            self._free_bytes += _size(self._trees.pop(key))
+        self._free_bytes -= _size(tree)
         self._trees[key] = tree
-        while self._free < 0:
+        while self._free_bytes < 0:
             oldest = next(iter(self._trees))
-            self._free += _size(self._trees.pop(oldest))
+            self._free_bytes += _size(self._trees.pop(oldest))
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns an array to fill; on disk it is a file without a name, which goes with it.
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Returns an uninitialised array, which is not part of the cache before `add`.
 
         Raises:
-          RecipeError: the disk has no room for it.
+          RecipeError: the disk has no room for the array.
         """
         if not self._on_disk:
             return np.empty(shape, dtype)
         size = math.prod(shape) * dtype.itemsize
+        # The file has no name: the disk frees it together with the array.
         with tempfile.TemporaryFile() as file:
-            try:  # now, or a full disk would be a SIGBUS later
+            try:  # reserves the room, as a full disk would later end the process by SIGBUS
                 if hasattr(os, "posix_fallocate"):  # macOS has none
                     os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 raise RecipeError(
-                    f"what frozen layers make takes {size / 2**20:,.0f} MiB more in "
+                    f"the features of frozen layers need {size / 2**20:,.0f} MiB more in "
                     f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder with more "
-                    "room, or disk_cache_mib to what there is."
+                    "room, or disk_cache_mib to the room that is left."
                 ) from error
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
     def replayed(
         self, key: Hashable, batches: Generator[Batch, None, None], count: int
     ) -> Generator[Batch, None, None]:
-        """Yields `count` batches, from memory if all were seen before and there was room."""
-        seen = self.get(key)
-        if seen is not None:
-            yield from seen
+        """Yields validation batches, from the cache if an earlier call has stored all of them.
+
+        Otherwise stores them in the room that is free; no features are dropped for them.
+
+        Args:
+          key: key of the batches.
+          batches: yields the batches if the cache does not hold them.
+          count: number of batches.
+        """
+        stored = self.get(key)
+        if stored is not None:
+            yield from stored
             return
-        seen = []
+        stored = []
         with closing(batches):
             for batch in batches:
-                if count * _size(batch) <= self._free:
-                    seen.append(batch)
+                if count * _size(batch) <= self._free_bytes:
+                    stored.append(batch)
                 yield batch
-        if len(seen) == count:
-            self.add(key, seen)
+        if len(stored) == count:  # otherwise they did not fit
+            self.add(key, stored)
 
 
 @jax.jit
@@ -118,16 +142,16 @@ def _size(tree: Any) -> int:
 
 @dataclass(frozen=True)
 class StageFeatures:
-    """Features of the frozen prefix of a stage, computed once and cached.
+    """Features at the end of a stage's frozen prefix, each computed once and then cached.
 
     Attributes:
       program, compiled: the stage.
-      snapshot: returns arrays with the stage's prefix, which no step changes.
+      snapshot: returns the stage's arrays at any step; those of the prefix never change.
       splits: the run's images.
       devices: where the prefix runs.
-      cache: where the features are kept.
-      each_batch: `Trainer.of_each_batch`.
-      stopped: returns the error of a run that a signal has stopped.
+      cache: stores the features.
+      each_batch: calls a function with each batch of a source, in the source's order; returns None
+        if a signal came, otherwise the results. See `Trainer.of_each_batch` for its arguments.
     """
 
     program: StageProgram
@@ -137,126 +161,166 @@ class StageFeatures:
     devices: Devices
     cache: FeatureCache
     each_batch: Callable[..., list[Any] | None]
-    stopped: Callable[[], InterruptedRunError]
 
-    def train(self, view: int = 0) -> np.ndarray:
-        """Returns the features of a view of the training images, `[n ...]`.
+    def train(self, view: int = 0) -> np.ndarray | None:
+        """Returns the features `[n ...]` of a view of the training images; None if a signal came.
 
         Raises:
-          InterruptedRunError: a signal came meanwhile.
+          NonFiniteError: some are not finite, and the recipe does not skip such steps.
         """
-        stage_view = None if self.program.prefix.same_views else (self.program.index, view)
-        rows = self._rows("train", stage_view)
-        if rows is None:
-            raise self.stopped()
-        return rows[:, 0]
+        # All stages with `same_views` see the same images, so they share a key.
+        stage_and_view = None if self.program.prefix.same_views else (self.program.index, view)
+        features = self._features("train", stage_and_view)
+        return None if features is None else features[:, 0]
 
     def val(self) -> np.ndarray | None:
-        """Returns the features of the validation images, `[n v ...]`; v is 2 with their mirrors.
+        """Returns the features `[n f ...]` of the validation images; None if a signal came.
 
-        Returns None if a signal came meanwhile.
+        `f` is 1, or with `tta="flip"` 2: each image, then its mirror image.
+
+        Raises:
+          NonFiniteError: some are not finite, and the recipe does not skip such epochs.
         """
-        return self._rows("val", None)
+        return self._features("val", None)
 
-    def _rows(self, half: Half, view: tuple[int, int] | None) -> np.ndarray | None:
-        size = self.program.settings.batch_size  # the last bits of an output depend on it
-        keys = [(half, view, size, self._digests[end]) for end in self.program.prefix.ends]
-        cached: np.ndarray | None = self.cache.get(keys[-1])
+    def _features(self, split: Split, stage_and_view: tuple[int, int] | None) -> np.ndarray | None:
+        """Returns features `[n f ...]` from the cache, or computes and caches them."""
+        size, ends = self.program.settings.batch_size, self.program.prefix.ends
+        keys = [(split, stage_and_view, size, self._digests[end]) for end in ends]
+        cached: np.ndarray | None = self.cache.get(keys[-1])  # the last end is this stage's
         if cached is not None:
             return cached
-        computed = self._compute(half, view)
+        computed = self._compute(split, stage_and_view)
         if computed is None:
             return None
-        for key, rows in zip(keys, computed, strict=True):
-            self.cache.add(key, rows)
+        for key, features in zip(keys, computed, strict=True):
+            self.cache.add(key, features)
         return computed[-1]
 
-    def _compute(self, half: Half, view: tuple[int, int] | None) -> list[np.ndarray] | None:
-        """Computes the features at each of the prefix's ends in one pass over the images.
-
-        Returns None if a signal came. Raises NonFiniteError for features that are not finite,
-        unless the recipe skips them.
-        """
+    def _compute(
+        self, split: Split, stage_and_view: tuple[int, int] | None
+    ) -> list[np.ndarray] | None:
+        """Computes the features at each of the prefix's ends in one pass over the images."""
         recipe, size = self.program.recipe, self.program.settings.batch_size
-        source: Source = getattr(self.splits, half)
-        sides = (1, -1) if half == "val" and recipe.tta == "flip" else (1,)
+        source: Source = getattr(self.splits, split)
+        flips = (1, -1) if split == "val" and recipe.tta == "flip" else (1,)
         params, stats, _ = self.snapshot()
-        arrays: list[np.ndarray] = []
-        waiting: deque[list[tuple[list[jax.Array], jax.Array]]] = deque()
-        done = 0
+        stops = recipe.on_nonfinite == "stop"
+        error = partial(self._nonfinite_error, split, len(source)) if stops else None
+        writer = _FeatureWriter(len(source), size, self.devices, self.cache.allocate, error)
 
-        def outputs(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-            features = []
-            for block, compute in self.compiled.prefix.items():
-                x = compute(params, stats, x)
-                if block in self.program.prefix.ends:
-                    features.append(x)
-            return features, finite_rows(x)
+        def enqueue(batch: Batch) -> None:
+            views = (jnp.asarray(batch.image)[:, :, ::flip] for flip in flips)
+            writer.enqueue([self._outputs(params, stats, x) for x in views])
 
-        def store() -> None:
-            nonlocal done
-            by_side, finite = zip(*self.devices.host(waiting.popleft()), strict=True)
-            by_end = [np.stack(sides, 1) for sides in zip(*by_side, strict=True)]
-            if not arrays:
-                shapes = ((len(source), *x.shape[1:]) for x in by_end)
-                arrays.extend(map(self.cache.empty, shapes, (x.dtype for x in by_end)))
-            count = min(size, len(source) - done)
-            wrong = np.flatnonzero(~np.all(finite, 0)[:count])
-            if len(wrong) and recipe.on_nonfinite == "stop":
-                raise self._not_finite(half, done + int(wrong[0]), len(source))
-            for array, rows in zip(arrays, by_end, strict=True):
-                array[done : done + count] = rows[:count]
-            done += count
-
-        def through(batch: Batch) -> None:
-            images = (jnp.asarray(batch.image)[:, :, ::side] for side in sides)
-            waiting.append([outputs(x) for x in images])
-            if len(waiting) > 1:  # the device is at work on the next batch meanwhile
-                store()
-
-        drawn = None
-        if view:
-            stage, number = view
-            of_stage = train_view_loader(
-                source,
-                recipe.preprocessing,
-                self.program.settings.augment,
-                seed=recipe.seed,
-                stage=stage,
+        load_view = None  # without augmentation
+        if stage_and_view:
+            stage, view = stage_and_view
+            load_view = partial(
+                train_view_loader(
+                    source,
+                    recipe.preprocessing,
+                    self.program.settings.augment,
+                    seed=recipe.seed,
+                    stage=stage,
+                ),
+                view=view,
             )
-            drawn = partial(of_stage, view=number)
-        if self.each_batch(source, through, batch_size=size, load=drawn) is None:
+        if self.each_batch(source, enqueue, batch_size=size, load=load_view) is None:
             return None
-        store()
-        return arrays
+        return writer.finish()
 
-    def _not_finite(self, half: Half, image: int, images: int) -> NonFiniteError:
-        use, skipping = {
-            "train": ("train on", "leaves steps with it out"),
-            "val": ("validate", "has no epoch as the best whose validation is not finite"),
-        }[half]
+    def _outputs(
+        self, params: Tree, stats: Tree, x: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Returns the features of images at each end, and whether those at the last are finite."""
+        features = []
+        for block, compute in self.compiled.prefix.items():
+            x = compute(params, stats, x)
+            if block in self.program.prefix.ends:
+                features.append(x)
+        return features, finite_rows(x)
+
+    def _nonfinite_error(self, split: Split, num_images: int, image: int) -> NonFiniteError:
+        """Returns the error of an image, counted from 0, whose features are not finite."""
+        kind, effect = {
+            "train": ("training", "and skips the steps that use this image."),
+            "val": ("validation", "and never takes an epoch without a finite loss as the best."),
+        }[split]
         stage, blocks = self.program.plan.stage, self.program.prefix.blocks
         where = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
-        way_out = f" With --on-nonfinite skip the same command resumes and {skipping}."
+        way_out = f" With --on-nonfinite skip the same command resumes {effect}"
         return NonFiniteError(
-            f"stage {stage.name!r}: the features of image {image} (of {images} to {use}, counted "
-            f"from 0), as its frozen {where} compute them, are not finite. Look at that image, at "
+            f"stage {stage.name!r}: the features of {kind} image {image} (counted from 0, of "
+            f"{num_images} images) are not finite after the frozen {where}. Look at this image, at "
             "the weights (large ones overflow) and at the running statistics."
             + ("" if stage.linear_probe else way_out)
         )
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """Hash of all arrays up to each block of the prefix, by block."""
+        """Hash of all weights and statistics from the input up to each block of the prefix."""
         params, stats, _ = self.devices.host(self.snapshot()._replace(opt_state=None))
-        of_params = jax.tree.leaves(block_labels(self.program.model, params))
-        of_layer = dict(zip(map(layer, paths(params)), of_params, strict=True))
-        of_stats = [of_layer[layer(path)] for path in paths(stats)]
+        param_blocks = jax.tree.leaves(block_labels(self.program.model, params))
+        block_of_layer = dict(zip(map(layer, paths(params)), param_blocks, strict=True))
+        stats_blocks = [block_of_layer[layer(path)] for path in paths(stats)]
         leaves = [*jax.tree.leaves(params), *jax.tree.leaves(stats)]
-        sofar, digests = hashlib.sha256(), {}
+        hash_so_far, digests = hashlib.sha256(), {}
         for block in self.program.prefix.blocks:
-            for leaf_block, leaf in zip((*of_params, *of_stats), leaves, strict=True):
+            for leaf_block, leaf in zip((*param_blocks, *stats_blocks), leaves, strict=True):
                 if leaf_block == block:
-                    sofar.update(np.asarray(leaf).tobytes())
-            digests[block] = sofar.hexdigest()
+                    hash_so_far.update(np.asarray(leaf).tobytes())
+            digests[block] = hash_so_far.hexdigest()
         return digests
+
+
+@dataclass
+class _FeatureWriter:
+    """Copies features from the devices, batch by batch, into arrays of all images of a split.
+
+    A batch stays pending until the next batch is enqueued, so that the devices compute the next
+    batch during the copy.
+
+    Attributes:
+      num_images: number of images of the split.
+      batch_size: images per batch; further rows of a batch only fill the devices.
+      devices: copies arrays to the host.
+      allocate: returns an uninitialised array.
+      error: returns the error of an image whose features are not finite; None: they are stored.
+      arrays: features `[n f ...]` at each end.
+    """
+
+    num_images: int
+    batch_size: int
+    devices: Devices
+    allocate: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+    error: Callable[[int], NonFiniteError] | None
+    arrays: list[np.ndarray] = field(default_factory=list)
+    _pending: deque[list[tuple[list[jax.Array], jax.Array]]] = field(default_factory=deque)
+    _num_written: int = 0
+
+    def enqueue(self, outputs: list[tuple[list[jax.Array], jax.Array]]) -> None:
+        """Takes the features of a batch at each end and their finite rows, for each flip."""
+        self._pending.append(outputs)
+        if len(self._pending) > 1:
+            self._write()
+
+    def finish(self) -> list[np.ndarray]:
+        """Writes the last batch and returns the features at each end."""
+        self._write()
+        return self.arrays
+
+    def _write(self) -> None:
+        by_flip, finite = zip(*self.devices.host(self._pending.popleft()), strict=True)
+        by_end = [np.stack(flips, 1) for flips in zip(*by_flip, strict=True)]
+        if not self.arrays:  # the first batch has the shapes
+            for x in by_end:
+                self.arrays.append(self.allocate((self.num_images, *x.shape[1:]), x.dtype))
+        first = self._num_written
+        count = min(self.batch_size, self.num_images - first)
+        wrong = np.flatnonzero(~np.all(finite, 0)[:count])
+        if len(wrong) and self.error:
+            raise self.error(first + int(wrong[0]))
+        for array, x in zip(self.arrays, by_end, strict=True):
+            array[first : first + count] = x[:count]
+        self._num_written += count

@@ -3,7 +3,7 @@
 A run finds its start in this order:
 
 1. the newest checkpoint in its workdir (`jaxft.train.resume.resume`),
-2. the end of another run's stage (`fork_from`),
+2. the end of another run's stage (`fork_from`, see `jaxft.train.fork`),
 3. the arrays in `start`,
 4. the recipe's pretrained weights,
 5. random weights.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from jaxft import agreement, lost_process, models
+from jaxft import agreement, export, lost_process, models
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -45,11 +45,17 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train import export
 from jaxft.train.eval_step import eval_step
 from jaxft.train.feature_cache import FeatureCache
+from jaxft.train.fork import (
+    Fork,
+    check_fork,
+    find_fork,
+    stage_index,
+    start_weights,
+    with_head_order,
+)
 from jaxft.train.metrics import Score
-from jaxft.train.resume import Fork, check_fork, find_fork, in_order, stage_of_fork, start_of_fork
 from jaxft.train.signals import Interruption, interruptible
 from jaxft.train.stage_program import StageProgram, open_programs
 from jaxft.train.train_stages import train_stages
@@ -138,7 +144,7 @@ def finetune(
             recipe = recipe.expecting(begun.preprocessing)
         elif fork_from is not None:
             forked = find_fork(fork_from, stage)
-            ended = stage_of_fork(forked, recipe)
+            ended_stage = stage_index(forked, recipe)
             recipe = recipe.expecting(forked.recipe.preprocessing)
         check(folder, recipe, extend=extend)
         if data is None:
@@ -156,7 +162,7 @@ def finetune(
         origin, remarks = recipe.weights or "random weights", list[str]()
         if forked:
             origin = f"stage {forked.stage!r} of {forked.workdir}"
-            forked = in_order(forked, recipe, model, classes)
+            forked = with_head_order(forked, recipe, model, classes)
         elif start is not None:
             origin = "the arrays given"
         is_random = not (begun or forked or source) and start is None
@@ -177,7 +183,7 @@ def finetune(
             old = open_programs(shorter, model, splits, devices, start)
             check_extension(folder, begun, old, programs, start)
         if forked:
-            check_fork(forked, ended, programs, *start)
+            check_fork(forked, ended_stage, programs, *start)
         agreement.reach(folder, recipe, splits)
 
         # Print what is about to run, then train.
@@ -212,7 +218,7 @@ def _run(
         anchor_params = None
         if any(program.plan.stage.anchor for program in programs):
             if checkpoints.latest_step() is None:
-                pretrained = start_of_fork(forked, model) if forked else start
+                pretrained = start_weights(forked, model) if forked else start
                 # A run that died before its first checkpoint may have left another recipe's.
                 weights_only.save_weights(workdir / "start", *pretrained, replace=True)
             anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])

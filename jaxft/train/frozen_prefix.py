@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
-from jaxft.labels import FROZEN, Pattern, Tree, label, leaf_labels, paths
+from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.models import Model, NormMode, Norms
 from jaxft.models.norm_modes import layer
+from jaxft.patterns import Pattern
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
 
@@ -35,7 +36,8 @@ class FrozenPrefix:
       mib: size of all cached features in MiB.
       room: size that the recipe allows, in MiB.
       batch_size: images per pass, on which the last bits of the features depend.
-      same_views: whether the training images look the same in all stages where this is true.
+      same_views: True if the training images are not augmented. Their features then serve all
+        stages for which this is True.
       cuts: blocks at which the prefix is cut into programs: the ends of the prefixes of all stages.
       taps: cuts whose features later stages need; the same pass over the images computes them.
     """
@@ -55,7 +57,7 @@ class FrozenPrefix:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Last block of each prefix that a pass over the images serves, this one's last."""
+        """Blocks whose features a pass over the images stores: `taps`, then the prefix's last."""
         return (*self.taps, *self.blocks[-1:])
 
 

@@ -42,6 +42,12 @@ def run_gradient_stage(
       NonFiniteError: a step or the validation loss is not finite, and the recipe stops then.
     """
     features = trainer.features(program, compiled, lambda: current.best)
+
+    def train_features(view: int) -> np.ndarray:
+        if (rows := features.train(view)) is None:
+            raise trainer.stopped()
+        return rows
+
     # The step donates its state, whose arrays are the candidate 0 for the best epoch.
     current.state = compiled.copy(current.state)
     batches = program.batches(
@@ -49,7 +55,7 @@ def run_gradient_stage(
         epochs=program.epochs,
         first_epoch=current.progress.epoch,
         first_step=current.progress.position,
-        features=features.train if program.prefix.train else None,
+        features=train_features if program.prefix.train else None,
     )
     advised = False
     with closing(batches):

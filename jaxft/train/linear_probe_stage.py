@@ -54,11 +54,12 @@ def _solve(
     started = current.began = time.perf_counter()
     probe = program.plan.stage.linear_probe
     assert probe is not None
-    train = _Features(features.train(), trainer.splits.train.targets)
-    rows = features.val()
-    if rows is None:
+    train_rows = features.train()
+    val_rows = None if train_rows is None else features.val()
+    if train_rows is None or val_rows is None:
         raise trainer.stopped()
-    val = _Features(rows[:, 0], trainer.splits.val.targets)
+    train = _Features(train_rows, trainer.splits.train.targets)
+    val = _Features(val_rows[:, 0], trainer.splits.val.targets)  # without mirror images
     fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=probe.c)
     trained = [_metrics(fit, train) for fit in fits]
     scores = [_metrics(fit, val).score for fit in fits]

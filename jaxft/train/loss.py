@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from jaxft.data.mixup import cutmix, mixup, mixup_or_cutmix, soft_targets
 from jaxft.data.random_erasing import erase, erasing_boxes
@@ -36,16 +37,18 @@ class Loss:
 
     def erase_and_mix(
         self,
-        images: jax.Array,
-        target: ArrayLike,
-        mask: ArrayLike,
+        images: Float[jax.Array, "b ..."],
+        target: Int[ArrayLike, " b"],
+        mask: Bool[ArrayLike, " b"],
         num_classes: int,
-        key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+        key: PRNGKeyArray,
+    ) -> tuple[
+        Float[jax.Array, "b ..."], Float[jax.Array, "b {num_classes}"] | Int[jax.Array, " b"]
+    ]:
         """Erases and mixes normalised images `[b h w c]`; returns them and their targets.
 
-        Targets are float32 `[b k]`, not yet smoothed, or `target` itself, int `[b]`, if the loss
-        is plain cross entropy.
+        Targets are probabilities, not yet smoothed, or `target` itself if the loss is plain cross
+        entropy. A loss that neither erases nor mixes also accepts features.
         """
         if self.random_erasing:
             count, height, width, _ = images.shape
@@ -66,8 +69,12 @@ class Loss:
             return cutmix(key, images, targets, mask, alpha=self.cutmix)
         return images, targets
 
-    def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
-        """Returns the cross entropy `[b]` of logits `[b k]` and targets `[b k]` or int `[b]`.
+    def losses(
+        self,
+        logits: Float[jax.Array, "b k"],
+        targets: Float[jax.Array, "b k"] | Int[jax.Array, " b"],
+    ) -> Float[jax.Array, " b"]:
+        """Returns the cross entropy of each row.
 
         Divided by the sum of `weights`, its sum is the mean of torch's
         `CrossEntropyLoss(weight=..., label_smoothing=...)`.
@@ -78,8 +85,10 @@ class Loss:
         weights = self._class_weights(targets)
         return -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
 
-    def weights(self, targets: jax.Array) -> jax.Array:
-        """Returns the weight of each row `[b]`: the weight of its class.
+    def weights(
+        self, targets: Float[jax.Array, "b k"] | Int[jax.Array, " b"]
+    ) -> Float[jax.Array, " b"]:
+        """Returns the weight of each row: the weight of its class.
 
         With mixup or cutmix a row has several classes and the weight 1, as in torch's loss of
         probabilities, whose mean divides by the number of rows.
@@ -88,16 +97,18 @@ class Loss:
             return jnp.ones(len(targets), jnp.float32)
         return targets @ self._class_weights(targets)
 
-    def reduced(self, mean: jax.Array, total: jax.Array) -> jax.Array:
+    def reduced(
+        self, mean: Float[jax.Array, ""], total: Float[jax.Array, ""]
+    ) -> Float[jax.Array, ""]:
         """Returns the loss to minimise, given a mean (or a part of it) and the sum of `weights`."""
         return mean * total if self.reduction == "sum" else mean
 
-    def _class_weights(self, targets: jax.Array) -> jax.Array:
+    def _class_weights(self, targets: Float[jax.Array, "b k"]) -> Float[jax.Array, " k"]:
         if self.class_weights is None:
             return jnp.ones(targets.shape[-1], targets.dtype)
         return jnp.asarray(self.class_weights, targets.dtype)
 
 
-def _named(key: jax.Array, name: str) -> jax.Array:
+def _named(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """Returns a separate key for each use, as the layers of a network draw theirs by path."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

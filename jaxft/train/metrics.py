@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
 from jaxft.labels import Tree
 
@@ -47,8 +48,13 @@ class Metrics(NamedTuple):
     examples: Any
 
     @classmethod
-    def of_batch(cls, logits: jax.Array, targets: ArrayLike, mask: ArrayLike) -> "Metrics":
-        """Returns the metrics of logits `[b k]` and classes int `[b]`, over rows in the mask `[b]`.
+    def of_batch(
+        cls,
+        logits: Float[jax.Array, "b k"],
+        targets: Int[ArrayLike, " b"],
+        mask: Bool[ArrayLike, " b"],
+    ) -> "Metrics":
+        """Returns the metrics of logits and classes, over the rows in the mask.
 
         With five classes or fewer every row is among the top five. One whose own logit is NaN is no
         hit, though `argmax` finds it: a network that has diverged must not score.

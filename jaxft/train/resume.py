@@ -1,34 +1,27 @@
-"""Continues a run from its newest checkpoint, or a new one from the end of another run's stage."""
+"""Continues a run from its newest checkpoint, or reopens its last stage if that became longer.
+
+Reopening: a run of a stage with `epochs=5` has ended and has two checkpoints, after epoch 4 and at
+the end of the stage. The same run is started with `extend` and `epochs=8`. The end holds only the
+arrays for a next stage, such as the arrays of the best epoch, and may lack the arrays after epoch
+5. Its checkpoint is therefore deleted, and the stage continues after epoch 4, as if it had had 8
+epochs from the start.
+A stage without a readable checkpoint before its end continues from the arrays of the end instead.
+"""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from jaxft import recipe_file as recipes
-from jaxft.checkpoint import atomic, weights_only
-from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.checkpoint.contents import WEIGHTS, Arrays, Header, Snapshot
+from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.data.fingerprint import changes
-from jaxft.errors import CheckpointError, RecipeError
-from jaxft.labels import Tree, paths
-from jaxft.models import Model
-from jaxft.models.model import OPTIONS
-from jaxft.recipe import Recipe
+from jaxft.errors import CheckpointError
+from jaxft.labels import Tree
 from jaxft.stages import Stage
-from jaxft.train.metrics import EpochMetrics, Score
+from jaxft.train.metrics import EpochMetrics
 from jaxft.train.stage_program import StageProgram, open_programs
-from jaxft.train.state import Progress, StageState, item_shapes, opt_state_shapes
+from jaxft.train.state import Progress, StageState, item_shapes
 from jaxft.train.trainer import Trainer
-from jaxft.train.workdir import saved
-from jaxft.weights.description import check_options
-from jaxft.weights.finite_check import check_finite
-from jaxft.weights.head_classes import Order, class_order, reordered, reordering
 
 
 def resume(
@@ -36,73 +29,85 @@ def resume(
 ) -> tuple[Progress, StageState | Snapshot] | None:
     """Restores the newest readable checkpoint of the run.
 
-    Prints a remark on each newer one, which cannot be read.
+    Prints a remark for each newer checkpoint that cannot be read.
 
     Args:
       trainer: the run's trainer.
       params, stats: parameters and statistics, or their shapes.
 
     Returns:
-      The progress with the state within a stage, or with the arrays at a stage's end; None if the
-      run has no checkpoint.
+      The progress, and either the state within a stage or the arrays at the end of a stage; None
+      if the run has no checkpoint.
 
     Raises:
-      CheckpointError: the images have changed; or see `Checkpoints.newest`.
+      CheckpointError: the images have changed, no checkpoint can be read, or its arrays do not fit.
     """
-    data = trainer.data  # computed here, before the files can change during training
+    data = trainer.data  # reads all files' names and sizes now: they may change during training
 
-    def check(progress: Progress, header: Header) -> None:
+    def check_images(progress: Progress, header: Header) -> None:
+        """Checks that the run's images are those of the checkpoint."""
         if changed := changes(header.data, data):
             path = trainer.checkpoints.path(progress.step)
             raise CheckpointError(
                 f"the images have changed since {path} was written:"
                 + "".join(f"\n  {line}" for line in changed)
-                + "\nBring them back as they were, or train on them in another --workdir; it can "
-                f"start from this run with --weights {path}."
+                + "\nRestore the images, or train on the changed ones in another --workdir; that "
+                f"run can start from this one with --weights {path}."
             )
 
-    def like(fields: Mapping[str, Any]) -> dict[str, Tree]:
-        header = Header.from_json(fields)
+    def expected_arrays(header_fields: Mapping[str, Any]) -> dict[str, Tree]:
+        """Returns the shapes of a checkpoint's items; checks its images first."""
+        header = Header.from_json(header_fields)
         progress = Progress.from_fields(header.progress)
-        check(progress, header)
-        ended = bool(progress.ended)
-        # The end of a stage has the groups of the recipe that wrote it.
-        programs = _programs_of(trainer, header, params, stats) if ended else trainer.programs
-        shapes = item_shapes(programs, progress.stage, params, stats, ended=ended)
+        check_images(progress, header)
+        has_ended = bool(progress.ended)
+        # A longer recipe may divide parameters into other groups, but the optimizer state at the
+        # end of a stage has the groups of the recipe that wrote it.
+        programs = trainer.programs
+        if has_ended:
+            programs = _saved_programs(trainer, header, params, stats)
+        shapes = item_shapes(programs, progress.stage, params, stats, ended=has_ended)
         return trainer.devices.abstract(shapes)
 
-    _drop_end_of_longer_stage(trainer, check)
-    found = trainer.checkpoints.newest(like)
-    if found is None:
+    _drop_end_of_longer_stage(trainer, check_images)
+    restored = trainer.checkpoints.newest(expected_arrays)
+    if restored is None:
         trainer.metrics.begin()
         return None
-    header = Header.from_json(found.header)
+    header = Header.from_json(restored.header)
     trainer.metrics.begin(header.rows)
-    for remark in found.remarks:
+    for remark in restored.remarks:
         trainer.console.say(remark)
     progress = Progress.from_fields(header.progress)
     program = trainer.programs[progress.stage]
-    if (done := _steps_if_reopened(trainer, progress, header)) is not None:
+    steps_taken = _steps_if_reopened(trainer, progress, header)
+    if steps_taken is not None:
         trainer.console.say(
-            f"Stage {program.plan.stage.name!r} had ended ({progress.ended}), and there is no "
-            "earlier checkpoint of it to read: it continues from the arrays that it handed on."
+            f"Stage {program.plan.stage.name!r} had ended ({progress.ended}). It has become "
+            "longer and continues from the arrays at its end, as no earlier checkpoint of it can "
+            "be read."
         )
-        progress = progress.reopened(program.plan.stage, done, program.steps_per_epoch)
-        current = StageState.at_start(program, progress, Arrays.from_items(found.arrays).current)
-        if progress.position:
-            current.epoch_metrics = EpochMetrics.from_fields(header.epoch_metrics)
-        return progress, current
-    trainer.console.say(_where(program, progress))
+        progress = progress.reopened(program.plan.stage, steps_taken, program.steps_per_epoch)
+        end = Arrays.from_items(restored.arrays).current
+        state = StageState.at_start(program, progress, end)
+        if progress.position:  # it ended within an epoch, whose sums continue
+            state.epoch_metrics = EpochMetrics.from_fields(header.epoch_metrics)
+        return progress, state
+    trainer.console.say(_position_text(program, progress))
     if progress.ended:
-        return progress, Arrays.from_items(found.arrays).current
-    return progress, StageState.restored(program, header, found.arrays)
+        return progress, Arrays.from_items(restored.arrays).current
+    return progress, StageState.restored(program, header, restored.arrays)
 
 
-def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Header], None]) -> None:
-    """Drops the newest checkpoint if it is the end of a stage that has become longer.
+def _drop_end_of_longer_stage(
+    trainer: Trainer, check_images: Callable[[Progress, Header], None]
+) -> None:
+    """Deletes the newest checkpoint if it is the end of a stage that is to be reopened.
 
-    The one before it in the stage then counts. Without one, the end stays.
+    The checkpoint before it becomes the newest. Does nothing if that one cannot be read or belongs
+    to another stage.
     """
+    # Steps count from 1; 0 stands for a checkpoint that does not exist.
     *_, earlier, newest = (0, 0, *trainer.checkpoints.steps())
     if not earlier:
         return
@@ -110,11 +115,11 @@ def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Heade
         headers = [Header.from_json(trainer.checkpoints.header(step)) for step in (newest, earlier)]
         trainer.checkpoints.verify(earlier)
     except CheckpointError:
-        return  # `Checkpoints.newest` reports it
+        return  # `Checkpoints.newest` reports a damaged checkpoint
     end, before = (Progress.from_fields(header.progress) for header in headers)
-    within = before.stage == end.stage and not before.ended
-    if within and _steps_if_reopened(trainer, end, headers[0]) is not None:
-        check(end, headers[0])
+    is_within_stage = before.stage == end.stage and not before.ended
+    if is_within_stage and _steps_if_reopened(trainer, end, headers[0]) is not None:
+        check_images(end, headers[0])  # before the checkpoint is deleted
         trainer.console.say(
             f"Stage {trainer.recipe.stages[end.stage].name!r} had ended ({end.ended}). It has "
             f"become longer, and continues from step {earlier}, the last one saved before."
@@ -123,216 +128,47 @@ def _drop_end_of_longer_stage(trainer: Trainer, check: Callable[[Progress, Heade
 
 
 def _steps_if_reopened(trainer: Trainer, progress: Progress, header: Header) -> int | None:
-    """Returns the result of `Progress.steps_if_reopened` for the stage of a checkpoint."""
+    """Returns the steps that the checkpoint's stage has taken, if the stage is to be reopened.
+
+    Returns None if the checkpoint is not the end of a stage, or if the stage stays ended.
+    """
     if _has_same_stages(trainer, header):
         return None
     program = trainer.programs[progress.stage]
-    before = _stages(header)[progress.stage]
+    before = _saved_stages(header)[progress.stage]
     return progress.steps_if_reopened(before, program.plan.stage, program.steps_per_epoch)
 
 
 def _has_same_stages(trainer: Trainer, header: Header) -> bool:
+    """Returns whether the checkpoint's recipe has the stages of the run's recipe."""
     return bool(header.recipe["stages"] == recipes.fields(trainer.recipe)["stages"])
 
 
-def _stages(header: Header) -> tuple[Stage, ...]:
+def _saved_stages(header: Header) -> tuple[Stage, ...]:
+    """Returns the stages of the recipe that wrote the checkpoint."""
     return recipes.from_fields(header.recipe, source="the checkpoint's recipe").stages
 
 
-def _programs_of(
+def _saved_programs(
     trainer: Trainer, header: Header, params: Tree, stats: Tree
 ) -> tuple[StageProgram, ...]:
-    """Returns the programs of the recipe in a checkpoint's header."""
+    """Returns the programs of the recipe that wrote the checkpoint."""
     if _has_same_stages(trainer, header):
         return trainer.programs
-    recipe = dataclasses.replace(trainer.recipe, stages=_stages(header))
+    recipe = dataclasses.replace(trainer.recipe, stages=_saved_stages(header))
     return open_programs(
         recipe, trainer.programs[0].model, trainer.splits, trainer.devices, (params, stats)
     )
 
 
-def _where(program: StageProgram, progress: Progress) -> str:
+def _position_text(program: StageProgram, progress: Progress) -> str:
+    """Returns a sentence on the point at which the run continues."""
     if progress.ended:
-        where = f"ended after epoch {progress.epoch}"
+        position = f"ended after epoch {progress.epoch}"
     elif progress.position:
         length = program.epoch_length(progress.epoch)
-        where = f"step {progress.position} of {length} in epoch {progress.epoch + 1}"
+        position = f"step {progress.position} of {length} in epoch {progress.epoch + 1}"
     else:
-        where = f"after epoch {progress.epoch} of {program.epochs}"
-    return f"Going on from step {progress.step}: stage {program.plan.stage.name!r}, {where}."
-
-
-@dataclass(frozen=True)
-class Fork:
-    """End of a stage of another run, from which a new run starts.
-
-    Attributes:
-      workdir: folder of the other run.
-      stage: name of the stage, in that run and in the new one.
-      step: step of its last checkpoint.
-      recipe: recipe of that run.
-      header: header of the checkpoint.
-      order: order of the head's outputs in the new run, if it differs; see `in_order`.
-      remarks: a sentence on that order.
-    """
-
-    workdir: Path
-    stage: str
-    step: int
-    recipe: Recipe
-    header: Header
-    order: Order | None = None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def checkpoint(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.workdir / "checkpoints" / str(self.step)
-
-
-def find_fork(workdir: str | os.PathLike[str], stage: str | None = None) -> Fork:
-    """Returns the end of the stage called `stage`, or of the last stage that has ended.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    workdir = atomic.anywhere(workdir)
-    recipe = saved(workdir)
-    if recipe is None:
-        raise CheckpointError(f"{workdir} holds no run with a checkpoint to fork from.")
-    ended = {}
-    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        for step in checkpoints.steps():
-            header = Header.from_json(checkpoints.header(step))
-            progress = Progress.from_fields(header.progress)
-            if progress.ended:
-                name = recipe.stages[progress.stage].name
-                ended[name] = Fork(workdir, name, step, recipe, header)
-    if stage is None and ended:
-        return [*ended.values()][-1]
-    if stage not in ended:
-        raise CheckpointError(
-            f"{workdir} has no checkpoint of the end of stage {stage!r}; "
-            + (f"stages that have ended: {', '.join(ended)}." if ended else "no stage has ended.")
-        )
-    return ended[stage]
-
-
-def stage_of_fork(fork: Fork, recipe: Recipe) -> int:
-    """Returns the index of the fork's stage in the recipe of the new run.
-
-    Raises:
-      RecipeError: the recipe has no such stage, or none after it.
-    """
-    names = [stage.name for stage in recipe.stages]
-    if fork.stage not in names:
-        raise RecipeError(
-            f"a fork from stage {fork.stage!r} continues with the stage after it, and the recipe "
-            f"has no stage of that name; it has {', '.join(names)}."
-        )
-    if names[-1] == fork.stage:
-        raise RecipeError(f"the recipe has no stage after {fork.stage!r}, from which it forks.")
-    return names.index(fork.stage)
-
-
-def in_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[str]) -> Fork:
-    """Returns the fork with the permutation of its head's outputs that matches the images' classes.
-
-    Raises:
-      WeightsError: the head is for other classes, and the recipe does not ignore that; or the
-        network has other options.
-    """
-    options = {name: getattr(fork.recipe, name) for name in OPTIONS}
-    check_options(options, model, str(fork.workdir), keep=True)
-    if recipe.head_classes == "ignore":
-        return fork
-    source, before = str(fork.workdir), fork.header.data["classes"]
-    way_out = (
-        "A fork keeps the head. For a new one start a run of its own, with the other run as its\n"
-        "weights and head='fresh'."
-    )
-    order = class_order(before, classes, source=source, way_out=way_out)
-    if order is None:
-        return fork
-    return dataclasses.replace(fork, order=order, remarks=(reordering(before, classes, source),))
-
-
-def check_fork(
-    fork: Fork, index: int, programs: Sequence[StageProgram], params: Tree, stats: Tree
-) -> None:
-    """Checks that the arrays of the fork fit the new recipe.
-
-    Args:
-      fork: end of the other run's stage.
-      index: index of that stage in the new run; see `stage_of_fork`.
-      programs: stages of the new run.
-      params, stats: parameters and statistics, or their shapes.
-
-    Raises:
-      CheckpointError: they do not fit.
-    """
-    with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
-        checkpoints.check(fork.step, _shapes_to_read(index, programs, params, stats))
-
-
-def _shapes_to_read(
-    index: int, programs: Sequence[StageProgram], params: Tree, stats: Tree
-) -> dict[str, Tree]:
-    """Returns the shapes of the items that the stage after `index` reads.
-
-    The optimizer state is among them only if that stage keeps it.
-    """
-    keeps = programs[index + 1].plan.stage.carry == "keep"
-    items = Arrays(Snapshot(params, stats, opt_state_shapes(programs, index, params))).to_items()
-    return {name: tree for name, tree in items.items() if keeps or name in WEIGHTS}
-
-
-def read_fork(trainer: Trainer, fork: Fork, params: Tree, stats: Tree) -> Snapshot:
-    """Reads the arrays at the end of the fork's stage.
-
-    Args:
-      trainer: the new run's trainer.
-      fork: end of the other run's stage; see `check_fork`.
-      params, stats: parameters and statistics, or their shapes.
-    """
-    index = stage_of_fork(fork, trainer.recipe)
-    like = _shapes_to_read(index, trainer.programs, params, stats)
-    if "opt_state" in like:  # the next stage keeps it
-        with closing(Checkpoints(fork.workdir / "checkpoints")) as checkpoints:
-            items = checkpoints.restore(fork.step, trainer.devices.abstract(like))
-        snapshot = Arrays.from_items(items).current
-    else:
-        trees = weights_only.read_weights(fork.checkpoint)
-        fresh = jax.jit(trainer.programs[index].transform.init)(trees[0])
-        snapshot = Snapshot(*trainer.devices.put((*trees, fresh)))
-    if fork.order:
-        snapshot = Snapshot(*reordered(trainer.programs[0].model, tuple(snapshot), fork.order))
-    arrays = trainer.devices.host((snapshot.params, snapshot.stats))
-    check_finite(
-        f"the end of stage {fork.stage!r} of {fork.workdir} (0 is params, 1 is stats)",
-        paths(arrays),
-        arrays,
-    )
-    return snapshot
-
-
-def begin_fork(trainer: Trainer, fork: Fork, score: Score, snapshot: Snapshot) -> Progress:
-    """Saves the end of the fork's stage as the new run's first checkpoint; returns its progress.
-
-    From here on the run is an ordinary one. `score` is the validation score of the arrays in this
-    run, whose images, preprocessing and seed may differ from the other run's.
-    """
-    progress = dataclasses.replace(
-        Progress.at_start(stage_of_fork(fork, trainer.recipe), fork.step, score),
-        ended=f"in {fork.workdir}, from which this run forks",
-    )
-    metrics = EpochMetrics.from_fields(fork.header.epoch_metrics)
-    trainer.save(progress, metrics, Arrays(snapshot).to_items(), keep=True)
-    return progress
-
-
-def start_of_fork(fork: Fork, model: Model) -> tuple[Tree, Tree]:
-    """Returns the weights that the other run started from, or else the end of its stage."""
-    start = fork.workdir / "start"
-    trees = weights_only.read_weights(start if start.exists() else fork.checkpoint)
-    return reordered(model, trees, fork.order) if fork.order else trees
+        position = f"after epoch {progress.epoch} of {program.epochs}"
+    stage = program.plan.stage.name
+    return f"The run continues from step {progress.step}: stage {stage!r}, {position}."

@@ -1,37 +1,40 @@
-"""A stage bound to the run's network, images and devices; compiles to `CompiledStage`."""
+"""A stage bound to the run's network, images and devices: all that its compilation needs.
+
+`jaxft.train.compiled_stage.compile_stage` compiles it.
+"""
 
 import dataclasses
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import data
-from jaxft.batch_sizes import BatchSizes, batch_sizes, check_single_image, fitting_memory
+from jaxft import batch_sizes, data, stage_plan
+from jaxft.batch_sizes import BatchSizes, check_single_image
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.data import Batch, Source, Splits, steps_per_epoch
+from jaxft.data import Batch, Source, Splits
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
 from jaxft.data.source import pixel_type
 from jaxft.distributed import Devices
-from jaxft.errors import DataError, ModelError, PatternError, RecipeError
-from jaxft.labels import FROZEN, Tree, leaf_labels, partition, paths, unflatten
+from jaxft.errors import DataError, PatternError, RecipeError
+from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
+from jaxft.linear_head_check import check_linear_head
 from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import norm_modes
 from jaxft.optim.transform import multi_transform
 from jaxft.recipe import Recipe, StageSettings
-from jaxft.stage_plan import StagePlan, plan
+from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
+from jaxft.train import train_step
 from jaxft.train.frozen_prefix import FrozenPrefix, connect, frozen_prefix
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, StepRecord
-from jaxft.train.train_step import StepConfig, TrainState, gradient_norms, train_step
+from jaxft.train.train_step import StepConfig, TrainState
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,20 @@ class StageProgram:
 
     Attributes:
       index: index of the stage in its run.
-      plan: the stage over the network's parameters.
+      plan: the stage applied to the network's parameters.
       recipe: the run's recipe.
-      settings: settings that the stage may override.
+      settings: the recipe's settings, with those that the stage overrides.
       model: the network.
-      devices: where it runs.
+      devices: where the stage runs.
       norms: mode of each norm layer.
-      loss: loss of its steps.
-      steps_per_epoch: batches that hold every training image once.
-      sizes: array shapes of these batches.
-      prefix: the part of the network that the stage does not change; added by
+      loss: loss of the steps.
+      steps_per_epoch: number of batches of an epoch: of all training images or, with `drop_last`,
+        of those that fill whole batches.
+      sizes: number of examples and of array rows of a full batch and of an epoch's last batch.
+        `BatchSizes` defines `batch_size`, `rows`, `last_rows` and `examples`.
+      prefix: the first blocks of the network, which the stage does not change. Empty before
         `with_prefixes`.
-      pixels: type of the images' values, uint8 or float32.
+      pixels: dtype of the images, uint8 or float32.
     """
 
     index: int
@@ -74,33 +79,40 @@ class StageProgram:
 
     @property
     def epochs(self) -> int:
-        """Number of epochs, if nothing ends the stage earlier; the last one may be short."""
+        """Number of epochs, if nothing ends the stage earlier; the last may be incomplete."""
         return -(-self.steps // self.steps_per_epoch)
 
     def epoch_length(self, epoch: int) -> int:
-        """Returns the number of steps of an epoch, which is counted from 0."""
+        """Returns the number of steps of an epoch; `epoch` counts from 0."""
         return min(self.steps_per_epoch, self.steps - epoch * self.steps_per_epoch)
 
     def steps_of_one_shape(self, epoch: int, position: int) -> int:
-        """Returns how many of the epoch's next steps have batches of the same shape.
+        """Returns the number of next steps whose batches have the same shape.
 
-        An epoch's last batch may have another shape than the others.
+        The last batch of an epoch may have another shape than the others.
+
+        Args:
+          epoch: index of the epoch.
+          position: number of steps completed in it.
         """
-        left = self.epoch_length(epoch) - position
-        before_last = self.steps_per_epoch - 1 - position
-        last_differs = self.sizes.last_rows != self.sizes.rows
-        return min(left, before_last) if last_differs and before_last else left
+        remaining = self.epoch_length(epoch) - position
+        before_last_batch = self.steps_per_epoch - 1 - position
+        if self.sizes.last_rows == self.sizes.rows or before_last_batch == 0:
+            return remaining
+        return min(remaining, before_last_batch)
 
     @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The stage's optimizer; for a linear probe one that only carries parked state."""
+        """The stage's optimizer; for a linear probe, one that only keeps state of later stages."""
         if self.plan.stage.linear_probe:
             return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
 
     def fitting_memory(self) -> AbstractContextManager[None]:
-        """Returns the context of `jaxft.batch_sizes.fitting_memory` for this stage."""
-        return fitting_memory(self.plan.stage, self.recipe, self.settings.batch_size, self.model)
+        """Returns a context in which XLA's out-of-memory error becomes a RecipeError."""
+        return batch_sizes.fitting_memory(
+            self.plan.stage, self.recipe, self.settings.batch_size, self.model
+        )
 
     def batches(
         self,
@@ -111,7 +123,15 @@ class StageProgram:
         first_step: int = 0,
         features: Callable[[int], np.ndarray] | None = None,
     ) -> Generator[Batch, None, None]:
-        """Yields the stage's training batches up to an epoch; see `jaxft.data.train_batches`."""
+        """Yields the stage's training batches, epoch by epoch.
+
+        Args:
+          source: the training images.
+          epochs: index of the epoch to stop before.
+          first_epoch, first_step: the first batch, by the index of its epoch and in the epoch.
+          features: returns the features [n ...] of all images for a view; the batches then hold
+            these instead of images.
+        """
         recipe, settings = self.recipe, self.settings
         return data.train_batches(
             source,
@@ -136,7 +156,7 @@ class StageProgram:
         )
 
     def state(self, snapshot: Snapshot) -> tuple[TrainState, Tree]:
-        """Splits a snapshot into the state of the steps and the frozen half, without copying."""
+        """Splits arrays into the state that steps change and the frozen parameters; copies none."""
         trainable, frozen = partition(snapshot.params, self.plan.labels)
         average = (trainable, snapshot.stats) if self.plan.stage.ema else None
         return TrainState(trainable, snapshot.stats, snapshot.opt_state, average), frozen
@@ -144,9 +164,13 @@ class StageProgram:
     def train_step(
         self, *, keep_gradients: bool = False
     ) -> Callable[..., tuple[TrainState, StepRecord]]:
-        """Returns the stage's step, whose random key depends on the number of the step.
+        """Returns the step `(state, frozen, batch, number, start=None) -> (state, record)`.
 
-        See `CompiledStage.step` for its arguments.
+        `number` is the global step, from which the step derives its random key. `start` holds the
+        parameters that an anchor pulls to.
+
+        Args:
+          keep_gradients: whether the record holds the gradients.
         """
         stage, recipe = self.plan.stage, self.recipe
         config = StepConfig(
@@ -169,26 +193,29 @@ class StageProgram:
             first=self.prefix.first if self.prefix.train else None,
             remat=recipe.remat,
         )
-        step = train_step(config)
+        step = train_step.train_step(config)
 
-        def numbered(
+        def numbered_step(
             state: TrainState, frozen: Tree, batch: Batch, number: jax.Array, start: Tree = None
         ) -> tuple[TrainState, StepRecord]:
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             return step(state, frozen, batch, key, start)
 
-        return numbered
+        return numbered_step
 
     def gradient_norms(self, labels: Tree) -> Callable[..., GradientNorms]:
-        """Returns `jaxft.train.train_step.gradient_norms` of the stage's step."""
-        return gradient_norms(self.train_step(keep_gradients=True), labels)
+        """Returns a function of a step's arguments: norms of gradients and weights, by `labels`.
+
+        It takes no step and donates no state.
+        """
+        return train_step.gradient_norms(self.train_step(keep_gradients=True), labels)
 
     @property
     def tensor_labels(self) -> Tree:
-        """The label tree in which each parameter that trains has its path as its label."""
+        """Label tree in which each parameter that trains is labelled with its path."""
         labels = self.plan.labels
-        named = zip(paths(labels), jax.tree.leaves(labels), strict=True)
-        return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in named])
+        pairs = zip(paths(labels), jax.tree.leaves(labels), strict=True)
+        return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in pairs])
 
 
 def stage_program(
@@ -200,9 +227,16 @@ def stage_program(
     devices: Devices,
     shapes: tuple[Tree, Tree],
 ) -> StageProgram:
-    """Returns the program of a stage that trains on `source`, without its frozen prefix.
+    """Returns the program of a stage, without its frozen prefix.
 
-    `shapes` are the shapes of parameters and statistics.
+    Args:
+      index: index of the stage in its run.
+      plan: the stage applied to the network's parameters.
+      recipe: the run's recipe.
+      model: the network.
+      source: the training images.
+      devices: where the stage runs.
+      shapes: parameters and statistics, or their shapes.
 
     Raises:
       JaxftError: the stage does not fit the network or the images.
@@ -229,9 +263,11 @@ def stage_program(
         cutmix=settings.cutmix,
     )
     size, drop_last = settings.batch_size, recipe.drop_last
-    steps = steps_per_epoch(source, size, drop_last=drop_last)
-    sizes = batch_sizes(model, devices, len(source), size, drop_last=drop_last)
-    if not stage.linear_probe:
+    steps = data.steps_per_epoch(source, size, drop_last=drop_last)
+    sizes = batch_sizes.batch_sizes(model, devices, len(source), size, drop_last=drop_last)
+    if stage.linear_probe:
+        check_linear_head(plan, model, shapes, image_size)
+    else:
         with _naming(stage):
             check_single_image(
                 model,
@@ -250,89 +286,49 @@ def stage_program(
 
 
 def open_programs(
-    recipe: Recipe, model: Model, splits: Splits, devices: Devices, like: tuple[Tree, Tree]
+    recipe: Recipe, model: Model, splits: Splits, devices: Devices, shapes: tuple[Tree, Tree]
 ) -> tuple[StageProgram, ...]:
-    """Returns a program for each of the recipe's stages; `like` may be shapes."""
+    """Returns the programs of the recipe's stages, with their frozen prefixes.
+
+    Args:
+      recipe: the run's recipe.
+      model: the network.
+      splits: training and validation images.
+      devices: where the run runs.
+      shapes: parameters and statistics, or their shapes.
+
+    Raises:
+      JaxftError: a stage does not fit the network or the images.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the console shows the remarks when their stage begins
-        plans = plan(recipe.stages, like[0])
-    for each in plans:
-        if each.stage.linear_probe:
-            image_size = recipe.preprocessing.image_size
-            _check_linear_head(each, model, *like, image_size=image_size)
+        warnings.simplefilter("ignore")  # `StagePlan.remarks` holds them; the console prints those
+        plans = stage_plan.plan(recipe.stages, shapes[0])
     programs = [
-        stage_program(index, stage, recipe, model, splits.train, devices, like)
-        for index, stage in enumerate(plans)
+        stage_program(index, plan, recipe, model, splits.train, devices, shapes)
+        for index, plan in enumerate(plans)
     ]
-    return with_prefixes(programs, like, images=(len(splits.train), len(splits.val)))
+    return with_prefixes(programs, shapes, images=(len(splits.train), len(splits.val)))
 
 
 def with_prefixes(
-    programs: Sequence[StageProgram], like: tuple[Tree, Tree], *, images: tuple[int, int]
+    programs: Sequence[StageProgram], shapes: tuple[Tree, Tree], *, images: tuple[int, int]
 ) -> tuple[StageProgram, ...]:
-    """Returns the stages of a run with their frozen prefixes.
+    """Returns the programs of a run with their frozen prefixes.
 
     Args:
-      programs: the stages.
-      like: parameters and statistics, or their shapes.
+      programs: the stages in their order.
+      shapes: parameters and statistics, or their shapes.
       images: number of training and validation images.
     """
     prefixes = [
         frozen_prefix(
-            each.plan, each.recipe, each.settings, each.model, each.norms, like,
-            images=images, epochs=each.epochs,
+            program.plan, program.recipe, program.settings, program.model, program.norms, shapes,
+            images=images, epochs=program.epochs,
         )
-        for each in programs
+        for program in programs
     ]  # fmt: skip
     connected = zip(programs, connect(prefixes), strict=True)
-    return tuple(dataclasses.replace(each, prefix=prefix) for each, prefix in connected)
-
-
-def _check_linear_head(
-    plan: StagePlan, model: Model, params: Tree, stats: Tree, *, image_size: int
-) -> None:
-    """Checks that the stage trains the whole head and that the head is one linear layer.
-
-    Args:
-      plan: the stage over the network's parameters.
-      model: the network.
-      params, stats: parameters and statistics, or their shapes.
-      image_size: side of the images in pixels.
-
-    Raises:
-      ModelError, RecipeError: it does not.
-    """
-    name, head = plan.stage.name, model.head
-    if len(model.blocks) < 2:
-        raise ModelError(
-            f"stage {name!r} solves the head on the features before it, and {model.name} is one "
-            "block, of which they cannot be had. Step its head instead, with a learning rate; or "
-            "use jaxft.logistic_regression on features of your own."
-        )
-    labels = leaf_labels(params, plan.labels)
-    shapes = {
-        path: leaf.shape
-        for path, leaf, label in zip(paths(params), jax.tree.leaves(params), labels, strict=True)
-        if label != FROZEN or f"{path}.".startswith(f"{head}.")
-    }
-    trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    features, _ = jax.eval_shape(
-        partial(model.apply, norms="running", last=model.blocks[-2]), params, stats, images
-    )
-    kernel, bias = (*features.shape[1:], model.num_classes), (model.num_classes,)
-    if features.ndim != 2 or shapes != {f"{head}.kernel": kernel, f"{head}.bias": bias}:
-        raise RecipeError(
-            f"stage {name!r}: a LinearProbe solves the head alone, and that must be one "
-            f"linear layer: {head}.kernel [d {model.num_classes}] and {head}.bias on features "
-            f"[b d]. In {model.name} features are {['b', *features.shape[1:]]}, and head and "
-            f"pattern have {', '.join(f'{path} {list(x)}' for path, x in shapes.items())}."
-        )
-    if sorted(trained) != sorted(shapes):
-        raise RecipeError(
-            f"stage {name!r}: a LinearProbe solves all of the head, and the pattern "
-            f"selects only {', '.join(trained)}. Write {head!r}."
-        )
+    return tuple(dataclasses.replace(program, prefix=prefix) for program, prefix in connected)
 
 
 def _replicas(recipe: Recipe, devices: Devices) -> int:

@@ -13,8 +13,9 @@ from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.early_stopping import EarlyStop, PlateauStop, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.models.norm_modes import layer
-from jaxft.optim.carry import carry_with_warnings
+from jaxft.optim.carry import carry
 from jaxft.stages import Stage
+from jaxft.state_shapes import abstract_state
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
@@ -240,14 +241,9 @@ def item_shapes(
 
 def opt_state_shapes(programs: Sequence[StageProgram], stage: int, params: Tree) -> optax.OptState:
     """Returns the shapes of a stage's optimizer state, with the parked groups of all before it."""
-
-    def opt_state(params: Tree) -> optax.OptState:
-        current = programs[0].transform.init(params)
-        for program in programs[1 : stage + 1]:
-            current, _ = next_opt_state(program, current, program.transform.init(params))
-        return current
-
-    return jax.eval_shape(opt_state, params)
+    plans = [program.plan for program in programs]
+    shapes = jax.eval_shape(lambda: params)  # without shardings
+    return abstract_state(plans, stage, shapes, programs[stage].recipe.optimizer)
 
 
 def next_opt_state(
@@ -256,4 +252,5 @@ def next_opt_state(
     """Returns the optimizer state at a stage's start, from the stage before; and remarks."""
     if program.plan.stage.carry == "reset":
         return fresh, []
-    return carry_with_warnings(before, fresh, park=program.plan.park)
+    state, report = carry(before, fresh, park=program.plan.park, report=True)
+    return state, list(report.warnings)

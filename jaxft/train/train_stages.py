@@ -12,9 +12,10 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.open_recipe import Start
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
 from jaxft.train.compiled_stage import CompiledStage, compile_stage
+from jaxft.train.fork import Fork, read_fork, save_first_checkpoint, stage_index
 from jaxft.train.gradient_stage import run_gradient_stage
 from jaxft.train.linear_probe_stage import run_linear_probe_stage
-from jaxft.train.resume import Fork, begin_fork, read_fork, resume, stage_of_fork
+from jaxft.train.resume import resume
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
 from jaxft.train.trainer import Trainer
@@ -83,7 +84,7 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
     if resumed:
         index = resumed[0].stage + bool(resumed[0].ended)
     else:
-        index = stage_of_fork(forked, trainer.recipe) + 1 if forked else 0
+        index = stage_index(forked, trainer.recipe) + 1 if forked else 0
     for program in trainer.programs[index:]:  # better now than after hours
         trainer.checkpoints.check_room(item_shapes(trainer.programs, program.index, *shapes))
     if index < len(trainer.programs):
@@ -153,7 +154,7 @@ def _begin(
     place = f"stage {name!r}, before the first step"
     trainer.check_validation(at.params, at.stats, score, place=place)
     if forked:
-        return begin_fork(trainer, forked, score, at), at
+        return save_first_checkpoint(trainer, forked, score, at), at
     return Progress.at_start(0, 0, score), at
 
 

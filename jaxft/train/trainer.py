@@ -97,7 +97,7 @@ class Trainer:
     def features(
         self, program: StageProgram, compiled: CompiledStage, snapshot: Callable[[], Snapshot]
     ) -> StageFeatures:
-        """Returns the features of a stage's frozen prefix; `snapshot` returns arrays with it."""
+        """Returns the cached features of a stage; `snapshot` returns its arrays at any step."""
         return StageFeatures(
             program,
             compiled,
@@ -106,7 +106,6 @@ class Trainer:
             self.devices,
             self.feature_cache,
             self.of_each_batch,
-            self.stopped,
         )
 
     def evaluate(

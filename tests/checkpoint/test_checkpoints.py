@@ -3,16 +3,19 @@
 import os
 import shutil
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from faults import replaced
 
 from jaxft import Adam, CheckpointError, Stage, plan
-from jaxft.checkpoint import checksums
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.layout import newest_header
 
@@ -130,21 +133,17 @@ def test_killed_replacement_leaves_the_old_or_the_new_checkpoint(tmp_path, monke
         copies.append(tmp_path / f"{len(copies)}-{name}")
         shutil.copytree(run, copies[-1])
 
-    def with_copies(change):
-        def wrapped(*args, **kwargs):
-            copy_folder(f"before-{change.__name__}")
-            result = change(*args, **kwargs)
-            copy_folder(f"after-{change.__name__}")
-            return result
-
-        return wrapped
+    def with_copies(change, *args, **kwargs):
+        copy_folder(f"before-{change.__name__}")
+        result = change(*args, **kwargs)
+        copy_folder(f"after-{change.__name__}")
+        return result
 
     with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(7, {"score": None}, {"params": PARAMS})
-    monkeypatch.setattr(checksums, "seal", with_copies(checksums.seal))
-    monkeypatch.setattr(os, "rename", with_copies(os.rename))
-    monkeypatch.setattr(shutil, "rmtree", with_copies(shutil.rmtree))
-    with closing(Checkpoints(run)) as checkpoints:
+    monkeypatch.setattr(os, "rename", partial(with_copies, os.rename))
+    monkeypatch.setattr(shutil, "rmtree", partial(with_copies, shutil.rmtree))
+    with replaced("seal", with_copies), closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(7, {"score": 0.5}, {"params": {}})
     monkeypatch.undo()
     assert names(run) == {"7"}
@@ -243,12 +242,13 @@ def test_check_room_refuses_a_full_disk(disk):
 def test_full_disk_during_a_write_keeps_older_checkpoints(
     step, reported_by, disk, monkeypatch, caplog
 ):
-    monkeypatch.setattr(Checkpoints, "_disk_shortage", lambda *_: "")
+    with closing(Checkpoints(disk.folder / "run")) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)
     checkpoints = Checkpoints(disk.folder / "run")
-    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)
-    checkpoints.save(1, {"score": 0.5}, {"params": PARAMS}, keep=True)  # waits for the first
-    checkpoints._manager.wait_until_finished()
     disk.fill()
+    # Other processes take the space after the check.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
     checkpoints.save(step, {}, {"params": LARGE})
     message = "No space left on device. All up to step 1 is safe; the same command continues"
     with pytest.raises(CheckpointError, match=message):
@@ -269,10 +269,10 @@ def test_save_that_fails_without_older_checkpoints(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    with closing(Checkpoints(tmp_path)) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "save", fail)
-        with pytest.raises(CheckpointError, match=r"on device. The same command starts once there"):
-            checkpoints.save(2, {}, {"params": PARAMS})
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    refused = pytest.raises(CheckpointError, match=r"on device. The same command starts once there")
+    with closing(Checkpoints(tmp_path)) as checkpoints, refused:
+        checkpoints.save(2, {}, {"params": PARAMS})
 
 
 @pytest.mark.parametrize(

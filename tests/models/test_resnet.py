@@ -19,6 +19,7 @@ from jaxft.weights.key_maps import torch_tensors
 # Relative to the largest value of each array. Both sides compute the training step in float64.
 TOLERANCE = {"eval": 1e-5, "train": 1e-9}
 STATISTICS_TOLERANCE = 1e-9
+SMOKE = ("resnet10t", "cifar_resnet20")
 
 
 @cache
@@ -117,7 +118,10 @@ def release_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", COMPARED)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.smoke] * (case in SMOKE)) for case in COMPARED],
+)
 @pytest.mark.usefixtures("release_memory")
 def test_resnet_outputs_and_statistics_equal_torchs(case):
     """Compares logits in eval mode, and logits and statistics of a training step."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxft import ModelError, Recipe, RecipeError, Stage, finetune, models
+from jaxft.export import export
 from jaxft.recipe_file import read, resolve
 from jaxft.report.console import Console
-from jaxft.train.export import export
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)

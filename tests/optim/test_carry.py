@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import jaxft
 from jaxft import SGD, Adam, RMSprop, Stage, Update
-from jaxft.optim.carry import carry_with_warnings
 from jaxft.optim.schedules import CosineAnnealingLR
 
 PARAMS = {name: {"kernel": jnp.arange(3.0), "bias": jnp.arange(2.0)} for name in "abc"}
@@ -123,8 +122,8 @@ def test_carry_names_only_groups_whose_optimizer_changed():
         Stage("2", {"a": 0.1, "b": 0.1}, 1, carry="keep"),
     ]
     old, new = (plan.transform(Adam()) for plan in jaxft.plan(stages, PARAMS))
-    _, messages = carry_with_warnings(train(old, old.init(PARAMS), 1), new.init(PARAMS))
-    assert messages == ["group 'a' has another optimizer now: it starts fresh."]
+    _, report = jaxft.carry(train(old, old.init(PARAMS), 1), new.init(PARAMS), report=True)
+    assert report.warnings == ("group 'a' has another optimizer now: it starts fresh.",)
 
 
 def test_carry_from_an_optimizer_without_state():
@@ -209,10 +208,10 @@ def test_carry_there_and_back_loses_nothing(first, second):
         return
     there, away, back = (plan.transform(Adam()) for plan in plans)
     before = train(there, there.init(PARAMS), 2)
-    state, messages = carry_with_warnings(before, away.init(PARAMS), park=plans[1].park)
-    assert not messages
-    state, messages = carry_with_warnings(state, back.init(PARAMS), park=plans[2].park)
-    assert not messages
+    state, report = jaxft.carry(before, away.init(PARAMS), park=plans[1].park, report=True)
+    assert not report.warnings
+    state, report = jaxft.carry(state, back.init(PARAMS), park=plans[2].park, report=True)
+    assert not report.warnings
     for group in plans[0].lr:
         assert_equal(rule_of(state, group), rule_of(before, group))
 

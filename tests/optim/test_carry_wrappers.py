@@ -64,6 +64,9 @@ AROUND = {
     "inject_hyperparams": lambda tx: optax.inject_hyperparams(
         lambda scale: optax.chain(optax.scale(scale), tx)
     )(scale=0.5),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: step < 9),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda _: True),
+    "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.05)),
     "two wrappers": lambda tx: optax.MultiSteps(optax.chain(optax.clip(1.0), tx), 2),
 }
 WITHIN = {
@@ -228,3 +231,59 @@ def test_multi_transform_initialised_with_the_trainable_half(wrapper):
     assert updates["body"]["w"] is None
     updates, _ = labelled(HEAD).update(half, labelled(HEAD).init(half), half)
     assert np.all(updates["head"]["w"] != 0)
+
+
+@pytest.mark.parametrize("update", ["half", "whole"])
+@pytest.mark.parametrize("init", ["half", "whole"])
+@pytest.mark.parametrize("wrapper", AROUND)
+def test_trainable_only_accepts_all_parameters_and_their_trainable_half(wrapper, init, update):
+    state = None
+    for rules in (HEAD, ALL):
+        labels = jaxft.label(PARAMS, rules)
+        tx = jaxft.trainable_only(AROUND[wrapper](labelled(rules)), labels)
+        trees = {"half": jaxft.partition(PARAMS, labels)[0], "whole": PARAMS}
+        fresh = tx.init(trees[init])
+        state = fresh if state is None else jaxft.carry(state, fresh)
+        for _ in range(2):
+            updates, state = tx.update(trees[update], state, trees[update])
+        assert jax.tree.structure(updates) == jax.tree.structure(trees[update])
+        assert not np.any(updates["body"]["w"]) or "body" in rules.values()
+        assert np.all(updates["head"]["w"] != 0)
+        if rules == HEAD:
+            assert all(np.shape(x) != PARAMS["body"]["w"].shape for x in jax.tree.leaves(state))
+
+
+def test_trainable_only_passes_extra_arguments():
+    labels = {"body": "frozen", "head": "head"}
+    tx = jaxft.multi_transform({"head": optax.polyak_sgd()}, labels)
+    tx = jaxft.trainable_only(optax.MultiSteps(tx, 1), labels)
+    params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert np.all(updates["head"] < 0)
+    with pytest.raises(LabelError, match="another structure than the parameters"):
+        tx.init({"body": jnp.ones(2)})
+
+
+def test_carry_through_lookahead_around_multi_transform():
+    """`init` receives all parameters, `update` the trainable half."""
+    state, both = None, optax.LookaheadParams.init_synced
+    for rules in (HEAD, ALL):
+        tx = optax.lookahead(labelled(rules), sync_period=2, slow_step_size=0.5)
+        half, _ = jaxft.partition(PARAMS, jaxft.label(PARAMS, rules))
+        fresh = tx.init(both(PARAMS))
+        state = fresh if state is None else jaxft.carry(state, fresh)
+        for _ in range(2):
+            updates, state = tx.update(half, state, both(half))
+    assert int(moments(state, "head").count) == 4
+    assert int(moments(state, "body").count) == 2
+    assert np.all(updates.slow["head"]["w"] != 0)
+
+
+def test_carry_through_schedule_free_around_multi_transform():
+    """Its average restarts at the parameters."""
+    first, second = (optax.contrib.schedule_free(labelled(rules), 0.1) for rules in (HEAD, ALL))
+    before = train(first, first.init(PARAMS), 2)
+    with pytest.warns(UserWarning, match=r"outside of the multi_transform \(z\) starts fresh"):
+        after = jaxft.carry(before, second.init(PARAMS))
+    check_carried(before, after, second.init(PARAMS))
+    train(second, after, 2)

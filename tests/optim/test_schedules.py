@@ -115,11 +115,6 @@ def cases(names):
     return pytest.mark.parametrize("name", names)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return dict(np.load(GOLDEN))
-
-
 def evaluate(schedule, total):
     """Returns the learning rates [time, group] and momenta [time], or None, of a stage."""
     times = jnp.arange(100)  # the same shape for all, so that JAX compiles each operation once

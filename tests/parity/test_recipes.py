@@ -6,19 +6,15 @@ norm of each tensor.
 
 import numpy as np
 import pytest
-from trajectories import CASES, CONFIGS, GOLDEN, train
+from trajectories import CASES, CONFIGS, train
+from trajectories import GOLDEN as GOLDEN  # read by the fixture `golden`
 
 RTOL = {"loss": 1e-9, "lr": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
 # These do not train in steps, or their steps are tested elsewhere.
 TESTED_ELSEWHERE = {"quickstart", "quickstart_from_scratch", "hymenoptera_resnet50", "auto_rgn"}
 # Each optimizer, schedules by step and by epoch, a binary loss, and label smoothing.
 FLOAT32 = ("keras_guide", "bit", "layer_decay")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
+SMOKE = ("d2l_hotdog, its own, its own", "lp_ft, its own, its own")
 
 
 def case_arrays(golden, case):
@@ -36,7 +32,11 @@ def assert_as_recorded(actual, recorded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.smoke) for case in SMOKE]
+    + [case for case in CASES if case not in SMOKE],
+)
 def test_recipe_trains_as_in_pytorch(case, golden):
     recorded = case_arrays(golden, case)
     assert_as_recorded(train(case), recorded)

@@ -12,12 +12,15 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from faults import before, replaced
 
 from jaxft import distributed
 from jaxft.cli.finetune import run
 from jaxft.cli.process import exit_process
-from jaxft.report.console import Bar
-from jaxft.train import train_stages
 
 
 def main(lines, *joining):
@@ -26,19 +29,15 @@ def main(lines, *joining):
     distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
     distributed._PARTING = 2  # of 20 seconds
     gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax has traced
-    advance, steps = Bar.advance, 0
+    steps = 0
 
-    def counted(bar, loss, taken):
+    def count(_):
         nonlocal steps
-        if 0 < steps <= taken:
+        steps -= 1
+        if steps == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        steps -= taken
-        advance(bar, loss, taken)
 
-    Bar.advance = counted
-    compile_stage = train_stages.compile_stage
-
-    def weighed(program, shapes):
+    def weighed(compile_stage, program, shapes):
         compiled = compile_stage(program, shapes)
         if distributed.is_main_process() and compiled.step:
             held = compiled.step.memory_analysis().argument_size_in_bytes
@@ -46,12 +45,12 @@ def main(lines, *joining):
             print(f"arguments of {stage}, {sharding}: {held} bytes", flush=True)
         return compiled
 
-    train_stages.compile_stage = weighed
     codes = []
-    for arguments, steps in json.loads(lines):  # noqa: B007
-        codes.append(run([*arguments, *(joining or ("--processes", "1"))]))
-        if codes[-1] > 1:  # stopped; after an error the next command line runs
-            exit_process(codes[-1])
+    with before("step", count), replaced("compile", weighed):
+        for arguments, steps in json.loads(lines):  # noqa: B007
+            codes.append(run([*arguments, *(joining or ("--processes", "1"))]))
+            if codes[-1] > 1:  # stopped; after an error the next command line runs
+                exit_process(codes[-1])
     sys.exit(max(codes))
 
 

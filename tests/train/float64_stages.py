@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from drawn import weight
+from faults import replaced
 from test_ddp import MODEL, Wide, batch
 
 from jaxft import SGD, Recipe, data, plan
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.data import Batch, Preprocessing
+from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.labels import combine
 from jaxft.train.compiled_stage import compile_stage
@@ -49,10 +50,14 @@ def padded(step):
     return Batch(image, np.pad(target, (0, spare)), np.arange(ROWS) < ROWS - spare)
 
 
-def train(stages, monkeypatch):
+def normalizing_in_float64():
+    """Replaces the normalization of images, which is in float32, by that of torch's recorders."""
+    return replaced("normalize", lambda _, preprocessing, images: Wide.normalize(images))
+
+
+def train(stages):
     """Maps `stage/name` to final tensors and to records of the steps; see `samples`."""
-    monkeypatch.setattr(Preprocessing, "normalize", lambda _, images: Wide.normalize(images))
-    with jax.enable_x64(True):
+    with normalizing_in_float64(), jax.enable_x64(True):
         return dict(_train(stages))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import before, failing, replaced
 from safetensors.numpy import load_file
 
 from jaxft import Adam, Recipe, Stage, finetune
-from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.recipe_file import save
 from jaxft.report.console import Console
 
@@ -44,12 +45,12 @@ CHILD = Path(__file__).with_name("mortal_child.py")
 MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 
 
-def begin_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
-    """Starts a run that gets the signals at a point; see `mortal_child.py`."""
+def begin_until(point, at, workdir, recipe=RECIPE, *, signals="SIGKILL"):
+    """Starts a run that gets the signals at a point of `faults.POINTS`; see `mortal_child.py`."""
     file = workdir.with_suffix(".yaml")
     save(recipe, file)
     return subprocess.Popen(
-        [sys.executable, CHILD, signals, point, file, "--workdir", workdir],
+        [sys.executable, CHILD, signals, point, str(at), file, "--workdir", workdir],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,45 +63,41 @@ def begin_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     )
 
 
-def run_until(point, workdir, recipe=RECIPE, *, signals="SIGKILL"):
+def run_until(point, at, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     """Returns exit code and stderr of a run that gets the signals at a point."""
-    with begin_until(point, workdir, recipe, signals=signals) as process:
-        _, said = process.communicate(timeout=300)
-    return process.returncode, said
+    with begin_until(point, at, workdir, recipe, signals=signals) as process:
+        _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
 
 
 def train_to_end(workdir, recipe=RECIPE):
     return finetune(recipe, workdir, console=QUIET)
 
 
-@contextmanager
 def saving_stage_ends_only():
     """Drops the checkpoints within stages, which cost more than the training of a short run."""
-    save = Checkpoints.save
 
-    def save_kept(self, step, progress, arrays, *, keep=False):
+    def save_stage_end(save, *args, keep=False):
         if keep:
-            save(self, step, progress, arrays, keep=True)
+            save(*args, keep=True)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_kept)
-        yield
+    return replaced("save", save_stage_end)
 
 
 class KilledError(Exception):
     """Stands for a SIGKILL, but a write that has begun is finished."""
 
 
-def die(monkeypatch, owner, name, at):
-    """Makes calls of `owner.name` fail if `at` is true of their arguments."""
-    real = getattr(owner, name)
+@contextmanager
+def killed(point, at=None):
+    """Ends the run in the block before a call of a point; fails if the run does not reach it."""
+    with failing(point, KilledError, at), pytest.raises(KilledError):
+        yield
 
-    def failing(*args, **kwargs):
-        if at(*args):
-            raise KilledError
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, failing)
+def terminated(point, at):
+    """Sends this process a SIGTERM before a call of a point."""
+    return before(point, lambda *_, **__: signal.raise_signal(signal.SIGTERM), at)
 
 
 def steps(workdir):

@@ -67,12 +67,6 @@ def train(replicas):
     return {**arrays, "losses": np.stack(losses)}
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 def test_replica_statistics_train_as_torch_ddp(golden):
     with jax.enable_x64(True):
         trained = train(replicas=2)

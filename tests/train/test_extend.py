@@ -6,12 +6,11 @@ import re
 import numpy as np
 import pytest
 from flax import linen as nn
-from mortal import QUIET, KilledError, assert_close, assert_same_end, die, rows
+from mortal import QUIET, assert_close, assert_same_end, killed, rows
 
 from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models
 from jaxft.optim import schedules
 from jaxft.report.console import Console
-from jaxft.train.state import Progress
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
 IMAGES = data.arrays(PIXELS, np.arange(24) % 2, classes=["a", "b"])
@@ -92,9 +91,7 @@ def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsy
     run(recipe(HEAD), tmp_path / "run")
     two = recipe(dataclasses.replace(HEAD, epochs=2))
     run(two, tmp_path / "run", console=Console(), extend=True)
-    assert "continues from the arrays that it handed on" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "continues from the arrays at its end" in " ".join(capsys.readouterr().out.split())
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
 
 
@@ -143,11 +140,9 @@ def test_extend_refuses_other_fields(now, extend, message, ended):
 
 
 @pytest.mark.slow
-def test_extend_keeps_groups_of_a_begun_stage(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        die(patch, Progress, "after_step", lambda progress: progress.step == 4)
-        with pytest.raises(KilledError):
-            run(RECIPE, tmp_path / "run")
+def test_extend_keeps_groups_of_a_begun_stage(tmp_path):
+    with killed("step", 5):
+        run(RECIPE, tmp_path / "run")
     more = (HEAD, LATE, Stage("all", {"late.kernel": 1e-3, "*": 1e-4}, epochs=1))
     with pytest.raises(RecipeError, match=re.escape("'late' has begun, and the stages that")):
         run(recipe(*more), tmp_path / "run", extend=True)
@@ -159,14 +154,12 @@ def test_extend_keeps_groups_of_a_begun_stage(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_extended_run_without_checkpoint_keeps_its_recipe_file(tmp_path, monkeypatch):
+def test_extended_run_without_checkpoint_keeps_its_recipe_file(tmp_path):
     """The command of the shorter run neither shortens nor overwrites it."""
     run(recipe(HEAD), tmp_path)
     two = recipe(dataclasses.replace(HEAD, epochs=2))
-    with monkeypatch.context() as patch:
-        die(patch, Progress, "after_step", lambda progress: True)
-        with pytest.raises(KilledError):
-            run(two, tmp_path, extend=True)
+    with killed("step"):
+        run(two, tmp_path, extend=True)
     longer = (tmp_path / "recipe.yaml").read_bytes()
     for extend in (False, True):
         with pytest.raises(RecipeError, match=r"is to go on for longer: .* delete the file"):

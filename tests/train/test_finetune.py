@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from mortal import saving_stage_ends_only
+from mortal import QUIET, killed, rows, saving_stage_ends_only
 
 from jaxft import (
     Adam,
@@ -27,12 +27,10 @@ from jaxft import (
     models,
     weights,
 )
-from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Preprocessing
 from jaxft.open_recipe import draw_start
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.recipe_file import read
-from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics
 from jaxft.train.workdir import claim
@@ -56,7 +54,6 @@ RECIPE = Recipe(
         Stage("all", {"*": 1e-3}, epochs=2, restore="last"),
     ),
 )
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +63,8 @@ def unbroken(tmp_path_factory):
         return workdir, finetune(RECIPE, workdir, console=QUIET)
 
 
-def rows(workdir):
-    return [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_seconds(workdir):
-    """Returns the rows without times and memory."""
-    measured = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
-    return [{k: v for k, v in row.items() if k not in measured} for row in rows(workdir)]
-
-
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_run_files_and_epochs(unbroken):
     workdir, result = unbroken
     assert {path.name for path in workdir.iterdir()} == {
@@ -96,6 +84,7 @@ def test_run_files_and_epochs(unbroken):
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_exported_model_reproduces_validation_score(unbroken):
     workdir, result = unbroken
     described = json.loads((workdir / "model.json").read_text())
@@ -117,25 +106,6 @@ def test_finished_run_is_not_run_again(unbroken):
     before = (workdir / "metrics.jsonl").read_text()
     assert finetune(RECIPE, workdir, console=QUIET) == result
     assert (workdir / "metrics.jsonl").read_text() == before
-
-
-class KilledError(Exception):
-    """Stands for a SIGKILL."""
-
-
-def run_and_die(recipe, workdir, step, monkeypatch, **given):
-    """Kills a run right after it began to write the checkpoint of `step`."""
-    real = Checkpoints.save
-
-    def save_and_die(self, at, *args, **kwargs):
-        real(self, at, *args, **kwargs)
-        if at == step:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
-        with pytest.raises(KilledError):
-            finetune(recipe, workdir, console=QUIET, **given)
 
 
 @pytest.mark.slow
@@ -160,17 +130,18 @@ def test_preprocessing_of_weights_is_that_of_the_run(tmp_path):
     assert finetune(recipe, workdir, console=QUIET) == result
 
 
-def test_recipe_errors_precede_download_of_weights(tmp_path, monkeypatch):
-    def fetched(_):
-        raise AssertionError
-
-    monkeypatch.setattr(weights, "read", fetched)
-    for fields in ({"model": "resnet5"}, {"dropout": 2.0}, {"data": "folder:nowhere"}):
-        with pytest.raises(JaxftError):
-            finetune(dataclasses.replace(RECIPE, **fields), tmp_path / "run", console=QUIET)
+def test_recipe_errors_precede_download_of_weights(tmp_path):
+    recipe = dataclasses.replace(RECIPE, weights="gone.safetensors")
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="is a file"):
-        finetune(RECIPE, tmp_path / "file", console=QUIET)
+    for fields, workdir, message in (
+        ({"model": "resnet5"}, "run", "resnet5"),
+        ({"dropout": 2.0}, "run", "dropout"),
+        ({"data": "folder:nowhere"}, "run", "nowhere"),
+        ({}, "file", "is a file"),
+        ({}, "run", "there are no weights"),
+    ):
+        with pytest.raises(JaxftError, match=message):
+            finetune(dataclasses.replace(recipe, **fields), tmp_path / workdir, console=QUIET)
 
 
 def test_data_of_one_class_is_refused(tmp_path):
@@ -193,11 +164,12 @@ def test_head_initialisation_without_weights(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_needs_no_weights_file(unbroken, tmp_path, monkeypatch):
+def test_resume_needs_no_weights_file(unbroken, tmp_path):
     weights_file = tmp_path / "digits.safetensors"
     weights_file.write_bytes((ROOT / "jaxft/assets/digits_0to4.safetensors").read_bytes())
     recipe = dataclasses.replace(RECIPE, weights=str(weights_file), stages=RECIPE.stages[:1])
-    run_and_die(recipe, tmp_path / "run", 4, monkeypatch)
+    with killed("step", 5):
+        finetune(recipe, tmp_path / "run", console=QUIET)
     weights_file.unlink()
     finetune(recipe, tmp_path / "run", console=QUIET)
     losses, expected = (
@@ -210,7 +182,7 @@ def test_resume_needs_no_weights_file(unbroken, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_resume_restores_schedules_and_parked_state(tmp_path, monkeypatch):
+def test_resume_restores_schedules_and_parked_state(tmp_path):
     """A group that skips a stage, a schedule by step, and one that validation drives."""
     both = {"fc": 1e-2, "layer3": 1e-2}
     plateau = ReduceLROnPlateau(patience=0, threshold=1e3, factor=0.5)
@@ -226,51 +198,45 @@ def test_resume_restores_schedules_and_parked_state(tmp_path, monkeypatch):
         whole = finetune(recipe, tmp_path / "whole", console=QUIET)
     found = [row["lr"]["fc"] for row in rows(tmp_path / "whole")]
     assert found == pytest.approx([1e-2, 1e-2, 0.5e-2, 1e-2, 0.5e-2])
-    for step in (8, 16):
-        run_and_die(recipe, tmp_path / "run", step, monkeypatch)
+    for step in (9, 17):
+        with killed("step", step):
+            finetune(recipe, tmp_path / "run", console=QUIET)
     again = finetune(recipe, tmp_path / "run", console=QUIET)
     assert again.weights.read_bytes() == whole.weights.read_bytes()
-    assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+GIVEN = dataclasses.replace(RECIPE, shots=None)  # images given by `data=`
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """Folder of a run that died after its first epoch."""
-    workdir = tmp_path_factory.mktemp("begun")
-    with pytest.MonkeyPatch.context() as patch:
-        run_and_die(RECIPE, workdir, 4, patch)
-    return workdir
+    """Folder and images of a run that died after its first epoch."""
+    workdir, images = tmp_path_factory.mktemp("begun"), data.open_source("digits:5-9", shots=6)
+    with killed("step", 5):
+        finetune(GIVEN, workdir, data=images, console=QUIET)
+    return workdir, images
 
 
 @pytest.mark.slow
-def test_resume_refuses_fewer_images(begun, monkeypatch):
-    real = data.open_source
-
-    def fewer(*args, **kwargs):
-        train, val = real(*args, **kwargs)
-        return data.Splits(train.take(np.arange(len(train) - 1)), val)
-
-    monkeypatch.setattr(data, "open_source", fewer)
+def test_resume_refuses_fewer_images(begun):
+    workdir, (train, val) = begun
+    fewer = data.Splits(train.take(np.arange(len(train) - 1)), val)
     with pytest.raises(
         CheckpointError, match=r"images have changed(?s:.*)train: 30 images then, 29"
     ):
-        finetune(RECIPE, begun, console=QUIET)
+        finetune(GIVEN, workdir, data=fewer, console=QUIET)
 
 
 @pytest.mark.slow
-def test_resume_refuses_images_of_exchanged_classes(begun, monkeypatch):
-    real = data.open_source
-
-    def exchanged(*args, **kwargs):
-        train, val = real(*args, **kwargs)
-        first, other = 0, int(np.flatnonzero(train.targets != train.targets[0])[0])
-        targets = train.targets.copy()
-        targets[[first, other]] = targets[[other, first]]
-        return data.Splits(dataclasses.replace(train, targets=targets), val)
-
-    monkeypatch.setattr(data, "open_source", exchanged)
+def test_resume_refuses_images_of_exchanged_classes(begun):
+    workdir, (train, val) = begun
+    first, other = 0, int(np.flatnonzero(train.targets != train.targets[0])[0])
+    targets = train.targets.copy()
+    targets[[first, other]] = targets[[other, first]]
+    exchanged = data.Splits(dataclasses.replace(train, targets=targets), val)
     with pytest.raises(CheckpointError, match="train: as many images of each class, but some are"):
-        finetune(RECIPE, begun, console=QUIET)
+        finetune(GIVEN, workdir, data=exchanged, console=QUIET)
 
 
 @pytest.mark.slow
@@ -320,19 +286,26 @@ def test_workdir_in_use_is_refused(tmp_path):
     assert errors == [f"another process is training in {tmp_path / 'run'}."]
 
 
-@pytest.mark.slow
-def test_workdir_without_checkpoint_takes_another_recipe(tmp_path, monkeypatch):
-    """A run that failed at its first image does not block the corrected recipe."""
+class Unreadable:
+    """Images of two classes that can no longer be read."""
 
-    def unreadable(*_, **__):
+    classes = ("a", "b")
+    targets = np.arange(20, dtype=np.int32) % 2
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, _):
         raise DataError("an image can no longer be read")
 
+
+@pytest.mark.slow
+def test_workdir_without_checkpoint_takes_another_recipe(tmp_path):
+    """A run that failed at its first image does not block the corrected recipe."""
     once = dataclasses.replace(RECIPE, stages=(Stage("once", {"fc": 1e-3}, epochs=1),))
     other = dataclasses.replace(once, image_size=16, resize_size=16)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "eval_batches", unreadable)
-        with pytest.raises(DataError, match="no longer"):
-            finetune(other, tmp_path / "run", console=QUIET)
+    with pytest.raises(DataError, match="no longer"):
+        finetune(other, tmp_path / "run", data=Unreadable(), console=QUIET)
     finetune(once, tmp_path / "run", console=QUIET)
     assert read(tmp_path / "run" / "recipe.yaml") == once.expecting(Preprocessing())
 

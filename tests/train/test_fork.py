@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from mortal import QUIET, RECIPE, rows, saving_stage_ends_only, train_to_end
+from mortal import QUIET, RECIPE, killed, rows, saving_stage_ends_only, train_to_end
 
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
-from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.l2_sp import L2SP
 from jaxft.recipe_file import save
 from jaxft.weights import load
@@ -57,21 +56,12 @@ def test_fork_with_other_last_stage_leaves_the_run_unchanged(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_fork_resumes(run, tmp_path, monkeypatch):
+def test_killed_fork_resumes(run, tmp_path):
     """Also if it was killed before its first checkpoint."""
     workdir, result = run
-    real = Checkpoints.save
-    for at in (18, 21):
-
-        def failing(self, step, *args, at=at, **kwargs):
-            if step == at:
-                raise KeyboardInterrupt
-            return real(self, step, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "save", failing)
-            with pytest.raises(KeyboardInterrupt):
-                fork(RECIPE, tmp_path / "fork", workdir, "late")
+    for step in (18, 21):
+        with killed("save", step):
+            fork(RECIPE, tmp_path / "fork", workdir, "late")
     forked = fork(RECIPE, tmp_path / "fork", workdir, "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
@@ -188,19 +178,12 @@ def test_fork_errors(recipe, stage, error, message, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_fork_needs_ended_stage(tmp_path, monkeypatch):
+def test_fork_needs_ended_stage(tmp_path):
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint to fork from"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "nowhere")
-    real = Checkpoints.save
-
-    def save_and_die(self, *args, **kwargs):
-        real(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with killed("step", 4):  # after the checkpoint of step 3
         train_to_end(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="no stage has ended"):
+    with pytest.raises(CheckpointError, match="to fork from: no stage has ended"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "run")
     assert not (tmp_path / "fork").exists()
 

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
+from faults import before
 from flax import linen as nn
 from mortal import QUIET, rows
 
 from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
-from jaxft.checkpoint import atomic, weights_only
-from jaxft.report import environment
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 IMAGES = data.arrays(PIXELS, np.arange(12) % 2, classes=["a", "b"])
@@ -38,21 +37,14 @@ def run(workdir):
 
 
 @pytest.fixture
-def full(disk, monkeypatch):
-    """Has a function find the disk full once its `when` is true; returns the run's error."""
+def full(disk):
+    """Returns a function that fills the disk at a point of a run and returns the run's error."""
 
-    def error(owner, name, when=lambda path: True):
-        real = getattr(owner, name)
-
-        def fill_and_write(path, *args, **kwargs):
-            if when(str(path)):
-                disk.fill(but=0)
-            return real(path, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fill_and_write)
-            with pytest.raises((JaxftError, OSError), match="No space left on device") as raised:
-                run(disk.folder / "run")
+    def error(point, at=None):
+        filled = before(point, lambda *_, **__: disk.fill(but=0), at)
+        no_space = pytest.raises((JaxftError, OSError), match="No space left on device")
+        with filled, no_space as raised:
+            run(disk.folder / "run")
         disk.free()
         assert "\n" not in str(raised.value)
         return str(raised.value)
@@ -65,8 +57,8 @@ def full(disk, monkeypatch):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_before_training_names_the_file(full, disk):
     workdir = disk.folder / "run"
-    assert str(workdir / "environment.json") in full(environment, "append")
-    assert f"{workdir / 'start'} could not be written" in full(weights_only, "save_weights")
+    assert str(workdir / "environment.json") in full("write", "environment.json")
+    assert f"{workdir / 'start'} could not be written" in full("save start")
     run(workdir)
     assert [row["epoch"] for row in rows(workdir)] == [1]
 
@@ -79,7 +71,6 @@ def test_full_disk_at_export_names_the_file(full, disk):
     for name in expected:
         for file in expected:
             (workdir / file).unlink()
-        message = full(atomic, "write", lambda path: path.endswith(name))  # noqa: B023
-        assert str(workdir / name) in message
+        assert str(workdir / name) in full("write", name)
         run(workdir)
         assert {file: (workdir / file).read_bytes() for file in expected} == expected

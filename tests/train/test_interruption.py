@@ -47,6 +47,17 @@ PHASES = {
     "weights_exported": ("os.rename", "model.safetensors"),
     "score_exported": ("os.rename", "model.json"),
 }
+SMOKE = (signal.SIGTERM, "step_taken")
+EACH_PHASE = [
+    pytest.param(
+        number,
+        phase,
+        id=f"{number.name}-{phase}",
+        marks=[pytest.mark.smoke] * ((number, phase) == SMOKE),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT)
+    for phase in PHASES
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +106,9 @@ def unbroken(folder):
     return folder / "unbroken"
 
 
-@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.fixture(scope="module")
 def interrupted(request, folder):
+    """The signal of a test, and the folder of the run that receives it in each phase."""
     return request.param, folder / request.param.name / "run"
 
 
@@ -117,7 +129,7 @@ def handlers():
 # Python drops what a handler raises in a weak reference's callback; the run finds the signal later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("interrupted", "phase"), EACH_PHASE, indirect=["interrupted"])
 def test_signal_ends_run_in_each_phase(phase, interrupted, folder, handlers, monkeypatch):
     number, workdir = interrupted
     compile = jax.stages.Lowered.compile
@@ -138,6 +150,14 @@ def test_signal_ends_run_in_each_phase(phase, interrupted, folder, handlers, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.smoke),
+        pytest.param(signal.SIGINT, id="SIGINT"),
+    ],
+    indirect=True,
+)
 def test_run_interrupted_in_each_phase_ends_as_unbroken(interrupted, folder, unbroken):
     run(folder, interrupted[1])
     assert_same_end(interrupted[1], unbroken)

@@ -4,37 +4,20 @@ import os
 import signal
 
 import pytest
-from mortal import (
-    RECIPE,
-    KilledError,
-    assert_same_end,
-    begin_until,
-    die,
-    odd_names,
-    steps,
-    train_to_end,
-)  # fmt: skip
+from faults import before
+from mortal import RECIPE, assert_same_end, begin_until, killed, odd_names, steps, train_to_end
 
 from jaxft import CheckpointError, RecipeError, finetune
-from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
-from jaxft.train.state import Progress
 
 
 @pytest.mark.slow
-def test_full_disk_keeps_earlier_checkpoints(whole, disk, monkeypatch):
-    workdir, real = disk.folder / "run", Checkpoints.save
-
-    def fill_and_save(self, step, *args, **kwargs):
-        if step == 15:
-            self._manager.wait_until_finished()  # the one before is to fit
-            disk.fill(but=2**19)
-        real(self, step, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", fill_and_save)
-        with pytest.raises(CheckpointError, match=r"are free\. All up to step 12 is safe"):
-            train_to_end(workdir)
+def test_full_disk_keeps_earlier_checkpoints(whole, disk):
+    workdir = disk.folder / "run"
+    # The arrays of step 12 are on the disk then, and those of step 15 do not fit any more.
+    filled = before("seal", lambda *_, **__: disk.fill(but=2**19), at=12)
+    with filled, pytest.raises(CheckpointError, match=r"are free\. All up to step 12 is safe"):
+        train_to_end(workdir)
     assert steps(workdir)[-1] == 12
     disk.free()
     train_to_end(workdir)
@@ -43,12 +26,10 @@ def test_full_disk_keeps_earlier_checkpoints(whole, disk, monkeypatch):
 
 
 @pytest.mark.slow
-def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monkeypatch, capsys):
+def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, capsys):
     workdir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        die(patch, Progress, "after_step", lambda progress: progress.step == 13)
-        with pytest.raises(KilledError):
-            train_to_end(workdir)
+    with killed("step", 14):
+        train_to_end(workdir)
     newest = workdir / "checkpoints" / "12"
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     content = bytearray(largest.read_bytes())
@@ -57,7 +38,7 @@ def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monke
     finetune(RECIPE, workdir, console=Console())
     said = capsys.readouterr().out.replace("\n", " ")
     assert "/12 is damaged: " in said
-    assert "Going on from step 9: stage 'late'" in said
+    assert "The run continues from step 9: stage 'late'" in said
     assert_same_end(workdir, whole)
     assert odd_names(workdir) == ["corrupt-12"]
 
@@ -65,7 +46,7 @@ def test_run_resumes_from_checkpoint_before_a_damaged_one(whole, tmp_path, monke
 @pytest.mark.slow
 def test_second_run_in_workdir_is_refused(whole, tmp_path):
     workdir = tmp_path / "run"
-    with begin_until("step:5", workdir, signals="SIGSTOP") as first:
+    with begin_until("step", 5, workdir, signals="SIGSTOP") as first:
         _, status = os.waitpid(first.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
         try:
@@ -73,6 +54,6 @@ def test_second_run_in_workdir_is_refused(whole, tmp_path):
                 train_to_end(workdir)
         finally:
             first.send_signal(signal.SIGCONT)
-        _, said = first.communicate(timeout=300)
-    assert first.returncode == 0, said
+        _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
     assert_same_end(workdir, whole)

@@ -10,8 +10,8 @@ from mortal import QUIET, assert_close, assert_same_end, rows
 
 from jaxft import SGD, Recipe, Stage, data, finetune
 from jaxft.batch_sizes import BatchSizes, oversized
+from jaxft.lr_finder import ramp, range_test, trial
 from jaxft.models import NNX, Linen
-from jaxft.train.lr_finder import ramp, range_test, trial
 
 
 class Standardises(nn.Module):

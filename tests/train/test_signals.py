@@ -11,32 +11,32 @@ def test_signal_saves_the_step_and_run_resumes_from_it(whole, tmp_path):
     the next compiles, and by Ctrl-C."""
     workdir = tmp_path / "run"
     for signals, point, step, where in (
-        ("SIGTERM", "step:5", 5, " in stage 'head', and"),
-        ("SIGTERM", "score:1", 8, " in stage 'head', and"),  # the first since step 5
-        ("SIGTERM", "compile:2", 8, ", and"),
-        ("SIGINT", "step:14", 14, " in stage 'late', and"),
+        ("SIGTERM", ("step", 5), 5, " in stage 'head', and"),
+        ("SIGTERM", ("evaluate", 1), 8, " in stage 'head', and"),  # the first since step 5
+        ("SIGTERM", ("compiled", 2), 8, ", and"),
+        ("SIGINT", ("step", 14), 14, " in stage 'late', and"),
     ):
-        code, said = run_until(point, workdir, signals=signals)
-        assert code == (75 if signals == "SIGTERM" else 130), said
+        code, errors = run_until(*point, workdir, signals=signals)
+        assert code == (75 if signals == "SIGTERM" else 130), errors
         assert steps(workdir)[-1] == step
-        assert f"{signals} came{where} step {step} is saved. The same command resumes" in said
-        assert "Traceback" not in said
+        assert f"{signals} came{where} step {step} is saved. The same command resumes" in errors
+        assert "Traceback" not in errors
     train_to_end(workdir)
     assert_same_end(workdir, whole)
 
 
 def test_signal_before_training_saves_nothing(tmp_path):
     """While a compilation runs that would never end."""
-    code, said = run_until("compile:1", tmp_path / "run", signals="SIGTERM")
-    assert code == 75, said
-    assert "SIGTERM came, and nothing has been trained yet." in said
+    code, errors = run_until("compiled", 1, tmp_path / "run", signals="SIGTERM")
+    assert code == 75, errors
+    assert "SIGTERM came, and nothing has been trained yet." in errors
     assert steps(tmp_path / "run") == []
 
 
 def test_second_ctrl_c_ends_without_another_checkpoint(tmp_path):
     """A checkpoint that it had begun is complete."""
-    code, said = run_until("step:5", tmp_path / "run", signals="SIGINT,SIGINT")
-    assert code == 130, said
-    assert "resumes from the last checkpoint" in said
-    assert "Traceback" not in said
+    code, errors = run_until("step", 5, tmp_path / "run", signals="SIGINT,SIGINT")
+    assert code == 130, errors
+    assert "resumes from the last checkpoint" in errors
+    assert "Traceback" not in errors
     assert steps(tmp_path / "run") == [3, 4]

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import math
-import sys
 import time
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import before, replaced
+from mortal import QUIET
 from safetensors.numpy import load_file
 
 from jaxft import (
@@ -21,7 +21,6 @@ from jaxft import (
     Recipe,
     ReduceLROnPlateau,
     Stage,
-    data,
     finetune,
     models,
     plan,
@@ -36,15 +35,12 @@ from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import Metrics, Score
 from jaxft.train.stage_program import stage_program
-from jaxft.train.state import Progress
-from jaxft.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 
 MODEL = models.create("cifar_resnet8", num_classes=10)
 DIGITS = read("0-9")
 TRAIN, VAL = DIGITS.take(np.arange(24)), DIGITS.take(np.arange(24, 48))
-CONSOLE = Console(quiet=True)
 SIZE = Preprocessing(image_size=8, resize_size=8)
 
 
@@ -56,10 +52,10 @@ def recipe(*stages, **fields):
     )  # fmt: skip
 
 
-def run(workdir, *stages, seed=1, **fields):
+def run(workdir, *stages, seed=1, console=QUIET, **fields):
     """Returns the rows and the result of a run from `MODEL.init`."""
     given = {"data": Splits(TRAIN, VAL), "start": MODEL.init(jax.random.key(seed))}
-    result = finetune(recipe(*stages, **fields), workdir, console=CONSOLE, **given)
+    result = finetune(recipe(*stages, **fields), workdir, console=console, **given)
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows], result
 
@@ -113,20 +109,19 @@ def test_stage_setting_overrides_recipe():
 
 
 @pytest.mark.slow
-def test_batches_follow_stage_settings(tmp_path, monkeypatch):
-    drawn, real = [], data.train_batches
+def test_batches_follow_stage_settings(tmp_path):
+    drawn = []
 
-    def spied(source, config, **position):
+    def record(_, config, **__):
         drawn.append([config.batch_size, config.augment, config.balanced, config.rows])
-        return real(source, config, **position)
 
-    monkeypatch.setattr(data, "train_batches", spied)
-    rows, _ = run(
-        tmp_path / "run",
-        Stage("own", {"fc": 0.1}, 1, batch_size=8, augment="shift", balance="sampling"),
-        Stage("recipe's", {"fc": 0.1}, 1),
-        Stage("parts", {"fc": 0.1}, 1, batch_size=10, accumulate=2),
-    )
+    with before("train batches", record):
+        rows, _ = run(
+            tmp_path / "run",
+            Stage("own", {"fc": 0.1}, 1, batch_size=8, augment="shift", balance="sampling"),
+            Stage("recipe's", {"fc": 0.1}, 1),
+            Stage("parts", {"fc": 0.1}, 1, batch_size=10, accumulate=2),
+        )
     assert drawn == [[8, "shift", True, 8], [6, "none", False, 6], [10, "none", False, 10]]
     assert [row["step"] for row in rows] == [3, 7, 10]
 
@@ -213,27 +208,26 @@ def test_anchor_is_start_of_run_and_holds_in_its_stage_only(tmp_path):
 
 @pytest.mark.slow
 def test_sync_steps_reads_the_device_every_few_steps(tmp_path, monkeypatch):
-    step, read = [0], set()
-    kind, after = type(jnp.zeros(())), Progress.after_step
+    step, read, kind = 0, set(), type(jnp.zeros(()))
     real = kind._value
 
     def value(array):
-        read.add(step[0])
+        read.add(step)
         return real.fget(array)
 
-    def after_step(self):
-        step[0] = self.step + 1
-        return after(self)
+    def count(progress):
+        nonlocal step
+        step = progress.step + 1
 
-    monkeypatch.setattr(Progress, "after_step", after_step)
     monkeypatch.setattr(kind, "_value", property(value))
-    rows, _ = run(
-        tmp_path / "run",
-        Stage("x", {"fc": 0.1}, 1),
-        batch_size=3,
-        sync_steps=3,
-        on_nonfinite="skip",
-    )
+    with before("step", count):
+        rows, _ = run(
+            tmp_path / "run",
+            Stage("x", {"fc": 0.1}, 1),
+            batch_size=3,
+            sync_steps=3,
+            on_nonfinite="skip",
+        )
     assert rows[0]["step"] == 8
     assert read == {0, 3, 6, 8}
 
@@ -259,18 +253,13 @@ def test_recorded_plateau_schedule_is_torchs():
 def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, capsys):
     """The first that is reached ends the stage, within an epoch or after it."""
     losses = iter([9.0] * 6 + LOSSES)  # of the start, of the stages before, of the last one
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
-    after, clock, passed = Progress.after_step, time.perf_counter, [0.0]
+    clock, passed = time.perf_counter, 0
 
-    def after_step(
-        self,
-    ):  # in the third stage: of a thousand seconds, what the machine adds is lost
-        passed[0] += 1000 * (self.stage == 2)
-        return after(self)
+    def pass_time(progress):  # so much that the machine's own time does not count
+        nonlocal passed
+        passed += 1000 * (progress.stage == 2)
 
-    monkeypatch.setattr(Progress, "after_step", after_step)
-    fake = SimpleNamespace(perf_counter=lambda: clock() + passed[0])
-    monkeypatch.setattr("jaxft.train.state.time", fake)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed)
     head, cosine = {"fc": 0.01}, schedules.CosineAnnealingLR(by="step")
     stages = (
         Stage("steps", head, steps=6, schedule=cosine),
@@ -284,8 +273,9 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
             until=PlateauStop(reductions=2),
         ),
     )
-    monkeypatch.setattr(sys.modules[__name__], "CONSOLE", Console())
-    rows, _ = run(tmp_path / "run", *stages, on_nonfinite="skip")  # one of LOSSES is NaN
+    scored = replaced("evaluate", lambda *_: Score(next(losses), 0.5, 0.5))
+    with scored, before("step", pass_time):  # one of LOSSES is NaN
+        rows, _ = run(tmp_path / "run", *stages, console=Console(), on_nonfinite="skip")
     ends = [(row["stage"], row["epoch"], row["step"]) for row in rows]
     assert ends[:5] == [
         ("steps", 1, 4), ("steps", 2, 6), ("epochs", 1, 10), ("minutes", 1, 14), ("minutes", 2, 16),
@@ -305,7 +295,7 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
         "Stage 3 of 4: minutes, at most 9 epochs of 4 steps",
         "Stage 'minutes' ended: its 100 minutes are over.",
         "Stage 4 of 4: plateaus, at most 20 epochs of 4 steps",
-        "Stage 'plateaus' ended: the rate met its plateau number 3.",
+        "Stage 'plateaus' ended: the learning rate met its plateau number 3.",
     ):
         assert sentence in said
 

@@ -42,16 +42,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_step_options_are_torchs(case, golden, monkeypatch):
-    trained = train(CASES[case], monkeypatch)
+def test_step_options_are_torchs(case, golden):
+    trained = train(CASES[case])
     of_case = {name: x for name, x in golden.items() if name.startswith(f"{case}/")}
     assert_as_recorded({f"{case}/{name}": x for name, x in trained.items()}, of_case)
 

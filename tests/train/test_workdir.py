@@ -8,12 +8,12 @@ from contextlib import closing, nullcontext, suppress
 
 import jax.numpy as jnp
 import pytest
+from faults import replaced
 
 from jaxft import Recipe, RecipeError, Stage, finetune
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Header
 from jaxft.recipe_file import fields
-from jaxft.train import workdir
 from jaxft.train.workdir import check, check_apart, claim, saved
 
 RECIPE = Recipe(model="resnet18", data="digits", stages=(Stage("head", {"fc": 1e-3}, epochs=1),))
@@ -69,13 +69,12 @@ def test_workdir_of_running_process_is_refused(tmp_path):
         pass
 
 
-def test_workdir_is_claimed_by_first_process_only(tmp_path, monkeypatch):
+def test_workdir_is_claimed_by_first_process_only(tmp_path):
     with claim(tmp_path, RECIPE):
-        monkeypatch.setattr(workdir, "ask_main_process", lambda ask: "")
-        with claim(tmp_path, RECIPE):
+        with replaced("claim", lambda *_: ""), claim(tmp_path, RECIPE):
             pass
-        monkeypatch.setattr(workdir, "ask_main_process", lambda ask: "it is not to be")
-        with pytest.raises(RecipeError, match="not to be"), claim(tmp_path, RECIPE):
+        refused = pytest.raises(RecipeError, match="not to be")
+        with replaced("claim", lambda *_: "it is not to be"), refused, claim(tmp_path, RECIPE):
             pass
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_finetune import QUIET, run_and_die
+from mortal import QUIET, killed
 
 import jaxft
 from jaxft import (
@@ -23,8 +23,8 @@ from jaxft import (
     models,
     weights,
 )
+from jaxft.export import export
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train.export import export
 
 
 class Net(nn.Module):
@@ -66,7 +66,7 @@ def arrays(dtype=jnp.float32, *, classes=3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
-def test_start_of_another_dtype_trains_in_float32(dtype, tmp_path, monkeypatch, capsys):
+def test_start_of_another_dtype_trains_in_float32(dtype, tmp_path, capsys):
     start, given = arrays(dtype), {**GIVEN, "model": NET}
     result = finetune(ALL, tmp_path / "whole", start=start, **{**given, "console": None})
     remark = f"8 arrays of start are cast from {np.dtype(dtype).name} to float32."
@@ -75,19 +75,19 @@ def test_start_of_another_dtype_trains_in_float32(dtype, tmp_path, monkeypatch, 
     assert {x.dtype for x in jax.tree.leaves((params, stats))} == {np.dtype("float32")}
     before = np.asarray(start[0]["Dense_0"]["kernel"], np.float32)
     assert np.mean(params["Dense_0"]["kernel"] != before) > 0.9
-    del given["console"]
-    run_and_die(ALL, tmp_path / "run", 3, monkeypatch, start=start, **given)
-    again = finetune(ALL, tmp_path / "run", **given, console=QUIET)
+    with killed("step", 4):
+        finetune(ALL, tmp_path / "run", start=start, **given)
+    again = finetune(ALL, tmp_path / "run", **given)
     assert again.weights.read_bytes() == result.weights.read_bytes()
 
 
 @pytest.mark.slow
-def test_network_keeps_its_own_dtype(tmp_path, monkeypatch):
+def test_network_keeps_its_own_dtype(tmp_path):
     model = network(param_dtype=jnp.bfloat16)
     result = finetune(ALL, tmp_path / "whole", model=model, start=arrays(), **GIVEN)
-    given = {"data": GIVEN["data"], "model": model}
-    run_and_die(ALL, tmp_path / "run", 3, monkeypatch, start=arrays(), **given)
-    again = finetune(ALL, tmp_path / "run", **given, console=QUIET)
+    with killed("step", 4):
+        finetune(ALL, tmp_path / "run", model=model, start=arrays(), **GIVEN)
+    again = finetune(ALL, tmp_path / "run", model=model, **GIVEN)
     assert again.weights.read_bytes() == result.weights.read_bytes()
     params, stats = weights.load(result.weights, model)
     assert params["Dense_0"]["kernel"].dtype == jnp.bfloat16
@@ -160,16 +160,17 @@ def test_float64_needs_x64(tmp_path):
 
 
 @pytest.mark.slow
-def test_float64_run_resumes_bit_identically(tmp_path, monkeypatch):
+def test_float64_run_resumes_bit_identically(tmp_path):
     fields = {
         "model": "cifar_resnet8",
         "dtype": "float64",
         "stages": (Stage("all", {"*": 1e-4}, 2),),
     }
-    recipe, images = dataclasses.replace(ALL, **fields), GIVEN["data"]
+    recipe = dataclasses.replace(ALL, **fields)
     with jax.enable_x64(True):
         result = finetune(recipe, tmp_path / "whole", **GIVEN)
-        run_and_die(recipe, tmp_path / "run", 3, monkeypatch, data=images)
+        with killed("step", 4):
+            finetune(recipe, tmp_path / "run", **GIVEN)
         again = finetune(recipe, tmp_path / "run", **GIVEN)
         model = recipe.network(3)
         trees = weights.load(result.weights, model)
@@ -227,7 +228,7 @@ def test_missing_devices_are_one_error(error, tmp_path, monkeypatch):
 def test_export_needs_the_user_model(tmp_path):
     recipe = dataclasses.replace(HEAD, model="cifar_resnet8")
     finetune(recipe, tmp_path, model=NET, start=arrays(), **GIVEN)
-    with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.train\.export"):
+    with pytest.raises(WeightsError, match=r"is exported with it: jaxft\.export"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ModelError, match=r"Net cannot be exported .*(?s:.*)x.shape\[0\], not len"):
         export(tmp_path, tmp_path / "out", model=NET, platforms=("cpu",))

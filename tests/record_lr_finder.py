@@ -1,6 +1,6 @@
-"""Records range tests of fastai's `lr_find`, for tests/train/test_range_test.py.
+"""Records range tests of fastai's `lr_find`, for tests/test_lr_finder.py.
 
-    python tests/record_range_test.py
+    python tests/record_lr_finder.py
 
 Needs fastai; recorded with fastai 2.8.12 and torch 2.13.0. Each is a line fitted to noisy points.
 """
@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import minimum, steep, valley
 from fastai.test_utils import synth_learner
 
-GOLDEN = Path(__file__).parent / "golden" / "range_test.npz"
+GOLDEN = Path(__file__).parent / "golden" / "lr_finder.npz"
 # To divergence, over several epochs; not as far; until it is no number any more; few steps.
 CASES = {
     "diverges": {},

@@ -7,27 +7,25 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from faults import before
 from mortal import (
     RECIPE,
-    KilledError,
     assert_close,
     assert_same_end,
-    die,
+    killed,
     rows,
     saving_stage_ends_only,
+    terminated,
     train_to_end,
 )
 
-from jaxft import SGD, LinearProbe, RecipeError, Stage, data
+from jaxft import SGD, InterruptedRunError, LinearProbe, RecipeError, Stage, data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.feature_cache import FeatureCache
-from jaxft.train.signals import InterruptedRunError
 from jaxft.train.stage_program import open_programs
-from jaxft.train.state import Progress
-from jaxft.train.trainer import Trainer
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
@@ -71,7 +69,10 @@ def cached(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [PLAIN, VIEWS], ids=["plain", "views"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(PLAIN, id="plain", marks=pytest.mark.smoke), pytest.param(VIEWS, id="views")],
+)
 def test_run_with_prefix_ends_as_without(recipe, cached, tmp_path):
     """In its last stage, the prefix ends at the same block as in the first, with other weights."""
     workdir = cached if recipe is PLAIN else run(tmp_path / "cached", recipe)
@@ -85,15 +86,12 @@ def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
     """The run ends as with features in memory, leaves no file, and reports a full disk."""
     monkeypatch.setattr("tempfile.tempdir", str(disk.folder))
     recipe = dataclasses.replace(PLAIN, cache_mib=0, disk_cache_mib=4)
-    real, used = FeatureCache.add, []
+    used = []
 
-    def add(self, key, tree):
-        real(self, key, tree)
-        usage = shutil.disk_usage(disk.folder)
-        used.append((usage.used, list(disk.folder.iterdir())))
+    def measure(*_):
+        used.append((shutil.disk_usage(disk.folder).used, list(disk.folder.iterdir())))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureCache, "add", add)
+    with before("features", measure):
         run(tmp_path / "run", recipe)
     assert_same_end(tmp_path / "run", cached)
     assert max(used)[0] > 2**17  # 230 images, 1 KiB each, by two prefixes
@@ -104,32 +102,22 @@ def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path, monkeypatch):
+def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path):
     """Killed in the second epoch of a stage, in its last step, and while features are computed."""
-    points = [
-        (Progress, "after_step", lambda progress: progress.step + 1 == 6),
-        (Progress, "after_step", lambda progress: progress.step + 1 == 12),
-        (Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        (Progress, "after_step", lambda progress: progress.step + 1 == 23),
-    ]
-    for owner, name, reached in points:
-        with monkeypatch.context() as patch:
-            die(patch, owner, name, reached)
-            with pytest.raises(KilledError):
-                train_to_end(tmp_path / "run", PLAIN)
+    for point, at in (("step", 6), ("step", 12), ("pass", "train"), ("step", 23)):
+        with killed(point, at):
+            train_to_end(tmp_path / "run", PLAIN)
     train_to_end(tmp_path / "run", PLAIN)
     assert_same_end(tmp_path / "run", cached)
 
 
 @pytest.mark.slow
-def test_signal_while_prefix_computes_features(tmp_path, monkeypatch):
+def test_signal_while_prefix_computes_features(tmp_path):
     recipe = dataclasses.replace(PLAIN, stages=(HEAD,), sync_steps=1)
     # 13 batches to validate, by all blocks and then by the prefix; and 2 of 4 to train on.
-    asked = iter([False] * (2 * 13 + 2) + [True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
-        with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            train_to_end(tmp_path / "run", recipe)
+    stopped = pytest.raises(InterruptedRunError, match="nothing has been trained yet")
+    with terminated("stop asked", 2 * 13 + 3), stopped:
+        train_to_end(tmp_path / "run", recipe)
     assert_same_end(run(tmp_path / "run", recipe), run(tmp_path / "unbroken", recipe))
 
 
@@ -145,33 +133,31 @@ def test_views_as_many_as_epochs_change_nothing(tmp_path):
     assert losses[1][2] != pytest.approx(losses[0][2], rel=1e-3)
 
 
-def passes(recipe, workdir, monkeypatch):
+def passes(recipe, workdir):
     """Returns the split of each pass over images in a run."""
-    real, found = Trainer.of_each_batch, []
+    splits = []
 
-    def counted(trainer, source, step, **options):
+    def count(trainer, source, _, **options):
         if options.get("features") is None:
-            found.append("train" if source is trainer.splits.train else "val")
-        return real(trainer, source, step, **options)
+            splits.append("train" if source is trainer.splits.train else "val")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "of_each_batch", counted)
+    with before("pass", count):
         run(workdir, recipe)
-    return found
+    return splits
 
 
 @pytest.mark.slow
-def test_prefix_computes_features_of_later_stages_in_one_pass(tmp_path, monkeypatch):
+def test_prefix_computes_features_of_later_stages_in_one_pass(tmp_path):
     """Features of later, shorter prefixes are stored on the way, unless a stage changes them."""
     recipe = dataclasses.replace(PLAIN, stages=(HEAD, LATE, dataclasses.replace(HEAD, name="x")))
-    assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train", "train", "val"]
+    assert passes(recipe, tmp_path / "run") == ["val", "train", "train", "val"]
 
 
 @pytest.mark.slow
-def test_linear_probe_and_next_stages_share_features(tmp_path, monkeypatch):
+def test_linear_probe_and_next_stages_share_features(tmp_path):
     probe = Stage("probe", {"fc": LinearProbe((0.1,))})
     recipe = dataclasses.replace(PLAIN, stages=(probe, HEAD, LATE))
-    assert passes(recipe, tmp_path / "run", monkeypatch) == ["val", "train"]
+    assert passes(recipe, tmp_path / "run") == ["val", "train"]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from jaxft import SGD, EarlyStop, Recipe, RecipeError, Stage, Update, plan
+from jaxft.lr_finder import Curve, named, ramp, range_test, trial, valley
 from jaxft.optim import schedules
 from jaxft.recipe_file import save
 from jaxft.train.auto_rgn import block_norms
-from jaxft.train.lr_finder import Curve, named, ramp, range_test, trial, valley
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests/golden/range_test.npz"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden/lr_finder.npz"
 STEPS = {"diverges": 100, "ends": 100, "nan": 100, "few": 30}
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -37,12 +37,6 @@ RECIPE = Recipe(
         Stage("all", {"fc": 1e-2, "*": 1e-3}, epochs=1, until=EarlyStop()),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as recorded:
-        return dict(recorded)
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -75,7 +69,9 @@ def test_ramp_scales_all_rates_and_drops_schedules_and_endings():
     train = {"a": Update(3e-3, schedule=cosine, optimizer=SGD(momentum=0.5)), "b": 1e-3}
     fields = {"max_minutes": 1, "ema": 0.9, "clip_norm": 1.0, "norms": "batch"}
     stage = Stage("x", train, 4, cosine, until=EarlyStop(), **fields)
-    (ramped,) = plan([ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": 0.0, "b": jnp.ones(2)})
+    (ramped,) = plan(
+        [ramp(stage, low=1e-4, high=1.0, steps=10)], {"a": jnp.ones(1), "b": jnp.ones(2)}
+    )
     assert ramped.stage.train["a"].optimizer == SGD(momentum=0.5)
     assert (ramped.stage.norms, ramped.stage.clip_norm) == ("batch", 1.0)
     assert (ramped.stage.until, ramped.stage.max_minutes, ramped.stage.ema) == (None, None, None)

@@ -104,7 +104,7 @@ def export(
     except WeightsError as error:
         raise WeightsError(
             f"{error}\nA run that was given its network, finetune(model=...), is exported with it: "
-            "jaxft.train.export.export(workdir, model=...)."
+            "jaxft.export.export(workdir, model=...)."
         ) from error
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 from jaxft import DataError, Recipe, Stage, data, finetune
 from jaxft.data import prefetch
+from jaxft.export import export
 from jaxft.open_recipe import open_splits
 from jaxft.report.console import Console
-from jaxft.train.export import export
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 

@@ -5,10 +5,22 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from faults import before, failing
 from flax import linen
-from mortal import QUIET, RECIPE, KilledError, assert_same_end, die, rows, steps, train_to_end
+from mortal import (
+    QUIET,
+    RECIPE,
+    KilledError,
+    assert_same_end,
+    killed,
+    rows,
+    steps,
+    terminated,
+    train_to_end,
+)
 
 from jaxft import (
+    InterruptedRunError,
     LinearProbe,
     ModelError,
     RecipeError,
@@ -19,13 +31,10 @@ from jaxft import (
     models,
     weights,
 )
-from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.report.console import Console
 from jaxft.train import linear_probe_stage
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
-from jaxft.train.signals import InterruptedRunError
-from jaxft.train.trainer import Trainer
 
 C = (1e-2, 1e4, 1.0)
 PROBE = Stage("probe", {"fc": LinearProbe(C)})
@@ -45,14 +54,12 @@ ALONE = dataclasses.replace(RECIPE, stages=(PROBE,))
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Folder, result, and arrays of each checkpoint."""
-    workdir, saved, real = tmp_path_factory.mktemp("unbroken"), {}, Checkpoints.save
+    workdir, saved = tmp_path_factory.mktemp("unbroken"), {}
 
-    def save(checkpoints, step, header, arrays, **keep):
+    def fetch(_, step, __, arrays, **___):
         saved[step] = jax.device_get(arrays)
-        real(checkpoints, step, header, arrays, **keep)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
+    with before("save", fetch):
         result = train_to_end(workdir, SOLVED)
     return workdir, result, saved
 
@@ -145,48 +152,34 @@ def test_linear_probe_keeps_optimizer_state_except_of_head(unbroken):
 
 
 @pytest.mark.slow
-def test_linear_probe_killed_is_solved_again(unbroken, tmp_path, monkeypatch):
+def test_linear_probe_killed_is_solved_again(unbroken, tmp_path):
     """While features are computed, in validation, and before its checkpoint."""
     workdir = tmp_path / "killed"
-    points = (
-        (Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train),
-        (Trainer, "evaluate", lambda run, *_: run.checkpoints.latest_step() == 2),
-        (Checkpoints, "save", lambda _, step, *__: step == 3),
-    )
-    for owner, name, reached in points:
-        with monkeypatch.context() as patch:
-            die(patch, owner, name, reached)
-            with pytest.raises(KilledError):
-                train_to_end(workdir, SOLVED)
+    for point, at in (("pass", "train"), ("evaluate", 1), ("save", 3)):
+        with killed(point, at):
+            train_to_end(workdir, SOLVED)
         assert steps(workdir) == [2]
     train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
 @pytest.mark.slow
-def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_path, monkeypatch):
-    workdir, real, calls = tmp_path / "stopped", Trainer.evaluate, iter(range(3))
-
-    def stopped_at_the_third(run, *trees):
-        return None if next(calls) == 2 else real(run, *trees)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", stopped_at_the_third)
-        with pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved"):
-            train_to_end(workdir, SOLVED)
-    with monkeypatch.context() as patch:
-        die(patch, Trainer, "of_each_batch", lambda run, source, _: source is run.splits.train)
+def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_path):
+    workdir = tmp_path / "stopped"
+    stopped = pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved")
+    with terminated("evaluate", 3), stopped:
+        train_to_end(workdir, SOLVED)
+    with failing("pass", KilledError, at="train"):
         train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
 
 
 @pytest.mark.slow
-def test_linear_probe_stopped_at_start_saves_nothing(alone, tmp_path, monkeypatch):
-    asked = iter([False] * 13 + [True])  # by the batches of 100 images to validate, of 8
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "stop_asked", lambda _: next(asked))
-        with pytest.raises(InterruptedRunError, match="nothing has been trained yet"):
-            train_to_end(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
+def test_linear_probe_stopped_at_start_saves_nothing(alone, tmp_path):
+    stopped = pytest.raises(InterruptedRunError, match="nothing has been trained yet")
+    # The questions before follow the batches of 100 images to validate, of 8.
+    with terminated("stop asked", 14), stopped:
+        train_to_end(tmp_path / "run", dataclasses.replace(ALONE, sync_steps=1))
     train_to_end(tmp_path / "run", ALONE)
     assert_same_end(tmp_path / "run", alone[0])
 
@@ -206,14 +199,15 @@ class Own(linen.Module):
 
 OWN = models.Linen(Own(), shape=(8, 8, 3), head="head")
 ERRORS = {
-    "another layer": ({"layer3": LinearProbe()}, {}, "solves the head alone.* layer3.0"),
-    "more than the head": ({"*": LinearProbe()}, {}, "solves the head alone"),
+    "another layer": ({"layer3": LinearProbe()}, {}, r"nothing else, but .* selects layer3\.0"),
+    "more than the head": ({"*": LinearProbe()}, {}, r"nothing else, but .* and \d+ more\. Write"),
     "half of it": (
-        {"fc.kernel": LinearProbe()}, {}, r"selects only fc.kernel. Write 'fc'.",
+        {"fc.kernel": LinearProbe()}, {},
+        r"selects fc\.kernel\. Write train=\{'fc': LinearProbe\(\)\}",
     ),
     "two layers": (
-        {"fc": LinearProbe()}, {"concat_pool": True}, r"must be one linear.*features are "
-        r"\['b', 128\], and head and pattern have fc.0.bias \[128\]",
+        {"fc": LinearProbe()}, {"concat_pool": True}, r"needs a head that is one linear layer: .*"
+        r"features \[b 128\] and the head fc\.0\.bias \[128\], .* learning rate instead",
     ),
 }  # fmt: skip
 
@@ -229,6 +223,6 @@ def test_linear_probe_needs_linear_head(train, fields, message, tmp_path):
 def test_linear_probe_needs_network_of_several_blocks(tmp_path):
     stages = (Stage("p", {"head": LinearProbe()}),)
     recipe = dataclasses.replace(ALONE, stages=stages, weights=None, dropout=0.0)
-    with pytest.raises(ModelError, match=r"stage 'p' solves the head .* Own is one block"):
+    with pytest.raises(ModelError, match=r"stage 'p': a LinearProbe .* Own is a single block"):
         finetune(recipe, tmp_path / "run", model=OWN, console=QUIET)
     assert not (tmp_path / "run").exists()

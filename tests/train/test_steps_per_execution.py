@@ -5,22 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import before
 from mortal import (
     RECIPE,
-    KilledError,
     assert_close,
     assert_same_end,
-    die,
+    killed,
     saving_stage_ends_only,
     train_to_end,
 )
 
-import jaxft.train.gradient_stage
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.steps_per_execution import apart, one_by_one, sent
-from jaxft.train.state import Progress
 
 # Eight batches of 4, the last half empty: calls end at checkpoints, at epochs' ends, between.
 SINGLE = dataclasses.replace(
@@ -56,28 +54,21 @@ def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
 
 
 @pytest.mark.slow
-def test_calls_end_at_checkpoints_and_epochs(tmp_path, monkeypatch):
+def test_calls_end_at_checkpoints_and_epochs(tmp_path):
     calls = []
-
-    def counted(devices, batches, steps_per_call):
-        calls.append(len(batches))
-        return sent(devices, batches, steps_per_call)
-
-    monkeypatch.setattr(jaxft.train.gradient_stage, "sent", counted)
-    train_to_end(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
+    with before("send", lambda _, batches, *__: calls.append(len(batches))):
+        train_to_end(tmp_path, dataclasses.replace(IN_FOURS, stages=SINGLE.stages[:2]))
     # Checkpoints at steps 7, 14, 21; epochs end at steps 8, 16, 24, the stages at 16 and 28.
     assert calls == [4, 3, 1, 4, 2, 2, 4, 1, 3, 4]
 
 
 @pytest.mark.slow
-def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path, monkeypatch):
+def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path):
     """Also with checkpoints at other steps than before."""
     for step, every in ((6, 5), (15, 7), (36, 5)):
         recipe = dataclasses.replace(IN_FOURS, checkpoint_steps=every)
-        with monkeypatch.context() as patch:
-            die(patch, Progress, "after_step", lambda p, step=step: p.step + 1 == step)
-            with pytest.raises(KilledError):
-                train_to_end(tmp_path, recipe)
+        with killed("step", step):
+            train_to_end(tmp_path, recipe)
     train_to_end(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
     assert_same_end(tmp_path, in_fours)
 

@@ -9,23 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import weight
-from float64_stages import assert_as_recorded, samples
-from mortal import QUIET, KilledError, assert_same_end, die
-from test_ddp import Wide, batch
+from faults import before
+from float64_stages import assert_as_recorded, normalizing_in_float64, samples
+from mortal import QUIET, assert_same_end, killed
+from test_ddp import batch
 
 from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan
 from jaxft.checkpoint import weights_only
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.data import Batch, Preprocessing, Splits
+from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
 from jaxft.optim import schedules
 from jaxft.optim.transform import restart
 from jaxft.strategies import auto_rgn
-from jaxft.train import gradient_stage
-from jaxft.train.auto_rgn import factors, relative_norms, restart_with_auto_rgn
+from jaxft.train.auto_rgn import factors, relative_norms
 from jaxft.train.metrics import GradientNorms
 from jaxft.train.stage_program import stage_program
-from jaxft.train.state import Progress
 from jaxft.weights.key_maps import torch_tensors
 
 with jax.enable_x64(True):
@@ -49,9 +48,8 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setattr(Preprocessing, "normalize", lambda _, images: Wide.normalize(images))
-    with jax.enable_x64(True):
+def wide():
+    with normalizing_in_float64(), jax.enable_x64(True):
         yield
 
 
@@ -65,23 +63,15 @@ def run(workdir):
 
 
 @pytest.mark.slow
-def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
+def test_auto_rgn_of_killed_run_is_the_authors(golden, tmp_path):
     """Killed in its second epoch, and in the first step of the third."""
     measured = []
-
-    def spied(*args, step, **rest):
-        measured.append(step)
-        return restart_with_auto_rgn(*args, step=step, **rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gradient_stage, "restart_with_auto_rgn", spied)
+    with before("auto_rgn", lambda *_, step, **__: measured.append(step)):
         run(tmp_path / "unbroken")
     assert measured == [0, 7, 14]
     for step in (11, 15):
-        with monkeypatch.context() as patch:
-            die(patch, Progress, "after_step", lambda progress: progress.step + 1 == step)  # noqa: B023
-            with pytest.raises(KilledError):
-                run(tmp_path / "killed")
+        with killed("step", step):
+            run(tmp_path / "killed")
     run(tmp_path / "killed")
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
@@ -91,16 +81,14 @@ def test_auto_rgn_of_killed_run_is_the_authors(tmp_path, monkeypatch):
         jax.tree.leaves(jax.tree.map(lambda t, x: t.to_torch(x), TENSORS, ended)),
         strict=True,
     )
-    with np.load(GOLDEN) as recorded:
-        assert_as_recorded({"end": samples({t.name: x for t, x in named})}, dict(recorded))
+    assert_as_recorded({"end": samples({t.name: x for t, x in named})}, golden)
 
 
-def test_recording_of_auto_rgn_is_torchs():
+def test_recording_of_auto_rgn_is_torchs(golden):
     pytest.importorskip("torch")
     from record_auto_rgn import record
 
-    with np.load(GOLDEN) as recorded:
-        assert_as_recorded(record(), dict(recorded))
+    assert_as_recorded(record(), golden)
 
 
 def gauge(gradients, weights):
