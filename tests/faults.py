@@ -16,7 +16,7 @@ from unittest import mock
 from jaxft import data, lr_finder
 from jaxft.checkpoint import atomic, checksums, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.train import gradient_stage, train_stages, workdir
+from jaxft.train import finetune, gradient_stage, train_stages, workdir
 from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress
@@ -54,6 +54,8 @@ POINTS = {
     "save start": Point(weights_only, "save_weights"),
     # A stage is compiled, in the background; its number, from 1.
     "compile": Point(train_stages, "compile_stage", lambda program, _: program.index + 1),
+    # The program that validates a run is about to be defined; it compiles at its first call.
+    "evaluator": Point(finetune, "eval_step"),
     # The run begins to wait for the programs of a stage.
     "compiled": Point(InBackground, "result"),
     # The learning rate finder compiles its stage.

@@ -70,8 +70,14 @@ def run_until(point, at, workdir, recipe=RECIPE, *, signals="SIGKILL"):
     return process.returncode, errors
 
 
-def train_to_end(workdir, recipe=RECIPE):
+def train(workdir, recipe=RECIPE):
     return finetune(recipe, workdir, console=QUIET)
+
+
+def train_to_end(workdir, recipe=RECIPE):
+    """Trains a run that is not to be resumed within a stage."""
+    with saving_stage_ends_only():
+        return train(workdir, recipe)
 
 
 def saving_stage_ends_only():
@@ -82,6 +88,22 @@ def saving_stage_ends_only():
             save(*args, keep=True)
 
     return replaced("save", save_stage_end)
+
+
+@contextmanager
+def sharing_programs():
+    """Compiles equal stages of several runs once: tracing takes longer than a short run's steps."""
+    programs = {}
+
+    def compiled_once(compile, *args, **options):
+        key = repr((compile, args, options))
+        if key not in programs:
+            # The key may hold addresses of the arguments, so they stay in memory.
+            programs[key] = compile(*args, **options), args, options
+        return programs[key][0]
+
+    with replaced("compile", compiled_once), replaced("evaluator", compiled_once):
+        yield
 
 
 class KilledError(Exception):

@@ -11,7 +11,7 @@ import pytest
 from drawn import weight
 from faults import before
 from float64_stages import assert_as_recorded, normalizing_in_float64, samples
-from mortal import QUIET, assert_same_end, killed
+from mortal import QUIET, assert_same_end, killed, saving_stage_ends_only
 from test_ddp import batch
 
 from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models, plan
@@ -63,16 +63,18 @@ def run(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_programs")
 def test_auto_rgn_of_killed_run_is_the_authors(golden, tmp_path):
     """Killed in its second epoch, and in the first step of the third."""
     measured = []
-    with before("auto_rgn", lambda *_, step, **__: measured.append(step)):
+    with before("auto_rgn", lambda *_, step, **__: measured.append(step)), saving_stage_ends_only():
         run(tmp_path / "unbroken")
     assert measured == [0, 7, 14]
     for step in (11, 15):
         with killed("step", step):
             run(tmp_path / "killed")
-    run(tmp_path / "killed")
+    with saving_stage_ends_only():
+        run(tmp_path / "killed")
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
     ended = weights_only.read_weights(tmp_path / "killed" / "checkpoints")

@@ -12,6 +12,8 @@ from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, m
 from jaxft.optim import schedules
 from jaxft.report.console import Console
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
 IMAGES = data.arrays(PIXELS, np.arange(24) % 2, classes=["a", "b"])
 STEP = schedules.StepLR(2, gamma=0.5)

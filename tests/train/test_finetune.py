@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from mortal import QUIET, killed, rows, saving_stage_ends_only
+from mortal import QUIET, killed, rows, train_to_end
 
 from jaxft import (
     Adam,
@@ -36,6 +36,8 @@ from jaxft.train.metrics import Metrics
 from jaxft.train.workdir import claim
 from jaxft.weights.head import new_head
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(
     model="cifar_resnet8",
@@ -59,8 +61,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
-    with saving_stage_ends_only():
-        return workdir, finetune(RECIPE, workdir, console=QUIET)
+    return workdir, train_to_end(workdir, RECIPE)
 
 
 @pytest.mark.slow
@@ -194,14 +195,13 @@ def test_resume_restores_schedules_and_parked_state(tmp_path):
             Stage("back", both, 2, schedule=plateau, carry="keep"),
         ),
     )
-    with saving_stage_ends_only():
-        whole = finetune(recipe, tmp_path / "whole", console=QUIET)
+    whole = train_to_end(tmp_path / "whole", recipe)
     found = [row["lr"]["fc"] for row in rows(tmp_path / "whole")]
     assert found == pytest.approx([1e-2, 1e-2, 0.5e-2, 1e-2, 0.5e-2])
     for step in (9, 17):
         with killed("step", step):
             finetune(recipe, tmp_path / "run", console=QUIET)
-    again = finetune(recipe, tmp_path / "run", console=QUIET)
+    again = train_to_end(tmp_path / "run", recipe)
     assert again.weights.read_bytes() == whole.weights.read_bytes()
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -246,9 +246,7 @@ def test_stage_that_never_improves_restores_its_start(tmp_path):
         Stage("ruin", {"*": 0.3}, epochs=5, until=EarlyStop(patience=2, baseline="start")),
     )
     recipe, head_alone = (dataclasses.replace(RECIPE, stages=stages[:n]) for n in (2, 1))
-    with saving_stage_ends_only():
-        broken = finetune(recipe, tmp_path / "a", console=QUIET)
-        head = finetune(head_alone, tmp_path / "b", console=QUIET)
+    broken, head = train_to_end(tmp_path / "a", recipe), train_to_end(tmp_path / "b", head_alone)
     assert [row["stage"] for row in rows(tmp_path / "a")] == ["head", "ruin", "ruin"]
     assert broken.score == head.score
     assert broken.weights.read_bytes() == head.weights.read_bytes()

@@ -2,27 +2,27 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from mortal import QUIET, RECIPE, killed, rows, saving_stage_ends_only, train_to_end
+from mortal import QUIET, RECIPE, killed, rows, saving_stage_ends_only, train, train_to_end
 
 from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
 from jaxft.checkpoint import checksums, weights_only
+from jaxft.cli.finetune import run as run_command
 from jaxft.l2_sp import L2SP
 from jaxft.recipe_file import save
 from jaxft.weights import load
 
-SCRIPT = Path(__file__).parents[2] / "scripts/finetune.py"
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 HEAD, LATE, ALL = RECIPE.stages
 
 
 def fork(recipe, workdir, run, stage=None):
-    return finetune(recipe, workdir, fork_from=run, stage=stage, console=QUIET)
+    with saving_stage_ends_only():
+        return finetune(recipe, workdir, fork_from=run, stage=stage, console=QUIET)
 
 
 def with_last(recipe, **fields):
@@ -59,22 +59,23 @@ def test_fork_with_other_last_stage_leaves_the_run_unchanged(run, tmp_path):
 def test_killed_fork_resumes(run, tmp_path):
     """Also if it was killed before its first checkpoint."""
     workdir, result = run
-    for step in (18, 21):
-        with killed("save", step):
+    for point, at in (("save", 18), ("step", 22)):
+        with killed(point, at):
             fork(RECIPE, tmp_path / "fork", workdir, "late")
     forked = fork(RECIPE, tmp_path / "fork", workdir, "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
 
 @pytest.mark.slow
-def test_fork_by_command(run, tmp_path):
+def test_fork_by_command(run, tmp_path, capsys):
     workdir, result = run
     save(RECIPE, tmp_path / "recipe.yaml")
-    command = [sys.executable, SCRIPT, tmp_path / "recipe.yaml", "--workdir", tmp_path / "fork"]
-    options = ["--fork-from", workdir, "--stage", "late"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"from stage 'late' of {workdir}" in done.stdout.replace("\n", " ")
+    command = [tmp_path / "recipe.yaml", "--workdir", tmp_path / "fork", "--processes", "1"]
+    with saving_stage_ends_only():
+        code = run_command([*map(str, command), "--fork-from", str(workdir), "--stage", "late"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert f"from stage 'late' of {workdir}" in printed.out.replace("\n", " ")
     assert (tmp_path / "fork/model.safetensors").read_bytes() == result.weights.read_bytes()
 
 
@@ -87,9 +88,8 @@ def test_fork_anchors_to_start_of_the_first_run(tmp_path):
         dataclasses.replace(ALL, epochs=1, anchor=L2SP()),
     )
     recipe = dataclasses.replace(RECIPE, stages=stages)
-    with saving_stage_ends_only():
-        result = train_to_end(tmp_path / "run", recipe)
-        forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
+    result = train_to_end(tmp_path / "run", recipe)
+    forked = fork(recipe, tmp_path / "fork", tmp_path / "run", "late")
     assert forked.weights.read_bytes() == result.weights.read_bytes()
 
 
@@ -128,7 +128,8 @@ def measured(recipe, weights, turned):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("job")
-    return workdir, finetune(JOB, workdir, data=colours(), console=QUIET)
+    with saving_stage_ends_only():
+        return workdir, finetune(JOB, workdir, data=colours(), console=QUIET)
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_fork_needs_ended_stage(tmp_path):
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint to fork from"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "nowhere")
     with killed("step", 4):  # after the checkpoint of step 3
-        train_to_end(tmp_path / "run")
+        train(tmp_path / "run")
     with pytest.raises(CheckpointError, match="to fork from: no stage has ended"):
         fork(RECIPE, tmp_path / "fork", tmp_path / "run")
     assert not (tmp_path / "fork").exists()

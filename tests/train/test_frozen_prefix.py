@@ -14,8 +14,8 @@ from mortal import (
     assert_same_end,
     killed,
     rows,
-    saving_stage_ends_only,
     terminated,
+    train,
     train_to_end,
 )
 
@@ -26,6 +26,8 @@ from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.stage_program import open_programs
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 HEAD = Stage("head", {"fc": 1e-2}, epochs=3)
 LATE = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=3, carry="keep")
@@ -56,9 +58,7 @@ def programs(recipe, images=(30, 100)):
 
 
 def run(workdir, recipe):
-    """Trains without checkpoints within stages, which no test resumes from."""
-    with saving_stage_ends_only():
-        train_to_end(workdir, recipe)
+    train_to_end(workdir, recipe)
     return workdir
 
 
@@ -106,7 +106,7 @@ def test_run_with_prefix_killed_ends_as_unbroken(cached, tmp_path):
     """Killed in the second epoch of a stage, in its last step, and while features are computed."""
     for point, at in (("step", 6), ("step", 12), ("pass", "train"), ("step", 23)):
         with killed(point, at):
-            train_to_end(tmp_path / "run", PLAIN)
+            train(tmp_path / "run", PLAIN)
     train_to_end(tmp_path / "run", PLAIN)
     assert_same_end(tmp_path / "run", cached)
 

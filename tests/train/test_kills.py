@@ -18,12 +18,13 @@ from mortal import (
     run_until,
     steps,
     terminated,
+    train,
     train_to_end,
 )
 
 from jaxft import L2SP, InterruptedRunError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
 @pytest.mark.smoke
@@ -38,9 +39,9 @@ def test_run_killed_by_sigkill_within_an_epoch(one_stage, tmp_path):
 
 
 def test_run_killed_by_sigkill_between_stages(whole, tmp_path):
-    """At the end of a stage, in the first step of the next, and while it writes a stage's end."""
+    """At the end of a stage, and while it writes the end of the next."""
     workdir = tmp_path / "killed"
-    for point, at in (("stage end", "head"), ("step", 9), ("seal", 18)):
+    for point, at in (("stage end", "head"), ("seal", 18)):
         code, errors = run_until(point, at, workdir)
         assert code == -signal.SIGKILL, (point, errors)
     train_to_end(workdir)
@@ -50,11 +51,12 @@ def test_run_killed_by_sigkill_between_stages(whole, tmp_path):
 
 def test_lost_step_or_checkpoint_is_repeated(whole, tmp_path):
     """Before the first step ends, before the first checkpoint begins, before that of a stage's end,
-    within a stage, and before the last checkpoint."""
+    in the first step of the next stage, within it, and before the last checkpoint."""
     workdir = tmp_path / "killed"
-    for point, at in (("step", 1), ("save", 3), ("save", 8), ("step", 14), ("save", 26)):
+    points = (("step", 1), ("save", 3), ("save", 8), ("step", 9), ("step", 14), ("save", 26))
+    for point, at in points:
         with killed(point, at):
-            train_to_end(workdir)
+            train(workdir)
     train_to_end(workdir)
     assert_same_end(workdir, whole)
 
@@ -64,7 +66,7 @@ def test_anchor_start_is_saved_before_the_first_checkpoint(tmp_path):
     first = dataclasses.replace(RECIPE.stages[0], anchor=L2SP())
     recipe = dataclasses.replace(RECIPE, stages=(first,))
     with killed("save"):
-        train_to_end(tmp_path / "killed", recipe)
+        train(tmp_path / "killed", recipe)
     start = tmp_path / "killed" / "start"
     shutil.copytree(start, start.with_name("start.orbax-checkpoint-tmp"))
     for workdir in ("killed", "unbroken"):
@@ -77,9 +79,9 @@ def test_metrics_row_is_not_repeated_after_lost_epoch_end(tmp_path):
     end of the epoch, under the same number."""
     workdir = tmp_path / "killed"
     with terminated("evaluate", 2), pytest.raises(InterruptedRunError, match="step 4 is saved"):
-        train_to_end(workdir, ONE_STAGE)
+        train(workdir, ONE_STAGE)
     with killed("save", 4):
-        train_to_end(workdir, ONE_STAGE)
+        train(workdir, ONE_STAGE)
     assert [row["step"] for row in rows(workdir)] == [4]
     train_to_end(workdir, ONE_STAGE)
     assert [row["step"] for row in rows(workdir)] == [4, 8]
@@ -90,6 +92,6 @@ def test_killed_validation_is_repeated(one_stage, tmp_path):
     workdir = tmp_path / "killed"
     for call in (1, 2, 1):
         with killed("evaluate", call):
-            train_to_end(workdir, ONE_STAGE)
+            train(workdir, ONE_STAGE)
     train_to_end(workdir, ONE_STAGE)
     assert_same_end(workdir, one_stage)

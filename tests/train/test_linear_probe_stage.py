@@ -16,6 +16,7 @@ from mortal import (
     rows,
     steps,
     terminated,
+    train,
     train_to_end,
 )
 
@@ -35,6 +36,8 @@ from jaxft.report.console import Console
 from jaxft.train import linear_probe_stage
 from jaxft.train.eval_step import eval_step
 from jaxft.train.metrics import Metrics, Score
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 C = (1e-2, 1e4, 1.0)
 PROBE = Stage("probe", {"fc": LinearProbe(C)})
@@ -157,7 +160,7 @@ def test_linear_probe_killed_is_solved_again(unbroken, tmp_path):
     workdir = tmp_path / "killed"
     for point, at in (("pass", "train"), ("evaluate", 1), ("save", 3)):
         with killed(point, at):
-            train_to_end(workdir, SOLVED)
+            train(workdir, SOLVED)
         assert steps(workdir) == [2]
     train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])
@@ -168,7 +171,7 @@ def test_linear_probe_stopped_in_validation_is_not_solved_again(unbroken, tmp_pa
     workdir = tmp_path / "stopped"
     stopped = pytest.raises(InterruptedRunError, match="came in stage 'probe', and step 3 is saved")
     with terminated("evaluate", 3), stopped:
-        train_to_end(workdir, SOLVED)
+        train(workdir, SOLVED)
     with failing("pass", KilledError, at="train"):
         train_to_end(workdir, SOLVED)
     assert_same_end(workdir, unbroken[0])

@@ -15,6 +15,8 @@ from jaxft.models import Linen
 from jaxft.optim.transform import GroupState
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 class DividesByZero(nn.Module):
     """Divides by zero on a white image."""

@@ -11,7 +11,7 @@ from mortal import (
     assert_close,
     assert_same_end,
     killed,
-    saving_stage_ends_only,
+    train,
     train_to_end,
 )
 
@@ -19,6 +19,8 @@ from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.steps_per_execution import apart, one_by_one, sent
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 # Eight batches of 4, the last half empty: calls end at checkpoints, at epochs' ends, between.
 SINGLE = dataclasses.replace(
@@ -41,15 +43,13 @@ IN_FOURS = dataclasses.replace(SINGLE, steps_per_execution=4)
 def in_fours(tmp_path_factory):
     """The run of IN_FOURS."""
     workdir = tmp_path_factory.mktemp("in fours")
-    with saving_stage_ends_only():
-        train_to_end(workdir, IN_FOURS)
+    train_to_end(workdir, IN_FOURS)
     return workdir
 
 
 @pytest.mark.slow
 def test_steps_per_execution_changes_nothing(in_fours, tmp_path):
-    with saving_stage_ends_only():
-        train_to_end(tmp_path, SINGLE)
+    train_to_end(tmp_path, SINGLE)
     assert_close(in_fours, tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_steps_per_execution_resumes_at_any_step(in_fours, tmp_path):
     for step, every in ((6, 5), (15, 7), (36, 5)):
         recipe = dataclasses.replace(IN_FOURS, checkpoint_steps=every)
         with killed("step", step):
-            train_to_end(tmp_path, recipe)
+            train(tmp_path, recipe)
     train_to_end(tmp_path, dataclasses.replace(IN_FOURS, checkpoint_steps=0))
     assert_same_end(tmp_path, in_fours)
 
