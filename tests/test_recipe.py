@@ -28,8 +28,11 @@ from jaxft.data import Preprocessing
 from jaxft.optim.schedules import (
     Constant,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     FastaiOneCycle,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
@@ -93,6 +96,9 @@ RECIPE = Recipe(
                 LinearLR(),
                 FastaiOneCycle(),
                 SlantedTriangular(),
+                CosineAnnealingWarmRestarts(3, t_mult=2),
+                CyclicLR(4, mode="triangular2"),
+                LambdaLR("math:exp2", by="step"),
             )
         ),
     ),

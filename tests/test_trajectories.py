@@ -20,8 +20,11 @@ from jaxft.optim.schedules import (
     ClosedForm,
     Constant,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     FastaiOneCycle,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
@@ -45,6 +48,11 @@ PAUSING = (
     {"head": 0.05},
     {"late": 0.02, "head": 0.02, "body": 0.01},
 )
+
+
+def factor(epoch):
+    return 0.7**epoch
+
 
 MOMENTUM = SGD(momentum=0.9)
 OPTIMIZERS = {
@@ -79,6 +87,9 @@ SCHEDULES = {
     "one-cycle": OneCycleLR(pct_start=0.45),
     "fastai": FastaiOneCycle(),
     "ulmfit": SlantedTriangular(),
+    "restarts": CosineAnnealingWarmRestarts(2, eta_min=1e-3, by="step"),
+    "cyclic": CyclicLR(3, 2),
+    "lambda": LambdaLR("test_trajectories:factor"),
     "plateau": ReduceLROnPlateau(patience=0, factor=0.5, cooldown=1),
 }
 CASES = {  # name: optimizer, schedule, carry, train, max_norm
