@@ -85,6 +85,10 @@ class Stage:
         continues the state of groups that trained before, as `add_param_group` does, even if their
         hyperparameters change. With `restore="best"`, moments and step counts are also handed on
         from the best epoch.
+      schedule_time: `restart` starts the schedules at time 0. `continue` continues the time of the
+        stage before, so that one schedule spans several stages, as one torch scheduler does over
+        `add_param_group`. Its length is the sum of the stages' maximum lengths. The next stage
+        starts at its planned time even if this one ends early by `until` or `max_minutes`.
       monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
         `until=EarlyStop(...)`, else the accuracy.
       steps: maximum number of optimizer steps.
@@ -134,6 +138,7 @@ class Stage:
     restore: Literal["best", "last"] = "best"
     carry: Literal["reset", "keep"] = "reset"
     _: KW_ONLY
+    schedule_time: Literal["restart", "continue"] = "restart"
     monitor: Monitor | None = None
     steps: int | None = None
     max_minutes: float | None = None
@@ -238,6 +243,10 @@ class Stage:
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
             errors.append("until is a PlateauStop, which needs a ReduceLROnPlateau schedule")
+        if self.schedule_time == "continue" and any(
+            isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
+        ):
+            errors.append("schedule_time is 'continue', but a ReduceLROnPlateau has no time")
         if not isinstance(self.norms, str | Mapping):
             errors.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
             return errors

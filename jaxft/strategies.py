@@ -46,6 +46,7 @@ class Fields(TypedDict, total=False):
     restore: Literal["best", "last"]
     monitor: Monitor | None
     carry: Literal["reset", "keep"]
+    schedule_time: Literal["restart", "continue"]
     steps: int | None
     max_minutes: float | None
     norms: NormChoice | Mapping[str, NormChoice]

@@ -90,6 +90,46 @@ def record(case):
     return np.stack(rows)
 
 
+def record_span(case):
+    """Returns the rows of one torch optimizer and one scheduler for all stages.
+
+    The groups of a stage join both by `add_param_group`.
+    """
+    rule, schedule = tests.SPANS[case]
+    params = {
+        name: {k: torch.nn.Parameter(torch.tensor(v)) for k, v in block.items()}
+        for name, block in tests.start().items()
+    }
+    stages = tests.spanned_stages(schedule)
+    optimizer = make_optimizer(rule, make_groups(rule, {"head": params["head"]}, stages[0]))
+    total = sum(s.epochs if schedule.by == "epoch" else tests.STEPS for s in stages)
+    scheduler, known, rows = record_schedules.scheduler(schedule, optimizer, total), {"head"}, []
+    for k, stage in enumerate(stages):
+        new = {name: block for name, block in params.items() if name in {*stage.train} - known}
+        for group in make_groups(rule, new, stage):
+            first = optimizer.param_groups[0]
+            ratio = group["lr"] / stage.train["head"]
+            for name, value in first.items():
+                if name.endswith("lr"):  # lr, initial_lr, and OneCycleLR's max_lr and min_lr
+                    group[name] = ratio * value
+                group.setdefault(name, value)  # OneCycleLR's momenta
+            optimizer.add_param_group(group)
+            scheduler.base_lrs.append(group["initial_lr"])
+        known |= {*new}
+        losses = []
+        for step in range(k * tests.STEPS, (k + 1) * tests.STEPS):
+            optimizer.zero_grad()
+            value = loss(params, step)
+            value.backward()
+            losses.append(value.item())
+            optimizer.step()
+            is_last = step + 1 == len(stages) * tests.STEPS
+            if not is_last and (schedule.by == "step" or (step + 1) % tests.STEPS_PER_EPOCH == 0):
+                scheduler.step()
+        rows.append(np.append(flat(params), losses))
+    return np.stack(rows)
+
+
 def make_scheduler(rule, schedule, optimizer, stage):
     """What moves the rates of this stage: its unit, and a function to call after each."""
     if isinstance(schedule, ReduceLROnPlateau):
@@ -153,4 +193,6 @@ def flat(params):
 
 
 if __name__ == "__main__":
-    np.savez_compressed(tests.GOLDEN, **{case: record(case) for case in tests.CASES})
+    cases = {case: record(case) for case in tests.CASES}
+    spans = {case: record_span(case) for case in tests.SPANS}
+    np.savez_compressed(tests.GOLDEN, **cases, **spans)

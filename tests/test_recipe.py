@@ -72,7 +72,13 @@ RECIPE = Recipe(
             clip_norm=1.0,
             accumulate=2,
         ),
-        Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
+        Stage(
+            "late",
+            train={"fc": 1e-3, "layer4.*": 1e-4},
+            epochs=5,
+            carry="keep",
+            schedule_time="continue",
+        ),
         Stage("probe", train={"fc": LinearProbe((0.1, 2.0))}, restore="last"),
         Stage(
             "all",
@@ -197,6 +203,15 @@ def test_read_rejects_wrong_files(name, text, message, tmp_path):
         ({"cutmix": 1.0, "batch_size": 1}, "cutmix mixes images of a batch; batch_size is 1"),
         ({"stages": ()}, "at least one stage"),
         ({"stages": RECIPE.stages[:1] * 2}, "'head'"),
+        (
+            {
+                "stages": (
+                    Stage("head", {"fc": 1.0}, 1, batch_size=8),
+                    Stage("all", {"*": 1.0}, 1, schedule_time="continue"),
+                )
+            },
+            "stage 'all' continues the schedule of 'head', but their batch sizes are 32 and 8",
+        ),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 Three stages of ten steps; groups are unfrozen between them, or pause in one.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
@@ -122,6 +123,20 @@ CASES |= {
 }
 CASES |= {"clipped, sitting out": (MOMENTUM, Constant(), "keep", PAUSING, 0.2)}
 
+SPANS = {  # name: optimizer, schedule of all stages together
+    "span, one-cycle": (MOMENTUM, OneCycleLR()),
+    "span, one-cycle, adam": (Adam(), OneCycleLR(pct_start=0.5)),
+    "span, cosine": (MOMENTUM, CosineAnnealingLR()),
+    "span, cosine by step": (Adam(), CosineAnnealingLR(by="step")),
+    "span, milestones": (MOMENTUM, MultiStepLR((7, 11), gamma=0.3)),
+    "span, exponential": (MOMENTUM, ExponentialLR(0.9, by="step")),
+}
+SPANNING = (  # a torch scheduler keeps the base learning rates of its groups
+    {"head": 0.1},
+    {"head": 0.1, "late": 0.02},
+    {"head": 0.1, "late": 0.02, "body": 0.005},
+)
+
 
 def stages(schedule, carry, trains):
     return [
@@ -155,11 +170,23 @@ def loss(params, x, y):
 def train(case):
     """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = CASES[case]
+    return train_stages(rule, stages(schedule, carry, trains), max_norm)
+
+
+def spanned_stages(schedule):
+    return [
+        dataclasses.replace(stage, schedule_time="continue")
+        for stage in stages(schedule, "keep", SPANNING)
+    ]
+
+
+def train_stages(rule, stages, max_norm=None):
+    """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     params, state, rows = jax.tree.map(jnp.asarray, start()), None, []
-    for k, plan in enumerate(jaxft.plan(stages(schedule, carry, trains), params)):
+    for k, plan in enumerate(jaxft.plan(stages, params)):
         transform = plan.transform(rule, steps_per_epoch=STEPS_PER_EPOCH)
         fresh = transform.init(params)
-        keep = k > 0 and carry == "keep"
+        keep = k > 0 and plan.stage.carry == "keep"
         state = jaxft.carry(state, fresh, park=plan.park) if keep else fresh
         trainable, frozen = jaxft.partition(params, plan.labels)
 
@@ -190,8 +217,16 @@ def test_trajectory_equals_torch(case, golden):
         np.testing.assert_allclose(train(case), golden[case], rtol=1e-10)
 
 
+@pytest.mark.parametrize("case", SPANS)
+def test_trajectory_of_a_schedule_that_spans_stages_equals_torch(case, golden):
+    rule, schedule = SPANS[case]
+    with jax.enable_x64(True):
+        rows = train_stages(rule, spanned_stages(schedule))
+    np.testing.assert_allclose(rows, golden[case], rtol=1e-10)
+
+
 def test_trajectories_cover_all_optimizers_and_schedules(golden):
-    assert golden.keys() == CASES.keys()
+    assert golden.keys() == CASES.keys() | SPANS.keys()
     rules, schedules, *_ = zip(*CASES.values(), strict=True)
     assert {*map(type, rules)} == {*get_args(Optimizer)}
     assert {*map(type, schedules)} == {*get_args(ClosedForm), ReduceLROnPlateau}
@@ -212,7 +247,8 @@ def test_trajectory_changes_trainable_parameters_only(golden):
 @pytest.mark.slow
 def test_trajectory_recording_equals_torch(golden):
     pytest.importorskip("torch")
-    from record_trajectories import record
+    from record_trajectories import record, record_span
 
-    for case in CASES:  # to 1e-10, because other machines round differently
-        np.testing.assert_allclose(record(case), golden[case], rtol=1e-10, err_msg=case)
+    for case in golden:  # to 1e-10, because other machines round differently
+        row = record_span(case) if case in SPANS else record(case)
+        np.testing.assert_allclose(row, golden[case], rtol=1e-10, err_msg=case)

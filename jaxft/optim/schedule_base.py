@@ -1,6 +1,7 @@
 """The protocol of learning-rate schedules, and the arithmetic that they share."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log, pi
 from typing import Literal, Protocol, runtime_checkable
 
@@ -26,8 +27,8 @@ class Schedule(Protocol):
 
         Args:
           lr: base learning rate of the group.
-          t: time from the start of the stage, from 0; an array [...] of times, possibly traced.
-          total: length of the stage in the same unit; static.
+          t: time from the start of the schedule, from 0; an array [...] of times, possibly traced.
+          total: length of the schedule in the same unit; static.
 
         Returns:
           Learning rates [...] of JAX's default float type.
@@ -36,6 +37,35 @@ class Schedule(Protocol):
     def momentum(self, t: Time, total: int) -> jax.Array | None:
         """Returns the momentum (Adam: b1) at a time [...], or None if the schedule has none."""
         return None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps that a schedule covers: those of its stage, or of several stages.
+
+    Attributes:
+      steps: number of steps.
+      epochs: number of epochs; the last one of each stage may be incomplete.
+      steps_per_epoch: converts steps of this stage to epochs.
+      steps_before, epochs_before: the part before this stage.
+    """
+
+    steps: int
+    epochs: int
+    steps_per_epoch: int
+    steps_before: int = 0
+    epochs_before: int = 0
+
+    def time(self, by: Unit, position: Time) -> tuple[Time, int]:
+        """Returns the time and the length of a schedule.
+
+        Args:
+          by: unit of the schedule.
+          position: steps since the start of the stage.
+        """
+        if by == "epoch":
+            return self.epochs_before + position // self.steps_per_epoch, self.epochs
+        return self.steps_before + position, self.steps
 
 
 def interpolate(knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 
 import jaxft
 from jaxft import SGD, Adam, AdamW, RMSprop, Stage
+from jaxft.optim.schedule_base import Span
 from jaxft.optim.schedules import Constant
 from jaxft.optim.transform import group_transform
 
@@ -15,7 +16,7 @@ RATE, STEPS = 0.1, 6
 
 
 def with_lr(optimizer, rate):
-    return group_transform(optimizer, rate, Constant(), steps=STEPS, steps_per_epoch=STEPS)
+    return group_transform(optimizer, rate, Constant(), Span(STEPS, 1, STEPS))
 
 
 def gradient(step):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from jaxft import (
     L2SP,
     SGD,
+    EarlyStop,
     JaxftError,
     PlateauStop,
     Recipe,
@@ -247,6 +248,22 @@ def test_recorded_plateau_schedule_is_torchs():
         scheduler.step(loss)
     assert rates == RATES
     assert optimizer.param_groups[0]["lr"] == 0.00125
+
+
+@pytest.mark.slow
+def test_schedule_time_continues_over_stages_that_end_early(tmp_path):
+    """The second stage ends after one of its three epochs; the third has its planned time."""
+    continued = {"schedule": schedules.CosineAnnealingLR(), "schedule_time": "continue"}
+    stops = EarlyStop("loss", patience=1, min_delta=9.0, baseline="start")
+    rows, _ = run(
+        tmp_path / "run",
+        Stage("head", {"fc": 0.01}, 2, **continued),
+        Stage("short", {"fc": 0.01}, 3, until=stops, **continued),
+        Stage("last", {"fc": 0.01}, 1, **continued),
+    )
+    assert [row["stage"] for row in rows] == ["head", "head", "short", "last"]
+    expected = [(1 + math.cos(math.pi * t / 6)) / 200 for t in (0, 1, 2, 5)]
+    assert [row["lr"]["fc"] for row in rows] == pytest.approx(expected)
 
 
 @pytest.mark.slow
