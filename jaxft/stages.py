@@ -19,6 +19,7 @@ from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
 from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
+from jaxft.optim.optax_rule import Optax
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
@@ -304,6 +305,8 @@ class Stage:
         """
         update = self.updates[pattern]
         rule = update.optimizer or self.optimizer or optimizer
+        if isinstance(rule, Optax):
+            rule = rule.direction()
         if isinstance(rule, optax.GradientTransformation) and is_complete(rule):
             raise RecipeError(
                 f"stage {self.name!r}: the optimizer of {pattern_text(pattern)!r} {WAY_OUT}"

@@ -6,30 +6,68 @@ Needs torch; recorded with torch 2.13.0, in float64.
 """
 
 import dataclasses
+from contextlib import contextmanager
 
 import numpy as np
 import record_schedules
 import test_trajectories as tests
 import torch
 
+from jaxft import Adam, Optax
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import FastaiOneCycle, SlantedTriangular
+
+
+class Lion(torch.optim.Optimizer):
+    """The algorithm of the authors' code, google/automl."""
+
+    def __init__(self, groups, betas):
+        super().__init__(groups, {"betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(b1 * average + (1 - b1) * p.grad))
+                average.mul_(b2).add_((1 - b2) * p.grad)
+
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adagrad": torch.optim.Adagrad,
+    "lion": Lion,
 }
 
 
 def make_optimizer(rule, groups):
     """Returns torch's optimizer of the same name; `decay_vectors` needs a decay per group."""
     options = dataclasses.asdict(rule)
+    if isinstance(rule, Optax):
+        options = dataclasses.asdict(Adam(**rule.arguments))
     kind, _, _ = (options.pop(name) for name in ("rule", "decay_vectors", "weight_decay"))
-    if kind.startswith("adam"):
+    if "b1" in options:
         options["betas"] = (options.pop("b1"), options.pop("b2"))
     return OPTIMIZERS[kind](groups, **options)
+
+
+@contextmanager
+def float64_scalars():
+    """Makes float64 the default dtype, in which torch keeps NAdam's product of b1."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def make_groups(rule, params, stage):
@@ -38,13 +76,15 @@ def make_groups(rule, params, stage):
     for name, parameters in params.items():
         for vectors in (False, True):
             members = [p for p in parameters.values() if (p.ndim == 1) == vectors]
-            decay = 0.0 if vectors and not rule.decay_vectors else rule.weight_decay
+            spared = vectors and not getattr(rule, "decay_vectors", True)
+            decay = 0.0 if spared else getattr(rule, "weight_decay", 0.0)
             lr = stage.train.get(name, 0.0)
             if members:
                 groups.append({"params": members, "lr": lr, "weight_decay": decay, "name": name})
     return groups
 
 
+@float64_scalars()
 def record(case):
     """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = tests.CASES[case]
@@ -90,6 +130,7 @@ def record(case):
     return np.stack(rows)
 
 
+@float64_scalars()
 def record_span(case):
     """Returns the rows of one torch optimizer and one scheduler for all stages.
 

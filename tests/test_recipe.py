@@ -10,11 +10,16 @@ import pytest
 from jaxft import (
     L2SP,
     SGD,
+    Adagrad,
     Adam,
     AdamW,
     EarlyStop,
     LinearProbe,
+    Lion,
+    NAdam,
+    Optax,
     PlateauStop,
+    RAdam,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -117,7 +122,14 @@ RECIPE = Recipe(
         RECIPE,
         dataclasses.replace(RECIPE, optimizer=SGD()),
         dataclasses.replace(RECIPE, optimizer=Adam(weight_decay=1e-4), resize_size=None),
-        dataclasses.replace(RECIPE, optimizer=AdamW(), shots=3),
+        dataclasses.replace(RECIPE, optimizer=AdamW(amsgrad=True), shots=3),
+        dataclasses.replace(RECIPE, optimizer=NAdam(decoupled_weight_decay=True)),
+        dataclasses.replace(RECIPE, optimizer=RAdam(b2=0.99)),
+        dataclasses.replace(RECIPE, optimizer=Adagrad(lr_decay=0.1)),
+        dataclasses.replace(RECIPE, optimizer=Lion()),
+        dataclasses.replace(
+            RECIPE, optimizer=Optax("optax:scale_by_adam", {"nesterov": True, "eps": 1e-6})
+        ),
         dataclasses.replace(
             RECIPE,
             train_split="train[:80%/class]",
@@ -135,7 +147,7 @@ RECIPE = Recipe(
             tta="flip",
         ),
     ],
-    ids=["plain", "sgd", "adam", "adamw", "data"],
+    ids=["plain", "sgd", "adam", "adamw", "nadam", "radam", "adagrad", "lion", "optax", "data"],
 )
 def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")

@@ -14,7 +14,19 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, ReduceLROnPlateau, RMSprop, Stage
+from jaxft import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    NAdam,
+    Optax,
+    RAdam,
+    ReduceLROnPlateau,
+    RMSprop,
+    Stage,
+)
 from jaxft.optim import gradients
 from jaxft.optim.optimizers import Optimizer
 from jaxft.optim.schedules import (
@@ -74,6 +86,20 @@ OPTIMIZERS = {
     # alpha=0.99 would magnify rounding to 1e-11: its first steps are ten times the learning rate.
     "rmsprop, centered": RMSprop(alpha=0.8, centered=True, eps=1e-4),
     "rmsprop, centered, momentum": RMSprop(alpha=0.8, centered=True, momentum=0.5),
+    "adam, amsgrad": Adam(amsgrad=True, b2=0.9, weight_decay=0.1),
+    "adamw, amsgrad": AdamW(amsgrad=True, b2=0.8),
+    "nadam": NAdam(),
+    "nadam, decay": NAdam(momentum_decay=0.1, weight_decay=0.1, decay_vectors=False),
+    "nadam, decoupled decay": NAdam(weight_decay=0.3, decoupled_weight_decay=True),
+    "radam": RAdam(),
+    "radam, decay": RAdam(b2=0.9, weight_decay=0.1, decay_vectors=False),
+    "radam, decoupled decay": RAdam(b2=0.9, weight_decay=0.3, decoupled_weight_decay=True),
+    "adagrad": Adagrad(),
+    "adagrad, decay": Adagrad(lr_decay=0.1, initial_accumulator_value=0.2, weight_decay=0.1),
+    # Without a decay, equal steps up and down may cancel exactly.
+    "lion": Lion(weight_decay=0.01),
+    "lion, decay": Lion(b1=0.8, b2=0.9, weight_decay=0.3),
+    "optax": Optax("optax:scale_by_adam", {"b1": 0.8}),
 }
 SCHEDULES = {
     "step": StepLR(2, gamma=0.5),
@@ -111,6 +137,10 @@ CASES |= {
     f"{name}, adam, {carry}": (Adam(), SCHEDULES[name], carry, UNFREEZING, None)
     for name in ("cosine by step", "one-cycle", "fastai", "plateau")
     for carry in ("keep", "reset")
+}
+CASES |= {  # momenta of a schedule
+    f"one-cycle, {name}": (OPTIMIZERS[name], SCHEDULES["one-cycle"], "keep", UNFREEZING, None)
+    for name in ("adam, amsgrad", "nadam", "radam, decay", "lion")
 }
 CASES |= {
     f"{name}, {rule.rule}, sitting out": (rule, SCHEDULES[name], "keep", PAUSING, None)
