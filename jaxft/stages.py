@@ -60,6 +60,8 @@ class Update:
     scheduler="it is called schedule",
     lr_scheduler="it is called schedule",
     max_grad_norm="it is called clip_norm",
+    clip_grad_norm="it is called clip_norm",
+    clip_grad_value="it is called clip_value",
     grad_accum="it is called accumulate",
     freeze="parameters that no pattern in train matches are frozen",
 )
@@ -99,6 +101,7 @@ class Stage:
         layers, or a mapping of patterns, `{"layer4": "batch", "*": "eval"}`; the
         other layers use `frozen_eval`.
       clip_norm: maximum norm of the gradients of all trainable parameters.
+      clip_value: maximum absolute value of each element of the gradients, clipped before the norm.
       accumulate: number of equal parts into which each batch is divided to save memory.
         `batch_size` is the effective size, of one optimizer step. The last batch of an epoch uses
         as many parts as it fills, and divides by its number of images; no part is left for the next
@@ -145,6 +148,7 @@ class Stage:
     max_minutes: float | None = None
     norms: NormChoice | Mapping[str, NormChoice] = "frozen_eval"
     clip_norm: float | None = None
+    clip_value: float | None = None
     accumulate: int = 1
     ema: float | None = None
     anchor: L2SP | None = None
@@ -227,7 +231,7 @@ class Stage:
         for limit in ("epochs", "steps", "accumulate"):
             if (count := getattr(self, limit)) is not None and count < 1:
                 errors.append(f"it has {count} {limit}; it must have at least 1")
-        for limit in ("max_minutes", "clip_norm"):
+        for limit in ("max_minutes", "clip_norm", "clip_value"):
             value = getattr(self, limit)
             if value is not None and not (_is_finite_number(value) and value > 0):
                 errors.append(f"{limit} is {value}; it must be a positive, finite number")

@@ -51,6 +51,7 @@ class Fields(TypedDict, total=False):
     max_minutes: float | None
     norms: NormChoice | Mapping[str, NormChoice]
     clip_norm: float | None
+    clip_value: float | None
     accumulate: int
     ema: float | None
     anchor: L2SP | None

@@ -75,6 +75,7 @@ RECIPE = Recipe(
             until=PlateauStop(1),
             norms="frozen_batch",
             clip_norm=1.0,
+            clip_value=0.5,
             accumulate=2,
         ),
         Stage(

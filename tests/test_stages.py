@@ -109,6 +109,7 @@ def test_plan_groups_partition_the_parameters_and_refine_every_stage(stages):
             "schedule_time is 'continue', but a ReduceLROnPlateau has no time",
         ),
         ({"max_minutes": 0.0, "clip_norm": -1.0}, "max_minutes is 0.0; .*; clip_norm is -1.0"),
+        ({"clip_value": 0.0}, "clip_value is 0.0; it must be a positive, finite number"),
         ({"ema": 1.0}, "ema is 1.0; a decay lies between 0 and 1"),
         ({"class_weights": (0.0, 0.0)}, "class_weights are .*one must be above 0"),
         ({"class_weights": (1.0, -1.0)}, "class_weights are .*none may be negative"),

@@ -26,6 +26,7 @@ HINTS = {
     "rho": "RMSprop's average of squares is called alpha",
     "clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
     "global_clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
+    "clipvalue": "it is a field of the stage, Stage(..., clip_value=0.5)",
     "use_ema": "it is a field of the stage, Stage(..., ema=0.999)",
     "mask": "decay_vectors=False spares biases and norms",
 }
