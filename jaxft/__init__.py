@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from jaxft.linear_probe import LinearProbe, logistic_regression
     from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
+    from jaxft.optim.adaptive_optimizers import Adagrad, Lion, NAdam, RAdam
     from jaxft.optim.carry import carry
     from jaxft.optim.carry_report import CarryReport
+    from jaxft.optim.optax_rule import Optax
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
     from jaxft.optim.transform import multi_transform, trainable_only
@@ -52,6 +54,8 @@ _MODULES = {
         "nnx_filter": ["trainable_filter"],
         "stacked_layers": ["LayerStack", "stack", "unstack"],
         "optim.optimizers": ["SGD", "Adam", "AdamW", "RMSprop"],
+        "optim.adaptive_optimizers": ["Adagrad", "Lion", "NAdam", "RAdam"],
+        "optim.optax_rule": ["Optax"],
         "optim.transform": ["multi_transform", "trainable_only"],
         "optim.carry": ["carry"],
         "optim.carry_report": ["CarryReport"],
@@ -82,6 +86,7 @@ __all__ = [  # in the order of the documentation
     "FROZEN",
     "L2SP",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "CarryReport",
@@ -94,11 +99,15 @@ __all__ = [  # in the order of the documentation
     "LabelError",
     "LayerStack",
     "LinearProbe",
+    "Lion",
     "ModelError",
+    "NAdam",
     "NonFiniteError",
+    "Optax",
     "ParallelError",
     "PatternError",
     "PlateauStop",
+    "RAdam",
     "RMSprop",
     "Recipe",
     "RecipeError",

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from jaxft.data import OnBadImage, Preprocessing
@@ -208,6 +209,16 @@ class Recipe:
         check_stages(self.stages)
         for stage in self.stages:
             self.during(stage)
+        self._check_shared_schedules()
+
+    def _check_shared_schedules(self) -> None:
+        for earlier, stage in pairwise(self.stages):
+            sizes = [each.batch_size or self.batch_size for each in (stage, earlier)]
+            if stage.schedule_time == "continue" and sizes[0] != sizes[1]:
+                raise RecipeError(
+                    f"stage {stage.name!r} continues the schedule of {earlier.name!r}, but their "
+                    f"batch sizes are {sizes[0]} and {sizes[1]}. Give both the same batch_size."
+                )
 
     def _check_splits(self) -> None:
         for field in ("train_split", "val_split"):

@@ -10,10 +10,10 @@ from typing import Any
 import pydantic
 import yaml
 
+from jaxft import user_function
 from jaxft.checkpoint import atomic
 from jaxft.dataclass_checks import CLASSES, unknown_field_message
 from jaxft.errors import JaxftError, RecipeError
-from jaxft.models import user_factory
 from jaxft.optim.optimizers import Optimizer
 from jaxft.recipe import RESULT_NEUTRAL_FIELDS, Recipe
 from jaxft.stages import Stage
@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     if not file.is_file():
         raise RecipeError(f"{path}: no such recipe. It must be a .py or .yaml file.")
     if not atomic.in_bucket(file):
-        user_factory.search_in(file.parent)
+        user_function.search_in(file.parent)
     if file.suffix == ".py":
         recipe = _run_file(str(file)).get("recipe")
         if not isinstance(recipe, Recipe):

@@ -18,6 +18,7 @@ from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths, unflatten
 from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.optim.schedule_base import Span
 from jaxft.optim.transform import group_lr, group_transform, multi_transform
 from jaxft.patterns import Pattern, pattern_text, shallow_warnings
 from jaxft.stages import Resolved, Stage, check_stages
@@ -34,6 +35,8 @@ class StagePlan:
       patterns: pattern of each group that trains, in the order of `stage.train`.
       park: groups that do not train here but continue in a later stage; an argument of `carry`.
       remarks: warnings about patterns that may select less than intended.
+      before, after: stages before and after this one whose schedules share its time, see
+        `Stage.schedule_time`.
     """
 
     stage: Stage
@@ -41,6 +44,8 @@ class StagePlan:
     patterns: Mapping[str, Pattern]
     park: frozenset[str]
     remarks: tuple[str, ...] = ()
+    before: tuple[Stage, ...] = ()
+    after: tuple[Stage, ...] = ()
 
     @property
     def lr(self) -> dict[str, float]:
@@ -70,7 +75,8 @@ class StagePlan:
 
         Args:
           optimizer: used for groups that have none from `Update` or `Stage`.
-          steps_per_epoch: converts steps to epochs, for schedules by epoch.
+          steps_per_epoch: converts steps to epochs, for schedules by epoch; the same in all stages
+            whose schedules share their time.
 
         Raises:
           RecipeError: the stage is a linear probe and has no optimizer.
@@ -80,14 +86,14 @@ class StagePlan:
                 f"stage {self.stage.name!r} is a linear probe and has no optimizer: put kernel and "
                 "bias of jaxft.logistic_regression(features, targets, ...) in the head's place."
             )
-        length = self._length(steps_per_epoch)
+        span = self.span(steps_per_epoch)
         transforms = {
             group: group_transform(
                 update.optimizer,
                 update.lr,
                 update.schedule,
+                span,
                 relative=self.stage.auto_rgn,
-                **length,
             )
             for group, update in self.updates(optimizer).items()
         }
@@ -98,20 +104,32 @@ class StagePlan:
 
         With relative learning rates, it is the largest of the group's tensors.
         """
-        length = self._length(steps_per_epoch)
+        span = self.span(steps_per_epoch)
         states = {group: opt_state.inner_states[group].inner_state for group in self.patterns}
         # Fetch the schedules' few numbers at once, without the moments.
         states = {
             group: jax.device_get(state._replace(rule=None)) for group, state in states.items()
         }
         return {
-            group: float(group_lr(update.lr, update.schedule, states[group], **length))
+            group: float(group_lr(update.lr, update.schedule, states[group], span))
             for group, update in self.updates().items()
         }
 
-    def _length(self, steps_per_epoch: int) -> dict[str, int]:
-        steps = self.stage.length(steps_per_epoch)
-        return {"steps": steps, "steps_per_epoch": steps_per_epoch}
+    def span(self, steps_per_epoch: int) -> Span:
+        """Returns the steps that the stage's schedules cover."""
+        before, now, after = (
+            [stage.length(steps_per_epoch) for stage in stages if not stage.linear_probe]
+            for stages in (self.before, (self.stage,), self.after)
+        )
+        steps = [*before, *now, *after]
+        epochs = [-(-length // steps_per_epoch) for length in steps]
+        return Span(
+            steps=sum(steps),
+            epochs=sum(epochs),
+            steps_per_epoch=steps_per_epoch,
+            steps_before=sum(before),
+            epochs_before=sum(epochs[: len(before)]),
+        )
 
     def reductions(self, opt_state: optax.OptState) -> int:
         """Returns how often the stage's `ReduceLROnPlateau` has reduced its learning rate.
@@ -215,7 +233,18 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
         remarks = tuple(shallow_warnings(list(stage.train), paths(params)))
         for remark in remarks:
             warnings.warn(f"stage {stage.name!r}: {remark}", stacklevel=2)
-        plans.append(StagePlan(stage, unflatten(params, labels), patterns[k], park, remarks))
+        first, end = _schedule_bounds(stages, k)
+        plans.append(
+            StagePlan(
+                stage,
+                unflatten(params, labels),
+                patterns[k],
+                park,
+                remarks,
+                before=stages[first:k],
+                after=stages[k + 1 : end],
+            )
+        )
         plans[-1].updates()  # raises errors now instead of when the stage begins
     return tuple(plans)
 
@@ -229,6 +258,13 @@ def _parked_groups(
     last = min((i for i in resets if i > k), default=len(stages))
     before, after = set().union(*active[first:k]), set().union(*active[k + 1 : last])
     return frozenset((before & after) - set(active[k]))
+
+
+def _schedule_bounds(stages: Sequence[Stage], k: int) -> tuple[int, int]:
+    """Returns the indices of the stages that share the schedule's time of stage k: [first, end)."""
+    starts = [i for i, stage in enumerate(stages) if i == 0 or stage.schedule_time == "restart"]
+    first = max(i for i in starts if i <= k)
+    return first, min((i for i in starts if i > k), default=len(stages))
 
 
 Signature = tuple[int | None, ...]

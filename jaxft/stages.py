@@ -19,6 +19,7 @@ from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
 from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
+from jaxft.optim.optax_rule import Optax
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
@@ -59,6 +60,8 @@ class Update:
     scheduler="it is called schedule",
     lr_scheduler="it is called schedule",
     max_grad_norm="it is called clip_norm",
+    clip_grad_norm="it is called clip_norm",
+    clip_grad_value="it is called clip_value",
     grad_accum="it is called accumulate",
     freeze="parameters that no pattern in train matches are frozen",
 )
@@ -85,6 +88,10 @@ class Stage:
         continues the state of groups that trained before, as `add_param_group` does, even if their
         hyperparameters change. With `restore="best"`, moments and step counts are also handed on
         from the best epoch.
+      schedule_time: `restart` starts the schedules at time 0. `continue` continues the time of the
+        stage before, so that one schedule spans several stages, as one torch scheduler does over
+        `add_param_group`. Its length is the sum of the stages' maximum lengths. The next stage
+        starts at its planned time even if this one ends early by `until` or `max_minutes`.
       monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
         `until=EarlyStop(...)`, else the accuracy.
       steps: maximum number of optimizer steps.
@@ -94,6 +101,7 @@ class Stage:
         layers, or a mapping of patterns, `{"layer4": "batch", "*": "eval"}`; the
         other layers use `frozen_eval`.
       clip_norm: maximum norm of the gradients of all trainable parameters.
+      clip_value: maximum absolute value of each element of the gradients, clipped before the norm.
       accumulate: number of equal parts into which each batch is divided to save memory.
         `batch_size` is the effective size, of one optimizer step. The last batch of an epoch uses
         as many parts as it fills, and divides by its number of images; no part is left for the next
@@ -134,11 +142,13 @@ class Stage:
     restore: Literal["best", "last"] = "best"
     carry: Literal["reset", "keep"] = "reset"
     _: KW_ONLY
+    schedule_time: Literal["restart", "continue"] = "restart"
     monitor: Monitor | None = None
     steps: int | None = None
     max_minutes: float | None = None
     norms: NormChoice | Mapping[str, NormChoice] = "frozen_eval"
     clip_norm: float | None = None
+    clip_value: float | None = None
     accumulate: int = 1
     ema: float | None = None
     anchor: L2SP | None = None
@@ -221,7 +231,7 @@ class Stage:
         for limit in ("epochs", "steps", "accumulate"):
             if (count := getattr(self, limit)) is not None and count < 1:
                 errors.append(f"it has {count} {limit}; it must have at least 1")
-        for limit in ("max_minutes", "clip_norm"):
+        for limit in ("max_minutes", "clip_norm", "clip_value"):
             value = getattr(self, limit)
             if value is not None and not (_is_finite_number(value) and value > 0):
                 errors.append(f"{limit} is {value}; it must be a positive, finite number")
@@ -238,6 +248,10 @@ class Stage:
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
             errors.append("until is a PlateauStop, which needs a ReduceLROnPlateau schedule")
+        if self.schedule_time == "continue" and any(
+            isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
+        ):
+            errors.append("schedule_time is 'continue', but a ReduceLROnPlateau has no time")
         if not isinstance(self.norms, str | Mapping):
             errors.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
             return errors
@@ -295,6 +309,8 @@ class Stage:
         """
         update = self.updates[pattern]
         rule = update.optimizer or self.optimizer or optimizer
+        if isinstance(rule, Optax):
+            rule = rule.direction()
         if isinstance(rule, optax.GradientTransformation) and is_complete(rule):
             raise RecipeError(
                 f"stage {self.name!r}: the optimizer of {pattern_text(pattern)!r} {WAY_OUT}"

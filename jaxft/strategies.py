@@ -46,10 +46,12 @@ class Fields(TypedDict, total=False):
     restore: Literal["best", "last"]
     monitor: Monitor | None
     carry: Literal["reset", "keep"]
+    schedule_time: Literal["restart", "continue"]
     steps: int | None
     max_minutes: float | None
     norms: NormChoice | Mapping[str, NormChoice]
     clip_norm: float | None
+    clip_value: float | None
     accumulate: int
     ema: float | None
     anchor: L2SP | None

@@ -19,6 +19,7 @@ import test_schedules as tests
 
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import Warmup
+from jaxft.user_function import find
 
 
 def optimizer(rule):
@@ -51,6 +52,15 @@ def scheduler(schedule, optimizer, total):
             "max_lr": [group["lr"] for group in optimizer.param_groups],
             **arguments,
         }
+    if name == "CosineAnnealingWarmRestarts":
+        arguments = {name.replace("t_", "T_"): value for name, value in arguments.items()}
+    if name == "CyclicLR":
+        arguments.pop("div_factor", None)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        arguments["max_lr"] = peaks
+        arguments["base_lr"] = [peak / schedule.div_factor for peak in peaks]
+    if name == "LambdaLR":
+        arguments = {"lr_lambda": find(schedule.function)}
     if name == "Constant":
         return lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return getattr(lr_scheduler, name)(optimizer, **arguments)

@@ -109,6 +109,8 @@ def record(stages, modes):
             for pattern, members in groups.items():
                 squares = [p.grad.square().sum() for p in members]
                 found[f"norms/{pattern}"].append(sum(squares).sqrt().item())
+            if stage.clip_value:
+                torch.nn.utils.clip_grad_value_(module.parameters(), stage.clip_value)
             if stage.clip_norm:
                 torch.nn.utils.clip_grad_norm_(module.parameters(), stage.clip_norm)
             optimizer.step()

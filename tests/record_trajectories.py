@@ -6,30 +6,68 @@ Needs torch; recorded with torch 2.13.0, in float64.
 """
 
 import dataclasses
+from contextlib import contextmanager
 
 import numpy as np
 import record_schedules
 import test_trajectories as tests
 import torch
 
+from jaxft import Adam, Optax
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import FastaiOneCycle, SlantedTriangular
+
+
+class Lion(torch.optim.Optimizer):
+    """The algorithm of the authors' code, google/automl."""
+
+    def __init__(self, groups, betas):
+        super().__init__(groups, {"betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(b1 * average + (1 - b1) * p.grad))
+                average.mul_(b2).add_((1 - b2) * p.grad)
+
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adagrad": torch.optim.Adagrad,
+    "lion": Lion,
 }
 
 
 def make_optimizer(rule, groups):
     """Returns torch's optimizer of the same name; `decay_vectors` needs a decay per group."""
     options = dataclasses.asdict(rule)
+    if isinstance(rule, Optax):
+        options = dataclasses.asdict(Adam(**rule.arguments))
     kind, _, _ = (options.pop(name) for name in ("rule", "decay_vectors", "weight_decay"))
-    if kind.startswith("adam"):
+    if "b1" in options:
         options["betas"] = (options.pop("b1"), options.pop("b2"))
     return OPTIMIZERS[kind](groups, **options)
+
+
+@contextmanager
+def float64_scalars():
+    """Makes float64 the default dtype, in which torch keeps NAdam's product of b1."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def make_groups(rule, params, stage):
@@ -38,13 +76,15 @@ def make_groups(rule, params, stage):
     for name, parameters in params.items():
         for vectors in (False, True):
             members = [p for p in parameters.values() if (p.ndim == 1) == vectors]
-            decay = 0.0 if vectors and not rule.decay_vectors else rule.weight_decay
+            spared = vectors and not getattr(rule, "decay_vectors", True)
+            decay = 0.0 if spared else getattr(rule, "weight_decay", 0.0)
             lr = stage.train.get(name, 0.0)
             if members:
                 groups.append({"params": members, "lr": lr, "weight_decay": decay, "name": name})
     return groups
 
 
+@float64_scalars()
 def record(case):
     """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = tests.CASES[case]
@@ -86,6 +126,47 @@ def record(case):
             elif by == "epoch" and (step + 1) % tests.STEPS_PER_EPOCH == 0:
                 epoch = (step + 1) // tests.STEPS_PER_EPOCH
                 follow(tests.VALIDATION[k][epoch - 1])
+        rows.append(np.append(flat(params), losses))
+    return np.stack(rows)
+
+
+@float64_scalars()
+def record_span(case):
+    """Returns the rows of one torch optimizer and one scheduler for all stages.
+
+    The groups of a stage join both by `add_param_group`.
+    """
+    rule, schedule = tests.SPANS[case]
+    params = {
+        name: {k: torch.nn.Parameter(torch.tensor(v)) for k, v in block.items()}
+        for name, block in tests.start().items()
+    }
+    stages = tests.spanned_stages(schedule)
+    optimizer = make_optimizer(rule, make_groups(rule, {"head": params["head"]}, stages[0]))
+    total = sum(s.epochs if schedule.by == "epoch" else tests.STEPS for s in stages)
+    scheduler, known, rows = record_schedules.scheduler(schedule, optimizer, total), {"head"}, []
+    for k, stage in enumerate(stages):
+        new = {name: block for name, block in params.items() if name in {*stage.train} - known}
+        for group in make_groups(rule, new, stage):
+            first = optimizer.param_groups[0]
+            ratio = group["lr"] / stage.train["head"]
+            for name, value in first.items():
+                if name.endswith("lr"):  # lr, initial_lr, and OneCycleLR's max_lr and min_lr
+                    group[name] = ratio * value
+                group.setdefault(name, value)  # OneCycleLR's momenta
+            optimizer.add_param_group(group)
+            scheduler.base_lrs.append(group["initial_lr"])
+        known |= {*new}
+        losses = []
+        for step in range(k * tests.STEPS, (k + 1) * tests.STEPS):
+            optimizer.zero_grad()
+            value = loss(params, step)
+            value.backward()
+            losses.append(value.item())
+            optimizer.step()
+            is_last = step + 1 == len(stages) * tests.STEPS
+            if not is_last and (schedule.by == "step" or (step + 1) % tests.STEPS_PER_EPOCH == 0):
+                scheduler.step()
         rows.append(np.append(flat(params), losses))
     return np.stack(rows)
 
@@ -153,4 +234,6 @@ def flat(params):
 
 
 if __name__ == "__main__":
-    np.savez_compressed(tests.GOLDEN, **{case: record(case) for case in tests.CASES})
+    cases = {case: record(case) for case in tests.CASES}
+    spans = {case: record_span(case) for case in tests.SPANS}
+    np.savez_compressed(tests.GOLDEN, **cases, **spans)

@@ -97,7 +97,7 @@ MISTAKES = [
     (lambda: recipe(stages=["head"]), "stages is ['head']; it must be a tuple of Stages."),
     (
         lambda: recipe(optimizer="adam"),
-        "optimizer is 'adam'; it must be SGD, Adam, AdamW or RMS",
+        "optimizer is 'adam'; it must be SGD, Adam, AdamW, RMSprop, N",
     ),
     (lambda: recipe(mean=0.5), "mean is 0.5; it must be 3 numbers or None."),
     (lambda: EarlyStop(patience=2.5), "EarlyStop: patience is 2.5; it must be a whole number."),

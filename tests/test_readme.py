@@ -66,6 +66,7 @@ RUN = {
     ("README.md", "A recipe"),
     ("README.md", "In your own training loop"),
     ("configs/README.md", "A stage"),
+    ("configs/README.md", "Schedules"),
     ("configs/README.md", "A linear probe"),
     ("configs/README.md", "Ready-made stages"),
     ("jaxft/README.md", "Freezing in five lines"),
@@ -219,7 +220,7 @@ def test_recipe_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
-@pytest.mark.parametrize("title", ["A stage", "A linear probe", "Ready-made stages"])
+@pytest.mark.parametrize("title", ["A stage", "Schedules", "A linear probe", "Ready-made stages"])
 def test_stages_are_stages(title):
     run("configs/README.md", title, {})
 

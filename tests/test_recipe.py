@@ -10,11 +10,16 @@ import pytest
 from jaxft import (
     L2SP,
     SGD,
+    Adagrad,
     Adam,
     AdamW,
     EarlyStop,
     LinearProbe,
+    Lion,
+    NAdam,
+    Optax,
     PlateauStop,
+    RAdam,
     Recipe,
     RecipeError,
     ReduceLROnPlateau,
@@ -28,8 +33,11 @@ from jaxft.data import Preprocessing
 from jaxft.optim.schedules import (
     Constant,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     FastaiOneCycle,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
@@ -67,9 +75,16 @@ RECIPE = Recipe(
             until=PlateauStop(1),
             norms="frozen_batch",
             clip_norm=1.0,
+            clip_value=0.5,
             accumulate=2,
         ),
-        Stage("late", train={"fc": 1e-3, "layer4.*": 1e-4}, epochs=5, carry="keep"),
+        Stage(
+            "late",
+            train={"fc": 1e-3, "layer4.*": 1e-4},
+            epochs=5,
+            carry="keep",
+            schedule_time="continue",
+        ),
         Stage("probe", train={"fc": LinearProbe((0.1, 2.0))}, restore="last"),
         Stage(
             "all",
@@ -93,6 +108,9 @@ RECIPE = Recipe(
                 LinearLR(),
                 FastaiOneCycle(),
                 SlantedTriangular(),
+                CosineAnnealingWarmRestarts(3, t_mult=2),
+                CyclicLR(4, mode="triangular2"),
+                LambdaLR("math:exp2", by="step"),
             )
         ),
     ),
@@ -105,7 +123,14 @@ RECIPE = Recipe(
         RECIPE,
         dataclasses.replace(RECIPE, optimizer=SGD()),
         dataclasses.replace(RECIPE, optimizer=Adam(weight_decay=1e-4), resize_size=None),
-        dataclasses.replace(RECIPE, optimizer=AdamW(), shots=3),
+        dataclasses.replace(RECIPE, optimizer=AdamW(amsgrad=True), shots=3),
+        dataclasses.replace(RECIPE, optimizer=NAdam(decoupled_weight_decay=True)),
+        dataclasses.replace(RECIPE, optimizer=RAdam(b2=0.99)),
+        dataclasses.replace(RECIPE, optimizer=Adagrad(lr_decay=0.1)),
+        dataclasses.replace(RECIPE, optimizer=Lion()),
+        dataclasses.replace(
+            RECIPE, optimizer=Optax("optax:scale_by_adam", {"nesterov": True, "eps": 1e-6})
+        ),
         dataclasses.replace(
             RECIPE,
             train_split="train[:80%/class]",
@@ -123,7 +148,7 @@ RECIPE = Recipe(
             tta="flip",
         ),
     ],
-    ids=["plain", "sgd", "adam", "adamw", "data"],
+    ids=["plain", "sgd", "adam", "adamw", "nadam", "radam", "adagrad", "lion", "optax", "data"],
 )
 def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")
@@ -191,6 +216,15 @@ def test_read_rejects_wrong_files(name, text, message, tmp_path):
         ({"cutmix": 1.0, "batch_size": 1}, "cutmix mixes images of a batch; batch_size is 1"),
         ({"stages": ()}, "at least one stage"),
         ({"stages": RECIPE.stages[:1] * 2}, "'head'"),
+        (
+            {
+                "stages": (
+                    Stage("head", {"fc": 1.0}, 1, batch_size=8),
+                    Stage("all", {"*": 1.0}, 1, schedule_time="continue"),
+                )
+            },
+            "stage 'all' continues the schedule of 'head', but their batch sizes are 32 and 8",
+        ),
     ],
     ids=str,
 )

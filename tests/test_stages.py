@@ -17,6 +17,7 @@ from jaxft import (
     Stage,
 )
 from jaxft.labels import leaf_labels
+from jaxft.optim.schedule_base import Span
 from jaxft.optim.schedules import CosineAnnealingLR
 
 SOLVER = LinearProbe()
@@ -47,6 +48,23 @@ def test_plan_numbers_groups_with_equal_patterns():
     plans = jaxft.plan([Stage("x", {"frozen": 1.0}, 1), Stage("y", {"*": 1.0}, 1)], params)
     assert plans[1].labels == {"frozen": "frozen#2", "a": "*"}
     assert plans[0].labels == {"frozen": "frozen#2", "a": "frozen"}
+
+
+def test_schedule_time_continues_over_stages():
+    stages = [
+        Stage("probe", {"fc": SOLVER}),
+        Stage("head", {"fc": 1.0}, epochs=2, schedule_time="continue"),
+        Stage("late", {"fc": 1.0, "late": 1.0}, steps=7, schedule_time="continue"),
+        Stage("again", {"fc": 1.0}, epochs=1),
+        Stage("all", {"*": 1.0}, epochs=3, schedule_time="continue"),
+    ]
+    spans = [plan.span(steps_per_epoch=5) for plan in jaxft.plan(stages, PARAMS)]
+    assert spans[1:] == [
+        Span(17, 4, 5, steps_before=0, epochs_before=0),
+        Span(17, 4, 5, steps_before=10, epochs_before=2),
+        Span(20, 4, 5, steps_before=0, epochs_before=0),
+        Span(20, 4, 5, steps_before=5, epochs_before=1),
+    ]
 
 
 patterns = st.lists(
@@ -86,7 +104,12 @@ def test_plan_groups_partition_the_parameters_and_refine_every_stage(stages):
         ({"epochs": 0, "train": {}}, "trains nothing.*; it has 0 epochs"),
         ({"epochs": None}, "it has no length; give it epochs or steps"),
         ({"steps": 0, "accumulate": 0}, "it has 0 steps; .*; it has 0 accumulate"),
+        (
+            {"schedule": ReduceLROnPlateau(), "schedule_time": "continue"},
+            "schedule_time is 'continue', but a ReduceLROnPlateau has no time",
+        ),
         ({"max_minutes": 0.0, "clip_norm": -1.0}, "max_minutes is 0.0; .*; clip_norm is -1.0"),
+        ({"clip_value": 0.0}, "clip_value is 0.0; it must be a positive, finite number"),
         ({"ema": 1.0}, "ema is 1.0; a decay lies between 0 and 1"),
         ({"class_weights": (0.0, 0.0)}, "class_weights are .*one must be above 0"),
         ({"class_weights": (1.0, -1.0)}, "class_weights are .*none may be negative"),

@@ -3,6 +3,7 @@
 Three stages of ten steps; groups are unfrozen between them, or pause in one.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
@@ -13,15 +14,30 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, ReduceLROnPlateau, RMSprop, Stage
+from jaxft import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    NAdam,
+    Optax,
+    RAdam,
+    ReduceLROnPlateau,
+    RMSprop,
+    Stage,
+)
 from jaxft.optim import gradients
 from jaxft.optim.optimizers import Optimizer
 from jaxft.optim.schedules import (
     ClosedForm,
     Constant,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     FastaiOneCycle,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
@@ -46,6 +62,11 @@ PAUSING = (
     {"late": 0.02, "head": 0.02, "body": 0.01},
 )
 
+
+def factor(epoch):
+    return 0.7**epoch
+
+
 MOMENTUM = SGD(momentum=0.9)
 OPTIMIZERS = {
     "sgd": SGD(),
@@ -65,6 +86,20 @@ OPTIMIZERS = {
     # alpha=0.99 would magnify rounding to 1e-11: its first steps are ten times the learning rate.
     "rmsprop, centered": RMSprop(alpha=0.8, centered=True, eps=1e-4),
     "rmsprop, centered, momentum": RMSprop(alpha=0.8, centered=True, momentum=0.5),
+    "adam, amsgrad": Adam(amsgrad=True, b2=0.9, weight_decay=0.1),
+    "adamw, amsgrad": AdamW(amsgrad=True, b2=0.8),
+    "nadam": NAdam(),
+    "nadam, decay": NAdam(momentum_decay=0.1, weight_decay=0.1, decay_vectors=False),
+    "nadam, decoupled decay": NAdam(weight_decay=0.3, decoupled_weight_decay=True),
+    "radam": RAdam(),
+    "radam, decay": RAdam(b2=0.9, weight_decay=0.1, decay_vectors=False),
+    "radam, decoupled decay": RAdam(b2=0.9, weight_decay=0.3, decoupled_weight_decay=True),
+    "adagrad": Adagrad(),
+    "adagrad, decay": Adagrad(lr_decay=0.1, initial_accumulator_value=0.2, weight_decay=0.1),
+    # Without a decay, equal steps up and down may cancel exactly.
+    "lion": Lion(weight_decay=0.01),
+    "lion, decay": Lion(b1=0.8, b2=0.9, weight_decay=0.3),
+    "optax": Optax("optax:scale_by_adam", {"b1": 0.8}),
 }
 SCHEDULES = {
     "step": StepLR(2, gamma=0.5),
@@ -79,6 +114,9 @@ SCHEDULES = {
     "one-cycle": OneCycleLR(pct_start=0.45),
     "fastai": FastaiOneCycle(),
     "ulmfit": SlantedTriangular(),
+    "restarts": CosineAnnealingWarmRestarts(2, eta_min=1e-3, by="step"),
+    "cyclic": CyclicLR(3, 2),
+    "lambda": LambdaLR("test_trajectories:factor"),
     "plateau": ReduceLROnPlateau(patience=0, factor=0.5, cooldown=1),
 }
 CASES = {  # name: optimizer, schedule, carry, train, max_norm
@@ -100,6 +138,10 @@ CASES |= {
     for name in ("cosine by step", "one-cycle", "fastai", "plateau")
     for carry in ("keep", "reset")
 }
+CASES |= {  # momenta of a schedule
+    f"one-cycle, {name}": (OPTIMIZERS[name], SCHEDULES["one-cycle"], "keep", UNFREEZING, None)
+    for name in ("adam, amsgrad", "nadam", "radam, decay", "lion")
+}
 CASES |= {
     f"{name}, {rule.rule}, sitting out": (rule, SCHEDULES[name], "keep", PAUSING, None)
     for name in ("one-cycle", "plateau")
@@ -110,6 +152,20 @@ CASES |= {
     for carry in ("keep", "reset")
 }
 CASES |= {"clipped, sitting out": (MOMENTUM, Constant(), "keep", PAUSING, 0.2)}
+
+SPANS = {  # name: optimizer, schedule of all stages together
+    "span, one-cycle": (MOMENTUM, OneCycleLR()),
+    "span, one-cycle, adam": (Adam(), OneCycleLR(pct_start=0.5)),
+    "span, cosine": (MOMENTUM, CosineAnnealingLR()),
+    "span, cosine by step": (Adam(), CosineAnnealingLR(by="step")),
+    "span, milestones": (MOMENTUM, MultiStepLR((7, 11), gamma=0.3)),
+    "span, exponential": (MOMENTUM, ExponentialLR(0.9, by="step")),
+}
+SPANNING = (  # a torch scheduler keeps the base learning rates of its groups
+    {"head": 0.1},
+    {"head": 0.1, "late": 0.02},
+    {"head": 0.1, "late": 0.02, "body": 0.005},
+)
 
 
 def stages(schedule, carry, trains):
@@ -144,11 +200,23 @@ def loss(params, x, y):
 def train(case):
     """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     rule, schedule, carry, trains, max_norm = CASES[case]
+    return train_stages(rule, stages(schedule, carry, trains), max_norm)
+
+
+def spanned_stages(schedule):
+    return [
+        dataclasses.replace(stage, schedule_time="continue")
+        for stage in stages(schedule, "keep", SPANNING)
+    ]
+
+
+def train_stages(rule, stages, max_norm=None):
+    """Returns a row for each stage: the parameters at its end, then the losses of its steps."""
     params, state, rows = jax.tree.map(jnp.asarray, start()), None, []
-    for k, plan in enumerate(jaxft.plan(stages(schedule, carry, trains), params)):
+    for k, plan in enumerate(jaxft.plan(stages, params)):
         transform = plan.transform(rule, steps_per_epoch=STEPS_PER_EPOCH)
         fresh = transform.init(params)
-        keep = k > 0 and carry == "keep"
+        keep = k > 0 and plan.stage.carry == "keep"
         state = jaxft.carry(state, fresh, park=plan.park) if keep else fresh
         trainable, frozen = jaxft.partition(params, plan.labels)
 
@@ -179,8 +247,16 @@ def test_trajectory_equals_torch(case, golden):
         np.testing.assert_allclose(train(case), golden[case], rtol=1e-10)
 
 
+@pytest.mark.parametrize("case", SPANS)
+def test_trajectory_of_a_schedule_that_spans_stages_equals_torch(case, golden):
+    rule, schedule = SPANS[case]
+    with jax.enable_x64(True):
+        rows = train_stages(rule, spanned_stages(schedule))
+    np.testing.assert_allclose(rows, golden[case], rtol=1e-10)
+
+
 def test_trajectories_cover_all_optimizers_and_schedules(golden):
-    assert golden.keys() == CASES.keys()
+    assert golden.keys() == CASES.keys() | SPANS.keys()
     rules, schedules, *_ = zip(*CASES.values(), strict=True)
     assert {*map(type, rules)} == {*get_args(Optimizer)}
     assert {*map(type, schedules)} == {*get_args(ClosedForm), ReduceLROnPlateau}
@@ -201,7 +277,8 @@ def test_trajectory_changes_trainable_parameters_only(golden):
 @pytest.mark.slow
 def test_trajectory_recording_equals_torch(golden):
     pytest.importorskip("torch")
-    from record_trajectories import record
+    from record_trajectories import record, record_span
 
-    for case in CASES:  # to 1e-10, because other machines round differently
-        np.testing.assert_allclose(record(case), golden[case], rtol=1e-10, err_msg=case)
+    for case in golden:  # to 1e-10, because other machines round differently
+        row = record_span(case) if case in SPANS else record(case)
+        np.testing.assert_allclose(row, golden[case], rtol=1e-10, err_msg=case)

@@ -1,17 +1,12 @@
 """Builds a network from a function that a recipe names: `model="my_module:build"`."""
 
-import importlib
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from flax import linen, nnx
 
-from jaxft.errors import ModelError
+from jaxft import user_function
+from jaxft.errors import ModelError, RecipeError
 from jaxft.models.model import Architecture, Model
 
 _MEMBERS = [name for cls in (Architecture, Model) for name in vars(cls) if not name.startswith("_")]
@@ -22,52 +17,16 @@ def names_factory(model: str) -> bool:
     return ":" in model
 
 
-def search_in(folder: str | PathLike[str]) -> None:
-    """Adds a folder, such as the one of the recipe file, to the folders searched for factories."""
-    entry = str(Path(folder).absolute())
-    if entry not in sys.path:
-        sys.path.append(entry)  # at the end, so that it shadows no installed package
-
-
 def find(name: str) -> Callable[[int], Any]:
-    """Imports the factory `MODULE:FUNCTION`.
-
-    Searches `sys.path`, the folders passed to `search_in`, and the current folder.
+    """Imports the factory `MODULE:FUNCTION`, see `jaxft.user_function.find`.
 
     Raises:
       ModelError: if the module or the function does not exist, or if the import fails.
     """
-    module_name, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *function.split("."))):
-        raise ModelError(
-            f"model is {name!r}: a factory is written MODULE:FUNCTION, such as my_module:build."
-        )
-    search_in(os.getcwd())
-    importlib.invalidate_caches()
     try:
-        factory: Any = importlib.import_module(module_name)
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
-            raise ModelError(
-                f"model is {name!r}, and importing it fails: {_describe(error)}"
-            ) from error
-        raise ModelError(
-            f"model is {name!r}, and there is no module {missing!r}. It is searched for in the "
-            "recipe's folder, in the current folder and on PYTHONPATH: run the command in its "
-            "folder, or add its folder to PYTHONPATH."
-        ) from error
-    file = getattr(factory, "__file__", module_name)
-    for part in function.split("."):
-        if not hasattr(factory, part):
-            raise ModelError(f"model is {name!r}, and {file} has no {function!r}.")
-        factory = getattr(factory, part)
-    if not callable(factory):
-        raise ModelError(
-            f"model is {name!r}, which is not a function but of type {type(factory).__name__}: it "
-            "must return a network when called with the number of classes."
-        )
-    return factory
+        return user_function.find(name)
+    except RecipeError as error:
+        raise ModelError(f"model is {error}") from error
 
 
 def build(name: str, num_classes: int) -> Model:
@@ -80,7 +39,7 @@ def build(name: str, num_classes: int) -> Model:
     try:
         model = factory(num_classes)
     except Exception as error:
-        raise ModelError(f"{name}({num_classes}) fails: {_describe(error)}") from error
+        raise ModelError(f"{name}({num_classes}) fails: {user_function.describe(error)}") from error
     return checked(model, f"{name}({num_classes}) returned")
 
 
@@ -109,9 +68,3 @@ def checked(model: Any, origin: str) -> Model:
         f"{origin} {'the class ' * is_class}{cls.__name__}, which is not a jaxft network: wrap a "
         f"Flax module, models.{wrapper or 'Linen'}(..., shape=(h, w, 3), head=...)."
     )
-
-
-def _describe(error: Exception) -> str:
-    """Formats an error and the line that raised it."""
-    (*_, last) = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"

@@ -40,9 +40,14 @@ class RangeChecked:
 
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "at least 1": ("step_size t_max total_iters total_steps length ratio", lambda x: 1 <= x < inf),
+    "at least 1": (
+        "step_size step_size_up step_size_down t_0 t_mult t_max total_iters total_steps length "
+        "ratio",
+        lambda x: 1 <= x < inf,
+    ),
     "at least 0": (
-        "eta_min patience threshold cooldown min_lr eps momentum weight_decay",
+        "eta_min patience threshold cooldown min_lr eps momentum weight_decay momentum_decay "
+        "lr_decay initial_accumulator_value",
         lambda x: 0 <= x < inf,
     ),
     "positive": ("gamma power div div_final div_factor final_div_factor", lambda x: 0 < x < inf),

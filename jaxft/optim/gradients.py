@@ -39,6 +39,20 @@ def clip(gradients: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), norm
 
 
+def clip_value(gradients: Tree, max_value: float) -> Tree:
+    """Clips each element of the gradients, as `torch.nn.utils.clip_grad_value_`.
+
+    Args:
+      gradients: a pytree of gradients.
+      max_value: maximum absolute value.
+
+    Example:
+      >>> clip_value({"a": jnp.array([3.0, -0.5]), "b": None}, max_value=1.0)["a"].tolist()
+      [1.0, -0.5]
+    """
+    return jax.tree.map(lambda g: jnp.clip(g, -max_value, max_value), gradients)
+
+
 def group_norms(tree: Tree, groups: Sequence[str]) -> dict[str, jax.Array]:
     """Returns the L2 norm, [], of each group's leaves.
 

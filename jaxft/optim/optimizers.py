@@ -1,4 +1,4 @@
-"""SGD, Adam, AdamW and RMSprop as torch defines them.
+"""SGD, Adam, AdamW and RMSprop as torch defines them; the union of all optimizers.
 
 Each returns update directions; `jaxft.optim.transform` multiplies them by the learning rate.
 """
@@ -13,7 +13,10 @@ import optax
 
 from jaxft.dataclass_checks import checked
 from jaxft.labels import Tree
+from jaxft.optim.adaptive_optimizers import Adagrad, Lion, NAdam, RAdam
 from jaxft.optim.argument_checks import RangeChecked
+from jaxft.optim.optax_rule import Optax
+from jaxft.optim.optimizer_base import HINTS, add_decay, zeros_like
 
 
 class SGDState(NamedTuple):
@@ -39,33 +42,20 @@ class RMSpropState(NamedTuple):
     """Momentum buffers."""
 
 
-_LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
-_DECAY = "it is called weight_decay"
-# Argument names of torch, Keras and optax, each with its equivalent here.
-_HINTS = {
-    "params": "stages select the parameters, Stage(..., train={'fc': 1e-3})",
-    "lr": _LR,
-    "learning_rate": _LR,
-    "betas": "write b1=0.9, b2=0.999",
-    "beta1": "it is called b1",
-    "beta_1": "it is called b1",
-    "beta2": "it is called b2",
-    "beta_2": "it is called b2",
-    "epsilon": "it is called eps",
-    "decay": _DECAY,
-    "wd": _DECAY,
-    "l2": _DECAY,
-    "weight_decay_rate": _DECAY,
-    "rho": "RMSprop's average of squares is called alpha",
-    "clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
-    "global_clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
-    "use_ema": "it is a field of the stage, Stage(..., ema=0.999)",
-    "mask": "decay_vectors=False spares biases and norms",
-    "amsgrad": "it is not among jaxft's; optimizer=optax.scale_by_amsgrad() serves in jaxft.plan",
-}
+class AMSGradState(NamedTuple):
+    """State of `Adam` and `AdamW` with `amsgrad`."""
+
+    steps: jax.Array
+    """Their number, int32 []."""
+    mu: Tree
+    """Moving averages of the gradients."""
+    nu: Tree
+    """Moving averages of the squared gradients."""
+    nu_max: Tree
+    """Largest `nu` of all steps."""
 
 
-@checked(**_HINTS)
+@checked(**HINTS)
 @dataclass(frozen=True, kw_only=True)
 class SGD(RangeChecked):
     """Stochastic gradient descent, as `torch.optim.SGD`.
@@ -108,12 +98,12 @@ class SGD(RangeChecked):
         def init(params: Tree) -> SGDState:
             if _is_disabled(factor):
                 return SGDState()
-            return SGDState(_zeros_like(params), jnp.zeros([], bool))
+            return SGDState(zeros_like(params), jnp.zeros([], bool))
 
         def update(
             gradients: Tree, state: SGDState, params: Tree | None = None
         ) -> tuple[Tree, SGDState]:
-            gradients = _add_decay(self, gradients, params)
+            gradients = add_decay(self, gradients, params)
             if _is_disabled(factor):
                 return gradients, state
             assert state.started is not None
@@ -129,7 +119,7 @@ class SGD(RangeChecked):
         return optax.GradientTransformation(init, update)
 
 
-@checked(**_HINTS)
+@checked(**HINTS)
 @dataclass(frozen=True, kw_only=True)
 class Adam(RangeChecked):
     """Adam, as `torch.optim.Adam` (Kingma and Ba 2014, arXiv:1412.6980).
@@ -142,6 +132,8 @@ class Adam(RangeChecked):
       eps: added to the square root of that average.
       weight_decay: strength of the L2 penalty.
       decay_vectors: whether the decay includes one-dimensional parameters.
+      amsgrad: whether to divide by the largest average of squared gradients so far (Reddi et al.
+        2018, arXiv:1904.09237). Its state differs, so a stage that changes it resets it.
     """
 
     b1: float = 0.9
@@ -149,6 +141,7 @@ class Adam(RangeChecked):
     eps: float = 1e-8
     weight_decay: float = 0.0
     decay_vectors: bool = True
+    amsgrad: bool = False
     rule: Literal["adam"] = "adam"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
@@ -162,13 +155,13 @@ class Adam(RangeChecked):
         def update(
             gradients: Tree, state: optax.OptState, params: Tree | None = None
         ) -> tuple[Tree, optax.OptState]:
-            updates, state = adam.update(_add_decay(self, gradients, params), state)
+            updates, state = adam.update(add_decay(self, gradients, params), state)
             return updates, state
 
         return optax.GradientTransformation(adam.init, update)
 
 
-@checked(**_HINTS)
+@checked(**HINTS)
 @dataclass(frozen=True, kw_only=True)
 class AdamW(RangeChecked):
     """Adam with decoupled weight decay, as `torch.optim.AdamW` (arXiv:1711.05101).
@@ -181,6 +174,8 @@ class AdamW(RangeChecked):
       eps: added to the square root of that average.
       weight_decay: strength of the decay.
       decay_vectors: whether the decay includes one-dimensional parameters.
+      amsgrad: whether to divide by the largest average of squared gradients so far (Reddi et al.
+        2018, arXiv:1904.09237). Its state differs, so a stage that changes it resets it.
     """
 
     b1: float = 0.9
@@ -188,6 +183,7 @@ class AdamW(RangeChecked):
     eps: float = 1e-8
     weight_decay: float = 1e-2
     decay_vectors: bool = True
+    amsgrad: bool = False
     rule: Literal["adamw"] = "adamw"
 
     def direction(self, momentum: jax.Array | None = None) -> optax.GradientTransformation:
@@ -202,12 +198,12 @@ class AdamW(RangeChecked):
             gradients: Tree, state: optax.OptState, params: Tree | None = None
         ) -> tuple[Tree, optax.OptState]:
             updates, state = adam.update(gradients, state)
-            return _add_decay(self, updates, params), state
+            return add_decay(self, updates, params), state
 
         return optax.GradientTransformation(adam.init, update)
 
 
-@checked(**_HINTS)
+@checked(**HINTS)
 @dataclass(frozen=True, kw_only=True)
 class RMSprop(RangeChecked):
     """RMSprop, as `torch.optim.RMSprop`.
@@ -243,15 +239,15 @@ class RMSprop(RangeChecked):
         stddev = optax.scale_by_stddev(self.alpha, self.eps, eps_in_sqrt=False)
 
         def init(params: Tree) -> RMSpropState:
-            mu = _zeros_like(params) if self.centered else None
+            mu = zeros_like(params) if self.centered else None
             return RMSpropState(
-                _zeros_like(params), mu, None if _is_disabled(factor) else _zeros_like(params)
+                zeros_like(params), mu, None if _is_disabled(factor) else zeros_like(params)
             )
 
         def update(
             gradients: Tree, state: RMSpropState, params: Tree | None = None
         ) -> tuple[Tree, RMSpropState]:
-            gradients = _add_decay(self, gradients, params)
+            gradients = add_decay(self, gradients, params)
             if self.centered:
                 moments = optax.ScaleByRStdDevState(mu=state.mu, nu=state.nu)
                 updates, moments = stddev.update(gradients, moments)
@@ -267,7 +263,7 @@ class RMSprop(RangeChecked):
         return optax.GradientTransformation(init, update)
 
 
-Optimizer = SGD | Adam | AdamW | RMSprop
+Optimizer = SGD | Adam | AdamW | RMSprop | NAdam | RAdam | Adagrad | Lion | Optax
 """Optimizers that a recipe can hold."""
 
 if TYPE_CHECKING:
@@ -278,28 +274,39 @@ else:
     Rule = Optimizer  # a saved recipe holds no optax transform: YAML has no functions
 
 
-def _add_decay(rule: Optimizer, updates: Tree, params: Tree | None) -> Tree:
-    """Adds weight_decay times the parameters to the updates."""
-    if not rule.weight_decay:
-        return updates
-    return jax.tree.map(
-        lambda u, p: u + rule.weight_decay * p if rule.decay_vectors or jnp.ndim(p) > 1 else u,
-        updates,
-        params,
-    )
-
-
 def _adam(rule: Adam | AdamW, momentum: jax.Array | None) -> optax.GradientTransformation:
     b1: Any = rule.b1 if momentum is None else momentum
-    return optax.scale_by_adam(b1, rule.b2, rule.eps)
+    return (_amsgrad if rule.amsgrad else optax.scale_by_adam)(b1, rule.b2, rule.eps)
+
+
+def _amsgrad(b1: Any, b2: float, eps: float) -> optax.GradientTransformation:
+    """As torch; `optax.scale_by_amsgrad` takes the maximum after the bias correction."""
+
+    def init(params: Tree) -> AMSGradState:
+        count = jnp.zeros([], jnp.int32)
+        return AMSGradState(count, zeros_like(params), zeros_like(params), zeros_like(params))
+
+    def update(
+        gradients: Tree, state: AMSGradState, params: Tree | None = None
+    ) -> tuple[Tree, AMSGradState]:
+        count = state.steps + 1
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, gradients, state.mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, gradients, state.nu)
+        nu_max = jax.tree.map(jnp.maximum, nu, state.nu_max)
+        correction1, correction2 = 1 - b1**count, jnp.sqrt(1 - b2**count)
+        updates = jax.tree.map(
+            lambda g, m, v: (m / correction1 / (jnp.sqrt(v) / correction2 + eps)).astype(g.dtype),
+            gradients,
+            mu,
+            nu_max,
+        )
+        return updates, AMSGradState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _add_momentum(updates: Tree, buffer: Tree, factor: float | jax.Array) -> Tree:
     return jax.tree.map(lambda u, b: u + factor * b, updates, buffer)
-
-
-def _zeros_like(params: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, params)
 
 
 def _is_disabled(momentum: float | jax.Array) -> bool:

@@ -4,46 +4,34 @@ Closed forms have no state: an interrupted run resumes them exactly, and each st
 0. `ReduceLROnPlateau`, which depends on validation scores, is in `jaxft.optim.plateau`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import floor, log, pi
-from typing import Any, Literal, Protocol, runtime_checkable
+from math import floor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.dataclass_checks import checked
 from jaxft.optim.argument_checks import TORCH_HINTS, RangeChecked
+from jaxft.optim.lambda_lr import LambdaLR
+from jaxft.optim.periodic_schedules import CosineAnnealingWarmRestarts, CyclicLR
+from jaxft.optim.schedule_base import (
+    Number,
+    Schedule,
+    Shape,
+    Time,
+    Unit,
+    interpolate,
+    power,
+    to_float,
+)
 
-Unit = Literal["epoch", "step"]
-Shape = Literal["cos", "linear"]
-Time = jax.Array | int
-Number = jax.Array | float
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """Learning rate and optional momentum as functions of time: epoch (or step) t is time t."""
-
-    @property
-    def by(self) -> Unit:
-        """Unit of time: `epoch` or `step`."""
-
-    def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
-        """Returns the learning rate at a time.
-
-        Args:
-          lr: base learning rate of the group.
-          t: time from the start of the stage, from 0; an array [...] of times, possibly traced.
-          total: length of the stage in the same unit; static.
-
-        Returns:
-          Learning rates [...] of JAX's default float type.
-        """
-
-    def momentum(self, t: Time, total: int) -> jax.Array | None:
-        """Returns the momentum (Adam: b1) at a time [...], or None if the schedule has none."""
-        return None
+__all__ = [
+    "ClosedForm", "Constant", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR",
+    "ExponentialLR", "FastaiOneCycle", "LambdaLR", "LinearLR", "MultiStepLR", "OneCycleLR",
+    "PolynomialLR", "Schedule", "SlantedTriangular", "StepLR", "Warmup",
+]  # fmt: skip
 
 
 @checked(**TORCH_HINTS)
@@ -55,7 +43,7 @@ class Constant(RangeChecked, Schedule):
 
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr."""
-        return jnp.full_like(_float(t), lr)
+        return jnp.full_like(to_float(t), lr)
 
 
 @checked(**TORCH_HINTS)
@@ -69,7 +57,7 @@ class StepLR(RangeChecked, Schedule):
 
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^⌊t/step_size⌋."""
-        return lr * _power(self.gamma, jnp.asarray(t) // self.step_size)
+        return lr * power(self.gamma, jnp.asarray(t) // self.step_size)
 
 
 @checked(**TORCH_HINTS)
@@ -83,7 +71,7 @@ class MultiStepLR(RangeChecked, Schedule):
 
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^(number of milestones at or before t)."""
-        return lr * _power(self.gamma, sum(jnp.asarray(t) >= m for m in self.milestones))
+        return lr * power(self.gamma, sum(jnp.asarray(t) >= m for m in self.milestones))
 
 
 @checked(**TORCH_HINTS)
@@ -96,7 +84,7 @@ class ExponentialLR(RangeChecked, Schedule):
 
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·gamma^t."""
-        return lr * _power(self.gamma, t)
+        return lr * power(self.gamma, t)
 
 
 @checked(**TORCH_HINTS)
@@ -122,7 +110,7 @@ class CosineAnnealingLR(RangeChecked, Schedule):
         """Returns eta_min + (lr - eta_min)·(1 + cos(π·t/t_max))/2."""
         end = self.t_max or total
         reflected = end - abs(end - jnp.asarray(t) % (2 * end))
-        return _interpolate([lr, self.eta_min], [end], reflected, "cos")
+        return interpolate([lr, self.eta_min], [end], reflected, "cos")
 
 
 @checked(**TORCH_HINTS)
@@ -137,7 +125,7 @@ class PolynomialLR(RangeChecked, Schedule):
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(1 - t/total_iters)^power until total_iters, then 0."""
         end = self.total_iters or total
-        return lr * (jnp.maximum(end - _float(t), 0) / end) ** self.power
+        return lr * (jnp.maximum(end - to_float(t), 0) / end) ** self.power
 
 
 @checked(**TORCH_HINTS)
@@ -156,7 +144,7 @@ class LinearLR(RangeChecked, Schedule):
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(start_factor + (end_factor - start_factor)·min(t/total_iters, 1))."""
         factors = [self.start_factor, self.end_factor]
-        return lr * _interpolate(factors, [self.total_iters], t, "linear")
+        return lr * interpolate(factors, [self.total_iters], t, "linear")
 
 
 @checked("then", **TORCH_HINTS)
@@ -255,7 +243,7 @@ class OneCycleLR(RangeChecked, Schedule):
         ends = [peak, 2 * peak, steps - 1]
         if not self.three_phase:
             del knots[2], ends[1]
-        return _interpolate(knots, ends, t, self.anneal_strategy)
+        return interpolate(knots, ends, t, self.anneal_strategy)
 
 
 @checked(**TORCH_HINTS)
@@ -282,11 +270,11 @@ class FastaiOneCycle(RangeChecked, Schedule):
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Goes from lr/div through lr to lr/div_final, on cosines."""
         knots = [1 / self.div, 1.0, 1 / self.div_final]
-        return lr * _interpolate(knots, [self.pct_start * total, total], t, "cos")
+        return lr * interpolate(knots, [self.pct_start * total, total], t, "cos")
 
     def momentum(self, t: Time, total: int) -> jax.Array:
         """Goes through `moms`, on cosines."""
-        return _interpolate(self.moms, [self.pct_start * total, total], t, "cos")
+        return interpolate(self.moms, [self.pct_start * total, total], t, "cos")
 
 
 @checked(**TORCH_HINTS)
@@ -310,38 +298,13 @@ class SlantedTriangular(RangeChecked, Schedule):
     def lr_at(self, lr: Number, t: Time, total: int) -> jax.Array:
         """Returns lr·(1 + p·(ratio - 1))/ratio; p rises to 1 at ⌊total·cut_frac⌋, then falls."""
         cut = max(floor(total * self.cut_frac), 1)
-        p = _interpolate([0.0, 1.0, 0.0], [cut, total], t, "linear")
+        p = interpolate([0.0, 1.0, 0.0], [cut, total], t, "linear")
         return lr * (1 + p * (self.ratio - 1)) / self.ratio
 
 
 ClosedForm = (
     Constant | StepLR | MultiStepLR | ExponentialLR | CosineAnnealingLR | PolynomialLR | LinearLR
-    | Warmup | OneCycleLR | FastaiOneCycle | SlantedTriangular
+    | Warmup | OneCycleLR | FastaiOneCycle | SlantedTriangular | CosineAnnealingWarmRestarts
+    | CyclicLR | LambdaLR
 )  # fmt: skip
 """Schedules that a recipe can hold."""
-
-
-def _interpolate(
-    knots: Sequence[Number], ends: Sequence[float], t: Time, shape: Shape
-) -> jax.Array:
-    """Interpolates between knots, the first at time 0, the others at `ends`; then constant."""
-    t = _float(t)
-    value = jnp.full_like(t, knots[-1])
-    segments = list(zip((0.0, *ends), ends, knots, knots[1:], strict=False))
-    for start, end, a, b in reversed(segments):
-        if start >= end:  # an empty phase
-            continue
-        weight_a, weight_b = (end - t) / (end - start), (t - start) / (end - start)
-        if shape == "cos":  # (1 ± cos(π·weight_b))/2, in a form that is precise near 0
-            weight_a, weight_b = jnp.sin(pi / 2 * weight_a) ** 2, jnp.sin(pi / 2 * weight_b) ** 2
-        value = jnp.where(t <= end, a * weight_a + b * weight_b, value)
-    return value
-
-
-def _power(gamma: float, n: Time) -> jax.Array:
-    # Python's log is in double precision: with float32, the rounding error would grow with n.
-    return jnp.exp(log(gamma) * _float(n))
-
-
-def _float(x: Number) -> jax.Array:
-    return jnp.asarray(x, jnp.result_type(float))

@@ -17,6 +17,7 @@ from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
 from jaxft.optim.group_trees import GroupTrees
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
+from jaxft.optim.schedule_base import Span
 from jaxft.optim.schedules import ClosedForm
 from jaxft.tree_paths import is_none
 
@@ -45,9 +46,8 @@ def group_transform(
     rule: Rule,
     lr: float,
     schedule: ClosedForm | ReduceLROnPlateau,
+    span: Span,
     *,
-    steps: int,
-    steps_per_epoch: int,
     relative: bool = False,
 ) -> optax.GradientTransformation:
     """Returns the transform of one group, with a `GroupState`.
@@ -57,23 +57,21 @@ def group_transform(
     Args:
       rule: optimizer of the group.
       lr: base learning rate.
-      schedule: changes the learning rate within the stage.
-      steps: length of the stage in steps.
-      steps_per_epoch: converts steps to epochs, for schedules by epoch.
+      schedule: changes the learning rate within the span.
+      span: steps that the schedule covers.
       relative: whether each tensor's learning rate is also multiplied by its entry of
         `GroupState.factors`, which is 1 until `restart` sets it.
 
     Raises:
       RecipeError: from `init`: the optimizer includes a learning rate.
     """
-    length = {"steps": steps, "steps_per_epoch": steps_per_epoch}
 
     def direction(position: jax.Array | int) -> optax.GradientTransformation:
         if isinstance(rule, optax.GradientTransformation):
             return rule
         if isinstance(schedule, ReduceLROnPlateau):
             return rule.direction()
-        return rule.direction(schedule.momentum(*_schedule_time(schedule, position, **length)))
+        return rule.direction(schedule.momentum(*span.time(schedule.by, position)))
 
     def init(params: Tree) -> GroupState:
         is_unknown = isinstance(rule, optax.GradientTransformation) and is_complete(rule) is None
@@ -97,7 +95,7 @@ def group_transform(
             moments,
             state.rule,
         )
-        scheduled_lr = group_lr(lr, schedule, state, **length)
+        scheduled_lr = group_lr(lr, schedule, state, span)
         if relative:
             updates = jax.tree.map(
                 lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u,
@@ -116,28 +114,13 @@ def group_transform(
 
 
 def group_lr(
-    lr: float,
-    schedule: ClosedForm | ReduceLROnPlateau,
-    state: GroupState,
-    *,
-    steps: int,
-    steps_per_epoch: int,
+    lr: float, schedule: ClosedForm | ReduceLROnPlateau, state: GroupState, span: Span
 ) -> jax.Array:
     """Returns the learning rate of a group's next step, []. Arguments as `group_transform`."""
     if isinstance(schedule, ReduceLROnPlateau):
         assert state.plateau is not None
         return schedule.lr_at(lr, state.plateau)
-    time, total = _schedule_time(schedule, state.position, steps, steps_per_epoch)
-    return schedule.lr_at(lr, time, total)
-
-
-def _schedule_time(
-    schedule: ClosedForm, position: jax.Array | int, steps: int, steps_per_epoch: int
-) -> tuple[jax.Array | int, int]:
-    """Returns a position and the length of the stage in the unit of the schedule."""
-    if schedule.by == "epoch":
-        return position // steps_per_epoch, -(-steps // steps_per_epoch)
-    return position, steps
+    return schedule.lr_at(lr, *span.time(schedule.by, state.position))
 
 
 def pass_step(opt_state: optax.OptState) -> optax.OptState:

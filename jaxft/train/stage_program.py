@@ -181,6 +181,7 @@ class StageProgram:
             loss=self.loss,
             labels=self.plan.labels,
             anchor=stage.anchor,
+            clip_value=stage.clip_value,
             clip_norm=stage.clip_norm,
             accumulate=stage.accumulate,
             batch_size=self.settings.batch_size,

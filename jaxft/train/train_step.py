@@ -50,7 +50,8 @@ class StepConfig:
       loss: turns a batch into a loss.
       labels: label tree by which the record groups gradient and update norms; None: no groups.
       anchor: penalty that pulls the weights towards the starting weights.
-      clip_norm: largest norm of the gradients.
+      clip_value: largest absolute value of each element of the gradients.
+      clip_norm: largest norm of the gradients, after `clip_value`.
       accumulate: number of parts of consecutive rows that a batch is processed in. Norm layers see
         one part at a time, as in a PyTorch loop.
       batch_size: examples of a full batch, where its arrays have more rows to fill the devices. The
@@ -74,6 +75,7 @@ class StepConfig:
     loss: Loss = Loss()
     labels: Tree = None
     anchor: L2SP | None = None
+    clip_value: float | None = None
     clip_norm: float | None = None
     accumulate: int = 1
     batch_size: int | None = None
@@ -123,6 +125,8 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         raw_grads = grads if config.keep_gradients else None
         grad_norms, total_norm = gradients.group_norms(grads, groups), optax.tree.norm(grads)
         # Clip.
+        if config.clip_value:
+            grads = gradients.clip_value(grads, config.clip_value)
         if config.clip_norm:
             grads, _ = gradients.clip(grads, config.clip_norm)
         # Update.

@@ -121,11 +121,12 @@ def check_extension(
         if step is None:
             return
         progress = Progress.from_fields(Header.from_json(checkpoints.header(step)).progress)
+    for begun in range(min(progress.stage, index) + 1):
+        _check_lrs(old[begun], new[begun])
     if progress.stage < index:
         return  # nothing of the last stage has been trained
     if old[index].plan.stage == new[index].plan.stage and progress.ended:
         return
-    _check_lrs(old[index], new[index])
     was, now = (
         jax.tree.leaves_with_path(opt_state_shapes(programs, index, start[0]))
         for programs in (old, new)
@@ -138,25 +139,24 @@ def check_extension(
 
 
 def _check_lrs(old: StageProgram, new: StageProgram) -> None:
-    """Raises RecipeError if a schedule that spans the stage would have been another."""
+    """Raises RecipeError if a schedule of the stage would have been another."""
+    spans = [program.plan.span(program.steps_per_epoch) for program in (old, new)]
     for group, update in new.plan.updates().items():
         schedule = update.schedule
         if isinstance(schedule, ReduceLROnPlateau):
             continue
-        by_step = schedule.by == "step"
-        totals = [program.steps if by_step else program.epochs for program in (old, new)]
-        times = jnp.arange(totals[0])
+        times = [span.time(schedule.by, jnp.arange(old.steps)) for span in spans]
         was, now = (
-            [np.asarray(x) for x in (schedule.lr_at(update.lr, times, total),
-                                     schedule.momentum(times, total)) if x is not None]
-            for total in totals
+            [np.asarray(x) for x in (schedule.lr_at(update.lr, *time), schedule.momentum(*time))
+             if x is not None]
+            for time in times
         )  # fmt: skip
         if not all(map(np.array_equal, was, now)):
             raise RecipeError(
                 f"stage {new.plan.stage.name!r}: the learning rates of {group!r} by "
-                f"{type(schedule).__name__} depend on the stage's length, of which "
-                f"{totals[0]} {schedule.by}s are planned and {totals[1]} wanted: the run would not "
-                "be the longer one. Append a stage instead, with its own schedule."
+                f"{type(schedule).__name__} depend on its length, of which "
+                f"{times[0][1]} {schedule.by}s are planned and {times[1][1]} wanted: the run would "
+                "not be the longer one. Append a stage instead, with its own schedule."
             )
 
 

@@ -109,8 +109,8 @@ FAILURES = {
     ),
     "unknown function": ("{}:biuld", r".py has no 'biuld'"),
     "not callable": ("{}:number", "is not a function but of type int"),
-    "no function name": ("{}:", "a factory is written MODULE:FUNCTION"),
-    "file path": ("./{}.py:build", "a factory is written MODULE:FUNCTION"),
+    "no function name": ("{}:", "it is written MODULE:FUNCTION"),
+    "file path": ("./{}.py:build", "it is written MODULE:FUNCTION"),
     "unwrapped Flax module": (
         "{}:bare",
         r"returned Net, which is not a jaxft network: .*models.Linen\(",

@@ -24,6 +24,14 @@ def test_clip_equals_torch(max_norm, factor):
         assert clipped["frozen"] is None
 
 
+def test_clip_value_equals_torch():
+    tree = {"a": jnp.array([3.0, -0.2, jnp.nan]), "b": jnp.array([[-4.0]], jnp.bfloat16)}
+    clipped = gradients.clip_value(tree | {"frozen": None}, 0.5)
+    np.testing.assert_array_equal(clipped["a"], np.array([0.5, -0.2, np.nan], np.float32))
+    assert (clipped["b"].dtype, float(clipped["b"][0, 0])) == (jnp.bfloat16, -0.5)
+    assert clipped["frozen"] is None
+
+
 def test_accumulate_is_the_mean_over_batches():
     def loss(w, x):
         return jnp.mean((x @ w) ** 2)

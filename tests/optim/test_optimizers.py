@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import SGD, Adam, AdamW, RMSprop, Stage
+from jaxft import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop, Stage
+from jaxft.optim.schedule_base import Span
 from jaxft.optim.schedules import Constant
 from jaxft.optim.transform import group_transform
 
@@ -15,7 +16,7 @@ RATE, STEPS = 0.1, 6
 
 
 def with_lr(optimizer, rate):
-    return group_transform(optimizer, rate, Constant(), steps=STEPS, steps_per_epoch=STEPS)
+    return group_transform(optimizer, rate, Constant(), Span(STEPS, 1, STEPS))
 
 
 def gradient(step):
@@ -133,3 +134,20 @@ def test_frozen_groups_hold_no_state():
 
 def rule_of(state, group):
     return state.inner_states[group].inner_state.rule
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(amsgrad=True), NAdam(), RAdam(b2=0.6), RAdam(), Adagrad(), Lion()],
+    ids=lambda optimizer: optimizer.rule,
+)
+def test_optimizer_keeps_dtypes_and_descends(optimizer):
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones((2, 2), jnp.float32)}
+    tx = with_lr(optimizer, RATE)
+    state, start = tx.init(params), params
+    for _ in range(STEPS):
+        updates, new = tx.update(params, state, params)  # the gradient of half the squared norm
+        assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+        assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+        params, state = optax.apply_updates(params, updates), new
+    assert optax.tree.norm(params) < 0.8 * optax.tree.norm(start)

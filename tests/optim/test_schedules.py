@@ -14,8 +14,11 @@ from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedules import (
     Constant,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     FastaiOneCycle,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
@@ -27,6 +30,24 @@ from jaxft.optim.schedules import (
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schedules.npz"
 RATES = (0.1, 0.003)  # of the two groups
+
+
+def stairs(t):
+    """The factor of a LambdaLR: a Python function that cannot be traced."""
+    return 1.0 if t < 5 else 0.9**t if t % 2 else 0
+
+
+def negative_after_2(t):
+    return 2 - t
+
+
+def fails(t):
+    raise OSError("no file")
+
+
+def wrong_type(t):
+    return "0.1"
+
 
 CLOSED_FORMS = {  # name: schedule, total
     "constant": (Constant(), 30),
@@ -62,6 +83,19 @@ CLOSED_FORMS = {  # name: schedule, total
     "one-cycle, to the peak": (OneCycleLR(pct_start=1.0), 30),
     "one-cycle, momenta": (OneCycleLR(base_momentum=0.5, max_momentum=0.99), 30),
     "one-cycle, rate alone": (OneCycleLR(cycle_momentum=False), 30),
+    "restarts": (CosineAnnealingWarmRestarts(7), 30),
+    "restarts, each longer": (CosineAnnealingWarmRestarts(4, t_mult=2, eta_min=1e-3), 60),
+    "restarts, at the end": (CosineAnnealingWarmRestarts(3, t_mult=3), 40),
+    "restarts, shorter stage": (CosineAnnealingWarmRestarts(50, t_mult=2), 30),
+    "warm-up, restarts": (Warmup(4, CosineAnnealingWarmRestarts(5, t_mult=2)), 40),
+    "cyclic": (CyclicLR(7), 40),
+    "cyclic, slow fall": (CyclicLR(3, 10, div_factor=10.0), 60),
+    "cyclic, halved": (CyclicLR(4, mode="triangular2", base_momentum=0.5), 40),
+    "cyclic, halved, slow rise": (CyclicLR(9, 2, mode="triangular2", max_momentum=0.95), 60),
+    "cyclic, exponential": (CyclicLR(6, 3, mode="exp_range", gamma=0.95), 40),
+    "cyclic, longer than its stage": (CyclicLR(cycle_momentum=False), 30),
+    "lambda": (LambdaLR("test_schedules:stairs"), 40),
+    "lambda by step": (LambdaLR("test_schedules:stairs", by="step"), 30),
 }
 
 NAN = math.nan
@@ -204,7 +238,21 @@ def test_warmup_delays_one_cycle():
 
 
 @pytest.mark.slow
-@cases(["constant", "step", "milestones", "exponential", "cosine", "polynomial", "linear", *OTHERS])
+@cases(
+    [
+        "constant",
+        "step",
+        "milestones",
+        "exponential",
+        "cosine",
+        "polynomial",
+        "linear",
+        "restarts, each longer",
+        "cyclic, halved",
+        "lambda",
+        *OTHERS,
+    ]
+)
 def test_schedules_accept_traced_and_mapped_times(name):
     schedule, total = ALL[name]
 
@@ -255,6 +303,15 @@ def test_reduce_lr_on_plateau_state_is_plain_numbers():
     assert [type(x) for x in better] == [float, int, int, int]
 
 
+def test_lambda_lr_rejects_a_later_value():
+    schedule = LambdaLR("test_schedules:negative_after_2")
+    assert schedule.lr_at(1.0, 2, total=2) == 0
+    with pytest.raises(
+        RecipeError, match=r"negative_after_2\(3\) returned -1; it must be a number"
+    ):
+        schedule.lr_at(1.0, 0, total=3)
+
+
 def test_warmup_from_zero():
     schedule = Warmup(4, Constant(by="step"), start_factor=0.0)
     rates = [float(schedule.lr_at(0.5, t, total=6)) for t in range(6)]
@@ -290,6 +347,19 @@ def test_warmup_from_zero():
         (lambda: FastaiOneCycle(moms=(0.9, 0.8)), "moms is (0.9, 0.8); it must be 3 numbers"),
         (lambda: FastaiOneCycle(moms=(0.9, 0.8, 1.0)), "it must be three of [0, 1)"),
         (lambda: SlantedTriangular(cut_frac=-0.1, ratio=0.5), "ratio is 0.5.*; cut_frac is -0.1"),
+        (lambda: CosineAnnealingWarmRestarts(0, t_mult=0), "t_0 is 0.*; t_mult is 0"),
+        (lambda: CosineAnnealingWarmRestarts(T_0=3), "no field 'T_0': did you mean 't_0'?"),
+        (lambda: CyclicLR(0, mode="sine"), "step_size_up is 0.*; mode is 'sine'"),
+        (lambda: CyclicLR(gamma=0.9), "CyclicLR: gamma needs mode='exp_range'."),
+        (lambda: CyclicLR(base_lr=1e-3), "no field 'base_lr': it is the group's learning rate"),
+        (lambda: CyclicLR(max_lr=1e-3), "no field 'max_lr': the maximum is the group's learning"),
+        (lambda: LambdaLR(stairs), "LambdaLR: function is <function stairs"),
+        (lambda: LambdaLR(lr_lambda=stairs), "no field 'lr_lambda': name a function of a module"),
+        (lambda: LambdaLR("stairs"), "function is 'stairs': it is written MODULE:FUNCTION"),
+        (lambda: LambdaLR("no_such:f"), "'no_such:f', and there is no module 'no_such'"),
+        (lambda: LambdaLR("test_schedules:GOLDEN"), "which is not a function but of type"),
+        (lambda: LambdaLR("test_schedules:fails"), "fails(0) fails: OSError: no file"),
+        (lambda: LambdaLR("test_schedules:wrong_type"), "wrong_type(0) returned '0.1'; it must"),
         (lambda: ReduceLROnPlateau("up"), "ReduceLROnPlateau: mode is 'up'"),
         (lambda: ReduceLROnPlateau(factor=1.0), "factor is 1.0; it must be above 0 and below 1"),
         (lambda: ReduceLROnPlateau(patience=-1, threshold_mode="r"), "patience is -1.*'r'"),

@@ -124,14 +124,23 @@ COSINE = {"schedule": schedules.CosineAnnealingLR()}
         (
             last(**COSINE, epochs=4),
             True,
-            r"'late': the learning rates .* CosineAnnealingLR depend on the",
+            r"'late': the learning rates .* CosineAnnealingLR depend on its length",
+        ),
+        (
+            recipe(
+                HEAD,
+                dataclasses.replace(LATE, **COSINE),
+                Stage("all", {"*": 1e-3}, epochs=2, schedule_time="continue"),
+            ),
+            True,
+            r"CosineAnnealingLR depend on its length, of which 2 epochs are planned and 4 wanted",
         ),
         (last(**COSINE, epochs=1), True, r"stages\[late\]\.epochs: 2 -> 1\n--extend takes"),
         (last(**COSINE, train={"head": 1e-1}), True, r"train\[head\]: 0\.01 -> 0\.1\n .*late\]: 0"),
         (recipe(HEAD), True, r"stages\[late\]: a stage -> absent\n"),
         (last(**COSINE, optimizer=Adam(b1=0.8)), False, r"\.optimizer: None -> Adam\(b1=0\.8\)\n"),
     ],
-    ids=["without", "cosine", "shorter", "rates", "fewer_stages", "optimizer"],
+    ids=["without", "cosine", "spanning", "shorter", "rates", "fewer_stages", "optimizer"],
 )
 def test_extend_refuses_other_fields(now, extend, message, ended):
     saved = (ended / "recipe.yaml").read_bytes()

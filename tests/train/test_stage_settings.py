@@ -16,7 +16,10 @@ from safetensors.numpy import load_file
 from jaxft import (
     L2SP,
     SGD,
+    Adam,
+    EarlyStop,
     JaxftError,
+    Optax,
     PlateauStop,
     Recipe,
     ReduceLROnPlateau,
@@ -30,6 +33,7 @@ from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.data.digits import read
 from jaxft.distributed import Devices
 from jaxft.optim import schedules
+from jaxft.recipe_file import read as read_recipe
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
@@ -247,6 +251,34 @@ def test_recorded_plateau_schedule_is_torchs():
         scheduler.step(loss)
     assert rates == RATES
     assert optimizer.param_groups[0]["lr"] == 0.00125
+
+
+@pytest.mark.slow
+def test_optax_optimizer_by_name_trains_and_is_saved(tmp_path):
+    rules = {"name": Optax("optax:scale_by_adam", {"b1": 0.8}), "class": Adam(b1=0.8)}
+    for name, rule in rules.items():
+        run(tmp_path / name, Stage("all", {"*": 1e-3}, 2), optimizer=rule)
+    by_name, by_class = (load_file(tmp_path / name / "model.safetensors") for name in rules)
+    assert by_name.keys() == by_class.keys()
+    for path, array in by_name.items():
+        np.testing.assert_allclose(array, by_class[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    assert read_recipe(tmp_path / "name" / "recipe.yaml").optimizer == rules["name"]
+
+
+@pytest.mark.slow
+def test_schedule_time_continues_over_stages_that_end_early(tmp_path):
+    """The second stage ends after one of its three epochs; the third has its planned time."""
+    continued = {"schedule": schedules.CosineAnnealingLR(), "schedule_time": "continue"}
+    stops = EarlyStop("loss", patience=1, min_delta=9.0, baseline="start")
+    rows, _ = run(
+        tmp_path / "run",
+        Stage("head", {"fc": 0.01}, 2, **continued),
+        Stage("short", {"fc": 0.01}, 3, until=stops, **continued),
+        Stage("last", {"fc": 0.01}, 1, **continued),
+    )
+    assert [row["stage"] for row in rows] == ["head", "head", "short", "last"]
+    expected = [(1 + math.cos(math.pi * t / 6)) / 200 for t in (0, 1, 2, 5)]
+    assert [row["lr"]["fc"] for row in rows] == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def late(name="x", **settings):
 CASES = {
     "accumulate": (late(accumulate=4),),
     "ema": (late(ema=EMA, clip_norm=3.0),),
+    "values": (late(clip_value=0.01), late("y", clip_value=0.01, clip_norm=0.1)),
     # The second stage is still held to where the run began.
     "anchor": (late(anchor=L2SP(0.5, 0.25)), late("y", anchor=L2SP(2.0, 0.5), clip_norm=3.0)),
     "classes": (late(class_weights=WEIGHTS, label_smoothing=0.25),),

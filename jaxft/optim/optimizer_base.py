@@ -1,0 +1,61 @@
+"""Parts that the optimizers share: hints for arguments of other libraries, and weight decay."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.labels import Tree
+
+_LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
+_DECAY = "it is called weight_decay"
+HINTS = {
+    "params": "stages select the parameters, Stage(..., train={'fc': 1e-3})",
+    "lr": _LR,
+    "learning_rate": _LR,
+    "betas": "write b1=0.9, b2=0.999",
+    "beta1": "it is called b1",
+    "beta_1": "it is called b1",
+    "beta2": "it is called b2",
+    "beta_2": "it is called b2",
+    "epsilon": "it is called eps",
+    "decay": _DECAY,
+    "wd": _DECAY,
+    "l2": _DECAY,
+    "weight_decay_rate": _DECAY,
+    "rho": "RMSprop's average of squares is called alpha",
+    "clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
+    "global_clipnorm": "it is a field of the stage, Stage(..., clip_norm=1.0)",
+    "clipvalue": "it is a field of the stage, Stage(..., clip_value=0.5)",
+    "use_ema": "it is a field of the stage, Stage(..., ema=0.999)",
+    "mask": "decay_vectors=False spares biases and norms",
+}
+"""Argument names of torch, Keras and optax, each with its equivalent here."""
+
+
+class HasDecay(Protocol):
+    """An optimizer with weight decay."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Strength of the decay."""
+
+    @property
+    def decay_vectors(self) -> bool:
+        """Whether the decay includes one-dimensional parameters."""
+
+
+def add_decay(rule: HasDecay, updates: Tree, params: Tree | None) -> Tree:
+    """Adds weight_decay times the parameters to the updates."""
+    if not rule.weight_decay:
+        return updates
+    return jax.tree.map(
+        lambda u, p: u + rule.weight_decay * p if rule.decay_vectors or jnp.ndim(p) > 1 else u,
+        updates,
+        params,
+    )
+
+
+def zeros_like(params: Tree) -> Tree:
+    """Returns zeros in the structure, shapes and dtypes of the parameters."""
+    return jax.tree.map(jnp.zeros_like, params)
