@@ -148,7 +148,7 @@ recipe = Recipe(model="resnet18", data="digits", stages=(), batch_size="32")  # 
 finetune(recipe, 3)  # arg-type
 finetune(recipe, "run", console=print)  # arg-type
 finetune(recipe, "run").accuracy  # attr-defined
-jaxft.label({}, {"fc": 1})  # dict-item
+jaxft.label({}, {"fc": 1})  # arg-type
 jaxft.tune(recipe, "run")  # attr-defined
 
 
