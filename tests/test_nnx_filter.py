@@ -68,6 +68,7 @@ def test_nnx_optimizer_trains_by_labels(source, gradients):
     assert changed - {"body.1.bias"} == expected
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_has_the_same_result_with_trainable_gradients():
     after = []
     for gradients in ("all", "trainable"):

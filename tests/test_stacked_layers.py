@@ -126,6 +126,7 @@ def test_scanned_vit_trains_as_the_unrolled_one(name):
                 )
 
 
+@pytest.mark.slow
 def test_frozen_layers_of_a_scan_are_bit_identical_and_have_no_optimizer_state():
     params = jax.tree.map(jnp.float32, PARAMS)
     layers = jaxft.unstack(params, "blocks")

@@ -241,7 +241,10 @@ def train_stages(rule, stages, max_norm=None):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",  # every fifth runs by default
+    [pytest.param(c, marks=pytest.mark.slow if i % 5 else ()) for i, c in enumerate(CASES)],
+)
 def test_trajectory_equals_torch(case, golden):
     with jax.enable_x64(True):
         np.testing.assert_allclose(train(case), golden[case], rtol=1e-10)
