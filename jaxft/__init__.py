@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from jaxft.report.console import Console
     from jaxft.stacked_layers import LayerStack, stack, unstack
     from jaxft.stage_plan import StagePlan, plan
-    from jaxft.stages import Stage, Update
+    from jaxft.stages import Stage
     from jaxft.state_shapes import abstract_state
     from jaxft.train.finetune import Result, finetune
+    from jaxft.update import Update
 
     __version__: str
 
@@ -60,7 +61,8 @@ _MODULES = {
         "optim.carry": ["carry"],
         "optim.carry_report": ["CarryReport"],
         "optim.plateau": ["ReduceLROnPlateau"],
-        "stages": ["Stage", "Update"],
+        "stages": ["Stage"],
+        "update": ["Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],

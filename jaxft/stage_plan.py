@@ -21,8 +21,9 @@ from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedule_base import Span
 from jaxft.optim.transform import group_lr, group_transform, multi_transform
 from jaxft.patterns import Pattern, pattern_text, shallow_warnings
-from jaxft.stages import Resolved, Stage, check_stages
+from jaxft.stages import Stage, check_stages
 from jaxft.tree_paths import alias_warnings
+from jaxft.update import Resolved
 
 
 @dataclass(frozen=True)

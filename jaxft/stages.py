@@ -4,12 +4,10 @@
 """
 
 import dataclasses
-import math
-import numbers
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, get_args
 
 import optax
 
@@ -18,36 +16,14 @@ from jaxft.early_stopping import EarlyStop, Mode, Monitor, PlateauStop, default_
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
-from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
-from jaxft.optim.optax_rule import Optax
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
 from jaxft.patterns import Pattern, PatternKey, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
+from jaxft.update import Resolved, Update, is_finite_number
 
 _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
-
-
-# The stage checks the values of an update, because it can name the pattern.
-@checked("lr", "schedule", "optimizer", "weight_decay")
-@dataclass(frozen=True)
-class Update:
-    """How a group trains, where its learning rate alone is not enough.
-
-    Attributes:
-      lr: base learning rate.
-      schedule: changes the learning rate within the stage; by default the stage's schedule.
-      optimizer: one of jaxft's, or an optax transform that leaves out the learning rate and its
-        minus sign (`optax.scale_by_lion()`, not `optax.lion(1e-4)`); by default the stage's
-        optimizer.
-      weight_decay: replaces the weight decay of the optimizer.
-    """
-
-    lr: float
-    schedule: ClosedForm | ReduceLROnPlateau | None = None
-    optimizer: Rule | None = None
-    weight_decay: float | None = None
 
 
 @checked(
@@ -195,15 +171,8 @@ class Stage:
             errors.append("it trains nothing; name a pattern and a learning rate in `train`")
         for pattern, update in self.updates.items():
             name = pattern_text(pattern)
-            lr, rule, decay = update.lr, update.optimizer, update.weight_decay
-            if not (_is_finite_number(lr) and lr > 0):
-                errors.append(
-                    f"the learning rate of {name!r} is {reprlib.repr(lr)}; it must be a positive, "
-                    f"finite number{_lr_hint(lr)}"
-                )
-            if decay is not None and not (_is_finite_number(decay) and decay >= 0):
-                errors.append(f"the weight_decay of {name!r} is {decay!r}; it must not be negative")
-            rules[f"the optimizer of {name!r}"] = rule
+            errors += update.number_errors(name)
+            rules[f"the optimizer of {name!r}"] = update.optimizer
         for place, rule in rules.items():
             if not isinstance(rule, Optimizer | optax.GradientTransformation | None):
                 errors.append(
@@ -233,12 +202,12 @@ class Stage:
                 errors.append(f"it has {count} {limit}; it must have at least 1")
         for limit in ("max_minutes", "clip_norm", "clip_value"):
             value = getattr(self, limit)
-            if value is not None and not (_is_finite_number(value) and value > 0):
+            if value is not None and not (is_finite_number(value) and value > 0):
                 errors.append(f"{limit} is {value}; it must be a positive, finite number")
         if self.ema is not None and not 0 < self.ema < 1:
             errors.append(f"ema is {self.ema}; a decay lies between 0 and 1")
         if self.class_weights is not None and not (
-            all(_is_finite_number(w) and w >= 0 for w in self.class_weights)
+            all(is_finite_number(w) and w >= 0 for w in self.class_weights)
             and any(self.class_weights)
         ):
             errors.append(
@@ -252,10 +221,13 @@ class Stage:
             isinstance(schedule, ReduceLROnPlateau) for schedule in self._schedules().values()
         ):
             errors.append("schedule_time is 'continue', but a ReduceLROnPlateau has no time")
-        if not isinstance(self.norms, str | Mapping):
-            errors.append(f"norms is {self.norms!r}; it must be a letter or a mapping of patterns")
-            return errors
         choices = get_args(NormChoice)
+        if not isinstance(self.norms, str | Mapping):
+            errors.append(
+                f"norms is {self.norms!r}; it must be one of {', '.join(choices)}, or a mapping of "
+                "patterns to them"
+            )
+            return errors
         for choice in self.norm_choices.values():
             if choice not in choices:
                 errors.append(f"norms has {choice!r}; it must be one of {', '.join(choices)}")
@@ -296,59 +268,22 @@ class Stage:
         epochs = [] if self.epochs is None else [self.epochs * steps_per_epoch]
         return min(epochs + ([] if self.steps is None else [self.steps]))
 
-    def resolve(self, pattern: Pattern, optimizer: Rule) -> "Resolved":
-        """Returns the update of a pattern with all defaults filled in.
+    def resolve(self, pattern: Pattern, optimizer: Rule) -> Resolved:
+        """Returns the update of a pattern of `train` with all defaults filled in.
 
         Args:
           pattern: a key of `train`.
           optimizer: used if neither the update nor the stage sets one.
 
         Raises:
-          RecipeError: the optimizer is an optax transform, and the update sets a weight_decay or
-            the transform includes a learning rate.
+          RecipeError: see `Update.resolve`.
         """
-        update = self.updates[pattern]
-        rule = update.optimizer or self.optimizer or optimizer
-        if isinstance(rule, Optax):
-            rule = rule.direction()
-        if isinstance(rule, optax.GradientTransformation) and is_complete(rule):
-            raise RecipeError(
-                f"stage {self.name!r}: the optimizer of {pattern_text(pattern)!r} {WAY_OUT}"
-            )
-        if update.weight_decay is not None:
-            if isinstance(rule, optax.GradientTransformation):
-                raise RecipeError(
-                    f"stage {self.name!r}: {pattern_text(pattern)!r} has a weight_decay, but its "
-                    "optimizer is an optax transform: put the decay into that."
-                )
-            rule = dataclasses.replace(rule, weight_decay=update.weight_decay)
-        schedule = update.schedule or self.schedule or Constant()
-        return Resolved(float(update.lr), schedule, rule)
-
-
-def _lr_hint(lr: object) -> str:
-    """Returns where to write an object that is no learning rate."""
-    if isinstance(lr, optax.GradientTransformation | Optimizer):
-        return ". Write an optimizer as Update(1e-3, optimizer=...) or Stage(..., optimizer=...)"
-    if callable(lr) or isinstance(lr, Schedule | ReduceLROnPlateau):
-        return (
-            ", the base of a schedule. Write the schedule as Stage(..., schedule=...) or "
-            "Update(1e-3, schedule=...), from jaxft.schedules"
+        return self.updates[pattern].resolve(
+            self.schedule or Constant(),
+            self.optimizer or optimizer,
+            place=f"stage {self.name!r}",
+            name=pattern_text(pattern),
         )
-    return ""
-
-
-def _is_finite_number(value: object) -> bool:
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)  # type: ignore[arg-type]
-
-
-class Resolved(NamedTuple):
-    """An `Update` with all defaults filled in."""
-
-    lr: float
-    schedule: ClosedForm | ReduceLROnPlateau
-    optimizer: Rule
 
 
 def check_stages(stages: "Stage | Sequence[Stage]") -> tuple[Stage, ...]:

@@ -15,30 +15,49 @@ sys.path.append(str(Path(__file__).parent / "optim"))
 import test_carry_torch as tests
 
 
+def orthogonalize(gradient, coefficients, steps, eps):
+    """Computes torch's `_zeropower_via_newtonschulz` in the gradient's type instead of bfloat16."""
+    x = gradient.T if gradient.size(0) > gradient.size(1) else gradient
+    x = x / x.norm().clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if gradient.size(0) > gradient.size(1) else x
+
+
 def record(case):
-    """Trains with a single optimizer; adds groups to it and edits their learning rates."""
+    """Trains with torch's optimizers; adds groups to them and edits their learning rates."""
+    if case == "muon":
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
     decays = tests.CASES[case][0] is tests.decayed
     clips, accumulates = (case in (name, "all") for name in ("clip_by_global_norm", "MultiSteps"))
     params = {
-        layer: {name: torch.nn.Parameter(torch.tensor(p)) for name, p in arrays.items()}
+        # Torch stores kernels as [out in], which matters to Muon.
+        layer: {name: torch.nn.Parameter(torch.tensor(p.T)) for name, p in arrays.items()}
         for layer, arrays in tests.start().items()
     }
-    optimizer, rows, step = None, [], 0
+    optimizers, rows, step = {}, [], 0
     for rates in tests.STAGES:
-        for layer, rate in rates.items():
-            if optimizer and layer in (group["name"] for group in optimizer.param_groups):
-                for group in optimizer.param_groups:
-                    group["lr"] = rates[group["name"]]
-                continue
+        for group in (group for each in optimizers.values() for group in each.param_groups):
+            group["lr"] = rates[group["name"]]
+        for layer in list(rates)[-1:]:  # the layer that is new in this stage
             for p in params[layer].values():
                 decay = tests.DECAY if p.ndim > 1 else 0.0
-                group = {"params": [p], "name": layer, "lr": rate, "weight_decay": decay * decays}
-                if optimizer:
-                    optimizer.add_param_group(group)
+                group = {"params": [p], "name": layer, "lr": rates[layer]}
+                group["weight_decay"] = decay * decays
+                kind, options = torch.optim.AdamW if decays else torch.optim.Adam, {}
+                if case == "muon":
+                    options = {"eps": 0.0}
+                    if p.ndim > 1:
+                        kind, options = torch.optim.Muon, {**options, "nesterov": False}
+                if kind in optimizers:
+                    optimizers[kind].add_param_group(group)
                 else:
-                    optimizer = (torch.optim.AdamW if decays else torch.optim.Adam)([group])
+                    optimizers[kind] = kind([group], **options)
         training = [p for layer in rates for p in params[layer].values()]
-        optimizer.zero_grad()  # gradients of an incomplete step are dropped
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()  # gradients of an incomplete step are dropped
         every = tests.MINI_STEPS if accumulates else 1
         for count in range(1, tests.STEPS + 1):
             for p in training:
@@ -49,11 +68,12 @@ def record(case):
                     norm = torch.linalg.vector_norm(torch.cat([p.grad.ravel() for p in training]))
                     for p in training:
                         p.grad *= min(1.0, tests.MAX_NORM / norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in optimizers.values():
+                    optimizer.step()
+                    optimizer.zero_grad()
             step += 1
         leaves = [params[layer][name] for layer in sorted(params) for name in sorted(params[layer])]
-        rows.append(np.hstack([p.detach().numpy().ravel() for p in leaves]))
+        rows.append(np.hstack([p.detach().numpy().T.ravel() for p in leaves]))
     return np.stack(rows)
 
 

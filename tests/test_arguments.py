@@ -107,7 +107,7 @@ MISTAKES = [
         lambda: Adam(1e-3),
         "Adam takes no arguments without a name, not 1: learning rates belong to the ",
     ),
-    (lambda: Stage("a", {"fc": 1.0}, 1, norms=None), "norms is None; it must be a letter or "),
+    (lambda: Stage("a", {"fc": 1.0}, 1, norms=None), "norms is None; it must be one of batch, "),
     (
         lambda: Stage("a", {"fc": "1e-3"}, 1),
         "the learning rate of 'fc' is '1e-3'; it must be",
