@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft.errors import LabelError, PatternError, first_of
 from jaxft.patterns import (
@@ -21,6 +22,7 @@ from jaxft.patterns import (
     pattern_text,
     roots_of,
     shallow_warnings,
+    stack_hint,
     unmatched_message,
 )
 from jaxft.tree_paths import alias_warnings, can_train, check_ties, dotted, is_none, leaves_of
@@ -130,7 +132,9 @@ def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], 
     errors = []
     for i, (pattern, row) in enumerate(zip(patterns, hits, strict=True)):
         if not any(row):
-            names = [leaf.path for x, leaf in zip(trains, leaves, strict=True) if x]
+            shapes = {
+                leaf.path: np.shape(leaf.value) for x, leaf in zip(trains, leaves, strict=True) if x
+            }
             constants = [
                 f"{leaf.path} ({type(leaf.value if leaf.box is None else leaf.box).__name__})"
                 for leaf in leaves
@@ -140,7 +144,7 @@ def match(params: Tree, patterns: Sequence[Pattern]) -> tuple[list[int | None], 
                 f"pattern {pattern_text(pattern)!r} matches only leaves that never train: "
                 f"{_listed(constants)}."
                 if constants
-                else unmatched_message(pattern, names)
+                else unmatched_message(pattern, list(shapes)) + stack_hint(pattern, shapes)
             )
         elif i not in chosen:
             earlier = dict.fromkeys(j for j, hit in zip(chosen, row, strict=True) if hit)

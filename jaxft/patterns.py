@@ -8,7 +8,7 @@ import glob
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from string import digits
@@ -36,6 +36,7 @@ else:
 # The names of parameters in other libraries, and their names in Flax.
 _FLAX_NAMES = {"weight": ("kernel", "scale", "embedding"), "gamma": ("scale",), "beta": ("bias",)}
 _SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]")
+_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d*)(\.|$)")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "mean", "var")
 
 
@@ -99,6 +100,29 @@ def unmatched_message(pattern: Pattern, paths: Sequence[str]) -> str:
     return (
         f"pattern {pattern_text(pattern)!r} matches no parameter.\n"
         f"  {guess}Parameters: {parameters}"
+    )
+
+
+def stack_hint(pattern: Pattern, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns a line for a pattern that looks like a layer of stacked parameters, else "".
+
+    Args:
+      pattern: a pattern that matches nothing, such as `blocks.3` or `blocks[2:].attn`.
+      shapes: shape of each parameter by its path.
+    """
+    if not isinstance(pattern, str):
+        return ""
+    layer = _LAYER.match(re.sub(r"\[(\d*):?\d*\]", r".\1", pattern))
+    if not layer:
+        return ""
+    stack, index = layer["stack"], int(layer["index"] or 0)
+    below = {shape[:1] for path, shape in shapes.items() if path.startswith(f"{stack}.")}
+    counts = {count for dimensions in below for count in dimensions or (0,)}
+    if len(counts) != 1 or index >= (count := counts.pop()):
+        return ""
+    return (
+        f"\n  If the arrays of {stack!r} stack {count} layers on their first axis, pass "
+        f"jaxft.unstack(params, {stack!r}): it has a leaf for each layer, {stack}.{index}.*"
     )
 
 

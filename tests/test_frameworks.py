@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxft
 from jaxft import Adam, LabelError, PatternError, Stage
+from jaxft.labels import filled
 
 X = jax.random.normal(jax.random.key(7), (8, 4))
 
@@ -263,25 +264,37 @@ def test_paths_of_registered_container_with_string_keys():
     assert jaxft.paths(Pair([jnp.ones(1), {"w": jnp.ones(1)}])) == ["left", "right.w"]
 
 
-def test_train_state_with_all_gradients_equals_one_of_the_trainable_half():
+@pytest.mark.parametrize("wrapped", [False, True], ids=["labels", "MultiSteps"])
+@pytest.mark.parametrize("state_params", ["whole", "half"])
+@pytest.mark.parametrize("gradients", ["whole", "half"])
+def test_train_state_accepts_all_parameters_and_the_trainable_half(
+    wrapped, state_params, gradients
+):
     params = LinenNet().init(jax.random.key(0), X)["params"]
     labels = jaxft.label(params, {"head": "head"})
     tx = jaxft.multi_transform({"head": optax.adam(0.1)}, labels)
+    if wrapped:
+        tx = jaxft.trainable_only(optax.MultiSteps(tx, 1), labels)
     trainable, frozen = jaxft.partition(params, labels)
 
     def loss(params):
         return jnp.sum(LinenNet().apply({"params": params}, X) ** 2)
 
-    whole = TrainState.create(apply_fn=None, params=params, tx=tx)
-    half = TrainState.create(apply_fn=None, params=trainable, tx=tx)
+    initial = params if state_params == "whole" else trainable
+    state = TrainState.create(apply_fn=None, params=initial, tx=tx)
+    expected, opt_state = trainable, optax.adam(0.1).init(trainable)
     for _ in range(2):
-        whole = whole.apply_gradients(grads=jax.grad(loss)(whole.params))
-        grads = jax.grad(lambda half: loss(jaxft.combine(half, frozen)))(half.params)
-        half = half.apply_gradients(grads=grads)
-    after = jaxft.combine(half.params, frozen)
-    jax.tree.map(np.testing.assert_allclose, after, whole.params)
+        grads = jax.grad(loss)(filled(state.params, params))
+        state = state.apply_gradients(
+            grads=grads if gradients == "whole" else jaxft.partition(grads, labels)[0]
+        )
+        grads = jax.grad(lambda half: loss(jaxft.combine(half, frozen)))(expected)
+        updates, opt_state = optax.adam(0.1).update(grads, opt_state)
+        expected = optax.apply_updates(expected, updates)
+    assert jax.tree.structure(state.params) == jax.tree.structure(initial)
+    after = filled(state.params, params)
     jax.tree.map(np.testing.assert_array_equal, after["body"], params["body"])
-    assert not np.array_equal(after["head"]["bias"], params["head"]["bias"])
+    jax.tree.map(np.testing.assert_allclose, after["head"], expected["head"])
 
 
 @pytest.mark.parametrize("labelled", ["whole", "arrays"])

@@ -202,6 +202,33 @@ def test_unmatched_pattern_error_suggests_a_pattern(params, pattern, hint):
     assert str(caught.value).splitlines()[1].startswith(f"  Did you mean {hint}")
 
 
+@pytest.mark.parametrize("pattern", ["blocks.2", "blocks[2]", "blocks[2:]", "blocks.2.norm"])
+def test_pattern_of_a_stacked_layer_points_to_unstack(pattern):
+    params = {"blocks": {"norm": np.ones((3, 4)), "fc": np.ones((3, 4, 4))}, "head": np.ones(4)}
+    hint = "stack 3 layers on their first axis, pass jaxft.unstack(params, 'blocks')"
+    with pytest.raises(PatternError, match=re.escape(hint)):
+        jaxft.label(params, {pattern: "x"})
+    with pytest.raises(PatternError, match=re.escape(hint)):
+        jaxft.plan(jaxft.Stage("a", {pattern: 1.0}, 1), params)
+    jaxft.label(jaxft.unstack(params, "blocks"), {pattern.replace("[2]", ".2"): "x"})
+
+
+@pytest.mark.parametrize(
+    ("params", "pattern"),
+    [
+        ({"blocks": {"a": np.ones((3, 4)), "b": np.ones((2, 4))}}, "blocks.1"),
+        ({"blocks": {"a": np.ones((3, 4)), "b": np.ones(())}}, "blocks.1"),
+        ({"blocks": {"a": np.ones((3, 4))}}, "blocks.3"),
+        ({"blocks": {"a": np.ones((3, 4))}}, "body.1"),
+    ],
+    ids=["lengths differ", "scalar", "index too large", "other name"],
+)
+def test_pattern_of_no_stacked_layer_does_not_point_to_unstack(params, pattern):
+    with pytest.raises(PatternError) as caught:
+        jaxft.label(params, {pattern: "x"})
+    assert "unstack" not in str(caught.value)
+
+
 def test_string_with_empty_segment_may_be_a_regular_expression():
     with pytest.raises(PatternError, match=r"regular expression, pass re.compile\('\.\*head"):
         jaxft.label(VIT, {".*head.*": "x"})

@@ -164,12 +164,13 @@ def test_scan_runs_backward_only_if_a_layer_or_a_parameter_before_it_trains(patt
     assert len(re.findall(r"\bscan\[", jaxpr)) == scans
 
 
-def test_decay_vectors_leaves_out_stacked_norms_and_biases():
+@pytest.mark.parametrize("view", [lambda tree: tree, lambda tree: jaxft.unstack(tree, "blocks")])
+def test_decay_vectors_leaves_out_stacked_norms_and_biases(view):
     params = {
         "blocks": {"norm": {"scale": jnp.ones((4, 8))}, "fc": {"kernel": jnp.ones((4, 8, 8))}},
         "norm": {"scale": jnp.ones(8)},
     }
-    layers = jaxft.unstack(params, "blocks")
+    layers = view(params)
     (plan,) = jaxft.plan(Stage("all", {"*": 1.0}, 1), layers)
     tx = plan.transform(AdamW(weight_decay=0.5, decay_vectors=False))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, layers), tx.init(layers), layers)

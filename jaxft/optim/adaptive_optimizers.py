@@ -57,7 +57,7 @@ class NAdam(RangeChecked):
       eps: added to the square root of that average.
       momentum_decay: speed of the growth of b1.
       weight_decay: strength of the L2 penalty, or of the decay.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
       decoupled_weight_decay: whether the decay is decoupled from the moments, as in `AdamW`.
     """
 
@@ -123,7 +123,7 @@ class RAdam(RangeChecked):
       b2: decay of the average of squared gradients.
       eps: added to the square root of that average.
       weight_decay: strength of the L2 penalty, or of the decay.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
       decoupled_weight_decay: whether the decay is decoupled from the moments, as in `AdamW`.
     """
 
@@ -192,7 +192,7 @@ class Adagrad(RangeChecked):
       initial_accumulator_value: initial sum of the squared gradients.
       eps: added to the square root of that sum.
       weight_decay: strength of the L2 penalty, added to the gradient.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
     """
 
     lr_decay: float = 0.0
@@ -241,7 +241,7 @@ class Lion(RangeChecked):
       b1: weight of the average in the step.
       b2: decay of the average of gradients.
       weight_decay: strength of the decay, decoupled as in `AdamW`.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
     """
 
     b1: float = 0.9

@@ -37,9 +37,10 @@ class GroupTrees:
             for group, indices in self._indices.items()
         }
 
-    def join(self, trees: Mapping[str, Tree], other: Tree) -> Tree:
-        """Returns the leaves of the groups' trees, and zeros like all leaves of `other` else."""
-        leaves = self._structure.flatten_up_to(other)
+    def join(self, trees: Mapping[str, Tree], *others: Tree) -> Tree:
+        """Returns the leaves of the groups' trees, and zeros for all leaves of `others` else."""
+        columns = zip(*map(self._structure.flatten_up_to, others), strict=True)
+        leaves = [next((x for x in column if x is not None), None) for column in columns]
         joined = [None] * len(leaves)
         for group, tree in trees.items():
             group_leaves = self._structures[group].flatten_up_to(tree)

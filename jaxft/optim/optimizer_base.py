@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.labels import Tree
+from jaxft.tree_paths import Leaf, leaves_of
 
 _LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 _DECAY = "it is called weight_decay"
@@ -42,18 +43,29 @@ class HasDecay(Protocol):
 
     @property
     def decay_vectors(self) -> bool:
-        """Whether the decay includes one-dimensional parameters."""
+        """Whether the decay includes biases and norm layers, see `_is_vector`."""
 
 
 def add_decay(rule: HasDecay, updates: Tree, params: Tree | None) -> Tree:
     """Adds weight_decay times the parameters to the updates."""
     if not rule.weight_decay:
         return updates
-    return jax.tree.map(
-        lambda u, p: u + rule.weight_decay * p if rule.decay_vectors or jnp.ndim(p) > 1 else u,
-        updates,
-        params,
+    update_leaves, structure = jax.tree.flatten(updates)
+    leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
+    return structure.unflatten(
+        [
+            u + rule.weight_decay * leaf.value if rule.decay_vectors or not _is_vector(leaf) else u
+            for u, leaf in zip(update_leaves, leaves, strict=True)
+        ]
     )
+
+
+def _is_vector(leaf: Leaf) -> bool:
+    """Returns whether a parameter is a bias or belongs to a norm layer.
+
+    Flax's names count too: stacked layers add an axis, and attention has biases `[heads size]`.
+    """
+    return jnp.ndim(leaf.value) <= 1 or leaf.path.rpartition(".")[2] in ("bias", "scale")
 
 
 def zeros_like(params: Tree) -> Tree:

@@ -68,8 +68,8 @@ class SGD(RangeChecked):
       dampening: the gradient enters the buffer times `1 - dampening`.
       nesterov: whether to use Nesterov momentum, which needs a momentum and no dampening.
       weight_decay: strength of the L2 penalty.
-      decay_vectors: whether the decay includes one-dimensional parameters, that is biases and the
-        scales of norm layers.
+      decay_vectors: whether the decay includes biases and norm layers, that is one-dimensional
+        parameters and those called `bias` or `scale`.
     """
 
     momentum: float = 0.0
@@ -131,7 +131,7 @@ class Adam(RangeChecked):
       b2: decay of the average of squared gradients.
       eps: added to the square root of that average.
       weight_decay: strength of the L2 penalty.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
       amsgrad: whether to divide by the largest average of squared gradients so far (Reddi et al.
         2018, arXiv:1904.09237). Its state differs, so a stage that changes it resets it.
     """
@@ -173,7 +173,7 @@ class AdamW(RangeChecked):
       b2: decay of the average of squared gradients.
       eps: added to the square root of that average.
       weight_decay: strength of the decay.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
       amsgrad: whether to divide by the largest average of squared gradients so far (Reddi et al.
         2018, arXiv:1904.09237). Its state differs, so a stage that changes it resets it.
     """
@@ -217,7 +217,7 @@ class RMSprop(RangeChecked):
       momentum: factor of the momentum buffer.
       centered: whether to divide by the standard deviation of the gradients instead.
       weight_decay: strength of the L2 penalty, added to the gradient.
-      decay_vectors: whether the decay includes one-dimensional parameters.
+      decay_vectors: whether the decay includes biases and norm layers.
     """
 
     alpha: float = 0.99

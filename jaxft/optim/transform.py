@@ -171,8 +171,9 @@ def multi_transform(
     """`optax.multi_transform` that freezes the label `frozen` and checks labels and transforms.
 
     Its `init` and `update` accept all parameters and the trainable half (None where frozen), in any
-    combination. Wrappers with arrays of their own, such as `optax.MultiSteps`, need the same tree
-    in both; see `trainable_only`.
+    combination. Updates are zero for frozen parameters, or None where gradients and parameters both
+    are. Wrappers with arrays of their own, such as `optax.MultiSteps`, need the same tree in both;
+    see `trainable_only`.
 
     Args:
       transforms: a transform for each label except `frozen`.
@@ -240,7 +241,8 @@ def multi_transform(
                 group_gradients, states[label].inner_state, params_of[label], **extra_args
             )
             states[label] = optax.MaskedState(group_state)
-        return trees.join(updates, gradients), optax.PartitionState(states)
+        others = (gradients,) if params is None else (gradients, params)
+        return trees.join(updates, *others), optax.PartitionState(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -282,9 +284,13 @@ def trainable_only(
     def update(
         gradients: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, optax.OptState]:
-        if params is not None:
-            params, _ = partition(params, labels)
         half, frozen = partition(gradients, labels)
+        if params is not None:
+            params, frozen_params = partition(params, labels)
+            leaves, structure = jax.tree.flatten(frozen, is_leaf=is_none)
+            others = jax.tree.leaves(frozen_params, is_leaf=is_none)
+            pairs = zip(leaves, others, strict=True)
+            frozen = structure.unflatten([b if a is None else a for a, b in pairs])
         updates, state = transform.update(half, state, params, **extra_args)
         return combine(updates, jax.tree.map(jnp.zeros_like, frozen)), state
 
