@@ -36,7 +36,7 @@ LARGE = 2**18
 """Minimum number of elements of an array that `fsdp` divides: 1 MiB of float32. Dividing smaller
 arrays would save no memory worth the latency."""
 
-_BATCH_AXIS = "batch"  # the only axis of the mesh
+BATCH_AXIS = "batch"  # the only axis of the mesh
 _JOIN_TIMEOUT = 50.0  # seconds; a minute together with the start and the end of Python
 _NEVER = 10**6  # seconds
 _ANSWER_BYTES = 4096  # of a string that process 0 sends to the others
@@ -193,7 +193,7 @@ def _all_devices() -> Mesh:
     # Not jax.make_mesh, which orders a TPU's devices by its wiring. Each process must hold
     # consecutive rows of the batch, so that the rows do not depend on the number of hosts.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), (_BATCH_AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Devices:
         )
 
     def _row_sharding(self, stacked: bool) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, _BATCH_AXIS))
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, BATCH_AXIS))
 
     def shardings(self, tree: Any) -> Any:
         """Returns the sharding of each leaf; only the shapes of the leaves are read.
@@ -277,7 +277,7 @@ class Devices:
             if self.sharding == "replicated" or np.prod(shape) < LARGE or not divisible:
                 return NamedSharding(self.mesh, PartitionSpec())
             largest = max(divisible, key=lambda axis: (shape[axis], axis))
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, _BATCH_AXIS))
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, BATCH_AXIS))
 
         return jax.tree.map(leaf_sharding, tree)
 
@@ -318,7 +318,7 @@ class Devices:
         padding = [(0, 0), (0, self.rows(count) - count), *[(0, 0)] * (parts.ndim - 2)]
         # The compiler has no better way than whole copies, and warns unless they are explicit.
         parts = self.gather(parts)
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, _BATCH_AXIS))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXIS))
         return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), sharding)
 
     def abstract(self, tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 As in torchvision's `v2.MixUp` and `v2.CutMix`, one coefficient is drawn per batch, and each row is
 mixed with the row before it; the first row is mixed with the last. Images are normalised; targets
-sum to one; `mask` is False for padding. Padding rows are skipped and stay unchanged.
+sum to one; `mask` is False for padding, which follows all other rows and stays unchanged.
 """
 
 from typing import NamedTuple
@@ -102,11 +102,10 @@ def blend(
     lam: Float[ArrayLike, ""],
 ) -> MixedBatch:
     """Returns lam * row + (1 - lam) * previous row, for images and targets."""
-    previous = _previous_rows(mask)
 
     def mix(rows: jax.Array) -> jax.Array:
         weight = jnp.asarray(lam, rows.dtype)
-        mixed = rows[previous] * (1 - weight) + rows * weight
+        mixed = _previous(rows, mask) * (1 - weight) + rows * weight
         is_real = mask.reshape(-1, *[1] * (rows.ndim - 1))
         return jnp.where(is_real, mixed, rows)
 
@@ -148,13 +147,16 @@ def paste(
     in_box = (top <= y) & (y < bottom) & (left <= x) & (x < right)
     is_pasted = mask[:, None, None, None] & in_box[:, :, None]
     lam = 1 - ((right - left) * (bottom - top)) / (width * height)
-    mixed_images = jnp.where(is_pasted, images[_previous_rows(mask)], images)
+    mixed_images = jnp.where(is_pasted, _previous(images, mask), images)
     return MixedBatch(mixed_images, blend(images, targets, mask, lam).targets)
 
 
-def _previous_rows(mask: Bool[jax.Array, " b"]) -> Int[jax.Array, " b"]:
-    """Returns the index of the previous real row for each real row, cyclically."""
-    rows = jnp.arange(mask.shape[0])
-    latest = jax.lax.cummax(jnp.where(mask, rows, -1))  # last real row up to each row
-    previous = jnp.roll(latest, 1)
-    return jnp.where(previous < 0, latest[-1], previous)
+def _previous(rows: jax.Array, mask: Bool[jax.Array, " b"]) -> jax.Array:
+    """Returns the previous row for each row; for the first one the last row in the mask.
+
+    Only neighbours and one row travel between devices. An index per row would collect the whole
+    batch on each of them.
+    """
+    index = jnp.arange(len(mask)).reshape(-1, *[1] * (rows.ndim - 1))
+    last = jnp.sum(rows, 0, where=index == jnp.sum(mask) - 1)
+    return jnp.where(index == 0, last, jnp.roll(rows, 1, axis=0))
