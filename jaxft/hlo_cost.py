@@ -1,0 +1,171 @@
+"""Cost of a compiled program, read from XLA: operations, bytes, memory, cycles, collectives.
+
+XLA's estimates are deterministic, and for TPUs they need no TPU (`jaxft.topology`), so that they
+can be compared and tested.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+}
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ((?:\([^=]*?\)|\S+)) ([\w\-]+)\((.*)$")
+_COLLECTIVE = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?"
+)
+
+
+class Instruction(NamedTuple):
+    """One line of an HLO program."""
+
+    name: str
+    type: str
+    """Such as `bf16[8,128]{1,0}`, or a tuple of types."""
+    op: str
+    rest: str
+    """Operands, attributes and metadata."""
+
+
+@dataclass(frozen=True)
+class HloCost:
+    """Cost of one call of a compiled program on each device.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes_accessed: bytes that instructions read and write, before caches.
+      memory: bytes of arguments, results and temporary arrays, without those that alias.
+      temporary: bytes of temporary arrays.
+      cycles: XLA's estimate for TPUs, else 0. Counts the cheapest branch of a conditional: a norm
+        layer's other branch reads the batch again, if digits of its variance cancel. The body of a
+        loop counts once per iteration.
+      collectives: number of executed collectives by kind.
+      collective_bytes: bytes of their results, by kind.
+      convolutions: number of convolutions and dots, by `forward` and `backward`.
+      operands: number of convolutions and dots by the types of their operands, `bf16 x bf16`.
+      aliases: number of arguments whose memory a result reuses.
+    """
+
+    flops: float
+    bytes_accessed: float
+    memory: int
+    temporary: int
+    cycles: int
+    collectives: dict[str, int]
+    collective_bytes: dict[str, int]
+    convolutions: dict[str, int]
+    operands: dict[str, int]
+    aliases: int
+
+
+def hlo_cost(compiled: Any) -> HloCost:
+    """Returns the cost of a program that `jax.jit(...).lower(...).compile()` has compiled."""
+    analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    text = compiled.as_text()
+    computations, entry = parse(text)
+    types = {
+        instruction.name: instruction.type
+        for instructions in computations.values()
+        for instruction in instructions
+    }
+    convolutions, operands = Counter[str](), Counter[str]()
+    for instruction in (x for instructions in computations.values() for x in instructions):
+        if instruction.op in ("convolution", "dot"):
+            is_backward = "transpose(" in _op_name(instruction)
+            convolutions["backward" if is_backward else "forward"] += 1
+            names = re.findall(r"%?([\w.\-]+)", instruction.rest.partition(")")[0])
+            kinds = [found[0][0] for x in names if (found := _ARRAY.findall(types.get(x, "")))]
+            operands[" x ".join(kinds[:2])] += 1
+    cycles, counts, sizes = _executed(computations, entry)
+    return HloCost(
+        flops=float(analysis.get("flops", 0.0)),
+        bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
+        memory=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        cycles=cycles,
+        collectives=dict(counts),
+        collective_bytes=dict(sizes),
+        convolutions=dict(convolutions),
+        operands=dict(operands),
+        aliases=len(re.findall(r"(?:may|must)-alias", text.partition("\n")[0])),
+    )
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the instructions of each computation of an HLO program, and the entry's name."""
+    computations: dict[str, list[Instruction]] = {}
+    entry = name = ""
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if not line.startswith(" ") and (match := _COMPUTATION.match(line)):
+            name = match[2]
+            computations[name] = []
+            entry = name if match[1] else entry
+        elif name and (match := _INSTRUCTION.match(line)):
+            computations[name].append(Instruction(*match.groups()))
+    return computations, entry
+
+
+def _executed(
+    computations: dict[str, list[Instruction]], name: str
+) -> tuple[int, Counter[str], Counter[str]]:
+    """Returns cycles, and number and bytes of collectives, of one run of a computation."""
+    cycles, counts, sizes = 0, Counter[str](), Counter[str]()
+    for instruction in computations.get(name, ()):
+        if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
+            cycles += int(estimate[1])
+        if collective := _COLLECTIVE.fullmatch(instruction.op):
+            counts[collective[1]] += 1
+            # The result of a start holds the operand too, except that of an all-reduce.
+            is_pair = collective[2] and collective[1] != "all-reduce"
+            sizes[collective[1]] += _bytes(instruction.type) // (2 if is_pair else 1)
+        for called, times in _calls(instruction, computations):
+            inner_cycles, inner_counts, inner_sizes = _executed(computations, called)
+            cycles += times * inner_cycles
+            for total, inner in ((counts, inner_counts), (sizes, inner_sizes)):
+                total.update({kind: times * count for kind, count in inner.items()})
+    return cycles, counts, sizes
+
+
+def _calls(
+    instruction: Instruction, computations: dict[str, list[Instruction]]
+) -> list[tuple[str, int]]:
+    """Returns the computations that a loop or a conditional runs, with the number of runs."""
+    if instruction.op == "while":
+        body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
+        return [(body[1], int(trips[1]) if trips else 1)] if body else []
+    if instruction.op == "conditional":
+        listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+        branches = (
+            re.findall(r"%?([\w.\-]+)", listed[1])
+            if listed
+            else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
+        )
+        return [(min(branches, key=lambda x: _executed(computations, x)[0]), 1)]
+    return []
+
+
+def _op_name(instruction: Instruction) -> str:
+    match = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return match[1] if match else ""
+
+
+def _bytes(type_text: str) -> int:
+    """Returns the bytes of an array's or tuple's type."""
+    total = 0
+    for kind, dimensions in _ARRAY.findall(type_text):
+        count = 1
+        for size in filter(None, dimensions.split(",")):
+            count *= int(size)
+        total += count * _BYTES[kind]
+    return total
