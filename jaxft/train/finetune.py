@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from jaxft import agreement, export, lost_process, models
+from jaxft.array_cache import ArrayCache
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -46,7 +47,6 @@ from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
 from jaxft.train.eval_step import eval_step
-from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.fork import (
     Fork,
     check_fork,
@@ -230,9 +230,9 @@ def _run(
             steps_per_call=recipe.steps_per_execution,
             examples=sizes.examples,
         )
-        batch_cache = feature_cache = FeatureCache(recipe.cache_mib * 2**20)
+        batch_cache = feature_cache = ArrayCache(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:
-            feature_cache = FeatureCache(recipe.disk_cache_mib * 2**20, on_disk=True)
+            feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
             interruption, anchor_params, feature_cache, batch_cache,
