@@ -184,7 +184,7 @@ def finetune(
             check_extension(folder, begun, old, programs, start)
         if forked:
             check_fork(forked, ended_stage, programs, *start)
-        agreement.reach(folder, recipe, splits)
+        agreement.check_agreement(folder, recipe, splits)
 
         # Print what is about to run, then train.
         console.row(_prologue(recipe, splits, start[0], origin))
