@@ -57,7 +57,7 @@ from jaxft.train.fork import (
 )
 from jaxft.train.metrics import Score
 from jaxft.train.signals import Interruption, interruptible
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.train_stages import train_stages
 from jaxft.train.trainer import Trainer
 from jaxft.train.workdir import check, check_apart, check_extension, claim, saved
@@ -174,13 +174,13 @@ def finetune(
             start, remarks = fit_start(recipe, model, start)
 
         # Bind the stages to network, images and devices, and check them.
-        programs = open_programs(recipe, model, splits, devices, start)
+        programs = build_programs(recipe, model, splits, devices, start)
         remarks += oversized([program.sizes for program in programs], len(splits.train))
         if is_random:
             remarks += untrained_frozen_remarks([program.plan for program in programs], start[0])
         if begun and begun.stages != recipe.stages:
             shorter = dataclasses.replace(recipe, stages=begun.stages)
-            old = open_programs(shorter, model, splits, devices, start)
+            old = build_programs(shorter, model, splits, devices, start)
             check_extension(folder, begun, old, programs, start)
         if forked:
             check_fork(forked, ended_stage, programs, *start)

@@ -72,7 +72,7 @@ def frozen_prefix(
     images: tuple[int, int],
     epochs: int,
 ) -> FrozenPrefix:
-    """Returns the frozen prefix of a stage by itself; see `connect`.
+    """Returns the frozen prefix of a stage by itself; without cuts and taps.
 
     Args:
       plan: the stage over the network's parameters.
@@ -120,7 +120,7 @@ def frozen_prefix(
     )
 
 
-def connect(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
+def with_cuts_and_taps(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
     """Returns the prefixes of a run's stages with their cuts and taps."""
     ends = {end for each in prefixes for end in each.blocks[-1:]}
     return [

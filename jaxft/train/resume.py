@@ -21,7 +21,7 @@ from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.state import Progress, StageState, item_shapes
 from jaxft.train.trainer import Trainer
 
@@ -163,7 +163,7 @@ def _saved_programs(
     if _has_same_stages(trainer, header):
         return trainer.programs
     recipe = dataclasses.replace(trainer.recipe, stages=_saved_stages(header))
-    return open_programs(
+    return build_programs(
         recipe, trainer.programs[0].model, trainer.splits, trainer.devices, (params, stats)
     )
 

@@ -25,7 +25,7 @@ from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.frozen_prefix import inert_blocks
-from jaxft.train.stage_program import open_programs
+from jaxft.train.stage_program import build_programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -54,7 +54,7 @@ def programs(recipe, images=(30, 100)):
     recipe = recipe.expecting(data.Preprocessing())
     model = recipe.network(5)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    return open_programs(recipe, model, Splits(train, val), Devices(), like), like
+    return build_programs(recipe, model, Splits(train, val), Devices(), like), like
 
 
 def run(workdir, recipe):
@@ -250,7 +250,7 @@ def test_prefix_depends_on_norm_layers_without_parameters(modes, blocks, reason)
 
 def compiled(recipe, index):
     found, (params, stats) = programs(recipe)
-    state = jax.eval_shape(found[index].transform.init, params)
+    state = jax.eval_shape(found[index].transform().init, params)
     return compile_stage(found[index], Snapshot(params, stats, state))
 
 
