@@ -7,14 +7,15 @@ others waiting.
 One comparison is a round. All processes exchange these keys, in this order:
 
 1. `facts`: recipe, package versions and data set facts, or the error that stopped the process.
-2. `digests`, then `names`: only if the images differ. The error message then names one image.
+2. `train digests`, `train names`, `val digests`, `val names`: only if the images differ, until one
+   image is found. The error message then names it.
 3. `file`, then `seen`: only if the facts are the same. Process 0 creates a file in the workdir, and
    each process looks for it there.
 
 Every process must exchange the same keys, since each exchange waits for all of them. The decision
-to exchange a key therefore depends only on values that all processes have received. A round ends
-at a barrier, because a process that exits also ends the others: none may exit before the others
-have read its values.
+to exchange a key therefore depends only on values that all processes have received, and a process
+that cannot compute its value sends a message or None instead. A round ends at a barrier, because a
+process that exits also ends the others: none may exit before the others have read its values.
 """
 
 import hashlib
@@ -36,32 +37,32 @@ from jax._src import distributed
 from jaxft import recipe_file as recipes
 from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import identity, record
-from jaxft.errors import DataError, ParallelError, first_of
+from jaxft.errors import ParallelError, first_of
 from jaxft.recipe import Recipe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxft")
-_DIGEST = "names, sizes or classes of {} images (digest)"
+_DIGEST = "names, sizes or classes of {} images (digest)"  # name of a split's fingerprint
 _MAX_DIFFERENCES = 8  # lines in one message
 _MAX_NAMES = 20_000  # names that a process sends to the others, all of one class
 
 # In seconds.
-_FAILURE_TIMEOUT = 60.0  # longest wait of a failed process for the others to read its error
-_DETAIL_TIMEOUT = 60.0  # longest wait for digests and names, which a process may fail to send
+_FAILURE_TIMEOUT = 60.0  # longest wait of a failed process for the others to arrive
 _FILE_TIMEOUT = 10.0  # until a network file system shows a new file on all hosts
 _BARRIER_TIMEOUT = 10.0  # at the end of a round
 _NOTICE_SECONDS = 60.0  # until a line on stderr names the missing processes
 _POLL_SECONDS = 2.0  # of one wait in C++, after which Python can handle a signal
 
-_round = 0  # number of comparisons so far in this process
+_round = 0  # rounds that have ended in this process
 
 
 @contextmanager
 def announced() -> Iterator[None]:
     """Sends an error in the block to the other processes, which raise it as ParallelError.
 
-    The block holds the work before `reach`, or that work and `reach` itself. Without the message
-    the other processes would wait for the facts of this one. An exit with a code other than 0, as
-    after an unknown option, is sent as well. An error after the round of `reach` is not sent.
+    Wrap the work that precedes `check_agreement`; `check_agreement` itself may be inside too.
+    Without the message the other processes would wait for the facts of this one. An exit with a
+    code other than 0, as after an unknown option, is sent as well. An error within or after the
+    round of `check_agreement` is not sent, since the others hold this process's facts already.
     """
     round_before = _round
     try:
@@ -82,7 +83,7 @@ def _failure(error: Exception | SystemExit) -> str:
     return f"it exited with code {error.code}; its output shows why." if error.code else ""
 
 
-def reach(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
+def check_agreement(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
     """Returns once all processes have the same recipe, images, versions and workdir.
 
     All processes must call it, or fail within `announced`.
@@ -97,8 +98,10 @@ def reach(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
         facts_by_process = _exchange("facts", facts)
         _check_facts(facts_by_process, splits)
         _check_shared(epath.Path(workdir))
-    finally:
+    except Exception:  # not KeyboardInterrupt, which must end this process at once
         _end_round()
+        raise
+    _end_round()
 
 
 def _facts(recipe: Recipe, splits: Splits) -> dict[str, Any]:
@@ -126,11 +129,11 @@ def _check_facts(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) 
     differences = []
     for name in dict.fromkeys(name for facts in facts_by_process for name in facts):
         values = [json.dumps(facts.get(name)) for facts in facts_by_process]
-        other = next((i for i, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
+        differing = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if differing is not None:
             differences.append(
                 f"{name}: {_shortened(values[0])} in process 0, "
-                f"{_shortened(values[other])} in process {other}"
+                f"{_shortened(values[differing])} in process {differing}"
             )
     if differences:
         lines = [*first_of(differences, _MAX_DIFFERENCES), *_image_line(facts_by_process, splits)]
@@ -153,45 +156,59 @@ def _image_line(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) -
     first, *others = facts_by_process
     if any(facts["classes"] != first["classes"] for facts in others):
         return []  # the classes are in the message already
-    for split in ("train", "val"):
-        if any(facts[_DIGEST.format(split)] != first[_DIGEST.format(split)] for facts in others):
-            with suppress(jax.errors.JaxRuntimeError, DataError):
-                return _differing_image(split, getattr(splits, split))
+    with suppress(jax.errors.JaxRuntimeError):  # a process has ended: raise what is known
+        for split in ("train", "val"):
+            name = _DIGEST.format(split)
+            if any(facts[name] != first[name] for facts in others):
+                line = _differing_image(split, getattr(splits, split))
+                if line:
+                    return [line]
     return []
 
 
-def _differing_image(split: str, source: Source) -> list[str]:
-    """Returns a line that names an image of the first class whose images differ.
+def _differing_image(split: str, source: Source) -> str:
+    """Returns a line that names an image of the first class whose images differ, or "".
 
     Sends a digest of each class first, and then the names of that class alone, since a data set may
     have millions of images.
     """
-    names = _names_by_class(source)
-    lists = ["\n".join(class_names).encode("utf-8", "replace") for class_names in names]
-    digests = [hashlib.sha256(x).hexdigest()[:16] for x in lists]
-    received = _exchange("digests", {"digests": digests}, timeout=_DETAIL_TIMEOUT)
+    try:
+        names = _names_by_class(source)
+    except Exception:  # a source may raise any type
+        names = None
+    digests = [_digest(class_names) for class_names in names] if names is not None else None
+    received = _exchange(f"{split} digests", {"digests": digests})
     digests_by_process = [values["digests"] for values in received]
+    if names is None or None in digests_by_process:
+        return ""
     differing = [
         (process, target)
-        for process, digests in enumerate(digests_by_process)
-        for target, digest in enumerate(digests)
+        for process, of_process in enumerate(digests_by_process)
+        for target, digest in enumerate(of_process)
         if digest != digests_by_process[0][target]
     ]
     if not differing:
-        return []  # the same images of each class, but the classes alternate in another order
-    other, target = differing[0]
+        # Each class has the same images in the same order. Only the interleaving of the classes
+        # differs.
+        return ""
+    process, target = differing[0]
     names_to_send = names[target] if len(names[target]) <= _MAX_NAMES else None
-    received = _exchange("names", {"names": names_to_send}, timeout=_DETAIL_TIMEOUT)
-    if received[0]["names"] is None or received[other]["names"] is None:
-        return []
-    first_names, other_names = {*received[0]["names"]}, {*received[other]["names"]}
+    received = _exchange(f"{split} names", {"names": names_to_send})
+    if received[0]["names"] is None or received[process]["names"] is None:
+        return ""
+    first_names, other_names = {*received[0]["names"]}, {*received[process]["names"]}
     lacks = [
-        f"only process {process} has {min(only)}"
-        for process, only in ((0, first_names - other_names), (other, other_names - first_names))
+        f"only process {owner} has {min(only)}"
+        for owner, only in ((0, first_names - other_names), (process, other_names - first_names))
         if only
     ]
-    text = ", ".join(lacks) or f"process {other} has them in another order than process 0"
-    return [f"{split} images of class {source.classes[target]}: {text}"]
+    text = ", ".join(lacks) or f"process {process} has them in another order than process 0"
+    return f"{split} images of class {source.classes[target]}: {text}"
+
+
+def _digest(names: Sequence[str]) -> str:
+    joined_names = "\n".join(names).encode("utf-8", "replace")
+    return hashlib.sha256(joined_names).hexdigest()[:16]
 
 
 def _names_by_class(source: Source) -> list[list[str]]:
@@ -211,32 +228,53 @@ def _names_by_class(source: Source) -> list[list[str]]:
 
 def _check_shared(workdir: epath.Path) -> None:
     """Raises ParallelError in every process unless all see the file that process 0 creates."""
-    name, problem = f".shared-{uuid.uuid4().hex}", ""
+    name, problem, is_new, is_shared = f".shared-{uuid.uuid4().hex}", "", False, False
     is_first = distributed.global_state.process_id == 0
-    if is_first:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / name).touch()
-        except OSError as error:
-            problem = f"{workdir} cannot be written: {error.strerror or error}."
-    created = _exchange("file", {"name": name, "problem": problem})[0]  # by process 0
-    problem = created["problem"]
-    if not problem:
-        received = _exchange("seen", {"seen": _appears(workdir / created["name"])})
-        blind = [process for process, values in enumerate(received) if not values["seen"]]
-        if blind:
-            problem = (
-                f"{workdir} is not the same folder in all processes: process {blind[0]} does not "
-                "see a file that process 0 has written there. A run of several hosts needs a "
-                "--workdir on a disk that they share, or in a bucket (gs://...)."
+    try:
+        if is_first:
+            try:
+                is_new = not workdir.exists()
+                workdir.mkdir(parents=True, exist_ok=True)
+                (workdir / name).touch()
+            except Exception as error:  # the clients of buckets may raise any type
+                problem = f"{workdir} cannot be written: {_cause(error)}."
+        created = _exchange("file", {"name": name, "problem": problem})[0]  # by process 0
+        problem = created["problem"] or _unseen(workdir, created["name"])
+        if problem:
+            raise ParallelError(problem)
+        is_shared = True
+    finally:
+        if is_first:
+            with suppress(Exception):  # an empty file does no harm
+                (workdir / name).unlink(missing_ok=True)
+                if is_new and not is_shared:
+                    workdir.rmdir()
+
+
+def _unseen(workdir: epath.Path, name: str) -> str:
+    """Returns an error message if a process does not see the file in the workdir, or ""."""
+    problem = ""
+    try:
+        if not _appears(workdir / name):
+            problem = "does not see a file that process 0 has written there"
+    except Exception as error:  # see `_check_shared`
+        problem = f"cannot read it ({_cause(error)})"
+    received = _exchange("seen", {"problem": problem})
+    for process, values in enumerate(received):
+        if values["problem"]:
+            return (
+                f"{workdir} is not the same folder in all processes: process {process} "
+                f"{values['problem']}. A run of several hosts needs a --workdir on a disk that "
+                "they share, or in a bucket (gs://...)."
             )
-    if is_first:
-        with suppress(OSError):
-            (workdir / name).unlink(missing_ok=True)
-            if problem:
-                workdir.rmdir()  # fails, as it should, if the folder holds anything else
-    if problem:
-        raise ParallelError(problem)
+    return ""
+
+
+def _cause(error: Exception) -> str:
+    """Returns the reason of an OSError without number and path, or type and message of others."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
 
 
 def _appears(file: epath.Path) -> bool:

@@ -29,10 +29,10 @@ def check_linear_head(
       RecipeError: the stage trains more or less than the head, or the head is not linear.
     """
     params, stats = shapes
-    name, head, num_classes = plan.stage.name, model.head, model.num_classes
+    head, num_classes = model.head, model.num_classes
     if len(model.blocks) < 2:
         raise ModelError(
-            f"stage {name!r}: a LinearProbe needs the features before the head, but {model.name} "
+            f"a LinearProbe needs the features before the head, but {model.name} "
             "is a single block, whose inner features are not known. Give the head a learning rate "
             "instead, or pass features of your own to jaxft.logistic_regression."
         )
@@ -42,7 +42,7 @@ def check_linear_head(
     layers = {path: leaf.shape for path, leaf in leaves if f"{path}.".startswith(f"{head}.")}
     if sorted(trained) != sorted(layers):
         raise RecipeError(
-            f"stage {name!r}: a LinearProbe trains the whole head and nothing else, but its "
+            f"a LinearProbe trains the whole head and nothing else, but its "
             f"pattern selects {', '.join(first_of(trained, _MAX_PATHS))}. Write "
             f"train={{{head!r}: LinearProbe()}}."
         )
@@ -54,7 +54,7 @@ def check_linear_head(
     kernel, bias = f"{head}.kernel", f"{head}.bias"
     if len(inputs) != 1 or layers != {kernel: (*inputs, num_classes), bias: (num_classes,)}:
         raise RecipeError(
-            f"stage {name!r}: a LinearProbe needs a head that is one linear layer: {kernel} "
+            f"a LinearProbe needs a head that is one linear layer: {kernel} "
             f"[d {num_classes}] and {bias} [{num_classes}] on features [b d]. {model.name} has "
             f"features {_brackets('b', *inputs)} and the head "
             + ", ".join(f"{path} {_brackets(*shape)}" for path, shape in layers.items())

@@ -26,7 +26,7 @@ from jaxft.recipe_file import resolve
 from jaxft.stages import Stage
 from jaxft.train.auto_rgn import BATCHES, restart_with_auto_rgn
 from jaxft.train.compiled_stage import CompiledStage, compile_stage
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.train_step import TrainState
 
 BETA = 0.98
@@ -51,7 +51,7 @@ class Trial:
 
     def compile(self) -> tuple[CompiledStage, TrainState, Tree]:
         """Returns its programs, its first state, which a step may donate, and the frozen half."""
-        params, stats, transform = self.params, self.stats, self.program.transform
+        params, stats, transform = self.params, self.stats, self.program.transform()
         start = Snapshot(params, stats, jax.eval_shape(transform.init, params))
         compiled = compile_stage(self.program, jax.eval_shape(lambda: start))
         state, frozen = self.program.state(start._replace(opt_state=compiled.fresh(params)))
@@ -60,7 +60,7 @@ class Trial:
     def batches(self, count: int) -> Iterator[Batch]:
         """Yields the first batches of the stage, on its devices."""
         program = self.program
-        batches = program.batches(self.source, epochs=-(-count // program.steps_per_epoch))
+        batches = program.batches(self.source, stop_epoch=-(-count // program.steps_per_epoch))
         with closing(batches):
             for _, batch in zip(range(count), batches, strict=False):
                 yield program.devices.batch(batch)
@@ -106,7 +106,7 @@ def trial(
     else:
         at = fit_start(recipe, model, start)[0]
     seeing = replace(recipe, cache_mib=0, steps_per_execution=1)  # a step: one batch, of images
-    (program,) = open_programs(seeing, model, splits, devices, at)
+    (program,) = build_programs(seeing, model, splits, devices, at)
     return Trial(program, splits.train, *devices.put(at))
 
 

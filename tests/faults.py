@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from jaxft import data, lr_finder
+from jaxft.array_cache import ArrayCache
 from jaxft.checkpoint import atomic, checksums, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.train import finetune, gradient_stage, train_stages, workdir
-from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress
 from jaxft.train.train_stages import InBackground
@@ -67,7 +67,7 @@ POINTS = {
     # A pass over the images of a split begins, to validate or for features; "train" or "val".
     "pass": Point(Trainer, "of_each_batch", _of_split),
     # The features of a frozen prefix have been computed and are about to be cached.
-    "features": Point(FeatureCache, "add"),
+    "features": Point(ArrayCache, "add"),
     # Auto-RGN is about to set the learning rates of an epoch; the global step.
     "auto_rgn": Point(gradient_stage, "restart_with_auto_rgn", lambda *_, step, **__: step),
     # Training batches of one call are about to be sent to the devices.

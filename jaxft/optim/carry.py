@@ -1,4 +1,4 @@
-"""Carries optimizer state over to new labels, matching parameters by path within a label's state.
+"""Carries optimizer state to new labels, matching parameters by path, whatever their label.
 
 The state of `multi_transform({"head": optax.adam(1e-3)}, labels)`, where the body is frozen:
 
@@ -16,7 +16,7 @@ The state of `multi_transform({"head": optax.adam(1e-3)}, labels)`, where the bo
 
 The *memory* of a group is the part that is carried: the fields of its states, without wrappers.
 
-    {Field("ScaleByAdamState", 0, "count"): 3,
+    {Field("ScaleByAdamState", 0, "count"): 3,     # 0: the first state of this type
      Field("ScaleByAdamState", 0, "mu"): {"body": MaskedNode(), "head": {"w": [4 2]}},
      Field("ScaleByAdamState", 0, "nu"): {"body": MaskedNode(), "head": {"w": [4 2]}}}
 
@@ -30,17 +30,16 @@ A parked group is stored with the frozen label, without wrappers:
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_map_with_path
 
 from jaxft.errors import LabelError
 from jaxft.labels import FROZEN
-from jaxft.optim.carry_group import Source, carry_group, find_sources
+from jaxft.optim.carry_group import OldGroup, carry_group, old_groups_of
 from jaxft.optim.carry_report import (
     CarryReport,
     Choice,
@@ -57,6 +56,7 @@ from jaxft.optim.memory import (
     parameter_paths,
     unwrapped,
     with_memory,
+    without_parameters,
     without_partitions,
 )
 
@@ -83,9 +83,9 @@ def carry(
     """Copies optimizer state of the previous labels into a fresh state of the new labels.
 
     Works like torch's `add_param_group`: parameters that keep training keep their moments and step
-    count, new ones start fresh. Parameters are matched by path within a label's state, so groups
-    may be renamed, split or merged. A group starts fresh, with a warning, if its optimizer changed
-    (Adam and AdamW count as the same) or if it mixes parameters with different step counts
+    count, new ones start fresh. Parameters are matched by their path in the parameter tree, so
+    groups may be renamed, split or merged. A group starts fresh, with a warning, if its optimizer
+    changed (Adam and AdamW count as the same) or if it mixes parameters with different step counts
     (`jaxft.plan` never does).
 
     Only moments and their count are carried. Hyperparameters, positions of schedules and
@@ -169,58 +169,81 @@ def _carry_partition(
     old: optax.PartitionState, new: optax.PartitionState, park: Collection[str]
 ) -> tuple[optax.PartitionState, list[Choice]]:
     """Carries the state of one `multi_transform`: fills the groups that train, parks the others."""
-    sources, states = find_sources(old), dict(new.inner_states)
-    fresh = {group: memory_of(state) for group, state in states.items() if group != FROZEN}
+    old_groups, states = old_groups_of(old), dict(new.inner_states)
+    new_memories = {name: memory_of(state) for name, state in states.items() if name != FROZEN}
+    new_paths = {name: parameter_paths([memory]) for name, memory in new_memories.items()}
+    training = set().union(*new_paths.values())
     choices: list[Choice] = []
-    used: set[str] = set()
-    for group, memory in fresh.items():
-        outcome = carry_group(group, memory, sources)
-        choices += [outcome.choice, *resets(group, states[group])]
-        used.update(donor.group for donor in outcome.donors)
-        states[group] = with_memory(states[group], outcome.memory)
-    idle = {source.group: source for source in sources if source.group not in fresh}
-    unparked = [group for group in idle if group in park and idle[group].leaves]
-    if unparked and FROZEN not in states:
-        raise LabelError(
-            f"carry: {', '.join(unparked)} cannot be parked, as nothing is labelled {FROZEN!r}. "
-            "Build the transform with jaxft.multi_transform."
-        )
-    parked, idle_choices = _park(idle, park, used, training=parameter_paths(fresh.values()))
+    used: set[OldGroup] = set()
+    for name, memory in new_memories.items():
+        outcome = carry_group(name, memory, old_groups, elsewhere=training - new_paths[name])
+        choices += [outcome.choice, *resets(name, states[name])]
+        used.update(outcome.used_groups)
+        states[name] = with_memory(states[name], outcome.memory)
+    parked, unused_choices = _park(old_groups, park, used, new_paths)
     if parked:
+        if FROZEN not in states:
+            raise LabelError(
+                f"carry: {', '.join(parked)} cannot be parked, as nothing is labelled {FROZEN!r}. "
+                "Build the transform with jaxft.multi_transform."
+            )
         states[FROZEN] = states[FROZEN]._replace(inner_state=parked)
-    return new._replace(inner_states=states), choices + idle_choices
+    return new._replace(inner_states=states), choices + unused_choices
 
 
 def _park(
-    idle: Mapping[str, Source], park: Collection[str], used: Collection[str], training: set[str]
+    old_groups: Sequence[OldGroup],
+    park: Collection[str],
+    used: Collection[OldGroup],
+    new_paths: Mapping[str, Collection[str]],
 ) -> tuple[dict[str, optax.OptState], list[Choice]]:
     """Returns the states to park, without wrappers and parameters that train, and the choices.
 
     Args:
-      idle: groups of the old state that do not train now, by name.
+      old_groups: the groups of the old state.
       park: names of the groups to park.
-      used: names of the groups whose state is carried to others.
-      training: paths of the parameters that train now.
+      used: old groups whose state is carried to new ones.
+      new_paths: paths of the parameters that have state now, by new group.
     """
+    training = set().union(*new_paths.values())
 
     def without_training(_: Field, value: Any) -> Any:
-        return tree_map_with_path(
-            lambda path, leaf: optax.MaskedNode() if keystr(path) in training else leaf, value
-        )
+        return without_parameters(value, training)
 
     parked, choices = {}, []
-    for group, source in idle.items():
-        is_training = bool(source.paths) and source.paths <= training
-        if not source.leaves:
+    for group in old_groups:
+        if not group.leaves:
             continue
-        if group in park and not is_training:
-            parked[group] = map_memory(without_training, unwrapped(source.state))
+        name, is_active = group.name, group.name in new_paths
+        if name in park and not is_active and not group.lies_within(training):
+            parked[name] = map_memory(without_training, unwrapped(group.state))
             reason = "name it in park at each carry until it trains again"
-            choices.append(Choice(group, "parked", reason))
-        elif group not in used:
-            reason = "its parameters train in other groups" if is_training else "not named in park"
-            choices.append(Choice(group, "dropped", reason))
+            choices.append(Choice(name, "parked", reason))
+        elif group not in used and (reason := _why_dropped(group, training, new_paths.get(name))):
+            choices.append(Choice(name, "dropped", reason))
     return parked, choices
+
+
+def _why_dropped(
+    group: OldGroup, training: Collection[str], paths_of_name: Collection[str] | None
+) -> str:
+    """Returns why the state of an old group is dropped; empty if its parameters keep their label.
+
+    Args:
+      group: the old group.
+      training: paths of the parameters that have state now.
+      paths_of_name: those in the new group of the same name; None if there is no such group.
+    """
+    if paths_of_name is not None:
+        # Without other parameters in its place, the choice on the new group reports the loss.
+        has_other_parameters = (
+            group.paths and paths_of_name and group.paths.isdisjoint(paths_of_name)
+        )
+        if not has_other_parameters:
+            return ""
+    if group.lies_within(training):
+        return "its parameters train in other groups"
+    return "not named in park" if paths_of_name is None else "its name has other parameters now"
 
 
 def _partitions(state: optax.OptState, which: str) -> list[optax.PartitionState]:

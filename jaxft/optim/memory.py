@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,15 @@ class Field(NamedTuple):
     """Name of the field, such as `mu`; empty for a state that is not a NamedTuple."""
 
 
+class Key(NamedTuple):
+    """Identifies a leaf of a memory, in whichever group it is."""
+
+    field: Field
+    path: str
+    """Path within the field, such as `["head"]["w"]`; empty if the field is a bare array."""
+
+
 Memory = dict[Field, Any]
-Key = tuple[Field, str]
-"""Field and path of a leaf, such as `["head"]["w"]`; the path of a bare array is empty."""
 
 # The fields that are carried, where these are not all. The others start with the stage:
 # hyperparameters, positions of schedules, accumulated gradients, counts of skipped steps.
@@ -109,7 +115,7 @@ def with_memory(state: optax.OptState, memory: Memory) -> optax.OptState:
 def leaves_of(memory: Memory) -> dict[Key, Any]:
     """Returns the arrays of a memory."""
     return {
-        (field, jax.tree_util.keystr(path)): leaf
+        Key(field, jax.tree_util.keystr(path)): leaf
         for field, value in memory.items()
         for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
     }
@@ -117,7 +123,14 @@ def leaves_of(memory: Memory) -> dict[Key, Any]:
 
 def parameter_paths(memories: Iterable[Memory]) -> set[str]:
     """Returns the paths of all leaves that belong to one parameter."""
-    return {path for memory in memories for _, path in leaves_of(memory) if path}
+    return {key.path for memory in memories for key in leaves_of(memory) if key.path}
+
+
+def without_parameters(value: Any, paths: Collection[str]) -> Any:
+    """Returns the value of a field with a hole for each parameter at `paths`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: optax.MaskedNode() if jax.tree_util.keystr(path) in paths else x, value
+    )
 
 
 def same_shape(a: Any, b: Any) -> bool:
@@ -196,7 +209,7 @@ def without_partitions(state: optax.OptState) -> optax.OptState:
     )
 
 
-def _is_masked(node: Any) -> bool:
+def is_masked(node: Any) -> bool:
     """Returns whether a node stands for a parameter of another group."""
     return isinstance(node, optax.MaskedNode)
 
@@ -210,13 +223,13 @@ def _is_wrapper(state: Any) -> bool:
 
 
 def _is_named_tuple(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields") and not _is_masked(node)
+    return isinstance(node, tuple) and hasattr(node, "_fields") and not is_masked(node)
 
 
 def _is_chain(node: Any) -> bool:
     """Returns whether a state joins others: a `chain`, a `named_chain`, labels by name."""
     if isinstance(node, dict):
-        return bool(node) and all(isinstance(x, tuple) and not _is_masked(x) for x in node.values())
+        return bool(node) and all(isinstance(x, tuple) and not is_masked(x) for x in node.values())
     return type(node) is tuple
 
 

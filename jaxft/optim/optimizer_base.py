@@ -50,14 +50,12 @@ def add_decay(rule: HasDecay, updates: Tree, params: Tree | None) -> Tree:
     """Adds weight_decay times the parameters to the updates."""
     if not rule.weight_decay:
         return updates
-    update_leaves, structure = jax.tree.flatten(updates)
     leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
-    return structure.unflatten(
-        [
-            u + rule.weight_decay * leaf.value if rule.decay_vectors or not _is_vector(leaf) else u
-            for u, leaf in zip(update_leaves, leaves, strict=True)
-        ]
-    )
+    decayed = [
+        u + rule.weight_decay * leaf.value if rule.decay_vectors or not _is_vector(leaf) else u
+        for u, leaf in zip(jax.tree.leaves(updates), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates), decayed)
 
 
 def _is_vector(leaf: Leaf) -> bool:

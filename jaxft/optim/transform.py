@@ -287,10 +287,9 @@ def trainable_only(
         half, frozen = partition(gradients, labels)
         if params is not None:
             params, frozen_params = partition(params, labels)
-            leaves, structure = jax.tree.flatten(frozen, is_leaf=is_none)
-            others = jax.tree.leaves(frozen_params, is_leaf=is_none)
-            pairs = zip(leaves, others, strict=True)
-            frozen = structure.unflatten([b if a is None else a for a, b in pairs])
+            columns = (jax.tree.leaves(tree, is_leaf=is_none) for tree in (frozen, frozen_params))
+            leaves = [b if a is None else a for a, b in zip(*columns, strict=True)]
+            frozen = jax.tree.unflatten(jax.tree.structure(frozen, is_leaf=is_none), leaves)
         updates, state = transform.update(half, state, params, **extra_args)
         return combine(updates, jax.tree.map(jnp.zeros_like, frozen)), state
 

@@ -23,7 +23,7 @@ from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.norm_modes import dotted
 from jaxft.parity.step import Arrays, NumpyBatch, Step
 from jaxft.recipe import Recipe
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.state import next_opt_state
 from jaxft.weights.key_maps import torch_tensors
 
@@ -56,7 +56,7 @@ def jax_steps(
     devices = programs[0].devices
     snapshot = Snapshot(*devices.put(start), None)
     for program in programs:
-        fresh = program.transform.init(snapshot.params)
+        fresh = program.transform().init(snapshot.params)
         opt_state = (
             next_opt_state(program, snapshot.opt_state, fresh)[0] if program.index else fresh
         )
@@ -82,7 +82,7 @@ def programs(
     source = data.arrays(placeholders, targets, classes=[str(k) for k in range(model.num_classes)])
     # One batch of images per step: no feature cache, no stacked batches.
     recipe = replace(recipe, cache_mib=0, steps_per_execution=1)
-    return open_programs(recipe, model, Splits(source, source), Devices(), start)
+    return build_programs(recipe, model, Splits(source, source), Devices(), start)
 
 
 def _stage_steps(

@@ -67,7 +67,7 @@ def block_norms(
     model = program.model
     with program.fitting_memory():
         measure = jax.jit(program.gradient_norms(block_labels(model, params)))
-        opt_state = program.transform.init(params)  # no step will be taken with it
+        opt_state = program.transform().init(params)  # no step will be taken with it
         state, frozen = program.state(Snapshot(params, stats, opt_state))
         measured = [
             measure(state, frozen, batch, np.int32(number)) for number, batch in enumerate(batches)

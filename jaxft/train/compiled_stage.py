@@ -88,7 +88,7 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     images = _batch_shapes(program, (side, side, 3), np.dtype(program.pixels))
 
     def init_optimizer(params: Tree) -> optax.OptState:
-        return devices.constrain(program.transform.init(params))
+        return devices.constrain(program.transform().init(params))
 
     def copy(state: TrainState) -> TrainState:
         return devices.constrain(jax.tree.map(jnp.copy, state))
@@ -114,7 +114,7 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
             function, numbers = several_steps(function, devices), [number, number]
         step = compiled(jax.jit(function, donate_argnums=0), steps_per_call, *numbers, start)
     if stage.auto_rgn:
-        norms = compiled(jax.jit(program.gradient_norms(program.tensor_labels)), 1, number, start)
+        norms = compiled(jax.jit(program.gradient_norms(program.tensor_labels())), 1, number, start)
     through: dict[str, Any] = {}
     if prefix.row and prefix.val:
         like = (params, stats, images.image)

@@ -1,6 +1,6 @@
-"""Computes the features of a run's images, and keeps them and validation batches in a cache.
+"""Computes the features of a run's images, each once, and keeps them in a cache.
 
-- A frozen prefix is the first blocks of the network, if a stage does not change them
+- A frozen prefix is the leading blocks of the network that a stage leaves unchanged
   (`jaxft.train.frozen_prefix.FrozenPrefix`).
 - A feature is the output of the stage's prefix for one image.
 - An end is the last block of a prefix. One pass over the images computes the features at the end
@@ -12,7 +12,8 @@ The cache finds features by a key of four parts:
 
 - the split;
 - stage and view, on which the random augmentation depends; None for images without augmentation,
-  whose features serve all stages;
+  whose features serve all stages. A pass over augmented images has no end but this stage's, since
+  no other stage sees these images;
 - the batch size, on which the last bits of the features depend;
 - a hash of all weights and statistics up to the end, so that features of outdated weights are
   never found.
@@ -24,17 +25,16 @@ import hashlib
 import math
 import os
 import tempfile
-from collections import deque
-from collections.abc import Callable, Generator, Hashable
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.array_cache import ArrayCache
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
@@ -43,91 +43,10 @@ from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import Tree, paths
 from jaxft.models.norm_modes import layer
 from jaxft.train.compiled_stage import CompiledStage
-from jaxft.train.frozen_prefix import block_labels
+from jaxft.train.frozen_prefix import layer_blocks
 from jaxft.train.stage_program import StageProgram
 
 Split = Literal["train", "val"]
-
-
-class FeatureCache:
-    """Trees of arrays by key, up to a number of bytes; drops the least recently used."""
-
-    def __init__(self, max_bytes: int, *, on_disk: bool = False) -> None:
-        """Creates an empty cache.
-
-        Args:
-          max_bytes: maximum size of all arrays together.
-          on_disk: whether `allocate` creates files instead of memory.
-        """
-        self._max_bytes = self._free_bytes = max_bytes
-        self._on_disk = on_disk
-        self._trees: dict[Hashable, Any] = {}  # the least recently used first
-
-    def get(self, key: Hashable) -> Any:
-        """Returns the tree of a key; None if the cache does not hold it."""
-        if key not in self._trees:
-            return None
-        self._trees[key] = self._trees.pop(key)  # moves it to the end of the dict
-        return self._trees[key]
-
-    def add(self, key: Hashable, tree: Any) -> None:
-        """Adds a tree and drops others for it; does nothing if the tree alone is too large."""
-        if _size(tree) > self._max_bytes:
-            return
-        if key in self._trees:
-            self._free_bytes += _size(self._trees.pop(key))
-        self._free_bytes -= _size(tree)
-        self._trees[key] = tree
-        while self._free_bytes < 0:
-            oldest = next(iter(self._trees))
-            self._free_bytes += _size(self._trees.pop(oldest))
-
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns an uninitialised array, which is not part of the cache before `add`.
-
-        Raises:
-          RecipeError: the disk has no room for the array.
-        """
-        if not self._on_disk:
-            return np.empty(shape, dtype)
-        size = math.prod(shape) * dtype.itemsize
-        # The file has no name: the disk frees it together with the array.
-        with tempfile.TemporaryFile() as file:
-            try:  # reserves the room, as a full disk would later end the process by SIGBUS
-                if hasattr(os, "posix_fallocate"):  # macOS has none
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                raise RecipeError(
-                    f"the features of frozen layers need {size / 2**20:,.0f} MiB more in "
-                    f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder with more "
-                    "room, or disk_cache_mib to the room that is left."
-                ) from error
-            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
-
-    def replayed(
-        self, key: Hashable, batches: Generator[Batch, None, None], count: int
-    ) -> Generator[Batch, None, None]:
-        """Yields validation batches, from the cache if an earlier call has stored all of them.
-
-        Otherwise stores them in the room that is free; no features are dropped for them.
-
-        Args:
-          key: key of the batches.
-          batches: yields the batches if the cache does not hold them.
-          count: number of batches.
-        """
-        stored = self.get(key)
-        if stored is not None:
-            yield from stored
-            return
-        stored = []
-        with closing(batches):
-            for batch in batches:
-                if count * _size(batch) <= self._free_bytes:
-                    stored.append(batch)
-                yield batch
-        if len(stored) == count:  # otherwise they did not fit
-            self.add(key, stored)
 
 
 @jax.jit
@@ -136,8 +55,20 @@ def finite_rows(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).reshape(len(x), -1).all(1)
 
 
-def _size(tree: Any) -> int:
-    return sum(array.nbytes for array in jax.tree.leaves(tree))
+class EachBatch(Protocol):
+    """Calls `step` with each batch of a source, in the source's order.
+
+    Returns the results, or None if a signal came. `Trainer.of_each_batch` is one.
+    """
+
+    def __call__(  # noqa: D102
+        self,
+        source: Source,
+        step: Callable[[Batch], None],
+        *,
+        batch_size: int,
+        load: Callable[[int], tuple[np.ndarray, int]] | None,
+    ) -> list[None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -146,12 +77,11 @@ class StageFeatures:
 
     Attributes:
       program, compiled: the stage.
-      snapshot: returns the stage's arrays at any step; those of the prefix never change.
+      snapshot: returns the stage's current arrays; the prefix's are the same at every step.
       splits: the run's images.
       devices: where the prefix runs.
       cache: stores the features.
-      each_batch: calls a function with each batch of a source, in the source's order; returns None
-        if a signal came, otherwise the results. See `Trainer.of_each_batch` for its arguments.
+      each_batch: calls a function with each batch of a source.
     """
 
     program: StageProgram
@@ -159,17 +89,17 @@ class StageFeatures:
     snapshot: Callable[[], Snapshot]
     splits: Splits
     devices: Devices
-    cache: FeatureCache
-    each_batch: Callable[..., list[Any] | None]
+    cache: ArrayCache
+    each_batch: EachBatch
 
     def train(self, view: int = 0) -> np.ndarray | None:
         """Returns the features `[n ...]` of a view of the training images; None if a signal came.
 
         Raises:
           NonFiniteError: some are not finite, and the recipe does not skip such steps.
+          RecipeError: the disk has no room for them.
         """
-        # All stages with `same_views` see the same images, so they share a key.
-        stage_and_view = None if self.program.prefix.same_views else (self.program.index, view)
+        stage_and_view = None if self.program.prefix.unaugmented else (self.program.index, view)
         features = self._features("train", stage_and_view)
         return None if features is None else features[:, 0]
 
@@ -180,6 +110,7 @@ class StageFeatures:
 
         Raises:
           NonFiniteError: some are not finite, and the recipe does not skip such epochs.
+          RecipeError: the disk has no room for them.
         """
         return self._features("val", None)
 
@@ -194,24 +125,29 @@ class StageFeatures:
         if computed is None:
             return None
         for key, features in zip(keys, computed, strict=True):
-            self.cache.add(key, features)
+            if features is not None:
+                self.cache.add(key, features)
         return computed[-1]
 
     def _compute(
         self, split: Split, stage_and_view: tuple[int, int] | None
-    ) -> list[np.ndarray] | None:
-        """Computes the features at each of the prefix's ends in one pass over the images."""
+    ) -> list[np.ndarray | None] | None:
+        """Computes the features at each of the prefix's ends in one pass over the images.
+
+        Returns None if a signal came; see `_FeatureWriter.finish` for ends without features.
+        """
         recipe, size = self.program.recipe, self.program.settings.batch_size
         source: Source = getattr(self.splits, split)
         flips = (1, -1) if split == "val" and recipe.tta == "flip" else (1,)
         params, stats, _ = self.snapshot()
         stops = recipe.on_nonfinite == "stop"
         error = partial(self._nonfinite_error, split, len(source)) if stops else None
-        writer = _FeatureWriter(len(source), size, self.devices, self.cache.allocate, error)
+        allocate = partial(_allocate, recipe.disk_cache_mib > 0)
+        writer = _FeatureWriter(len(source), size, self.devices, allocate, error)
 
         def enqueue(batch: Batch) -> None:
-            views = (jnp.asarray(batch.image)[:, :, ::flip] for flip in flips)
-            writer.enqueue([self._outputs(params, stats, x) for x in views])
+            flipped = (jnp.asarray(batch.image)[:, :, ::flip] for flip in flips)
+            writer.enqueue([self._features_at_ends(params, stats, x) for x in flipped])
 
         load_view = None  # without augmentation
         if stage_and_view:
@@ -230,16 +166,14 @@ class StageFeatures:
             return None
         return writer.finish()
 
-    def _outputs(
-        self, params: Tree, stats: Tree, x: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """Returns the features of images at each end, and whether those at the last are finite."""
+    def _features_at_ends(self, params: Tree, stats: Tree, x: jax.Array) -> list[jax.Array]:
+        """Returns the features `[b ...]` of images `[b h w c]` at each end."""
         features = []
         for block, compute in self.compiled.prefix.items():
             x = compute(params, stats, x)
             if block in self.program.prefix.ends:
                 features.append(x)
-        return features, finite_rows(x)
+        return features
 
     def _nonfinite_error(self, split: Split, num_images: int, image: int) -> NonFiniteError:
         """Returns the error of an image, counted from 0, whose features are not finite."""
@@ -260,16 +194,18 @@ class StageFeatures:
     @cached_property
     def _digests(self) -> dict[str, str]:
         """Hash of all weights and statistics from the input up to each block of the prefix."""
-        params, stats, _ = self.devices.host(self.snapshot()._replace(opt_state=None))
-        param_blocks = jax.tree.leaves(block_labels(self.program.model, params))
-        block_of_layer = dict(zip(map(layer, paths(params)), param_blocks, strict=True))
-        stats_blocks = [block_of_layer[layer(path)] for path in paths(stats)]
-        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(stats)]
+        params, stats, _ = self.snapshot()
+        block_of_layer = layer_blocks(self.program.model, params, stats)
+        arrays: dict[str, list[Any]] = {block: [] for block in self.program.prefix.blocks}
+        for tree in (params, stats):
+            for path, array in zip(paths(tree), jax.tree.leaves(tree), strict=True):
+                if (block := block_of_layer[layer(path)]) in arrays:
+                    arrays[block].append(array)
+        arrays = self.devices.host(arrays)
         hash_so_far, digests = hashlib.sha256(), {}
         for block in self.program.prefix.blocks:
-            for leaf_block, leaf in zip((*param_blocks, *stats_blocks), leaves, strict=True):
-                if leaf_block == block:
-                    hash_so_far.update(np.asarray(leaf).tobytes())
+            for array in arrays[block]:
+                hash_so_far.update(np.asarray(array).tobytes())
             digests[block] = hash_so_far.hexdigest()
         return digests
 
@@ -283,11 +219,12 @@ class _FeatureWriter:
 
     Attributes:
       num_images: number of images of the split.
-      batch_size: images per batch; further rows of a batch only fill the devices.
+      batch_size: images per batch; further rows are padding, so that the batch divides over the
+        devices.
       devices: copies arrays to the host.
       allocate: returns an uninitialised array.
       error: returns the error of an image whose features are not finite; None: they are stored.
-      arrays: features `[n f ...]` at each end.
+      arrays: features `[n f ...]` at each end, of `f` flips.
     """
 
     num_images: int
@@ -295,32 +232,66 @@ class _FeatureWriter:
     devices: Devices
     allocate: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
     error: Callable[[int], NonFiniteError] | None
-    arrays: list[np.ndarray] = field(default_factory=list)
-    _pending: deque[list[tuple[list[jax.Array], jax.Array]]] = field(default_factory=deque)
+    arrays: list[np.ndarray | None] = field(default_factory=list)
+    _pending: list[list[tuple[jax.Array, jax.Array]]] | None = None
     _num_written: int = 0
 
-    def enqueue(self, outputs: list[tuple[list[jax.Array], jax.Array]]) -> None:
-        """Takes the features of a batch at each end and their finite rows, for each flip."""
-        self._pending.append(outputs)
-        if len(self._pending) > 1:
-            self._write()
+    def enqueue(self, features: list[list[jax.Array]]) -> None:
+        """Takes the features `[b ...]` of the next batch, by flip and end."""
+        previous = self._pending
+        self._pending = [[(x, finite_rows(x)) for x in ends] for ends in features]
+        if previous is not None:
+            self._write(previous)
 
-    def finish(self) -> list[np.ndarray]:
-        """Writes the last batch and returns the features at each end."""
-        self._write()
+    def finish(self) -> list[np.ndarray | None]:
+        """Writes the last batch and returns the features at each end.
+
+        Returns None for an end of a later stage whose features are not finite: that stage raises
+        the error when it computes them itself.
+        """
+        assert self._pending is not None  # a split has images
+        self._write(self._pending)
         return self.arrays
 
-    def _write(self) -> None:
-        by_flip, finite = zip(*self.devices.host(self._pending.popleft()), strict=True)
-        by_end = [np.stack(flips, 1) for flips in zip(*by_flip, strict=True)]
+    def _write(self, batch: list[list[tuple[jax.Array, jax.Array]]]) -> None:
+        """Writes a batch: features `[b ...]` and their finite rows `[b]`, by flip and end."""
+        flips_by_end = [*zip(*self.devices.host(batch), strict=True)]
+        by_end = [np.stack([x for x, _ in flips], 1) for flips in flips_by_end]
         if not self.arrays:  # the first batch has the shapes
             for x in by_end:
                 self.arrays.append(self.allocate((self.num_images, *x.shape[1:]), x.dtype))
         first = self._num_written
         count = min(self.batch_size, self.num_images - first)
-        wrong = np.flatnonzero(~np.all(finite, 0)[:count])
-        if len(wrong) and self.error:
-            raise self.error(first + int(wrong[0]))
-        for array, x in zip(self.arrays, by_end, strict=True):
-            array[first : first + count] = x[:count]
+        for end, (x, flips) in enumerate(zip(by_end, flips_by_end, strict=True)):
+            wrong = np.flatnonzero(~np.all([finite for _, finite in flips], 0)[:count])
+            if len(wrong) and self.error:
+                if end == len(by_end) - 1:  # of this stage
+                    raise self.error(first + int(wrong[0]))
+                self.arrays[end] = None
+            if (array := self.arrays[end]) is not None:
+                array[first : first + count] = x[:count]
         self._num_written += count
+
+
+def _allocate(on_disk: bool, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Returns an uninitialised array in memory, or in a file of the temporary folder.
+
+    Raises:
+      RecipeError: the disk has no room for the array.
+    """
+    if not on_disk:
+        return np.empty(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize
+    # The file has no name: the disk frees it together with the array.
+    with tempfile.TemporaryFile() as file:
+        try:  # reserves the room, as a full disk would later end the process by SIGBUS
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise RecipeError(
+                f"the features of frozen layers need {size / 2**20:,.0f} MiB more in "
+                f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder with more "
+                "room, or disk_cache_mib to the room that is left."
+            ) from error
+        # A plain array: rows and batches cut from it are plain too. Its base holds the mapping.
+        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))

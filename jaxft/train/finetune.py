@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from jaxft import agreement, export, lost_process, models
+from jaxft.array_cache import ArrayCache
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -46,7 +47,6 @@ from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
 from jaxft.train.eval_step import eval_step
-from jaxft.train.feature_cache import FeatureCache
 from jaxft.train.fork import (
     Fork,
     check_fork,
@@ -57,7 +57,7 @@ from jaxft.train.fork import (
 )
 from jaxft.train.metrics import Score
 from jaxft.train.signals import Interruption, interruptible
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.train_stages import train_stages
 from jaxft.train.trainer import Trainer
 from jaxft.train.workdir import check, check_apart, check_extension, claim, saved
@@ -174,17 +174,17 @@ def finetune(
             start, remarks = fit_start(recipe, model, start)
 
         # Bind the stages to network, images and devices, and check them.
-        programs = open_programs(recipe, model, splits, devices, start)
+        programs = build_programs(recipe, model, splits, devices, start)
         remarks += oversized([program.sizes for program in programs], len(splits.train))
         if is_random:
             remarks += untrained_frozen_remarks([program.plan for program in programs], start[0])
         if begun and begun.stages != recipe.stages:
             shorter = dataclasses.replace(recipe, stages=begun.stages)
-            old = open_programs(shorter, model, splits, devices, start)
+            old = build_programs(shorter, model, splits, devices, start)
             check_extension(folder, begun, old, programs, start)
         if forked:
             check_fork(forked, ended_stage, programs, *start)
-        agreement.reach(folder, recipe, splits)
+        agreement.check_agreement(folder, recipe, splits)
 
         # Print what is about to run, then train.
         console.row(_prologue(recipe, splits, start[0], origin))
@@ -230,9 +230,9 @@ def _run(
             steps_per_call=recipe.steps_per_execution,
             examples=sizes.examples,
         )
-        batch_cache = feature_cache = FeatureCache(recipe.cache_mib * 2**20)
+        batch_cache = feature_cache = ArrayCache(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:
-            feature_cache = FeatureCache(recipe.disk_cache_mib * 2**20, on_disk=True)
+            feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
             interruption, anchor_params, feature_cache, batch_cache,

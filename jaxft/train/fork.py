@@ -206,7 +206,7 @@ def read_fork(trainer: Trainer, fork: Fork, params: Tree, stats: Tree) -> Snapsh
         trees = weights_only.read_weights(fork.checkpoint)
         # No stage uses this state, but the first checkpoint is the end of the ended stage, and
         # `resume` expects it to hold the optimizer state of that stage.
-        unused = jax.jit(trainer.programs[index].transform.init)(trees[0])
+        unused = jax.jit(trainer.programs[index].transform().init)(trees[0])
         snapshot = Snapshot(*trainer.devices.put((*trees, unused)))
     if fork.order:
         snapshot = Snapshot(*reordered(trainer.programs[0].model, tuple(snapshot), fork.order))

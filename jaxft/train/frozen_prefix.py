@@ -1,4 +1,4 @@
-"""The frozen prefix of a stage: the first blocks of the network that the stage does not change.
+"""The frozen prefix of a stage: the leading blocks of the network that it leaves unchanged.
 
 Its features of an image are always the same, so they can be cached instead of computed in each
 step. For training images this needs a fixed number of views.
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
-from jaxft.models import Model, NormMode, Norms
+from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import layer
-from jaxft.patterns import Pattern
+from jaxft.patterns import Pattern, matcher
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
 
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """Blocks that a stage leaves as they are, and which of their features are cached.
+    """Leading blocks that a stage leaves unchanged, and which of their features are cached.
 
     Attributes:
       blocks: the frozen blocks, from the input on.
@@ -36,8 +36,8 @@ class FrozenPrefix:
       mib: size of all cached features in MiB.
       room: size that the recipe allows, in MiB.
       batch_size: images per pass, on which the last bits of the features depend.
-      same_views: True if the training images are not augmented. Their features then serve all
-        stages for which this is True.
+      unaugmented: whether the training images are not augmented. Their features then serve all
+        stages of which this is true.
       cuts: blocks at which the prefix is cut into programs: the ends of the prefixes of all stages.
       taps: cuts whose features later stages need; the same pass over the images computes them.
     """
@@ -51,7 +51,7 @@ class FrozenPrefix:
     mib: float = 0.0
     room: int = 0
     batch_size: int = 0
-    same_views: bool = False
+    unaugmented: bool = False
     cuts: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
 
@@ -72,7 +72,7 @@ def frozen_prefix(
     images: tuple[int, int],
     epochs: int,
 ) -> FrozenPrefix:
-    """Returns the frozen prefix of a stage by itself; see `connect`.
+    """Returns the frozen prefix of a stage by itself; without cuts and taps.
 
     Args:
       plan: the stage over the network's parameters.
@@ -86,7 +86,7 @@ def frozen_prefix(
     """
     probes = plan.stage.linear_probe is not None
     params, stats = like
-    blocks, why = inert_blocks(model, params, plan.labels, norms)
+    blocks, why = inert_blocks(model, like, plan.labels, norms)
     if not blocks:
         return FrozenPrefix(reason=why)
     side = recipe.preprocessing.image_size
@@ -116,11 +116,11 @@ def frozen_prefix(
         mib=of_both if train else of_val if val else 0.0,
         room=room,
         batch_size=settings.batch_size,
-        same_views=probes or settings.augment == "none",
+        unaugmented=probes or settings.augment == "none",
     )
 
 
-def connect(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
+def with_cuts_and_taps(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
     """Returns the prefixes of a run's stages with their cuts and taps."""
     ends = {end for each in prefixes for end in each.blocks[-1:]}
     return [
@@ -140,7 +140,7 @@ def _taps(prefix: FrozenPrefix, later: Sequence[FrozenPrefix]) -> tuple[str, ...
     for other in later if prefix.val else ():
         depth = len(other.blocks)
         # Features of other views of the training images would be of no use.
-        useless = prefix.train and not (other.train and prefix.same_views and other.same_views)
+        useless = prefix.train and not (other.train and prefix.unaugmented and other.unaugmented)
         same = other.val and other.batch_size == prefix.batch_size
         if same and not useless and 0 < depth < intact and other.mib <= free:
             free -= other.mib
@@ -176,17 +176,44 @@ def block_labels(model: Model, params: Tree) -> Tree:
     return label(params, rules)
 
 
+def layer_blocks(model: Model, params: Tree, stats: Tree) -> dict[str, str]:
+    """Returns the block of each layer by path; a norm layer may have statistics alone."""
+    blocks = jax.tree.leaves(block_labels(model, params))
+    block_of_layer = dict(zip(map(layer, paths(params)), blocks, strict=True))
+    for path in paths(stats):
+        if layer(path) not in block_of_layer:
+            block_of_layer[layer(path)] = next(
+                (
+                    block
+                    for block, patterns in zip(model.blocks, model.block_patterns, strict=True)
+                    if any(matcher(pattern)(path, None) for pattern in patterns)
+                ),
+                model.blocks[0],  # unknown: then each prefix depends on it
+            )
+    return block_of_layer
+
+
 def inert_blocks(
-    model: Model, params: Tree, labels: Tree, norms: Norms
+    model: Model, shapes: tuple[Tree, Tree], labels: Tree, norms: Mapping[str, NormMode]
 ) -> tuple[tuple[str, ...], str]:
-    """Returns the longest run of unchanged blocks from the input, and why the next one changes."""
-    modes = dict.fromkeys(map(layer, paths(params)), norms) if isinstance(norms, str) else norms
+    """Returns the longest run of unchanged blocks from the input, and why the next one changes.
+
+    Args:
+      model: the network.
+      shapes: parameters and statistics, or their shapes.
+      labels: label tree of the stage.
+      norms: mode of each norm layer.
+    """
+    params, stats = shapes
+    block_of_layer = layer_blocks(model, params, stats)
     changing: dict[str, str] = {}
-    names, of_block = leaf_labels(params, labels), jax.tree.leaves(block_labels(model, params))
-    for path, block, name in zip(paths(params), of_block, names, strict=True):
+    for path, name in zip(paths(params), leaf_labels(params, labels), strict=True):
         if name != FROZEN:
+            block = block_of_layer[layer(path)]
             changing[block] = f"{block} trains"
-        elif modes.get(layer(path), "running") != "running":
+    for norm, mode in norms.items():
+        if mode != "running":
+            block = block_of_layer[norm]
             changing.setdefault(block, f"norm layers of {block} use the batch's statistics")
     inert = tuple(takewhile(lambda block: block not in changing, model.blocks))
     return inert, changing[model.blocks[len(inert)]]

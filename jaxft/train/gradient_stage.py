@@ -52,7 +52,7 @@ def run_gradient_stage(
     current.state = compiled.copy(current.state)
     batches = program.batches(
         trainer.splits.train,
-        epochs=program.epochs,
+        stop_epoch=program.epochs,
         first_epoch=current.progress.epoch,
         first_step=current.progress.position,
         features=train_features if program.prefix.train else None,

@@ -1,10 +1,11 @@
 """Continues a run from its newest checkpoint, or reopens its last stage if that became longer.
 
 Reopening: a run of a stage with `epochs=5` has ended and has two checkpoints, after epoch 4 and at
-the end of the stage. The same run is started with `extend` and `epochs=8`. The end holds only the
-arrays for a next stage, such as the arrays of the best epoch, and may lack the arrays after epoch
-5. Its checkpoint is therefore deleted, and the stage continues after epoch 4, as if it had had 8
-epochs from the start.
+the end of the stage. The same run is started with `extend` and `epochs=8`; without `extend`,
+`jaxft.train.workdir.check` has refused the longer recipe before. The end holds only the arrays for
+a next stage, e.g. those of the best epoch, not those after epoch 5, from which training would
+continue. Its checkpoint is therefore deleted, and the stage continues after epoch 4, as if it had
+had 8 epochs from the start.
 A stage without a readable checkpoint before its end continues from the arrays of the end instead.
 """
 
@@ -13,13 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxft import recipe_file as recipes
+from jaxft.checkpoint.checkpoints import Restored
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.data.fingerprint import changes
 from jaxft.errors import CheckpointError
 from jaxft.labels import Tree
 from jaxft.stages import Stage
 from jaxft.train.metrics import EpochMetrics
-from jaxft.train.stage_program import StageProgram, open_programs
+from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.state import Progress, StageState, item_shapes
 from jaxft.train.trainer import Trainer
 
@@ -44,22 +46,18 @@ def resume(
     """
     data = trainer.data  # reads all files' names and sizes now: they may change during training
 
-    def check_images(progress: Progress, header: Header) -> None:
-        """Checks that the run's images are those of the checkpoint."""
+    def expected_arrays(header_fields: Mapping[str, Any]) -> dict[str, Tree]:
+        """Returns the shapes of a checkpoint's items; checks its images first."""
+        header, progress = _parsed(header_fields)
         if changed := changes(header.data, data):
             path = trainer.checkpoints.path(progress.step)
+            # Ends the run: `Checkpoints.newest` skips damaged checkpoints alone.
             raise CheckpointError(
                 f"the images have changed since {path} was written:"
                 + "".join(f"\n  {line}" for line in changed)
                 + "\nRestore the images, or train on the changed ones in another --workdir; that "
                 f"run can start from this one with --weights {path}."
             )
-
-    def expected_arrays(header_fields: Mapping[str, Any]) -> dict[str, Tree]:
-        """Returns the shapes of a checkpoint's items; checks its images first."""
-        header = Header.from_json(header_fields)
-        progress = Progress.from_fields(header.progress)
-        check_images(progress, header)
         has_ended = bool(progress.ended)
         # A longer recipe may divide parameters into other groups, but the optimizer state at the
         # end of a stage has the groups of the recipe that wrote it.
@@ -69,24 +67,30 @@ def resume(
         shapes = item_shapes(programs, progress.stage, params, stats, ended=has_ended)
         return trainer.devices.abstract(shapes)
 
-    _drop_end_of_longer_stage(trainer, check_images)
-    restored = trainer.checkpoints.newest(expected_arrays)
+    restored = _restore_newest(trainer, expected_arrays)
     if restored is None:
         trainer.metrics.begin()
         return None
-    header = Header.from_json(restored.header)
-    trainer.metrics.begin(header.rows)
-    for remark in restored.remarks:
-        trainer.console.say(remark)
-    progress = Progress.from_fields(header.progress)
-    program = trainer.programs[progress.stage]
-    steps_taken = _steps_if_reopened(trainer, progress, header)
+    header, progress = _parsed(restored.header)
+    steps_taken = _steps_taken_if_reopening(trainer, header, progress)
     if steps_taken is not None:
+        earlier = _last_step_within_stage(trainer, progress)
+        origin = "the arrays at its end, as no earlier checkpoint of it can be read"
+        if earlier is not None:
+            origin = f"step {earlier}, the last one saved before"
         trainer.console.say(
-            f"Stage {program.plan.stage.name!r} had ended ({progress.ended}). It has become "
-            "longer and continues from the arrays at its end, as no earlier checkpoint of it can "
-            "be read."
+            f"Stage {trainer.recipe.stages[progress.stage].name!r} had ended ({progress.ended}). "
+            f"It has become longer, and continues from {origin}."
         )
+        if earlier is not None:
+            trainer.checkpoints.drop(restored.step)
+            del restored  # frees its arrays
+            restored, steps_taken = _restore_newest(trainer, expected_arrays), None
+            assert restored is not None  # the checkpoint of step `earlier`
+            header, progress = _parsed(restored.header)
+    trainer.metrics.begin(header.rows)
+    program = trainer.programs[progress.stage]
+    if steps_taken is not None:
         progress = progress.reopened(program.plan.stage, steps_taken, program.steps_per_epoch)
         end = Arrays.from_items(restored.arrays).current
         state = StageState.at_start(program, progress, end)
@@ -99,35 +103,22 @@ def resume(
     return progress, StageState.restored(program, header, restored.arrays)
 
 
-def _drop_end_of_longer_stage(
-    trainer: Trainer, check_images: Callable[[Progress, Header], None]
-) -> None:
-    """Deletes the newest checkpoint if it is the end of a stage that is to be reopened.
-
-    The checkpoint before it becomes the newest. Does nothing if that one cannot be read or belongs
-    to another stage.
-    """
-    # Steps count from 1; 0 stands for a checkpoint that does not exist.
-    *_, earlier, newest = (0, 0, *trainer.checkpoints.steps())
-    if not earlier:
-        return
-    try:
-        headers = [Header.from_json(trainer.checkpoints.header(step)) for step in (newest, earlier)]
-        trainer.checkpoints.verify(earlier)
-    except CheckpointError:
-        return  # `Checkpoints.newest` reports a damaged checkpoint
-    end, before = (Progress.from_fields(header.progress) for header in headers)
-    is_within_stage = before.stage == end.stage and not before.ended
-    if is_within_stage and _steps_if_reopened(trainer, end, headers[0]) is not None:
-        check_images(end, headers[0])  # before the checkpoint is deleted
-        trainer.console.say(
-            f"Stage {trainer.recipe.stages[end.stage].name!r} had ended ({end.ended}). It has "
-            f"become longer, and continues from step {earlier}, the last one saved before."
-        )
-        trainer.checkpoints.drop(newest)
+def _parsed(header_fields: Mapping[str, Any]) -> tuple[Header, Progress]:
+    header = Header.from_json(header_fields)
+    return header, Progress.from_fields(header.progress)
 
 
-def _steps_if_reopened(trainer: Trainer, progress: Progress, header: Header) -> int | None:
+def _restore_newest(
+    trainer: Trainer, expected_arrays: Callable[[dict[str, Any]], Mapping[str, Tree]]
+) -> Restored | None:
+    """Restores the newest readable checkpoint and prints a remark for each newer one."""
+    restored = trainer.checkpoints.newest(expected_arrays)
+    for remark in restored.remarks if restored else ():
+        trainer.console.say(remark)
+    return restored
+
+
+def _steps_taken_if_reopening(trainer: Trainer, header: Header, progress: Progress) -> int | None:
     """Returns the steps that the checkpoint's stage has taken, if the stage is to be reopened.
 
     Returns None if the checkpoint is not the end of a stage, or if the stage stays ended.
@@ -136,7 +127,23 @@ def _steps_if_reopened(trainer: Trainer, progress: Progress, header: Header) -> 
         return None
     program = trainer.programs[progress.stage]
     before = _saved_stages(header)[progress.stage]
-    return progress.steps_if_reopened(before, program.plan.stage, program.steps_per_epoch)
+    return progress.steps_taken_if_reopening(before, program.plan.stage, program.steps_per_epoch)
+
+
+def _last_step_within_stage(trainer: Trainer, end: Progress) -> int | None:
+    """Returns the step of the newest readable checkpoint of an ended stage before its end."""
+    for step in reversed(trainer.checkpoints.steps()):
+        if step >= end.step:
+            continue
+        try:
+            _, progress = _parsed(trainer.checkpoints.header(step))
+            if progress.stage != end.stage or progress.ended:  # or a former end, since reopened
+                return None
+            trainer.checkpoints.verify(step)
+        except CheckpointError:
+            continue  # `Checkpoints.newest` reports it, once the end is deleted
+        return step
+    return None
 
 
 def _has_same_stages(trainer: Trainer, header: Header) -> bool:
@@ -156,7 +163,7 @@ def _saved_programs(
     if _has_same_stages(trainer, header):
         return trainer.programs
     recipe = dataclasses.replace(trainer.recipe, stages=_saved_stages(header))
-    return open_programs(
+    return build_programs(
         recipe, trainer.programs[0].model, trainer.splits, trainer.devices, (params, stats)
     )
 

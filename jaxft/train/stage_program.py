@@ -1,6 +1,7 @@
 """A stage bound to the run's network, images and devices: all that its compilation needs.
 
-`jaxft.train.compiled_stage.compile_stage` compiles it.
+`build_programs` builds and checks the programs of a run's stages.
+`jaxft.train.compiled_stage.compile_stage` compiles one.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
 from jaxft.data.source import pixel_type
 from jaxft.distributed import Devices
-from jaxft.errors import DataError, PatternError, RecipeError
+from jaxft.errors import DataError, ModelError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.linear_head_check import check_linear_head
 from jaxft.models import Model, NormMode
@@ -31,7 +32,7 @@ from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
 from jaxft.stages import Stage
 from jaxft.train import train_step
-from jaxft.train.frozen_prefix import FrozenPrefix, connect, frozen_prefix
+from jaxft.train.frozen_prefix import FrozenPrefix, frozen_prefix, with_cuts_and_taps
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, StepRecord
 from jaxft.train.train_step import StepConfig, TrainState
@@ -45,16 +46,15 @@ class StageProgram:
       index: index of the stage in its run.
       plan: the stage applied to the network's parameters.
       recipe: the run's recipe.
-      settings: the recipe's settings, with those that the stage overrides.
+      settings: the recipe's settings after the stage's overrides.
       model: the network.
       devices: where the stage runs.
       norms: mode of each norm layer.
       loss: loss of the steps.
-      steps_per_epoch: number of batches of an epoch: of all training images or, with `drop_last`,
-        of those that fill whole batches.
+      steps_per_epoch: batches per epoch; with `drop_last`, whole batches only.
       sizes: number of examples and of array rows of a full batch and of an epoch's last batch.
         `BatchSizes` defines `batch_size`, `rows`, `last_rows` and `examples`.
-      prefix: the first blocks of the network, which the stage does not change. Empty before
+      prefix: the leading blocks of the network that the stage leaves unchanged; empty before
         `with_prefixes`.
       pixels: dtype of the images, uint8 or float32.
     """
@@ -101,9 +101,11 @@ class StageProgram:
             return remaining
         return min(remaining, before_last_batch)
 
-    @property
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The stage's optimizer; for a linear probe, one that only keeps state of later stages."""
+        """Returns the stage's optimizer.
+
+        That of a linear probe trains nothing and only holds state parked for later stages.
+        """
         if self.plan.stage.linear_probe:
             return multi_transform({}, jax.tree.map(lambda _: FROZEN, self.plan.labels))
         return self.plan.transform(self.recipe.optimizer, steps_per_epoch=self.steps_per_epoch)
@@ -118,7 +120,7 @@ class StageProgram:
         self,
         source: Source,
         *,
-        epochs: int,
+        stop_epoch: int,
         first_epoch: int = 0,
         first_step: int = 0,
         features: Callable[[int], np.ndarray] | None = None,
@@ -127,7 +129,7 @@ class StageProgram:
 
         Args:
           source: the training images.
-          epochs: index of the epoch to stop before.
+          stop_epoch: index of the epoch after the last one.
           first_epoch, first_step: the first batch, by the index of its epoch and in the epoch.
           features: returns the features [n ...] of all images for a view; the batches then hold
             these instead of images.
@@ -148,7 +150,7 @@ class StageProgram:
                 last_rows=self.sizes.last_rows,
                 shard=self.devices.shard,
             ),
-            epochs=epochs,
+            epochs=stop_epoch,
             first_epoch=first_epoch,
             first_step=first_step,
             workers=recipe.workers,
@@ -156,7 +158,11 @@ class StageProgram:
         )
 
     def state(self, snapshot: Snapshot) -> tuple[TrainState, Tree]:
-        """Splits arrays into the state that steps change and the frozen parameters; copies none."""
+        """Splits arrays into the state that steps change and the frozen parameters.
+
+        Copies nothing: the average starts as the same arrays as `trainable` and `stats`. Before the
+        first step, which donates its state, the caller copies it (`CompiledStage.copy`).
+        """
         trainable, frozen = partition(snapshot.params, self.plan.labels)
         average = (trainable, snapshot.stats) if self.plan.stage.ema else None
         return TrainState(trainable, snapshot.stats, snapshot.opt_state, average), frozen
@@ -175,7 +181,7 @@ class StageProgram:
         stage, recipe = self.plan.stage, self.recipe
         config = StepConfig(
             model=self.model,
-            transform=self.transform,
+            transform=self.transform(),
             preprocessing=recipe.preprocessing,
             norms=self.norms,
             loss=self.loss,
@@ -191,6 +197,7 @@ class StageProgram:
             replicas=_replicas(recipe, self.devices),
             devices=self.devices,
             keep_gradients=keep_gradients,
+            # With cached features the batches hold these instead of images.
             first=self.prefix.first if self.prefix.train else None,
             remat=recipe.remat,
         )
@@ -211,15 +218,14 @@ class StageProgram:
         """
         return train_step.gradient_norms(self.train_step(keep_gradients=True), labels)
 
-    @property
     def tensor_labels(self) -> Tree:
-        """Label tree in which each parameter that trains is labelled with its path."""
+        """Returns the label tree in which each parameter that trains has its path as label."""
         labels = self.plan.labels
         pairs = zip(paths(labels), jax.tree.leaves(labels), strict=True)
         return unflatten(labels, [FROZEN if label == FROZEN else path for path, label in pairs])
 
 
-def stage_program(
+def build_program(
     index: int,
     plan: StagePlan,
     recipe: Recipe,
@@ -240,20 +246,19 @@ def stage_program(
       shapes: parameters and statistics, or their shapes.
 
     Raises:
-      JaxftError: the stage does not fit the network or the images.
+      JaxftError: the stage does not fit the network or the images; `build_programs` adds its name.
     """
     stage, settings = plan.stage, recipe.settings(plan.stage)
     image_size = recipe.preprocessing.image_size
-    with _naming(stage):
-        check_view(source, settings.augment)
-        norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
+    check_view(source, settings.augment)
+    norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
     weights = stage.class_weights
     if weights is None and settings.balance == "loss":
         weights = class_weights(source)
     if weights is not None and len(weights) != len(source.classes):
         raise RecipeError(
-            f"stage {stage.name!r} has {len(weights)} class_weights, and there are "
-            f"{len(source.classes)} classes: {', '.join(source.classes)}."
+            f"it has {len(weights)} class_weights, and there are {len(source.classes)} classes: "
+            f"{', '.join(source.classes)}."
         )
     loss = Loss(
         label_smoothing=settings.label_smoothing,
@@ -269,24 +274,19 @@ def stage_program(
     if stage.linear_probe:
         check_linear_head(plan, model, shapes, image_size)
     else:
-        with _naming(stage):
-            check_single_image(
-                model,
-                shapes,
-                norms,
-                sizes,
-                image_size=image_size,
-                accumulate=stage.accumulate,
-                replicas=_replicas(recipe, devices),
-                reaches_last=stage.length(steps) >= steps,
-            )
+        check_single_image(
+            model, shapes, norms, sizes,
+            image_size=image_size, accumulate=stage.accumulate,
+            replicas=_replicas(recipe, devices),
+            reaches_last=stage.length(steps) >= steps,  # the epoch's last batch may be smaller
+        )  # fmt: skip
     return StageProgram(
-        index, plan, recipe, settings, model, devices, norms, loss, steps, sizes,
-        pixels=pixel_type(source).name,
+        index=index, plan=plan, recipe=recipe, settings=settings, model=model, devices=devices,
+        norms=norms, loss=loss, steps_per_epoch=steps, sizes=sizes, pixels=pixel_type(source).name,
     )  # fmt: skip
 
 
-def open_programs(
+def build_programs(
     recipe: Recipe, model: Model, splits: Splits, devices: Devices, shapes: tuple[Tree, Tree]
 ) -> tuple[StageProgram, ...]:
     """Returns the programs of the recipe's stages, with their frozen prefixes.
@@ -304,10 +304,11 @@ def open_programs(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `StagePlan.remarks` holds them; the console prints those
         plans = stage_plan.plan(recipe.stages, shapes[0])
-    programs = [
-        stage_program(index, plan, recipe, model, splits.train, devices, shapes)
-        for index, plan in enumerate(plans)
-    ]
+    programs = []
+    for index, plan in enumerate(plans):
+        with _naming(plan.stage):
+            program = build_program(index, plan, recipe, model, splits.train, devices, shapes)
+        programs.append(program)
     return with_prefixes(programs, shapes, images=(len(splits.train), len(splits.val)))
 
 
@@ -328,8 +329,8 @@ def with_prefixes(
         )
         for program in programs
     ]  # fmt: skip
-    connected = zip(programs, connect(prefixes), strict=True)
-    return tuple(dataclasses.replace(program, prefix=prefix) for program, prefix in connected)
+    pairs = zip(programs, with_cuts_and_taps(prefixes), strict=True)
+    return tuple(dataclasses.replace(program, prefix=prefix) for program, prefix in pairs)
 
 
 def _replicas(recipe: Recipe, devices: Devices) -> int:
@@ -341,5 +342,5 @@ def _naming(stage: Stage) -> Iterator[None]:
     """Puts the name of the stage before the message of an error."""
     try:
         yield
-    except (DataError, PatternError, RecipeError) as error:
+    except (DataError, ModelError, PatternError, RecipeError) as error:
         raise type(error)(f"stage {stage.name!r}: {error}") from error

@@ -105,7 +105,9 @@ class Progress:
         """Returns the score of the arrays that the next stage starts from."""
         return self.best if stage.restore == "best" else self.score
 
-    def steps_if_reopened(self, before: Stage, now: Stage, steps_per_epoch: int) -> int | None:
+    def steps_taken_if_reopening(
+        self, before: Stage, now: Stage, steps_per_epoch: int
+    ) -> int | None:
         """Returns the steps that an ended stage has taken, if its longer form continues it.
 
         A stage that ended by `EarlyStop` continues if its patience, or its least length, has grown.

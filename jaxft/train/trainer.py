@@ -12,6 +12,7 @@ import jax
 
 from jaxft import data
 from jaxft import recipe_file as recipes
+from jaxft.array_cache import ArrayCache
 from jaxft.batch_sizes import batch_sizes
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Arrays, Snapshot
@@ -26,7 +27,7 @@ from jaxft.report.metrics_log import MetricsLog
 from jaxft.report.nonfinite import first_block, validation_error
 from jaxft.steps_per_execution import groups, sent
 from jaxft.train.compiled_stage import CompiledStage
-from jaxft.train.feature_cache import FeatureCache, StageFeatures
+from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.signals import Interruption
 from jaxft.train.stage_program import StageProgram
@@ -51,7 +52,7 @@ class Trainer:
       interruption: whether a signal has come.
       start: parameters that the run started from, if a stage has an anchor.
       feature_cache: features of frozen prefixes.
-      batch_cache: validation batches, in memory; may be the same cache.
+      batch_cache: validation batches; the same cache, unless features are on disk.
     """
 
     recipe: Recipe
@@ -64,8 +65,8 @@ class Trainer:
     console: Console
     interruption: Interruption
     start: Tree | None
-    feature_cache: FeatureCache
-    batch_cache: FeatureCache
+    feature_cache: ArrayCache
+    batch_cache: ArrayCache
 
     @cached_property
     def data(self) -> dict[str, object]:

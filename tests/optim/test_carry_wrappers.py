@@ -215,9 +215,8 @@ def test_carry_rejects_states_without_multi_transform(old, new, message):
 
 def test_carry_cannot_park_without_a_frozen_label():
     first = labelled(ALL)
-    second = optax.multi_transform(
-        {"head": optax.adam(0.1)}, jax.tree.map(lambda _: "head", PARAMS)
-    )
+    labels = jaxft.label(PARAMS, HEAD, default="off")
+    second = optax.multi_transform({"head": optax.adam(0.1), "off": optax.set_to_zero()}, labels)
     before = train(first, first.init(PARAMS), 1)
     with pytest.raises(LabelError, match=r"body cannot be parked.*jaxft.multi_transform"):
         jaxft.carry(before, second.init(PARAMS), park={"body"})

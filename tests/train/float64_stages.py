@@ -16,7 +16,7 @@ from jaxft.data import Batch
 from jaxft.distributed import Devices
 from jaxft.labels import combine
 from jaxft.train.compiled_stage import compile_stage
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 from jaxft.weights.key_maps import torch_tensors
 
 STEPS, ROWS, LAST = 4, 8, 5  # of a stage, of a batch, of a stage's last batch
@@ -71,8 +71,8 @@ def _train(stages):
     )  # fmt: skip
     at = Snapshot(*start, None)
     for index, stage in enumerate(plan(stages, start[0])):
-        stage = stage_program(index, stage, recipe, MODEL, source, Devices(), start)
-        at = at._replace(opt_state=stage.transform.init(at.params))
+        stage = build_program(index, stage, recipe, MODEL, source, Devices(), start)
+        at = at._replace(opt_state=stage.transform().init(at.params))
         compiled = compile_stage(stage, at)
         state, frozen = stage.state(at)
         state, records = compiled.copy(state), []

@@ -6,15 +6,10 @@ import re
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-
-from jaxft import DataError, ParallelError, Recipe, Stage, agreement, data
-from jaxft.data import Splits
 
 CHILD = """
 import json, os, sys
@@ -150,107 +145,3 @@ def test_agreement_finds_a_workdir_that_is_not_shared(errors, folder):
 @pytest.mark.slow
 def test_agreement_leaves_nothing_behind(errors, folder):
     assert not [*folder.glob("*/host*/own"), *folder.glob("*/shared")]
-
-
-class Client:
-    """A key-value store like that of `jax.distributed`, with values from the other process."""
-
-    def __init__(self, **values):
-        self.values = {f"jaxft/0/{name}/1": json.dumps(value) for name, value in values.items()}
-
-    def key_value_set(self, key, value):
-        self.values[key] = value
-
-    def key_value_dir_get(self, folder):
-        return [*self.values.items()]
-
-    def blocking_key_value_get(self, key, milliseconds):
-        if key not in self.values:
-            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
-        return self.values[key]
-
-    def wait_at_barrier(self, name, milliseconds):
-        pass
-
-
-def connect(monkeypatch, client):
-    """Makes this process the first of two."""
-    state = SimpleNamespace(client=client, process_id=0, num_processes=2)
-    monkeypatch.setattr(agreement.distributed, "global_state", state)
-    monkeypatch.setattr(agreement, "_round", 0)
-
-
-def test_agreement_prints_which_process_it_waits_for(monkeypatch, capsys):
-    """Once, however long it takes."""
-    waits = iter([True, True, False])
-
-    class SlowClient(Client):
-        def blocking_key_value_get(self, key, milliseconds):
-            if key.endswith("/1") and next(waits):
-                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
-            return "{}"
-
-    connect(monkeypatch, SlowClient())
-    monkeypatch.setattr(agreement, "_NOTICE_SECONDS", 0.0)
-    assert agreement._exchange("facts", {}) == [{}, {}]
-    printed = capsys.readouterr().err
-    assert printed.startswith("Waiting for process 1 of 2 to compare recipe, images and workdir")
-    assert printed.count("Waiting") == 1
-
-
-@pytest.mark.parametrize(
-    ("code", "sent"),
-    [(2, {"error": "it exited with code 2; its output shows why."}), (0, None), (None, None)],
-)
-def test_agreement_sends_only_exits_with_an_error(code, sent, monkeypatch):
-    """`--help` exits with code 0 and is no failure."""
-    client = Client(facts={})
-    connect(monkeypatch, client)
-    with pytest.raises(SystemExit), agreement.announced():
-        sys.exit(code)
-    assert json.loads(client.values.get("jaxft/0/facts/0", "null")) == sent
-
-
-def test_agreement_sends_an_error_while_it_collects_the_facts(monkeypatch):
-    """Without it the other processes would wait for the facts for ever."""
-
-    class Unreadable:
-        classes, targets = ("a",), np.zeros(1, np.int32)
-
-        def __len__(self):
-            return 1
-
-        def identity(self, index):
-            raise DataError("no such image")
-
-    client = Client(facts={})
-    connect(monkeypatch, client)
-    with pytest.raises(DataError), agreement.announced():
-        agreement.reach("run", None, Splits(Unreadable(), Unreadable()))
-    assert json.loads(client.values["jaxft/0/facts/0"]) == {"error": "DataError: no such image"}
-    assert agreement._round == 1
-
-
-def test_agreement_finds_classes_that_alternate_in_another_order(monkeypatch, tmp_path):
-    """Each class has the same images, so that no image is to blame."""
-    here, there = (
-        data.arrays(np.zeros((2, 4, 4, 3), np.uint8), targets, classes=["a", "b"])
-        for targets in ([0, 1], [1, 0])
-    )
-    recipe = Recipe(model="cifar_resnet8", data="a", stages=(Stage("s", {"*": 1e-3}, epochs=1),))
-    facts = agreement._facts(recipe, Splits(there, there))
-
-    class Twin(Client):
-        def key_value_set(self, key, value):
-            super().key_value_set(key, value)
-            if "digests" in key:  # the other process has the same
-                self.values[f"{key[:-1]}1"] = value
-
-    connect(monkeypatch, Twin(facts=facts))
-    with pytest.raises(ParallelError) as error:
-        agreement.reach(tmp_path, recipe, Splits(here, here))
-    lines = str(error.value).splitlines()
-    assert [line.partition(":")[0].strip() for line in lines[1:-1]] == [
-        "names, sizes or classes of train images (digest)",
-        "names, sizes or classes of val images (digest)",
-    ]

@@ -24,7 +24,7 @@ from jaxft.optim.transform import restart
 from jaxft.strategies import auto_rgn
 from jaxft.train.auto_rgn import factors, relative_norms
 from jaxft.train.metrics import GradientNorms
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 from jaxft.weights.key_maps import torch_tensors
 
 with jax.enable_x64(True):
@@ -126,11 +126,11 @@ def test_auto_rgn_ignores_batch_that_is_not_finite(on_nonfinite):
     recipe = dataclasses.replace(RECIPE, on_nonfinite=on_nonfinite)
     params, stats = start()
     (stage,) = plan(recipe.stages, params)
-    made = stage_program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
-    state, frozen = made.state(Snapshot(params, stats, made.transform.init(params)))
+    made = build_program(0, stage, recipe, MODEL, SOURCE, Devices(), (params, stats))
+    state, frozen = made.state(Snapshot(params, stats, made.transform().init(params)))
     images = np.full((BATCH, 16, 16, 3), np.nan)
     noise = Batch(images, np.zeros(BATCH, np.int32), np.ones(BATCH, bool))
-    found = jax.jit(made.gradient_norms(made.tensor_labels))(state, frozen, noise, np.int32(0))
+    found = jax.jit(made.gradient_norms(made.tensor_labels()))(state, frozen, noise, np.int32(0))
     assert np.isnan([*found.gradients.values()]).all()
     assert relative_norms([found]) == {}
 

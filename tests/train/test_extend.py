@@ -6,7 +6,15 @@ import re
 import numpy as np
 import pytest
 from flax import linen as nn
-from mortal import QUIET, assert_close, assert_same_end, killed, rows
+from mortal import (
+    QUIET,
+    assert_close,
+    assert_same_end,
+    killed,
+    rows,
+    saving_stage_ends_only,
+    steps,
+)
 
 from jaxft import Adam, EarlyStop, Recipe, RecipeError, Stage, data, finetune, models
 from jaxft.optim import schedules
@@ -95,6 +103,31 @@ def test_extended_run_starts_from_end_without_earlier_checkpoint(tmp_path, capsy
     run(two, tmp_path / "run", console=Console(), extend=True)
     assert "continues from the arrays at its end" in " ".join(capsys.readouterr().out.split())
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_extended_run_skips_a_damaged_checkpoint_before_the_end(tmp_path, capsys):
+    before, longer = (last(epochs=epochs) for epochs in (3, 4))
+    run(before, tmp_path / "extended")
+    checkpoints = tmp_path / "extended" / "checkpoints"
+    assert steps(tmp_path / "extended")[-3:] == [4, 6, 8]
+    largest = max((checkpoints / "6").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    run(longer, tmp_path / "extended", console=Console(), extend=True)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "has become longer, and continues from step 4, the last one saved before." in output
+    assert "/6 is damaged: " in output
+    run(longer, tmp_path / "longer")
+    assert_same_end(tmp_path / "extended", tmp_path / "longer")
+
+
+@pytest.mark.slow
+def test_extend_twice_without_earlier_checkpoint(tmp_path):
+    """The second time, the former end of the stage lies before its end."""
+    for epochs in (1, 2, 3):
+        with saving_stage_ends_only():
+            run(recipe(dataclasses.replace(HEAD, epochs=epochs)), tmp_path, extend=epochs > 1)
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.slow

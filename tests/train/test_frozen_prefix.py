@@ -24,8 +24,8 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
-from jaxft.train.feature_cache import FeatureCache
-from jaxft.train.stage_program import open_programs
+from jaxft.train.frozen_prefix import inert_blocks
+from jaxft.train.stage_program import build_programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -54,7 +54,7 @@ def programs(recipe, images=(30, 100)):
     recipe = recipe.expecting(data.Preprocessing())
     model = recipe.network(5)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    return open_programs(recipe, model, Splits(train, val), Devices(), like), like
+    return build_programs(recipe, model, Splits(train, val), Devices(), like), like
 
 
 def run(workdir, recipe):
@@ -219,35 +219,38 @@ def test_views_must_not_be_negative():
         dataclasses.replace(PLAIN, num_views=-1)
 
 
-def test_cache_evicts_least_recently_used():
-    kept, array = FeatureCache(4 * 40), np.zeros(10, np.float32)
-    for key in "abbcd":  # "b" twice
-        kept.add(key, array)
-    assert kept.get("a") is array
-    kept.add("e", array)
-    assert [kept.get(key) is not None for key in "abcde"] == [True, False, True, True, True]
-    kept.add("f", np.zeros(41, np.float32))  # larger than the whole cache
-    assert [kept.get(key) is not None for key in "abcdef"] == [True, False, True, True, True, False]
+class TwoBlocks:
+    """A network whose norm layers have no parameters."""
+
+    blocks = ("stem", "head")
+    block_patterns = (("stem",), ("fc",))
 
 
-@pytest.mark.parametrize(("room", "again"), [(10 + 3 * 9, "xyz"), (10 + 3 * 9 - 1, "pqr")])
-def test_cache_replays_batches_if_all_were_seen_and_fit(room, again):
-    kept = FeatureCache(room)
-    kept.add("rows of a prefix", np.zeros(10, np.int8))  # must not be evicted for batches
+SHAPES = (
+    {"stem": {"kernel": np.ones(2)}, "fc": {"kernel": np.ones(2)}},
+    {"stem": {"norm": {"mean": np.zeros(2)}}, "other": {"mean": np.zeros(2)}},
+)
 
-    def batches(names):
-        return ((np.zeros(5, np.int8), np.full(4, ord(name), np.int8)) for name in names)
 
-    def seen(names, count=3):
-        found = itertools.islice(kept.replayed("images", batches(names), 3), count)
-        return "".join(chr(targets[0]) for _, targets in found)
-
-    assert [seen("abc", 2), seen("xyz", 4), seen("pqr")] == ["ab", "xyz", again]
+@pytest.mark.parametrize(
+    ("modes", "blocks", "reason"),
+    [
+        ({"stem.norm": "running", "other": "running"}, ("stem",), "head trains"),
+        ({"stem.norm": "batch", "other": "running"}, (), "norm layers of stem use the batch's"),
+        ({"stem.norm": "running", "other": "batch"}, (), "norm layers of stem use the batch's"),
+    ],
+    ids=["running", "batch", "of no block"],
+)
+def test_prefix_depends_on_norm_layers_without_parameters(modes, blocks, reason):
+    labels = {"stem": {"kernel": "frozen"}, "fc": {"kernel": "head"}}
+    inert, why = inert_blocks(TwoBlocks(), SHAPES, labels, modes)
+    assert inert == blocks
+    assert why.startswith(reason)
 
 
 def compiled(recipe, index):
     found, (params, stats) = programs(recipe)
-    state = jax.eval_shape(found[index].transform.init, params)
+    state = jax.eval_shape(found[index].transform().init, params)
     return compile_stage(found[index], Snapshot(params, stats, state))
 
 

@@ -14,7 +14,7 @@ from jaxft.distributed import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 LOGITS = np.array([[2, -1, 0.5], [0.1, 0.2, 0.3], [-3, 4, 1], [1.5, 1.5, -2]], np.float32)
@@ -206,7 +206,7 @@ def test_objective_of_recipe():
     fields = {"reduction": "sum", "label_smoothing": 0.1, "random_erasing": 0.2, "mixup": 0.3}
     recipe = Recipe(model=MODEL.name, data="random", stages=stages, **fields)
     source = data.arrays(*batch()[:2], classes="01234")
-    prepared = stage_program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
+    prepared = build_program(0, *plan(stages, start[0]), recipe, MODEL, source, Devices(), start)
     assert prepared.loss == Loss(**fields)
 
 

@@ -8,10 +8,11 @@ import pytest
 from float64_stages import assert_as_recorded, train
 
 from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
+from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.report.console import Console
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_programs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "norm_modes.npz"
 LATE = {"fc": 0.05, "layer3": 0.02}
@@ -145,7 +146,7 @@ def test_norm_modes_that_do_not_fit_are_refused(norms, error, message):
     recipe = Recipe(model=MODEL.name, data="random", stages=(stage,))
     source = data.arrays(np.zeros((1, 8, 8, 3), np.uint8), [0], classes="0123456789")
     with pytest.raises(error, match=message):
-        stage_program(0, *plan([stage], PARAMS), recipe, MODEL, source, Devices(), (PARAMS, STATS))
+        build_programs(recipe, MODEL, Splits(source, source), Devices(), (PARAMS, STATS))
 
 
 @pytest.mark.parametrize("norms", ["B", {"layer3": "b", "*": "batch"}, {"*": "running"}])

@@ -11,7 +11,7 @@ from jaxft import Recipe, Stage, data, models
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
 from jaxft.distributed import Devices
-from jaxft.train.stage_program import open_programs
+from jaxft.train.stage_program import build_programs
 from jaxft.train.train_step import block_by_block
 
 MODEL = models.create("cifar_resnet8", num_classes=4, dropout=0.2, drop_path=0.2)
@@ -36,12 +36,12 @@ IMAGES = Splits(*[data.arrays(*BATCH[:2], classes=list("abcd"))] * 2)
 
 def program(**fields):
     recipe = dataclasses.replace(RECIPE, **fields)
-    return open_programs(recipe, MODEL, IMAGES, Devices(), START)[0]
+    return build_programs(recipe, MODEL, IMAGES, Devices(), START)[0]
 
 
 def stepped(program):
     """Returns the state after a step, and its record with gradients."""
-    state, frozen = program.state(Snapshot(*START, program.transform.init(START[0])))
+    state, frozen = program.state(Snapshot(*START, program.transform().init(START[0])))
     step = jax.jit(program.train_step(keep_gradients=True))
     return step(state, frozen, BATCH, np.int32(3))
 
@@ -82,7 +82,7 @@ def test_remat_adds_flops_of_one_forward_pass():
     def asked(function, *args):
         return function.lower(*args).cost_analysis()["flops"]
 
-    state, frozen = program().state(Snapshot(*START, program().transform.init(START[0])))
+    state, frozen = program().state(Snapshot(*START, program().transform().init(START[0])))
     plain, again = (
         asked(jax.jit(program(remat=remat).train_step()), state, frozen, BATCH, np.int32(0))
         for remat in (False, True)

@@ -38,7 +38,7 @@ from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import Metrics, Score
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 
@@ -74,7 +74,7 @@ def programs(*stages, **fields):
     given = recipe(*stages, **fields)
     start = jax.eval_shape(MODEL.init, jax.random.key(0))
     return [
-        stage_program(index, stage, given, MODEL, TRAIN, Devices(), start)
+        build_program(index, stage, given, MODEL, TRAIN, Devices(), start)
         for index, stage in enumerate(plan(stages, start[0]))
     ]
 
@@ -335,7 +335,12 @@ def test_stage_end_by_steps_epochs_minutes_and_plateau(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("settings", "fields", "message"),
     [
-        ({"class_weights": (1.0, 2.0)}, {}, "has 2 class_weights, and there are 10 classes: 0, 1"),
+        (
+            {"class_weights": (1.0, 2.0)},
+            {},
+            "stage 'wrong': it has 2 class_weights, and there are 10 classes: 0, 1",
+        ),
+        ({"batch_size": 99}, {"drop_last": True}, "stage 'wrong': drop_last leaves nothing"),
         (
             {"norms": "train_all"},
             {},

@@ -10,7 +10,7 @@ from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.labels import paths
 from jaxft.train.metrics import EpochMetrics, Score
-from jaxft.train.stage_program import open_programs
+from jaxft.train.stage_program import build_programs
 from jaxft.train.state import Progress, StageState, header_of, item_shapes
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
@@ -20,7 +20,7 @@ START = MODEL.init(jax.random.key(0))
 def stage(stage):
     recipe = Recipe(model=MODEL.name, data="digits:5-9", batch_size=4, stages=(stage,))
     images = data.arrays(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), classes=list("abcde"))
-    return open_programs(recipe, MODEL, Splits(images, images), Devices(), START)[0]
+    return build_programs(recipe, MODEL, Splits(images, images), Devices(), START)[0]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def stage(stage):
 )
 def test_best_epoch_shares_unchanged_arrays(trains, norms, params, stats):
     program = stage(Stage("only", trains, 1, norms=norms))
-    now = Snapshot(*START, program.transform.init(START[0]))
+    now = Snapshot(*START, program.transform().init(START[0]))
     worse = Score(1.0, 0.0, 0.0)
     best = StageState.at_start(program, Progress.at_start(0, 0, worse), now)
     arrays = best.items(program)

@@ -15,7 +15,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
-from jaxft.train.stage_program import open_programs
+from jaxft.train.stage_program import build_programs
 
 SIDE, BATCH = 224, 16
 RECIPE = Recipe(
@@ -66,7 +66,7 @@ def stages():
     recipe = RECIPE.expecting(data.Preprocessing())
     model = recipe.network(2)
     trees = jax.eval_shape(model.init, jax.random.key(0))
-    programs = open_programs(recipe, model, Splits(images, images), Devices(), trees)
+    programs = build_programs(recipe, model, Splits(images, images), Devices(), trees)
     x, found = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.float32), {}
     for block in model.blocks:
         forward = partial(model.apply, norms="running", first=block, last=block)
@@ -86,6 +86,6 @@ def test_step_flops_are_the_least(stages, index):
     of_input = {"head": slice(0, 1), "layer4": slice(0, 3, 2), "stem": slice(0, 1)}[trained[0]]
     least = sum(map(sum, found.values())) + backward - sum(found[trained[0]][of_input])
     program = programs[index]
-    state = jax.eval_shape(program.transform.init, params)
+    state = jax.eval_shape(program.transform().init, params)
     flops = compile_stage(program, Snapshot(params, stats, state)).flops
     assert least <= flops <= 1.02 * least

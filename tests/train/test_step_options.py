@@ -16,7 +16,7 @@ from jaxft.distributed import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.train.compiled_stage import compile_stage, flops
 from jaxft.train.eval_step import eval_step
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_options.npz"
 EMA = 0.75
@@ -67,8 +67,8 @@ def start_of(stage, **settings):
     params, stats = MODEL.init(jax.random.key(0))
     (planned,) = plan([stage], params)
     source = data.arrays(*rows(0), classes="0123456789")
-    prepared = stage_program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
-    at = Snapshot(params, stats, prepared.transform.init(params))
+    prepared = build_program(0, planned, recipe, MODEL, source, Devices(), (params, stats))
+    at = Snapshot(params, stats, prepared.transform().init(params))
     compiled = compile_stage(prepared, at)
     state, frozen = prepared.state(at)
     return compiled, compiled.copy(state), frozen, params
