@@ -6,8 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.models.context import Context
+
+STATISTICS = "batch statistics"
+"""Name of the statistics for policies of `jax.checkpoint`, so that rematerialisation can keep them:
+to compute them again takes another pass over the batch, and communication between devices."""
 
 
 class BatchNorm(nnx.Module):
@@ -79,9 +84,9 @@ class BatchNorm(nnx.Module):
             running[...] = ((1 - momentum) * old + momentum * new).astype(old.dtype)
 
 
-_CANCELLATION = 100.0
-"""Squared mean of `x - guess` relative to its variance, above which digits of the variance cancel.
-Below it, the variance loses two of its digits at most."""
+_CANCELLATION = 10.0
+"""Largest squared mean of `x - guess`, relative to the variance, for which the variance loses at
+most one digit."""
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array]
 """Mean `[n c]`, biased variance `[n c]` and number of values `[n 1]` of each part."""
@@ -113,33 +118,42 @@ def _forward(
     guess: jax.Array,
     eps: float,
 ) -> tuple[tuple[jax.Array, Statistics], tuple[jax.Array, ...]]:
-    mean, var, count = jax.lax.platform_dependent(
-        x, mask, guess, tpu=_one_pass, default=_two_passes
-    )
+    mean, var, count = _statistics(x, mask, guess, eps)
+    mean, var = checkpoint_name(mean, STATISTICS), checkpoint_name(var, STATISTICS)
     inverse_std = jax.lax.rsqrt(var + eps)
     centred = _at_least_float32(x) - _broadcast(mean, x)
     y = centred * _broadcast(inverse_std * scale, x) + bias
     return (y.astype(x.dtype), (mean, var, count)), (x, mask, scale, mean, inverse_std, count)
 
 
-def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array) -> Statistics:
+def _statistics(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
+    return jax.lax.platform_dependent(  # type: ignore[no-any-return]
+        x, mask, guess, tpu=partial(_one_pass, eps=eps), default=_two_passes
+    )
+
+
+def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
     """Returns the statistics, reading the batch once, which a TPU fuses with the convolution.
 
-    The variance is the mean square of `x - guess` minus the square of its mean. Where a variance is
-    so much smaller than that square that digits cancel, the batch is read again.
+    The variance is the mean square of `x - guess` minus the square of its mean. If a variance is so
+    much smaller than that square that digits cancel, the batch is read again.
     """
     count = _count(x, mask)
-    shifted = _at_least_float32(x) - guess
-    offset, square = (_mean(values, mask, count) for values in (shifted, jnp.square(shifted)))
+    rows = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+    shifted = jnp.where(rows, _at_least_float32(x) - guess, 0)
+    axes = tuple(range(1, x.ndim - 1))
+    offset, square = (
+        values.sum(axes) / jnp.maximum(count, 1) for values in (shifted, jnp.square(shifted))
+    )
     mean, var = offset + guess, square - jnp.square(offset)
-    cancels = jnp.any(jnp.square(offset) > _CANCELLATION * var)
+    cancels = jnp.any(jnp.square(offset) > _CANCELLATION * (var + eps))
     mean, var = jax.lax.cond(
         cancels, lambda: _two_passes(x, mask, guess)[:2], lambda: (mean, jnp.maximum(var, 0))
     )
     return mean, var, count
 
 
-def _two_passes(x: jax.Array, mask: jax.Array, guess: jax.Array) -> Statistics:
+def _two_passes(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float = 0) -> Statistics:
     """Returns the statistics, reading the batch once for the mean and once for the variance."""
     count, wide = _count(x, mask), _at_least_float32(x)
     mean = _mean(wide, mask, count)

@@ -196,6 +196,7 @@ class StageProgram:
             skip_nonfinite=recipe.on_nonfinite == "skip",
             replicas=_replicas(recipe, self.devices),
             devices=self.devices,
+            kernel_dtype=recipe.dtype,
             keep_gradients=keep_gradients,
             # With cached features the batches hold these instead of images.
             first=self.prefix.first if self.prefix.train else None,

@@ -15,6 +15,7 @@ from jaxft.distributed import Devices
 from jaxft.l2_sp import L2SP
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
+from jaxft.models.batch_norm import STATISTICS
 from jaxft.models.norm_modes import layer
 from jaxft.optim import gradients
 from jaxft.optim.transform import pass_step
@@ -63,6 +64,7 @@ class StepConfig:
         is zero. If False, it is applied, and `StepRecord.finite` is False.
       replicas: see `Model.apply`.
       devices: where the state lies before and after the step.
+      kernel_dtype: type in which the network convolves; see `Devices.gathered`.
       keep_gradients: the record holds the gradients.
       first: first block to run, if batches hold features of the blocks before it; None: images.
       remat: recompute each block in the backward pass to save memory.
@@ -84,6 +86,7 @@ class StepConfig:
     skip_nonfinite: bool = False
     replicas: int = 1
     devices: Devices | None = None
+    kernel_dtype: str | None = None
     keep_gradients: bool = False
     first: str | None = None
     remat: bool = False
@@ -187,8 +190,11 @@ def _gradient(
     apply = partial(block_by_block, model) if config.remat else model.apply
 
     def loss(trainable: Tree, stats: Tree, part: _Rows) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        params = combine(trainable, frozen)
+        if config.devices:
+            params = config.devices.gathered(params, config.kernel_dtype)
         logits, stats = apply(
-            combine(trainable, frozen),
+            params,
             stats,
             part.images,
             norms=config.norms,
@@ -270,11 +276,14 @@ def block_by_block(
 ) -> tuple[jax.Array, Tree]:
     """Applies the network to its end; the backward pass keeps the input of each block alone.
 
+    It also keeps the statistics of batch normalisation.
+
     Reference: Chen et al. 2016 (arXiv:1604.06174).
     """
+    policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
     for block in model.blocks[model.blocks.index(first) if first else 0 :]:
         one = partial(model.apply, first=block, last=block, **how)
-        x, stats = jax.checkpoint(one)(params, stats, x)
+        x, stats = jax.checkpoint(one, policy=policy)(params, stats, x)
     return x, stats
 
 

@@ -1,18 +1,26 @@
 """`BatchNorm` against torch's formulas in float64 NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxft.models.batch_norm
-from jaxft.models import create
+from jaxft.models import batch_norm, create
 from jaxft.models.batch_norm import BatchNorm
 from jaxft.models.context import Context
 
 SHAPE = (4, 3, 2, 5)
 X = np.random.default_rng(0).normal(2.0, 3.0, SHAPE)
 SCALE, BIAS, MEAN, VAR = np.random.default_rng(1).uniform(0.5, 2.0, (4, SHAPE[-1]))
+
+
+@pytest.fixture(params=["_two_passes", "_one_pass"])
+def passes(request, monkeypatch):
+    """Reads the batch as on CPU and as on TPU."""
+    statistics = getattr(batch_norm, request.param)
+    monkeypatch.setattr(batch_norm, "_statistics", statistics)
 
 
 def norm(dtype=jnp.float32) -> BatchNorm:
@@ -41,6 +49,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.usefixtures("passes")
 def test_batch_norm_batch_mode_equals_torch(mask, jit):
     def run(x, mask):
         layer = norm()
@@ -85,6 +94,7 @@ def test_batch_norm_of_vectors_equals_batch_norm_1d():
     np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("rows", [[True] * 4, [True, True, True, False]], ids=["whole", "padded"])
 def test_batch_norm_replicas_have_separate_statistics_and_the_first_updates_running_ones(rows):
     rows, layer = np.array(rows), norm()
@@ -98,6 +108,7 @@ def test_batch_norm_replicas_have_separate_statistics_and_the_first_updates_runn
     np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("rows", [[False] * 4, [True, False, False, False]], ids=["none", "one"])
 def test_batch_norm_keeps_statistics_with_fewer_than_two_values(rows):
     layer = norm()
@@ -125,6 +136,7 @@ def test_batch_norm_gradients_ignore_padding():
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("rows", [[True] * 4, [True, False, True, True]], ids=["whole", "holes"])
+@pytest.mark.usefixtures("passes")
 def test_batch_norm_gradients_equal_the_formulas(rows, replicas):
     """Includes the gradients through batch statistics, padding rows and running statistics."""
     mask, weights = np.array(rows), np.random.default_rng(2).normal(size=SHAPE)
@@ -170,13 +182,14 @@ def test_batch_norm_gradient_saves_memory(monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     def plain(*args):
-        return jaxft.models.batch_norm._forward(*args)[0]
+        return batch_norm._forward(*args)[0]
 
     custom_gradient = step_memory()
-    monkeypatch.setattr(jaxft.models.batch_norm, "_normalize", plain)
+    monkeypatch.setattr(batch_norm, "_normalize", plain)
     assert custom_gradient < 0.75 * step_memory()
 
 
+@pytest.mark.usefixtures("passes")
 def test_batch_norm_half_precision_input_keeps_float32_statistics():
     layer = norm()
     x = jnp.asarray(X, jnp.bfloat16)
@@ -188,6 +201,7 @@ def test_batch_norm_half_precision_input_keeps_float32_statistics():
     np.testing.assert_allclose(layer.var[...], var_, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("passes")
 def test_batch_norm_float64():
     with jax.enable_x64(True):
         layer = norm(jnp.float64)
@@ -211,3 +225,52 @@ ERRORS = {
 def test_batch_norm_errors(x, context, message):
     with pytest.raises(ValueError, match=message):
         norm()(jnp.asarray(x, jnp.float32), context)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("mean", "std", "guess", "rtol"),
+    [
+        (1e3, 1.0, 999.0, 1e-5),
+        (1e3, 1.0, 0.0, 1e-5),
+        (1e3, 0.1, 0.0, 1e-4),
+        (-3.0, 2.0, 0.0, 1e-5),
+        (0.0, 1e-3, 1e3, 1e-5),
+        (0.0, 0.0, 0.0, 0.0),
+        (5.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_batch_norm_one_pass_does_not_lose_digits(mean, std, guess, rtol, jit):
+    """Also where the running mean is far away, as in a new network."""
+    x = np.random.default_rng(0).normal(mean, std, (2, 8, 6, 6, 3)).astype(np.float32)
+    x[1] += 10 * std  # the parts have their own statistics
+    mask = np.array([[True] * 8, [True] * 5 + [False] * 3])
+    read_once = partial(batch_norm._one_pass, eps=1e-5)
+    read_once = jax.jit(read_once) if jit else read_once
+    means, variances, counts = read_once(x, mask, jnp.full(3, guess, jnp.float32))
+    for part in range(2):
+        values = x[part][mask[part]].reshape(-1, 3).astype(np.float64)
+        assert counts[part] == len(values)
+        np.testing.assert_allclose(means[part], values.mean(0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(variances[part], values.var(0), rtol=rtol, atol=0)
+
+
+def test_batch_norm_one_pass_reads_again_only_where_digits_cancel():
+    """In float32, the mean of 1e3 leaves no digit of a variance of 1e-3."""
+    x = np.random.default_rng(0).normal(1e3, 0.03, (1, 8, 6, 6, 3)).astype(np.float32)
+    mask, guess = np.ones((1, 8), bool), jnp.zeros(3)
+    exact = x.astype(np.float64).var((0, 1, 2, 3))
+    read_once = partial(batch_norm._one_pass, eps=1e-5)
+    np.testing.assert_allclose(read_once(x, mask, guess)[1][0], exact, rtol=1e-2)
+    jaxpr = jax.make_jaxpr(read_once)(x, mask, guess)
+    (conditional,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    again, once = (b.jaxpr.eqns for b in reversed(conditional.params["branches"]))
+    assert any(e.primitive.name == "reduce_sum" for e in again)
+    assert not any(e.primitive.name == "reduce_sum" for e in once)
+
+
+def test_batch_norm_one_pass_keeps_nan():
+    x = jnp.ones((1, 4, 2, 2, 3)).at[0, 0, 0, 0, 0].set(jnp.nan)
+    mean, var, _ = batch_norm._one_pass(x, jnp.ones((1, 4), bool), jnp.zeros(3), 1e-5)
+    np.testing.assert_array_equal(np.isnan(mean[0]), [True, False, False])
+    np.testing.assert_array_equal(np.isnan(var[0]), [True, False, False])

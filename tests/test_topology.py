@@ -1,0 +1,55 @@
+"""TPU slices by name, and programs compiled for them without a TPU."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from jaxft import ParallelError
+from jaxft.topology import CHIPS, Topology
+
+needs_libtpu = pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "chip", "chips", "slices"),
+    [
+        ("v5e-8", "v5e-8", "v5e", 8, 1),
+        ("v5litepod-16", "v5e-16", "v5e", 16, 1),
+        ("v4-32", "v4-32", "v4", 16, 1),
+        ("v5p-8", "v5p-8", "v5p", 4, 1),
+        ("v6e-256", "v6e-256", "v6e", 256, 1),
+        ("2xv5e-16", "2xv5e-16", "v5e", 32, 2),
+        ("2 x v5e-16", "2xv5e-16", "v5e", 32, 2),
+    ],
+)
+def test_topology_parse(name, label, chip, chips, slices):
+    assert Topology.parse(name) == Topology(label, CHIPS[chip], chips, slices)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "'v5e' is no topology. Write the chip and the size of the slice, such as v5e-8"),
+        ("h100-8", "the chips are v4, v5e, v5p, v6e"),
+        ("", "'' is no topology"),
+        ("v5e-7", "there is no slice 'v5e-7'; there are v5e-1, v5e-4, v5e-8"),
+        ("v4-9", "there is no slice 'v4-9'; there are v4-8, v4-16"),
+    ],
+)
+def test_topology_parse_error(name, message):
+    with pytest.raises(ParallelError, match=message):
+        Topology.parse(name)
+
+
+def test_topology_without_libtpu_names_the_extra(monkeypatch):
+    monkeypatch.setattr("jaxft.topology.find_spec", lambda name: None)
+    with pytest.raises(ParallelError, match=r"compiling for v5e-8 needs libtpu: pip install"):
+        Topology.parse("v5e-8").devices()
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e-8", "v4-8", "v6e-8", "v5p-8", "2xv5e-16"])
+def test_topology_devices(name):
+    topology = Topology.parse(name)
+    assert len(topology.devices()) == topology.chips
