@@ -66,6 +66,7 @@ RUN = {
     ("README.md", "A recipe"),
     ("README.md", "In your own training loop"),
     ("configs/README.md", "A stage"),
+    ("configs/README.md", "Weight averages"),
     ("configs/README.md", "Schedules"),
     ("configs/README.md", "A linear probe"),
     ("configs/README.md", "Ready-made stages"),
@@ -220,7 +221,10 @@ def test_recipe_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
-@pytest.mark.parametrize("title", ["A stage", "Schedules", "A linear probe", "Ready-made stages"])
+STAGES = ["A stage", "Weight averages", "Schedules", "A linear probe", "Ready-made stages"]
+
+
+@pytest.mark.parametrize("title", STAGES)
 def test_stages_are_stages(title):
     run("configs/README.md", title, {})
 
