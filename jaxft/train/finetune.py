@@ -46,6 +46,7 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
+from jaxft.train.epoch_callback import EpochCallback, UnchangedCallbackErrors, check_callback
 from jaxft.train.eval_step import eval_step
 from jaxft.train.fork import (
     Fork,
@@ -91,6 +92,7 @@ def finetune(
     stage: str | None = None,
     extend: bool = False,
     console: Console | None = None,
+    on_epoch_end: EpochCallback | None = None,
 ) -> Result:
     """Trains a recipe's stages in a folder, or continues the run in that folder.
 
@@ -117,6 +119,11 @@ def finetune(
         continues from its newest checkpoint before the end. A stage that has ended by `EarlyStop`
         stays ended unless its patience grows.
       console: where to print.
+      on_epoch_end: function that receives each epoch's row of `metrics.jsonl` as a dict, a copy,
+        once validation is over and a checkpoint is being saved; for live plots and pruning. An
+        error of it ends the run and is raised as it is; the same call resumes after that epoch. A
+        resumed run calls it only for the epochs that it runs. Each process calls it, with its own
+        times and memory; all must raise or none.
 
     Returns:
       The score and the paths of the exported weights and of the last checkpoint.
@@ -127,7 +134,13 @@ def finetune(
       InterruptedRunError: a signal stopped the run.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    with interruptible() as interruption, lost_process.translated(), agreement.announced():
+    with (
+        UnchangedCallbackErrors(),
+        interruptible() as interruption,
+        lost_process.translated(),
+        agreement.announced(),
+    ):
+        check_callback(on_epoch_end)
         recipe, folder = resolve(recipe), atomic.anywhere(workdir)
         check_devices()
         console = console or Console(quiet=not is_main_process())
@@ -194,7 +207,9 @@ def finetune(
             console.say(remark)
         interruption.wait()
         with claim(folder, recipe, extend=extend):
-            return _run(programs, splits, start, forked, recipe, folder, console, interruption)
+            return _run(
+                programs, splits, start, forked, recipe, folder, console, interruption, on_epoch_end
+            )
 
 
 def _run(
@@ -206,6 +221,7 @@ def _run(
     workdir: Path,
     console: Console,
     interruption: Interruption,
+    on_epoch_end: EpochCallback | None,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
     devices, model = programs[0].devices, programs[0].model
@@ -235,7 +251,7 @@ def _run(
             feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
-            interruption, anchor_params, feature_cache, batch_cache,
+            interruption, anchor_params, feature_cache, batch_cache, on_epoch_end,
         )  # fmt: skip
         progress, end = train_stages(trainer, start, forked)
         if trainer.stop_asked():

@@ -26,7 +26,9 @@ from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.report.nonfinite import first_block, validation_error
 from jaxft.steps_per_execution import groups, sent
+from jaxft.train import epoch_callback
 from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.epoch_callback import EpochCallback
 from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.signals import Interruption
@@ -53,6 +55,7 @@ class Trainer:
       start: parameters that the run started from, if a stage has an anchor.
       feature_cache: features of frozen prefixes.
       batch_cache: validation batches; the same cache, unless features are on disk.
+      on_epoch_end: receives the metrics row of each epoch.
     """
 
     recipe: Recipe
@@ -67,6 +70,7 @@ class Trainer:
     start: Tree | None
     feature_cache: ArrayCache
     batch_cache: ArrayCache
+    on_epoch_end: EpochCallback | None
 
     @cached_property
     def data(self) -> dict[str, object]:
@@ -141,7 +145,7 @@ class Trainer:
         *,
         done: Callable[[], str],
     ) -> Snapshot | None:
-        """Validates, writes the metrics row and saves a checkpoint.
+        """Validates, writes the metrics row, saves a checkpoint and calls `on_epoch_end`.
 
         Args:
           program, compiled: the stage.
@@ -199,12 +203,14 @@ class Trainer:
             ", ".join(filter(None, ("best" if improved else "", skipped))),
         )
         self.metrics.write(row)
-        if not progress.ended:
+        end = None
+        if progress.ended:
+            end = current.best if plan.stage.restore == "best" else current.shown
+            current.tick()
+            self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
+        else:
             self.save_within(program, current)
-            return None
-        end = current.best if plan.stage.restore == "best" else current.shown
-        current.tick()
-        self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
+        epoch_callback.call(self.on_epoch_end, row)  # after the save: it may raise
         return end
 
     def check_validation(
