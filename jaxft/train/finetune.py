@@ -11,10 +11,12 @@ A run finds its start in this order:
 
 import dataclasses
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -46,7 +48,6 @@ from jaxft.report import environment
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train.epoch_callback import EpochCallback, UnchangedCallbackErrors, check_callback
 from jaxft.train.eval_step import eval_step
 from jaxft.train.fork import (
     Fork,
@@ -92,7 +93,7 @@ def finetune(
     stage: str | None = None,
     extend: bool = False,
     console: Console | None = None,
-    on_epoch_end: EpochCallback | None = None,
+    on_epoch_end: Callable[[dict[str, Any]], object] | None = None,
 ) -> Result:
     """Trains a recipe's stages in a folder, or continues the run in that folder.
 
@@ -134,13 +135,12 @@ def finetune(
       InterruptedRunError: a signal stopped the run.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    with (
-        UnchangedCallbackErrors(),
-        interruptible() as interruption,
-        lost_process.translated(),
-        agreement.announced(),
-    ):
-        check_callback(on_epoch_end)
+    with interruptible() as interruption, lost_process.translated(), agreement.announced():
+        if not (on_epoch_end is None or callable(on_epoch_end)):
+            raise RecipeError(
+                f"on_epoch_end is {on_epoch_end!r}; it must be a function of one argument, the "
+                "metrics of an epoch as a dict."
+            )
         recipe, folder = resolve(recipe), atomic.anywhere(workdir)
         check_devices()
         console = console or Console(quiet=not is_main_process())
@@ -221,7 +221,7 @@ def _run(
     workdir: Path,
     console: Console,
     interruption: Interruption,
-    on_epoch_end: EpochCallback | None,
+    on_epoch_end: Callable[[dict[str, Any]], object] | None,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
     devices, model = programs[0].devices, programs[0].model

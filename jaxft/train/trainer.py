@@ -23,12 +23,10 @@ from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
-from jaxft.report.metrics_log import MetricsLog
+from jaxft.report.metrics_log import MetricsLog, to_json
 from jaxft.report.nonfinite import first_block, validation_error
 from jaxft.steps_per_execution import groups, sent
-from jaxft.train import epoch_callback
 from jaxft.train.compiled_stage import CompiledStage
-from jaxft.train.epoch_callback import EpochCallback
 from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.signals import Interruption
@@ -70,7 +68,7 @@ class Trainer:
     start: Tree | None
     feature_cache: ArrayCache
     batch_cache: ArrayCache
-    on_epoch_end: EpochCallback | None
+    on_epoch_end: Callable[[dict[str, Any]], object] | None
 
     @cached_property
     def data(self) -> dict[str, object]:
@@ -210,7 +208,8 @@ class Trainer:
             self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
         else:
             self.save_within(program, current)
-        epoch_callback.call(self.on_epoch_end, row)  # after the save: it may raise
+        if self.on_epoch_end:
+            self.on_epoch_end(to_json(row))  # after the save: it may raise
         return end
 
     def check_validation(

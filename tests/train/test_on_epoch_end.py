@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import mortal
 import pytest
 from mortal import QUIET, assert_same_end, odd_names, steps
@@ -104,24 +103,6 @@ def test_error_of_on_epoch_end_is_raised_and_the_run_resumes(at, whole, tmp_path
     run(tmp_path, callback)
     assert calls == [step for step in ENDS if step > at]
     assert_same_end(tmp_path, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "error",
-    [
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: by a plot of the user's"),
-        KeyboardInterrupt(),
-        SystemExit(3),
-        StopIteration(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_error_of_on_epoch_end_is_not_taken_for_one_of_the_run(error, tmp_path):
-    with pytest.raises(type(error)) as caught:
-        run(tmp_path, raising(error, at=4)[0], stages=RECIPE.stages[1:2])
-    assert caught.value is error
-    assert steps(tmp_path) == [4]
 
 
 def test_on_epoch_end_must_be_callable(tmp_path):
