@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxft import data, models, strategies, weights
     from jaxft.early_stopping import EarlyStop, PlateauStop
+    from jaxft.ema import EMA
     from jaxft.errors import (
         CheckpointError,
         DataError,
@@ -66,6 +67,7 @@ _MODULES = {
         "linear_probe": ["LinearProbe", "logistic_regression"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],
+        "ema": ["EMA"],
         "stage_plan": ["plan", "StagePlan"],
         "state_shapes": ["abstract_state"],
         "errors": [
@@ -85,6 +87,7 @@ _SUBMODULES = {
 }
 
 __all__ = [  # in the order of the documentation
+    "EMA",
     "FROZEN",
     "L2SP",
     "SGD",

@@ -13,6 +13,7 @@ import optax
 
 from jaxft.dataclass_checks import checked
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, PlateauStop, default_mode
+from jaxft.ema import EMA, wrong_decay
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
@@ -82,8 +83,9 @@ class Stage:
         `batch_size` is the effective size, of one optimizer step. The last batch of an epoch uses
         as many parts as it fills, and divides by its number of images; no part is left for the next
         epoch. On CPU this loop is slow for convolutions of networks other than jaxft's.
-      ema: decay per step of an exponential moving average of weights and running statistics, e.g.
-        0.999. It starts with the stage; validation and the next stage use the average.
+      ema: exponential moving average of weights and running statistics: its decay per step, e.g.
+        0.999, or `EMA(0.9998, every=32, warmup=True)`. It starts with the stage; validation and the
+        next stage use the average.
       anchor: L2-SP penalty, which pulls the weights to the pretrained ones.
       class_weights: weight of each class in the loss, as in torch's `CrossEntropyLoss(weight=...)`;
         replaces `balance`. The mean divides by the sum of the images' weights, or with mixup or
@@ -126,7 +128,7 @@ class Stage:
     clip_norm: float | None = None
     clip_value: float | None = None
     accumulate: int = 1
-    ema: float | None = None
+    ema: float | EMA | None = None
     anchor: L2SP | None = None
     class_weights: tuple[float, ...] | None = None
     auto_rgn: bool = False
@@ -204,8 +206,8 @@ class Stage:
             value = getattr(self, limit)
             if value is not None and not (is_finite_number(value) and value > 0):
                 errors.append(f"{limit} is {value}; it must be a positive, finite number")
-        if self.ema is not None and not 0 < self.ema < 1:
-            errors.append(f"ema is {self.ema}; a decay lies between 0 and 1")
+        if not isinstance(self.ema, EMA | None):
+            errors += wrong_decay("ema", self.ema)
         if self.class_weights is not None and not (
             all(is_finite_number(w) and w >= 0 for w in self.class_weights)
             and any(self.class_weights)
@@ -251,6 +253,11 @@ class Stage:
     def norm_choices(self) -> Mapping[str, NormChoice]:
         """`norms` as a mapping of patterns, in order of precedence."""
         return {"*": self.norms} if isinstance(self.norms, str) else self.norms
+
+    @property
+    def averaging(self) -> EMA | None:
+        """`ema` as an `EMA`; None without an average."""
+        return EMA(self.ema) if isinstance(self.ema, float) else self.ema
 
     @property
     def best_by(self) -> tuple[Monitor, Mode]:

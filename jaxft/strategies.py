@@ -19,6 +19,7 @@ from typing import Literal, TypedDict, Unpack
 
 from jaxft.block_order import Blocks, block_tuples, decayed_lrs
 from jaxft.early_stopping import EarlyStop, Monitor, PlateauStop
+from jaxft.ema import EMA
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
@@ -53,7 +54,7 @@ class Fields(TypedDict, total=False):
     clip_norm: float | None
     clip_value: float | None
     accumulate: int
-    ema: float | None
+    ema: float | EMA | None
     anchor: L2SP | None
     class_weights: tuple[float, ...] | None
     auto_rgn: bool

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ RUN = {
     ("README.md", "A recipe"),
     ("README.md", "In your own training loop"),
     ("configs/README.md", "A stage"),
+    ("configs/README.md", "Weight averages"),
     ("configs/README.md", "Schedules"),
     ("configs/README.md", "A linear probe"),
     ("configs/README.md", "Ready-made stages"),
@@ -73,6 +75,7 @@ RUN = {
     ("jaxft/README.md", "Loops"),
     ("jaxft/README.md", "Stages in your own loop"),
     ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
+    ("jaxft/README.md", "A function after each epoch"),
     ("jaxft/README.md", "Your own network"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
@@ -220,7 +223,10 @@ def test_recipe_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
-@pytest.mark.parametrize("title", ["A stage", "Schedules", "A linear probe", "Ready-made stages"])
+STAGES = ["A stage", "Weight averages", "Schedules", "A linear probe", "Ready-made stages"]
+
+
+@pytest.mark.parametrize("title", STAGES)
 def test_stages_are_stages(title):
     run("configs/README.md", title, {})
 
@@ -323,6 +329,40 @@ def test_optimizer_updates_by_its_learning_rate():
     tx = run("jaxft/README.md", "Add an optimizer", libraries() | {"params": params})["tx"]
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -1e-4, rtol=1e-6)  # lion: the sign
+
+
+class Trial:
+    """Stands for a trial of Optuna that is pruned after some epochs."""
+
+    number = 7
+
+    def __init__(self, epochs):
+        self.epochs, self.reports = epochs, []
+
+    def report(self, value, step):
+        self.reports.append((value, step))
+
+    def should_prune(self):
+        return len(self.reports) == self.epochs
+
+
+@pytest.mark.slow
+def test_trial_is_pruned_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = (jaxft.Stage("head", {"fc": 1e-2}, epochs=3),)
+    names = {
+        "jaxft": jaxft,
+        "optuna": SimpleNamespace(TrialPruned=type("Pruned", (Exception,), {})),
+    }
+    names["recipe"] = Recipe(
+        model="cifar_resnet8", data="digits:5-9", shots=4, image_size=8, stages=stages
+    )
+    objective = run("jaxft/README.md", "A function after each epoch", names)["objective"]
+    pruned, resumed = Trial(epochs=2), Trial(epochs=None)
+    with pytest.raises(names["optuna"].TrialPruned):
+        objective(pruned)
+    assert objective(resumed) == max(value for value, _ in (*pruned.reports, *resumed.reports))
+    assert [step for _, step in (*pruned.reports, *resumed.reports)] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from jaxft import (
+    EMA,
     L2SP,
     SGD,
     Adagrad,
@@ -84,6 +85,7 @@ RECIPE = Recipe(
             epochs=5,
             carry="keep",
             schedule_time="continue",
+            ema=EMA(0.9998, every=32, warmup=True),
         ),
         Stage("probe", train={"fc": LinearProbe((0.1, 2.0))}, restore="last"),
         Stage(
@@ -161,6 +163,26 @@ def test_command_line_overrides_the_strengths_of_a_linear_probe(tmp_path):
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", ["--stages.0.train.fc.c", "0.5", "2"])
     assert recipe.stages[0].linear_probe == LinearProbe((0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("ema", "options", "expected"),
+    [
+        (None, ["--stages.0.ema", "0.99"], 0.99),
+        (0.9, ["--stages.0.ema", "0.99"], 0.99),
+        (0.9, ["--stages.0.ema", "None"], None),
+        (0.9, ["--batch-size", "8"], 0.9),
+        (EMA(0.9, every=4), ["--stages.0.ema.warmup", "True"], EMA(0.9, every=4, warmup=True)),
+        (EMA(0.9, every=4), ["--stages.0.ema.decay", "0.99"], EMA(0.99, every=4)),
+        (EMA(0.9, every=4), ["--batch-size", "8"], EMA(0.9, every=4)),
+    ],
+    ids=str,
+)
+def test_command_line_overrides_ema(ema, options, expected, tmp_path):
+    stage = dataclasses.replace(RECIPE.stages[0], ema=ema)
+    save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
+    recipe = read_recipe(tmp_path / "recipe.yaml", options)
+    assert recipe.stages[0].ema == expected
 
 
 def test_read_python_file(tmp_path):

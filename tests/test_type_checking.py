@@ -147,6 +147,7 @@ strategies.full(1e-3, epochs=3, restore="first")  # arg-type
 recipe = Recipe(model="resnet18", data="digits", stages=(), batch_size="32")  # arg-type
 finetune(recipe, 3)  # arg-type
 finetune(recipe, "run", console=print)  # arg-type
+finetune(recipe, "run", on_epoch_end="plot")  # arg-type
 finetune(recipe, "run").accuracy  # attr-defined
 jaxft.label({}, {"fc": 1})  # arg-type
 jaxft.tune(recipe, "run")  # attr-defined

@@ -34,11 +34,12 @@ class Arrays:
       best: arrays of the stage's best epoch; None at the end of a stage. Leaves that the stage
         never changes are None when they are written, and filled in when they are read.
       average: average of `(params, stats)`, if the stage has an `ema`; None for frozen leaves.
+        Its number of steps follows if it depends on that.
     """
 
     current: Snapshot
     best: Snapshot | None = None
-    average: tuple[Tree, Tree] | None = None
+    average: tuple[Tree, ...] | None = None
 
     def to_items(self) -> dict[str, Tree]:
         """Returns the items of the checkpoint by name."""

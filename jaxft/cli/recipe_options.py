@@ -1,14 +1,20 @@
 """Recipe fields as command-line options, such as `--batch-size 64`."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from jaxft.ema import EMA
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.stages import Stage
 
+_REGISTRY = ConstructorRegistry()
+_SEEN = object()  # marks a stage that is on its way through tyro's own rule
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 _EXAMPLE = Recipe(
     model="resnet50",
@@ -31,11 +37,32 @@ def read_recipe(
       RecipeError: see `jaxft.recipe_file.read`.
       SystemExit: after `--help`, an unknown option or a value of another type.
     """
-    return tyro.cli(
-        Recipe, default=read(path), args=options, prog=f"{program} {path}", config=_CONFIG
-    )
+    recipe = read(path)
+    with _REGISTRY:
+        return tyro.cli(
+            Recipe, default=recipe, args=options, prog=f"{program} {path}", config=_CONFIG
+        )
 
 
 def print_recipe_options() -> None:
     """Prints the option of each recipe field, with the defaults of an example; exits."""
-    tyro.cli(Recipe, default=_EXAMPLE, args=["--help"], prog="CONFIG", config=_CONFIG)
+    with _REGISTRY:
+        tyro.cli(Recipe, default=_EXAMPLE, args=["--help"], prog="CONFIG", config=_CONFIG)
+
+
+@_REGISTRY.struct_rule
+def _ema_options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Returns the options of a stage whose `ema` is a number or None: `--stages.0.ema 0.999`.
+
+    With a class among a field's types, tyro would only take options of the default's own type.
+    """
+    ema = getattr(info.default, "ema", None)
+    if info.type is not Stage or isinstance(ema, EMA) or _SEEN in info.markers:
+        return None
+    seen = dataclasses.replace(info, markers=(*info.markers, _SEEN))
+    spec: Any = ConstructorRegistry.get_struct_spec(seen)  # by tyro's rule for dataclasses
+    fields = [
+        dataclasses.replace(field, type=float | None) if field.name == "ema" else field
+        for field in spec.fields
+    ]
+    return dataclasses.replace(spec, fields=tuple(fields))

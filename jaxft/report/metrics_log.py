@@ -76,7 +76,7 @@ class MetricsLog:
         """
         if self._events is None:
             return
-        self.rows.append(_to_json(row))
+        self.rows.append(to_json(row))
         self._events.add(row["step"], dict(_floats(row)))
         self._flush()
 
@@ -102,7 +102,8 @@ def _floats(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield from _floats(value, f"{prefix}{name}/")
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Returns a copy of a row or of its values, with None for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {name: _to_json(inner) for name, inner in value.items()}
+        return {name: to_json(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

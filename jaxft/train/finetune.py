@@ -11,10 +11,12 @@ A run finds its start in this order:
 
 import dataclasses
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -91,6 +93,7 @@ def finetune(
     stage: str | None = None,
     extend: bool = False,
     console: Console | None = None,
+    on_epoch_end: Callable[[dict[str, Any]], object] | None = None,
 ) -> Result:
     """Trains a recipe's stages in a folder, or continues the run in that folder.
 
@@ -117,6 +120,11 @@ def finetune(
         continues from its newest checkpoint before the end. A stage that has ended by `EarlyStop`
         stays ended unless its patience grows.
       console: where to print.
+      on_epoch_end: function that receives each epoch's row of `metrics.jsonl` as a dict, a copy,
+        once validation is over and a checkpoint is being saved; for live plots and pruning. An
+        error of it ends the run and is raised as it is; the same call resumes after that epoch. A
+        resumed run calls it only for the epochs that it runs. Each process calls it, with its own
+        times and memory; all must raise or none.
 
     Returns:
       The score and the paths of the exported weights and of the last checkpoint.
@@ -128,6 +136,11 @@ def finetune(
       NonFiniteError: the loss has become NaN or infinite.
     """
     with interruptible() as interruption, lost_process.translated(), agreement.announced():
+        if not (on_epoch_end is None or callable(on_epoch_end)):
+            raise RecipeError(
+                f"on_epoch_end is {on_epoch_end!r}; it must be a function of one argument, the "
+                "metrics of an epoch as a dict."
+            )
         recipe, folder = resolve(recipe), atomic.anywhere(workdir)
         check_devices()
         console = console or Console(quiet=not is_main_process())
@@ -194,7 +207,9 @@ def finetune(
             console.say(remark)
         interruption.wait()
         with claim(folder, recipe, extend=extend):
-            return _run(programs, splits, start, forked, recipe, folder, console, interruption)
+            return _run(
+                programs, splits, start, forked, recipe, folder, console, interruption, on_epoch_end
+            )
 
 
 def _run(
@@ -206,6 +221,7 @@ def _run(
     workdir: Path,
     console: Console,
     interruption: Interruption,
+    on_epoch_end: Callable[[dict[str, Any]], object] | None,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
     devices, model = programs[0].devices, programs[0].model
@@ -235,7 +251,7 @@ def _run(
             feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
-            interruption, anchor_params, feature_cache, batch_cache,
+            interruption, anchor_params, feature_cache, batch_cache, on_epoch_end,
         )  # fmt: skip
         progress, end = train_stages(trainer, start, forked)
         if trainer.stop_asked():

@@ -164,7 +164,8 @@ class StageProgram:
         first step, which donates its state, the caller copies it (`CompiledStage.copy`).
         """
         trainable, frozen = partition(snapshot.params, self.plan.labels)
-        average = (trainable, snapshot.stats) if self.plan.stage.ema else None
+        ema = self.plan.stage.averaging
+        average = ema.start(trainable, snapshot.stats) if ema else None
         return TrainState(trainable, snapshot.stats, snapshot.opt_state, average), frozen
 
     def train_step(
@@ -192,7 +193,7 @@ class StageProgram:
             accumulate=stage.accumulate,
             batch_size=self.settings.batch_size,
             examples=self.sizes.examples,
-            ema=stage.ema,
+            ema=stage.averaging,
             skip_nonfinite=recipe.on_nonfinite == "skip",
             replicas=_replicas(recipe, self.devices),
             devices=self.devices,

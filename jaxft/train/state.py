@@ -216,7 +216,7 @@ def header_of(
 
 def shown(state: TrainState, frozen: Tree) -> Snapshot:
     """Returns the arrays that validation sees: the average of a state, or the state itself."""
-    trainable, stats = state.average or (state.trainable, state.stats)
+    trainable, stats, *_ = state.average or (state.trainable, state.stats)
     return Snapshot(combine(trainable, frozen), stats, state.opt_state)
 
 

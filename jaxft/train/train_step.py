@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
+from jaxft.ema import EMA, Average
 from jaxft.l2_sp import L2SP
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
     trainable: Tree
     stats: Tree
     opt_state: optax.OptState
-    average: tuple[Tree, Tree] | None = None
+    average: Average | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +60,7 @@ class StepConfig:
         other rows belong to no part, so that parts do not depend on the number of devices.
       examples: for a network that takes no mask, the number of examples by the number of rows of a
         batch's arrays. The network receives only these rows, and the last part may be smaller.
-      ema: decay of the average of the weights; None: no average.
+      ema: average of the weights; None: no average.
       skip_nonfinite: if True, a step that is not finite only advances the schedules, and its record
         is zero. If False, it is applied, and `StepRecord.finite` is False.
       replicas: see `Model.apply`.
@@ -82,7 +83,7 @@ class StepConfig:
     accumulate: int = 1
     batch_size: int | None = None
     examples: Mapping[int, int] | None = None
-    ema: float | None = None
+    ema: EMA | None = None
     skip_nonfinite: bool = False
     replicas: int = 1
     devices: Devices | None = None
@@ -142,7 +143,8 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         # Average.
         average = state.average
         if config.ema:
-            average = jax.tree.map(partial(_ema, config.ema), average, (trainable, stats))
+            assert average is not None
+            average = config.ema.after_step(average, trainable, stats)
         new = TrainState(trainable, stats, opt_state, average)
         metrics = metrics._replace(loss=metrics.loss * metrics.examples)
         record = StepRecord(metrics, grad_norms, update_norms, finite, raw_grads, weight)
@@ -293,12 +295,3 @@ def _updated_stats(stats: Tree, norms: Norms) -> list[jax.Array]:
     if isinstance(norms, str):
         return jax.tree.leaves(stats) if norms == "batch" else []
     return [x for path, x in named if norms[layer(path)] == "batch"]
-
-
-def _ema(decay: float, average: jax.Array, x: jax.Array) -> jax.Array:
-    """Moves the average towards `x`.
-
-    Arrays that stand still must not move: `optax.incremental_update` rounds them, and XLA on CPU
-    flushes subnormal numbers to zero.
-    """
-    return jnp.where(x == average, x, average + (1 - decay) * (x - average))

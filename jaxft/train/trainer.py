@@ -23,7 +23,7 @@ from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
-from jaxft.report.metrics_log import MetricsLog
+from jaxft.report.metrics_log import MetricsLog, to_json
 from jaxft.report.nonfinite import first_block, validation_error
 from jaxft.steps_per_execution import groups, sent
 from jaxft.train.compiled_stage import CompiledStage
@@ -53,6 +53,7 @@ class Trainer:
       start: parameters that the run started from, if a stage has an anchor.
       feature_cache: features of frozen prefixes.
       batch_cache: validation batches; the same cache, unless features are on disk.
+      on_epoch_end: receives the metrics row of each epoch.
     """
 
     recipe: Recipe
@@ -67,6 +68,7 @@ class Trainer:
     start: Tree | None
     feature_cache: ArrayCache
     batch_cache: ArrayCache
+    on_epoch_end: Callable[[dict[str, Any]], object] | None
 
     @cached_property
     def data(self) -> dict[str, object]:
@@ -141,7 +143,7 @@ class Trainer:
         *,
         done: Callable[[], str],
     ) -> Snapshot | None:
-        """Validates, writes the metrics row and saves a checkpoint.
+        """Validates, writes the metrics row, saves a checkpoint and calls `on_epoch_end`.
 
         Args:
           program, compiled: the stage.
@@ -199,12 +201,15 @@ class Trainer:
             ", ".join(filter(None, ("best" if improved else "", skipped))),
         )
         self.metrics.write(row)
-        if not progress.ended:
+        end = None
+        if progress.ended:
+            end = current.best if plan.stage.restore == "best" else current.shown
+            current.tick()
+            self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
+        else:
             self.save_within(program, current)
-            return None
-        end = current.best if plan.stage.restore == "best" else current.shown
-        current.tick()
-        self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
+        if self.on_epoch_end:
+            self.on_epoch_end(to_json(row))  # after the save: it may raise
         return end
 
     def check_validation(

@@ -10,7 +10,7 @@ import pytest
 from mortal import QUIET, RECIPE, assert_same_end, killed, rows, steps
 from test_step import MODEL, PREPROCESSING, batch
 
-from jaxft import Adam, NonFiniteError, Stage, data, finetune, models, partition, plan
+from jaxft import EMA, Adam, NonFiniteError, Stage, data, finetune, models, partition, plan
 from jaxft.models import Linen
 from jaxft.optim.transform import GroupState
 from jaxft.train.train_step import StepConfig, TrainState, train_step
@@ -100,11 +100,11 @@ def test_resume_restores_number_of_skipped_steps(skipping, tmp_path):
 
 @pytest.mark.slow
 def test_skipped_step_changes_only_the_schedule_position():
-    """Weights, statistics, moments and their count, and the average stay."""
+    """Weights, statistics, moments and their count, the average and its count stay."""
     params, stats = MODEL.init(jax.random.key(0))
     params["conv1"] = jax.tree.map(lambda x: x * jnp.nan, params["conv1"])
     (stage,) = plan([Stage("head", {"fc": 1e-3}, 1)], params)
-    transform = stage.transform(Adam())
+    transform, ema = stage.transform(Adam()), EMA(0.5, every=2)
     trainable, frozen = partition(params, stage.labels)
     step = train_step(
         StepConfig(
@@ -113,13 +113,14 @@ def test_skipped_step_changes_only_the_schedule_position():
             preprocessing=PREPROCESSING,
             norms="batch",
             labels=stage.labels,
-            ema=0.5,
+            ema=ema,
             skip_nonfinite=True,
         )
     )
 
     def start():
-        state = TrainState(trainable, stats, transform.init(params), (trainable, stats))
+        average = ema.start(trainable, stats)
+        state = TrainState(trainable, stats, transform.init(params), average)
         return jax.tree.map(jnp.copy, state)
 
     after, record = step(start(), frozen, batch(), jax.random.key(0))
