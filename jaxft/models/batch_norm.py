@@ -139,12 +139,8 @@ def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> St
     much smaller than that square that digits cancel, the batch is read again.
     """
     count = _count(x, mask)
-    rows = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
-    shifted = jnp.where(rows, _at_least_float32(x) - guess, 0)
-    axes = tuple(range(1, x.ndim - 1))
-    offset, square = (
-        values.sum(axes) / jnp.maximum(count, 1) for values in (shifted, jnp.square(shifted))
-    )
+    shifted = _at_least_float32(x) - guess
+    offset, square = (_mean(values, mask, count) for values in (shifted, jnp.square(shifted)))
     mean, var = offset + guess, square - jnp.square(offset)
     cancels = jnp.any(jnp.square(offset) > _CANCELLATION * (var + eps))
     mean, var = jax.lax.cond(

@@ -24,7 +24,7 @@ _SLOW_COLUMNS = 2
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
     """Computes a convolution, grouped if `groups` is above 1."""
     if kernel.shape[0] == 1 and groups == 1:
-        return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
+        return strided_conv(x, kernel, stride) if stride > 1 else pointwise_conv(x, kernel[0, 0])
     return dense_conv(x, kernel, stride) if groups == 1 else grouped_conv(x, kernel, stride, groups)
 
 
@@ -53,6 +53,21 @@ def _pointwise_backward(residuals: _Pair, grad_y: jax.Array) -> _Pair:
 
 
 pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+@partial(jax.jit, static_argnames="stride")
+def strided_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Computes a 1x1 convolution of every `stride`-th pixel, on CPU by `pointwise_conv`.
+
+    On TPU, XLA would store `x` to take the slice. A convolution is fused with what computes `x`.
+    """
+
+    def sliced(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
+
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=sliced, default=partial(xla_conv, stride=stride, groups=1)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
