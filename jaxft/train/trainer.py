@@ -208,7 +208,7 @@ class Trainer:
             self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
         else:
             self.save_within(program, current)
-        if self.on_epoch_end:
+        if self.on_epoch_end is not None:
             self.on_epoch_end(to_json(row))  # after the save: it may raise
         return end
 

@@ -15,7 +15,7 @@ from jaxft import EMA, Adam, Recipe, Stage, data, finetune, models, plan
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.distributed import Devices
 from jaxft.train.compiled_stage import compile_stage
-from jaxft.train.stage_program import stage_program
+from jaxft.train.stage_program import build_program
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -117,13 +117,13 @@ def states_of(stage):
     recipe = dataclasses.replace(RECIPE, stages=(stage,))
     params, stats = NETWORK.init(jax.random.key(0))
     (planned,) = plan([stage], params)
-    program = stage_program(0, planned, recipe, NETWORK, IMAGES, Devices(), (params, stats))
-    at = Snapshot(params, stats, program.transform.init(params))
+    program = build_program(0, planned, recipe, NETWORK, IMAGES, Devices(), (params, stats))
+    at = Snapshot(params, stats, program.transform().init(params))
     compiled = compile_stage(program, at)
     state, frozen = program.state(at)
     state = compiled.copy(state)
     yield jax.device_get(state)
-    for number, batch in enumerate(program.batches(IMAGES, epochs=2)):
+    for number, batch in enumerate(program.batches(IMAGES, stop_epoch=2)):
         batch = program.devices.batch(batch)
         state, _ = compiled.step(state, frozen, batch, np.int32(number), None)
         yield jax.device_get(state)
