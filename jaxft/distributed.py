@@ -234,6 +234,12 @@ class Devices:
         return -(-batch_size // len(self)) * len(self)
 
     @property
+    def platform(self) -> str:
+        """Platform of the devices: `cpu`, `tpu`, `cuda` or `rocm`."""
+        device = self.mesh.devices.flat[0]
+        return "cuda" if device.platform == "gpu" else str(device.platform)
+
+    @property
     def shard(self) -> tuple[int, int]:
         """`(index, count)`: this process reads part `index` of `count` equal parts of a batch."""
         return jax.process_index(), jax.process_count()

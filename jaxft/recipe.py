@@ -11,6 +11,7 @@ from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
 from jaxft.dataclass_checks import checked
 from jaxft.errors import DataError, RecipeError
+from jaxft.matmul_precision import MatmulPrecision
 from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim.optimizers import SGD, Optimizer
@@ -150,6 +151,9 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation. Parameters, statistics and optimizer state are float32; with
     float64, which needs JAX_ENABLE_X64=1, they are float64 too."""
+    matmul_precision: MatmulPrecision = "default"
+    """Precision of products and convolutions of float32 arrays on accelerators. default: bfloat16
+    factors on TPU, TF32 on NVIDIA GPUs; high: more exact; highest: float32, the slowest."""
     remat: bool = False
     """Recompute each block in the backward pass (`jax.checkpoint`): less memory for one more
     forward pass. Has no effect on CPU, where XLA removes it. Changes results by rounding only."""

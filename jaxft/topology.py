@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from jax.experimental import topologies
@@ -113,7 +114,7 @@ class Topology:
                 f"compiling for {self.name} needs libtpu: pip install 'jaxft[tpu]'. No TPU is "
                 "needed."
             )
-        options = {"num_slices": self.slices} if self.slices > 1 else {}
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # a chip's two cores are one device
         with _without_metadata_server():
@@ -122,7 +123,8 @@ class Topology:
                 topology_name=f"{self.chip.name}:{self.chip.shapes[self.chips // self.slices]}",
                 **options,
             )
-        devices = sorted(description.devices, key=lambda x: (x.process_index, x.id))
+        chips: Any = description.devices
+        devices = sorted(chips, key=lambda x: (x.process_index, x.id))
         return Devices(
             sharding, Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
         )

@@ -127,7 +127,7 @@ def _forward(
 
 
 def _statistics(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
-    return jax.lax.platform_dependent(  # type: ignore[no-any-return]
+    return jax.lax.platform_dependent(
         x, mask, guess, tpu=partial(_one_pass, eps=eps), default=_two_passes
     )
 

@@ -37,6 +37,8 @@ def cost(program: StageProgram, compiled: CompiledStage, seconds: float) -> str:
         cost = f"{_flop(compiled.prefix_flops)} a batch"
     else:
         cost = f"{_flop(compiled.flops)} a step"
+        if dtype := program.model.options.get("dtype"):
+            cost += f" in {dtype}"
         if program.prefix.train:
             cost += f" ({_flop(compiled.prefix_flops)} cached)"
     return f"{cost}, compiled in {seconds:.1f} s"

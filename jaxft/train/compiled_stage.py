@@ -118,9 +118,15 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     through: dict[str, Any] = {}
     if prefix.row and prefix.val:
         like = (params, stats, images.image)
-        through = compile_prefix(program.model, recipe.preprocessing, devices, prefix.cuts, like)
+        through = compile_prefix(
+            program.model, recipe.preprocessing, devices, prefix.cuts, like, recipe.matmul_precision
+        )
         scoring = eval_step(
-            program.model, recipe.preprocessing, first=prefix.first, steps_per_call=steps_per_call
+            program.model,
+            recipe.preprocessing,
+            first=prefix.first,
+            steps_per_call=steps_per_call,
+            precision=recipe.matmul_precision,
         )
         views = 2 if recipe.tta == "flip" else 1
         row = (views, *prefix.row.shape), prefix.row.dtype

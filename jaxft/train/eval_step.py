@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
+from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model
 from jaxft.steps_per_execution import one_by_one
 from jaxft.train.metrics import Metrics
@@ -22,6 +23,7 @@ def eval_step(
     first: str | None = None,
     steps_per_call: int = 1,
     examples: Mapping[int, int] | None = None,
+    precision: MatmulPrecision = "default",
 ) -> Any:
     """Returns the jitted `(params, stats, batch) -> metrics`, which uses running statistics.
 
@@ -36,6 +38,7 @@ def eval_step(
       steps_per_call: above 1, batches are stacked, and so are their metrics; the last argument is
         the number of batches.
       examples: see `jaxft.train.train_step.StepConfig`.
+      precision: of float32 products.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Metrics:
@@ -57,4 +60,4 @@ def eval_step(
 
         return one_by_one(one, None, batches, count)[1]
 
-    return jax.jit(step if steps_per_call == 1 else steps)
+    return jax.jit(with_precision(step if steps_per_call == 1 else steps, precision))

@@ -46,6 +46,7 @@ from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.report import environment
 from jaxft.report.console import Console
+from jaxft.report.device_advice import device_advice
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
 from jaxft.train.eval_step import eval_step
@@ -202,6 +203,7 @@ def finetune(
         # Print what is about to run, then train.
         console.row(_prologue(recipe, splits, start[0], origin))
         remarks += environment.idle_accelerator()
+        remarks += device_advice(model, [program.sizes for program in programs], devices)
         of_start = [each.remarks for each in (source, forked) if each]
         for remark in (*splits.remarks, *chain(*of_start), *remarks):
             console.say(remark)
@@ -245,6 +247,7 @@ def _run(
             tta=recipe.tta,
             steps_per_call=recipe.steps_per_execution,
             examples=sizes.examples,
+            precision=recipe.matmul_precision,
         )
         batch_cache = feature_cache = ArrayCache(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:

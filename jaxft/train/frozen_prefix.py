@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxft.data import Preprocessing
 from jaxft.distributed import Devices
 from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
+from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import layer
 from jaxft.patterns import Pattern, matcher
@@ -225,6 +226,7 @@ def compile_prefix(
     devices: Devices,
     cuts: Sequence[str],
     like: tuple[Tree, Tree, Any],
+    precision: MatmulPrecision = "default",
 ) -> dict[str, Any]:
     """Compiles `(params, stats, x) -> features` for the blocks up to each of `cuts`.
 
@@ -237,6 +239,7 @@ def compile_prefix(
       devices: where the programs run.
       cuts: blocks at which the prefix is cut.
       like: arguments of the first program, or their shapes; `x` is uint8 images `[b h w 3]`.
+      precision: of float32 products.
     """
     programs: dict[str, Any] = {}
     params, stats, x = like
@@ -249,7 +252,7 @@ def compile_prefix(
             x = x if programs else preprocessing.normalize(x)
             return model.apply(params, stats, x, norms="running", first=first, last=last)[0]
 
-        lowered = jax.jit(step).lower(params, stats, x)
+        lowered = jax.jit(with_precision(step, precision)).lower(params, stats, x)
         x = devices.abstract_batch(lowered.out_info)
         programs[last] = lowered.compile()
         first = model.blocks[model.blocks.index(last) + 1]

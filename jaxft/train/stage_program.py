@@ -25,6 +25,7 @@ from jaxft.distributed import Devices
 from jaxft.errors import DataError, ModelError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.linear_head_check import check_linear_head
+from jaxft.matmul_precision import with_precision
 from jaxft.models import Model, NormMode
 from jaxft.models.norm_modes import norm_modes
 from jaxft.optim.transform import multi_transform
@@ -211,7 +212,7 @@ class StageProgram:
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             return step(state, frozen, batch, key, start)
 
-        return numbered_step
+        return with_precision(numbered_step, recipe.matmul_precision)
 
     def gradient_norms(self, labels: Tree) -> Callable[..., GradientNorms]:
         """Returns a function of a step's arguments: norms of gradients and weights, by `labels`.
