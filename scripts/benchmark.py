@@ -10,7 +10,8 @@ Steps of both sides alternate in rounds. The tables show medians, ranges, and th
 PyTorch, in the faster of its two memory layouts, divided by the time of the row. A whole run is
 timed in a separate process. The run of jaxft includes compilation, the validation of the start and
 checkpoints; the PyTorch run is `scripts/plain_pytorch.py`. Without torch and torchvision only jaxft
-is measured. `--device gpu` runs everything in bfloat16.
+is measured. `--device gpu` runs everything in bfloat16. `--topology v5e-1` compares programs for
+TPUs that are not there with plain Flax instead, see `benchmark_tpu.py`.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_tpu
 import jax
 import numpy as np
 import plain_pytorch
@@ -270,6 +272,9 @@ def table(*columns: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if any(argument.startswith("--topology") for argument in arguments):
+        benchmark_tpu.main(arguments)
+        return
     parser = plain_pytorch.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of steps")
     parser.add_argument("--steps", type=int, default=2, help="steps of each side in a round")
