@@ -51,8 +51,8 @@ class EarlyStop:
     number is an improvement.
 
     Attributes:
-      monitor: metric on the validation images; accuracies from 0 to 1, the loss in nats. The best
-        epoch is also chosen by it, unless the stage sets `Stage.monitor`.
+      monitor: metric on the validation images; accuracies from 0 to 1, or the stage's loss. The
+        best epoch is also chosen by it, unless the stage sets `Stage.monitor`.
       patience: number of epochs.
       min_delta: smallest improvement that counts, in units of the metric.
       min_epochs: the stage trains at least this many epochs. Patience still counts from the start.

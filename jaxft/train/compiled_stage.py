@@ -120,7 +120,11 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         like = (params, stats, images.image)
         through = compile_prefix(program.model, recipe.preprocessing, devices, prefix.cuts, like)
         scoring = eval_step(
-            program.model, recipe.preprocessing, first=prefix.first, steps_per_call=steps_per_call
+            program.model,
+            recipe.preprocessing,
+            first=prefix.first,
+            steps_per_call=steps_per_call,
+            loss=program.loss.function,
         )
         views = 2 if recipe.tta == "flip" else 1
         row = (views, *prefix.row.shape), prefix.row.dtype

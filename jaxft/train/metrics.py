@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jaxft.labels import Tree
+from jaxft.losses import LossChoice, example_losses
 
 _SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
 _SLOW_SECONDS = 2.0  # an epoch, below which it is not
@@ -23,7 +23,7 @@ _SLOW_SECONDS = 2.0  # an epoch, below which it is not
 
 @dataclass(frozen=True)
 class Score:
-    """Means over a set of examples: cross entropy in nats, accuracies from 0 to 1."""
+    """Means over a set of examples: loss (cross entropy in nats), accuracies from 0 to 1."""
 
     loss: float
     accuracy: float
@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
     On the device: scalars of one batch. On the host: float64 sums of many.
 
     Attributes:
-      loss: cross entropy in nats.
+      loss: loss of the stage; cross entropy in nats.
       correct: examples whose class has the largest logit.
       top5: examples whose class has one of the five largest.
       examples: their number.
@@ -53,6 +53,7 @@ class Metrics(NamedTuple):
         logits: Float[jax.Array, "b k"],
         targets: Int[ArrayLike, " b"],
         mask: Bool[ArrayLike, " b"],
+        loss: LossChoice = "cross_entropy",
     ) -> "Metrics":
         """Returns the metrics of logits and classes, over the rows in the mask.
 
@@ -60,7 +61,7 @@ class Metrics(NamedTuple):
         hit, though `argmax` finds it: a network that has diverged must not score.
         """
         targets, mask = jnp.asarray(targets), jnp.asarray(mask)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = example_losses(loss, logits, targets)
         # Within a fusion XLA may drop NaN from the loss on CPU.
         losses = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, losses)
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
