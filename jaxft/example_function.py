@@ -6,7 +6,7 @@ of the compiled programs, so it is written with `jax.numpy`. Padding may add row
 row must not depend on the other rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,37 @@ from jaxtyping import Float
 
 from jaxft.errors import RecipeError
 from jaxft.user_function import describe, find
+
+
+def function_name(name: str) -> str:
+    """Returns the name of the function in `MODULE:FUNCTION`, by which a metric is reported."""
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def metric_names(metrics: Sequence[str], *, taken: Sequence[str]) -> list[str]:
+    """Returns the names by which metrics are reported; imports their modules.
+
+    Args:
+      metrics: `MODULE:FUNCTION` each.
+      taken: names of other metrics.
+
+    Raises:
+      RecipeError: a function does not exist, or two metrics have the same name.
+    """
+    names: list[str] = []
+    for metric in metrics:
+        try:
+            find(metric)
+        except RecipeError as error:
+            raise RecipeError(f"a metric is {error}") from error
+        name = function_name(metric)
+        if name in (*taken, *names):
+            raise RecipeError(
+                f"a metric is {metric!r}, but there is another one called {name!r}. Rename the "
+                "function."
+            )
+        names.append(name)
+    return names
 
 
 def call(name: str, logits: Float[jax.Array, "b k"], targets: Float[jax.Array, "b k"]) -> jax.Array:
@@ -28,7 +59,7 @@ def check(name: str, field: str, num_classes: int, *, has_gradient: bool = False
 
     Args:
       name: `MODULE:FUNCTION`.
-      field: the recipe's field, for the message.
+      field: "loss" or "a metric", for the message.
       num_classes: number of classes k.
       has_gradient: whether it must be differentiable, and its values floats.
 

@@ -11,7 +11,9 @@ from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
 from jaxft.dataclass_checks import checked
+from jaxft.early_stopping import MONITORS, check_monitor
 from jaxft.errors import DataError, RecipeError
+from jaxft.example_function import metric_names
 from jaxft.losses import LossChoice
 from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
@@ -119,6 +121,9 @@ class Recipe:
     """Loss: cross_entropy; bce, the binary cross entropy of each class (torch's
     BCEWithLogitsLoss); Focal(gamma, alpha); or MODULE:FUNCTION, a function of logits and targets
     [b k] that returns the losses [b]."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics to report, MODULE:FUNCTION each: a function of logits and targets [b k] that
+    returns a number per image [b]. A stage may monitor the mean by the function's name."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over all classes. Validation losses are unsmoothed."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -217,7 +222,10 @@ class Recipe:
         self._check_splits()
         self._check_objective()
         check_stages(self.stages)
+        metrics = (*MONITORS, *metric_names(self.metrics, taken=MONITORS))
         for stage in self.stages:
+            for monitor in stage.monitors:
+                check_monitor(monitor, metrics, f"stage {stage.name!r}")
             self.during(stage)
         self._check_shared_schedules()
 

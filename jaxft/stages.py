@@ -72,7 +72,8 @@ class Stage:
         stage before, so that one schedule spans several stages, as one torch scheduler does over
         `add_param_group`. Its length is the sum of the stages' maximum lengths. The next stage
         starts at its planned time even if this one ends early by `until` or `max_minutes`.
-      monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
+      monitor: metric of the best epoch: `accuracy`, `top5`, `loss`, or the name of one of the
+        recipe's metrics, of which larger values are better; by default the monitor and mode of
         `until=EarlyStop(...)`, else the accuracy.
       steps: maximum number of optimizer steps.
       max_minutes: maximum duration of training and validation. The result then depends on the
@@ -263,6 +264,12 @@ class Stage:
     def averaging(self) -> EMA | None:
         """`ema` as an `EMA`; None without an average."""
         return EMA(self.ema) if isinstance(self.ema, float) else self.ema
+
+    @property
+    def monitors(self) -> tuple[Monitor, ...]:
+        """Metrics that the stage names."""
+        of_until = self.until.monitor if isinstance(self.until, EarlyStop) else None
+        return tuple(filter(None, (self.monitor, of_until)))
 
     @property
     def best_by(self) -> tuple[Monitor, Mode]:

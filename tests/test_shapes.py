@@ -152,6 +152,17 @@ CALLS = {
         Metrics.of_batch.__func__,
         {"cls": Metrics, "logits": floats(4, 5), "targets": ints(4), "mask": bools(4)},
     ),
+    "metrics of a user": (
+        Metrics.of_batch.__func__,
+        {
+            "cls": Metrics,
+            "logits": floats(4, 5),
+            "targets": ints(4),
+            "mask": bools(4),
+            "loss": "bce",
+            "metrics": ("optax:softmax_cross_entropy",),
+        },
+    ),
     "logistic_regression": (
         linear_probe.logistic_regression,
         {"features": np.eye(4), "targets": np.arange(4) % 2, "num_classes": 2},

@@ -125,6 +125,7 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
             first=prefix.first,
             steps_per_call=steps_per_call,
             loss=program.loss.function,
+            metrics=recipe.metrics,
         )
         views = 2 if recipe.tta == "flip" else 1
         row = (views, *prefix.row.shape), prefix.row.dtype

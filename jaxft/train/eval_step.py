@@ -1,6 +1,6 @@
 """The evaluation step: every example counts once, whatever the batch size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ def eval_step(
     steps_per_call: int = 1,
     examples: Mapping[int, int] | None = None,
     loss: LossChoice = "cross_entropy",
+    metrics: Sequence[str] = (),
 ) -> Any:
     """Returns the jitted `(params, stats, batch) -> metrics`, which uses running statistics.
 
@@ -39,6 +40,7 @@ def eval_step(
         the number of batches.
       examples: see `jaxft.train.train_step.StepConfig`.
       loss: loss of an example, which is neither smoothed nor weighted.
+      metrics: functions of the user, see `jaxft.example_function`.
     """
 
     def step(params: Tree, stats: Tree, batch: Batch) -> Metrics:
@@ -53,7 +55,7 @@ def eval_step(
         run = partial(model.apply, params, stats, norms="running", first=first)
         logits = [run(view)[0] for view in views]
         mean = sum(logits[1:], logits[0]) / len(logits)
-        return Metrics.of_batch(mean, batch.target, batch.mask, loss)
+        return Metrics.of_batch(mean, batch.target, batch.mask, loss, metrics)
 
     def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Metrics:
         def one(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:

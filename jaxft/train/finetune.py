@@ -247,6 +247,7 @@ def _run(
                 steps_per_call=recipe.steps_per_execution,
                 examples=sizes.examples,
                 loss=loss,
+                metrics=recipe.metrics,
             )
             for loss in dict.fromkeys(program.loss.function for program in programs)
         }

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxft import batch_sizes, data, losses, stage_plan
+from jaxft import batch_sizes, data, example_function, losses, stage_plan
 from jaxft.batch_sizes import BatchSizes, check_single_image
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
@@ -186,6 +186,7 @@ class StageProgram:
             preprocessing=recipe.preprocessing,
             norms=self.norms,
             loss=self.loss,
+            metrics=recipe.metrics,
             labels=self.plan.labels,
             anchor=stage.anchor,
             clip_value=stage.clip_value,
@@ -304,6 +305,8 @@ def build_programs(
     Raises:
       JaxftError: a stage does not fit the network or the images.
     """
+    for name in recipe.metrics:
+        example_function.check(name, "a metric", model.num_classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `StagePlan.remarks` holds them; the console prints those
         plans = stage_plan.plan(recipe.stages, shapes[0])

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import jax
 
 from jaxft.checkpoint.contents import Snapshot
+from jaxft.example_function import function_name
 from jaxft.open_recipe import Start
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
 from jaxft.train.compiled_stage import CompiledStage, compile_stage
@@ -199,9 +200,11 @@ def _announce(trainer: Trainer, program: StageProgram, cost: str, current: Stage
     plan, progress, params = program.plan, current.progress, current.best.params
     for remark in plan.remarks:
         trainer.console.say(f"Stage {plan.stage.name!r}: {remark}")
-    trainer.console.stage(plan, title(program, len(trainer.programs)), cost, params, program.norms)
+    heading, metrics = title(program, len(trainer.programs)), trainer.recipe.metrics
+    names = [function_name(metric) for metric in metrics]
+    trainer.console.stage(plan, heading, cost, params, program.norms, metrics=names)
     if progress.epoch == progress.position == 0:
-        trainer.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
+        trainer.console.epoch_row(0, None, progress.score, None)
 
 
 def _glance(trainer: Trainer) -> None:

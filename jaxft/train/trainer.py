@@ -201,8 +201,7 @@ class Trainer:
         self.console.epoch_row(
             progress.epoch,
             row["train_loss"],
-            validated.loss,
-            validated.accuracy,
+            validated,
             row["seconds"],
             ", ".join(filter(None, ("best" if improved else "", skipped))),
         )

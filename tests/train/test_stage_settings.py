@@ -166,7 +166,7 @@ def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
         "gradient_norms": {"fc": close(norm, rel=1e-5)},
         "update_norms": {"fc": close(0.5 * norm, rel=1e-5)},
         "skipped_steps": 0,
-        **{f"val_{name}": value for name, value in dataclasses.asdict(result.score).items()},
+        **{f"val_{name}": value for name, value in result.score.values.items()},
     }
     measured = {"seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib"}
     assert row.keys() == expected.keys() | measured
