@@ -169,6 +169,12 @@ def test_recipe_rejects_sigmoid_losses_of_a_single_logit(loss):
         Recipe(model="cifar_resnet8", data="digits:3-4", stages=stages, loss=loss, binary=True)
 
 
+def test_recipe_accepts_own_loss_of_a_single_logit():
+    """It receives the logits [0 z]."""
+    stages = (Stage("all", {"*": 0.1}, 1, loss="test_losses:hinge"),)
+    Recipe(model="cifar_resnet8", data="digits:3-4", stages=stages, binary=True)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
