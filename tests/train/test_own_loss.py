@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mortal import QUIET
+from mortal import ONE_STAGE, QUIET, assert_same_end, killed, train
 from safetensors.numpy import load_file
 
 from jaxft import SGD, Focal, LinearProbe, Recipe, RecipeError, Stage, finetune, losses, models
@@ -114,6 +114,21 @@ def test_best_epoch_by_loss_compares_losses_of_one_stage(tmp_path, capsys):
     assert rows[0]["val_loss"] < rows[2]["val_loss"] < rows[1]["val_loss"]
     assert "Epoch 2 was its best by loss" in " ".join(capsys.readouterr().out.split())
     assert result.score.loss == rows[2]["val_loss"]
+
+
+@pytest.mark.slow
+def test_run_resumes_where_a_stage_evaluates_its_start(tmp_path):
+    stages = (
+        dataclasses.replace(ONE_STAGE.stages[0], epochs=1, loss="bce"),
+        Stage("plain", {"fc": 1e-2}, 1, monitor="loss", carry="keep"),
+    )
+    recipe = dataclasses.replace(ONE_STAGE, stages=stages)
+    train(tmp_path / "unbroken", recipe)
+    for call in (3, 1):  # after the run's start and the first epoch; in the resumed run
+        with killed("evaluate", call):
+            train(tmp_path / "killed", recipe)
+    train(tmp_path / "killed", recipe)
+    assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_own_loss_of_a_wrong_shape_is_refused_before_training(tmp_path):
