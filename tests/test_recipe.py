@@ -147,6 +147,7 @@ RECIPE = Recipe(
             mixup=0.2,
             cutmix=1.0,
             loss=Focal(1.5, 0.25),
+            metrics=("optax:safe_softmax_cross_entropy",),
             label_smoothing=0.1,
             balance="sampling",
             drop_last=True,
@@ -204,6 +205,13 @@ def test_command_line_overrides_loss(loss, options, expected, tmp_path):
     save(dataclasses.replace(RECIPE, loss=loss), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", options)
     assert (recipe.loss, recipe.stages[0].loss) == expected
+
+
+def test_command_line_names_metrics(tmp_path):
+    save(RECIPE, tmp_path / "recipe.yaml")
+    metrics = (OPTAX, "optax:safe_softmax_cross_entropy")
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["--metrics", *metrics])
+    assert recipe.metrics == metrics
 
 
 def test_read_python_file(tmp_path):
