@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
+    from jaxft.losses import Focal
     from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
     from jaxft.optim.adaptive_optimizers import Adagrad, Lion, NAdam, RAdam
@@ -68,6 +69,7 @@ _MODULES = {
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "l2_sp": ["L2SP"],
         "ema": ["EMA"],
+        "losses": ["Focal"],
         "stage_plan": ["plan", "StagePlan"],
         "state_shapes": ["abstract_state"],
         "errors": [
@@ -99,6 +101,7 @@ __all__ = [  # in the order of the documentation
     "Console",
     "DataError",
     "EarlyStop",
+    "Focal",
     "InterruptedRunError",
     "JaxftError",
     "LabelError",

@@ -1,25 +1,51 @@
 """Rules that end a stage before its last epoch, and the comparison of epochs they count with."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from difflib import get_close_matches
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from jaxft.dataclass_checks import checked
 from jaxft.errors import RecipeError
 
-Score = TypeVar("Score")
-"""The validation metrics of an epoch, with an attribute for each `Monitor`."""
 
-Monitor = Literal["accuracy", "top5", "loss"]
+class HasValues(Protocol):
+    """The validation metrics of an epoch."""
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """Value of each metric, by name."""
+
+
+Score = TypeVar("Score", bound=HasValues)
+
+MONITORS = ("accuracy", "top5", "loss")
+Monitor = str
+"""Name of a metric: one of `MONITORS`, or of the recipe's metrics."""
 Mode = Literal["min", "max"]
 
 
 def default_mode(monitor: Monitor) -> Mode:
-    """Returns `min` for a loss and `max` for an accuracy."""
+    """Returns `min` for the loss and `max` for accuracies and the recipe's metrics."""
     return "min" if monitor == "loss" else "max"
 
 
-def is_better(score: Any, reference: Any, monitor: Monitor, mode: Mode, margin: float = 0) -> bool:
+def check_monitor(monitor: Monitor, names: Sequence[str], place: str) -> None:
+    """Raises RecipeError, which starts with the place, unless there is a metric of that name."""
+    if monitor in names:
+        return
+    similar = get_close_matches(monitor, names, n=1)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
+    raise RecipeError(
+        f"{place}: monitor is {monitor!r}; the metrics are {', '.join(names)}.{hint} "
+        "Recipe(metrics=('my_module:function',)) adds a function of yours."
+    )
+
+
+def is_better(
+    score: HasValues, reference: HasValues, monitor: Monitor, mode: Mode, margin: float = 0
+) -> bool:
     """Returns True if `score` beats `reference` by more than `margin`.
 
     A tie is not better, nor is NaN. Every number is better than NaN.
@@ -31,7 +57,7 @@ def is_better(score: Any, reference: Any, monitor: Monitor, mode: Mode, margin: 
       mode: whether a smaller (`min`) or a larger (`max`) value is better.
       margin: minimum difference, in units of the metric.
     """
-    new, old = getattr(score, monitor), getattr(reference, monitor)
+    new, old = score.values[monitor], reference.values[monitor]
     if math.isnan(old):
         return not math.isnan(new)
     return bool(new + margin < old if mode == "min" else new - margin > old)
@@ -51,12 +77,14 @@ class EarlyStop:
     number is an improvement.
 
     Attributes:
-      monitor: metric on the validation images; accuracies from 0 to 1, the loss in nats. The best
-        epoch is also chosen by it, unless the stage sets `Stage.monitor`.
+      monitor: metric on the validation images: `accuracy` or `top5` (from 0 to 1), `loss` (that of
+        the stage), or the name of one of the recipe's metrics. The best epoch is also chosen by it,
+        unless the stage sets `Stage.monitor`.
       patience: number of epochs.
       min_delta: smallest improvement that counts, in units of the metric.
       min_epochs: the stage trains at least this many epochs. Patience still counts from the start.
-      mode: whether `min` or `max` is better; by default `min` for the loss, else `max`.
+      mode: whether `min` or `max` is better; by default `min` for the loss, else `max`, also for
+        metrics of the recipe.
       baseline: with `start`, the first epoch must improve on the score at the stage's start.
     """
 
@@ -96,7 +124,7 @@ class EarlyStop:
         """
         mode = self.mode or default_mode(self.monitor)
         if epoch == 1 and self.baseline is None:
-            return score, waited + 1 if math.isnan(getattr(score, self.monitor)) else 0
+            return score, waited + 1 if math.isnan(score.values[self.monitor]) else 0
         if is_better(score, reference, self.monitor, mode, self.min_delta):
             return score, 0
         return reference, waited + 1

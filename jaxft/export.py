@@ -53,7 +53,7 @@ def write(
         "model": recipe.model,
         "pixels": pixels,
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
-        "score": dataclasses.asdict(score),
+        "score": score.values,
     }
     if program:
         description["program"] = dict(program)

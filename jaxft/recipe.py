@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
+from jaxft import losses
 from jaxft.data import OnBadImage, Preprocessing
 from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
 from jaxft.dataclass_checks import checked
+from jaxft.early_stopping import MONITORS, check_monitor
 from jaxft.errors import DataError, RecipeError
+from jaxft.example_function import metric_names
+from jaxft.losses import LossChoice
 from jaxft.matmul_precision import MatmulPrecision
 from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
@@ -36,6 +40,7 @@ class StageSettings:
     random_erasing: float
     mixup: float
     cutmix: float
+    loss: LossChoice
     label_smoothing: float
     balance: Balance
 
@@ -46,12 +51,14 @@ _LR = "learning rates belong to the stages, Stage(..., train={'fc': 1e-3})"
 
 
 @checked(
+    "loss",
     lr=_LR,
     learning_rate=_LR,
     epochs="each stage has its own, Stage(..., epochs=5)",
     scheduler="it is a field of the stage, Stage(..., schedule=...)",
     schedule="it is a field of the stage, Stage(..., schedule=...)",
     num_classes="the data determines the number of classes",
+    criterion="it is called loss",
     pretrained="write weights='torchvision:ResNet50_Weights.IMAGENET1K_V2'",
 )
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,13 @@ class Recipe:
     one of the two."""
     cutmix: float = 0.0
     """CutMix: alpha of Beta(alpha, alpha), often 1; 0: off."""
+    loss: LossChoice = "cross_entropy"
+    """Loss: cross_entropy; bce, the binary cross entropy of each class (torch's
+    BCEWithLogitsLoss); Focal(gamma, alpha); or MODULE:FUNCTION, a function of logits and targets
+    [b k] that returns the losses [b]."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics to report, MODULE:FUNCTION each: a function of logits and targets [b k] that
+    returns a number per image [b]. A stage may monitor the mean by the function's name."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over all classes. Validation losses are unsmoothed."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -142,7 +156,8 @@ class Recipe:
     """Layers of the head before the last linear layer: widths of linear layers, and relu; e.g.
     256 relu 32."""
     binary: bool = False
-    """Use a single logit for two classes, with the loss of torch's BCEWithLogitsLoss."""
+    """Use a single logit for two classes, with the loss of torch's BCEWithLogitsLoss. A function
+    of yours as the loss receives the logits [0 z]."""
     dropout: float = 0.0
     """Dropout probability before the head (fastai's head: before its last linear layer, and half
     of it before the first)."""
@@ -211,7 +226,10 @@ class Recipe:
         self._check_splits()
         self._check_objective()
         check_stages(self.stages)
+        metrics = (*MONITORS, *metric_names(self.metrics, taken=MONITORS))
         for stage in self.stages:
+            for monitor in stage.monitors:
+                check_monitor(monitor, metrics, f"stage {stage.name!r}")
             self.during(stage)
         self._check_shared_schedules()
 
@@ -240,6 +258,13 @@ class Recipe:
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
+            )
+        losses.check(self.loss)
+        if self.binary and (self.loss == "bce" or isinstance(self.loss, losses.Focal)):
+            raise RecipeError(
+                f"loss is {self.loss!r}, which has a sigmoid for each of two classes, and binary "
+                "has one for both. Set binary to False, or leave loss at cross_entropy, which is "
+                "then the binary cross entropy of the one logit."
             )
         for field in ("mixup", "cutmix"):
             alpha = getattr(self, field)

@@ -17,6 +17,7 @@ from jaxft.ema import EMA, wrong_decay
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
+from jaxft.losses import LossChoice
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
@@ -31,6 +32,7 @@ _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
     "schedule",
     "optimizer",
     "norms",
+    "loss",
     lr=_LR,
     learning_rate=_LR,
     early_stopping="write until=EarlyStop(patience=3)",
@@ -41,6 +43,7 @@ _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
     clip_grad_value="it is called clip_value",
     grad_accum="it is called accumulate",
     freeze="parameters that no pattern in train matches are frozen",
+    criterion="it is called loss",
 )
 @dataclass(frozen=True)
 class Stage:
@@ -69,7 +72,8 @@ class Stage:
         stage before, so that one schedule spans several stages, as one torch scheduler does over
         `add_param_group`. Its length is the sum of the stages' maximum lengths. The next stage
         starts at its planned time even if this one ends early by `until` or `max_minutes`.
-      monitor: metric of the best epoch: `accuracy`, `top5` or `loss`; by default the monitor of
+      monitor: metric of the best epoch: `accuracy`, `top5`, `loss`, or the name of one of the
+        recipe's metrics, of which larger values are better; by default the monitor and mode of
         `until=EarlyStop(...)`, else the accuracy.
       steps: maximum number of optimizer steps.
       max_minutes: maximum duration of training and validation. The result then depends on the
@@ -89,12 +93,13 @@ class Stage:
       anchor: L2-SP penalty, which pulls the weights to the pretrained ones.
       class_weights: weight of each class in the loss, as in torch's `CrossEntropyLoss(weight=...)`;
         replaces `balance`. The mean divides by the sum of the images' weights, or with mixup or
-        cutmix by the number of images, as torch does for probabilities. The validation loss is
+        cutmix by the number of images, as torch does for probabilities. Other losses than the cross
+        entropy are multiplied by the weight of the image's class. The validation loss is
         unweighted.
       auto_rgn: at the start of each epoch, scale each tensor's learning rate by its relative
         gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
         `jaxft.train.auto_rgn`).
-      batch_size, augment, num_views, random_erasing, mixup, cutmix, label_smoothing, balance:
+      batch_size, augment, num_views, random_erasing, mixup, cutmix, loss, label_smoothing, balance:
         override the recipe's fields.
 
     Raises:
@@ -138,6 +143,7 @@ class Stage:
     random_erasing: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
+    loss: LossChoice | None = None
     label_smoothing: float | None = None
     balance: Balance | None = None
 
@@ -258,6 +264,12 @@ class Stage:
     def averaging(self) -> EMA | None:
         """`ema` as an `EMA`; None without an average."""
         return EMA(self.ema) if isinstance(self.ema, float) else self.ema
+
+    @property
+    def monitors(self) -> tuple[Monitor, ...]:
+        """Metrics that the stage names."""
+        of_until = self.until.monitor if isinstance(self.until, EarlyStop) else None
+        return tuple(filter(None, (self.monitor, of_until)))
 
     @property
     def best_by(self) -> tuple[Monitor, Mode]:

@@ -23,6 +23,7 @@ from jaxft.ema import EMA
 from jaxft.errors import RecipeError
 from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
+from jaxft.losses import LossChoice
 from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import (
@@ -64,6 +65,7 @@ class Fields(TypedDict, total=False):
     random_erasing: float | None
     mixup: float | None
     cutmix: float | None
+    loss: LossChoice | None
     label_smoothing: float | None
     balance: Balance | None
 

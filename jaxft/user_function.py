@@ -59,6 +59,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def describe(error: Exception) -> str:
-    """Formats an error and the line that raised it."""
+    """Formats the first line of an error, and the line of code that raised it."""
     (*_, last) = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    message = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {message} ({last.filename}:{last.lineno})"

@@ -86,7 +86,16 @@ MISTAKES = [
     (lambda: stage(train="fc"), "train is 'fc'; it must be a mapping such as {'fc': 1e-3}."),
     (lambda: stage(train=["fc"]), "train is ['fc']; it must be a mapping such as {'fc': 1e-3}."),
     (lambda: stage(until=3), "until is 3; it must be EarlyStop, PlateauStop or None."),
-    (lambda: stage(monitor="f1"), "monitor is 'f1'; it must be 'accuracy', 'top5', 'loss' or None"),
+    (
+        lambda: recipe(stages=stage(monitor="f1")),
+        "stage 'head': monitor is 'f1'; the metrics are accuracy, top5, loss. Recipe(metrics=(",
+    ),
+    (
+        lambda: recipe(stages=stage(until=EarlyStop("val_accuracy"))),
+        "monitor is 'val_accuracy'; the metrics are accuracy, top5, loss. Did you mean 'accuracy'?",
+    ),
+    (lambda: stage(monitor=1), "monitor is 1; it must be a string or None."),
+    (lambda: recipe(metrics="m:f1"), "metrics is 'm:f1'; it must be a tuple of strings."),
     (lambda: stage(restore="first", ema="x"), "restore is 'first'; .*; ema is 'x'; it must be a n"),
     (lambda: stage(name=3), "Stage: name is 3; it must be a string."),
     (

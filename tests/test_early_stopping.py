@@ -125,6 +125,28 @@ def test_early_stop_monitor_and_best_epoch_monitor(fields, best_epoch, ended):
     assert bool(ended) == bool(progress.ended)
 
 
+@pytest.mark.parametrize(
+    ("fields", "best_epoch", "ended"),
+    [
+        ({"monitor": "f1"}, 2, ""),  # larger is better
+        ({"monitor": "f1", "until": EarlyStop("f1", mode="min")}, 3, ""),
+        ({"until": EarlyStop("f1", patience=1)}, 2, f"f1 {WAITED} 1 epoch"),
+        ({"until": EarlyStop("f1", mode="min", patience=1)}, 0, f"f1 {WAITED} 1 epoch"),
+    ],
+    ids=str,
+)
+def test_early_stop_by_metric_of_the_recipe(fields, best_epoch, ended):
+    stage = Stage("x", {"*": 1.0}, epochs=9, **fields)
+    progress = Progress.at_start(0, 0, score(custom={"f1": 0.5}))
+    for f1 in (0.6, 0.7, 0.4):
+        if not progress.ended:
+            progress = progress.after_epoch(stage, score(custom={"f1": f1}))
+    assert progress.best_epoch == best_epoch
+    assert ended in progress.ended
+    assert bool(ended) == bool(progress.ended)
+    assert Progress.from_fields(json.loads(json.dumps(dataclasses.asdict(progress)))) == progress
+
+
 def torch_loop(values, patience, min_delta, mode):
     """The epoch after which torch's usual loop, Lightning and Keras stop, or None."""
     best, waited = math.inf if mode == "min" else -math.inf, 0
@@ -182,6 +204,14 @@ def test_closing_line_names_metric_and_optimizer_state(fields, epochs, keep, sen
     said = epilogue(plan, progress, keep=keep)
     assert sentence in said
     assert ("optimizer" in said) == ("optimizer" in sentence)
+
+
+def test_closing_line_names_metric_of_the_recipe():
+    (plan,) = jaxft.plan([Stage("x", {"fc": 1.0}, 1, monitor="f1")], {"fc": np.ones(2)})
+    progress = Progress.at_start(0, 0, score(custom={"f1": 0.5}))
+    progress = progress.after_epoch(plan.stage, score(custom={"f1": 0.75}), done="done")
+    sentence = "Epoch 1 was its best by f1 and is kept (f1 0.7500, accuracy 0.5000)."
+    assert sentence in epilogue(plan, progress)
 
 
 def test_early_stop_sentence_names_min_delta():

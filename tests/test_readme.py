@@ -77,6 +77,7 @@ RUN = {
     ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
     ("jaxft/README.md", "A function after each epoch"),
     ("jaxft/README.md", "Your own network"),
+    ("jaxft/README.md", "Own loss and metrics"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
     ("jaxft/weights/README.md", ""),
@@ -372,6 +373,23 @@ def test_own_network_trains(tmp_path, monkeypatch):
     assert (tmp_path / "runs/cnn/model.safetensors").samefile(names["result"].weights)
     assert names["build"](5).num_classes == 5
     assert names["recipe"].model == "my_module:build"
+
+
+@pytest.mark.slow
+def test_own_loss_and_metrics_train(tmp_path, monkeypatch):
+    module, recipe = blocks("jaxft/README.md", "Own loss and metrics")
+    assert len((module + recipe).splitlines()) <= 20
+    (tmp_path / "my_losses.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"Stage": jaxft.Stage, "Recipe": Recipe, "EarlyStop": jaxft.EarlyStop}
+    exec(recipe, names)
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    source = jaxft.data.arrays(images, np.arange(20) % 4, classes="abcd")
+    recipe = replace(names["recipe"], image_size=8, resize_size=8)
+    console = Console(quiet=True)
+    result = jaxft.finetune(recipe, tmp_path / "run", data=source, console=console)
+    assert 0 < result.score.custom["brier"] < 2
+    assert read(tmp_path / "run" / "recipe.yaml").loss == "my_losses:softmax_focal"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from jaxft import (
     Adam,
     AdamW,
     EarlyStop,
+    Focal,
     LinearProbe,
     Lion,
     NAdam,
@@ -50,6 +51,7 @@ from jaxft.optim.schedules import (
 from jaxft.recipe_differences import differences
 from jaxft.recipe_file import read, resolve, save
 
+OPTAX = "optax:softmax_cross_entropy"  # a loss by name
 RECIPE = Recipe(
     model="resnet18",
     data="folder:ants",
@@ -66,6 +68,7 @@ RECIPE = Recipe(
             ema=0.99,
             batch_size=8,
             augment="flip",
+            loss=OPTAX,
         ),
         Stage(
             "plateau",
@@ -143,6 +146,8 @@ RECIPE = Recipe(
             random_erasing=0.1,
             mixup=0.2,
             cutmix=1.0,
+            loss=Focal(1.5, 0.25),
+            metrics=("optax:safe_softmax_cross_entropy",),
             label_smoothing=0.1,
             balance="sampling",
             drop_last=True,
@@ -183,6 +188,30 @@ def test_command_line_overrides_ema(ema, options, expected, tmp_path):
     save(dataclasses.replace(RECIPE, stages=(stage,)), tmp_path / "recipe.yaml")
     recipe = read_recipe(tmp_path / "recipe.yaml", options)
     assert recipe.stages[0].ema == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "expected"),
+    [
+        ("bce", ["--loss", "cross_entropy", "--stages.0.loss", "bce"], ("cross_entropy", "bce")),
+        ("bce", ["--loss", OPTAX, "--stages.0.loss", "None"], (OPTAX, None)),
+        ("bce", ["--batch-size", "8"], ("bce", OPTAX)),
+        (Focal(2.0, 0.25), ["--loss.gamma", "1"], (Focal(1.0, 0.25), OPTAX)),
+        (Focal(2.0, 0.25), ["--loss.alpha", "None"], (Focal(), OPTAX)),
+    ],
+    ids=str,
+)
+def test_command_line_overrides_loss(loss, options, expected, tmp_path):
+    save(dataclasses.replace(RECIPE, loss=loss), tmp_path / "recipe.yaml")
+    recipe = read_recipe(tmp_path / "recipe.yaml", options)
+    assert (recipe.loss, recipe.stages[0].loss) == expected
+
+
+def test_command_line_names_metrics(tmp_path):
+    save(RECIPE, tmp_path / "recipe.yaml")
+    metrics = (OPTAX, "optax:safe_softmax_cross_entropy")
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["--metrics", *metrics])
+    assert recipe.metrics == metrics
 
 
 def test_read_python_file(tmp_path):

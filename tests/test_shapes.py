@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import TypeCheckError, jaxtyped
 
 import jaxft
-from jaxft import data, linear_probe, models
+from jaxft import Focal, data, linear_probe, losses, models
 from jaxft.data import mixup, random_erasing
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.user_model import UserModel
@@ -139,10 +139,29 @@ CALLS = {
     ),
     "losses": (Loss.losses, {"self": Loss(), "logits": floats(4, 5), "targets": ints(4)}),
     "losses soft": (Loss.losses, {"self": Loss(), "logits": floats(4, 5), "targets": floats(4, 5)}),
+    "losses bce": (
+        Loss.losses,
+        {"self": Loss(function="bce"), "logits": floats(4, 5), "targets": floats(4, 5)},
+    ),
+    "example_losses": (
+        losses.example_losses,
+        {"loss": Focal(), "logits": floats(4, 5), "targets": ints(4)},
+    ),
     "weights": (Loss.weights, {"self": Loss(), "targets": floats(4, 5)}),
     "metrics": (
         Metrics.of_batch.__func__,
         {"cls": Metrics, "logits": floats(4, 5), "targets": ints(4), "mask": bools(4)},
+    ),
+    "metrics of a user": (
+        Metrics.of_batch.__func__,
+        {
+            "cls": Metrics,
+            "logits": floats(4, 5),
+            "targets": ints(4),
+            "mask": bools(4),
+            "loss": "bce",
+            "metrics": ("optax:softmax_cross_entropy",),
+        },
     ),
     "logistic_regression": (
         linear_probe.logistic_regression,
@@ -181,6 +200,9 @@ WRONG = [
     ("losses", "logits", floats(4)),
     ("losses", "targets", ints(3)),
     ("losses soft", "targets", floats(4, 6)),
+    ("losses bce", "targets", floats(4)),
+    ("example_losses", "logits", floats(4, 5, 1)),
+    ("example_losses", "targets", ints(4, 5)),
     ("weights", "targets", floats(4)),
     ("metrics", "logits", ints(4, 5)),
     ("metrics", "targets", floats(4, 5)),

@@ -35,8 +35,8 @@ from flax import linen as nn
 
 import jaxft
 from jaxft import (
-    SGD, Adam, Console, EarlyStop, InterruptedRunError, LinearProbe, Recipe, Result, Stage, Update,
-    data, finetune, gradients, logistic_regression, models, schedules, strategies, weights,
+    SGD, Adam, Console, EarlyStop, Focal, InterruptedRunError, LinearProbe, Recipe, Result, Stage,
+    Update, data, finetune, gradients, logistic_regression, models, schedules, strategies, weights,
 )
 
 lrs = {"fc": 1e-3, "layer4": 1e-4}
@@ -45,6 +45,8 @@ recipe = Recipe(
     weights="hf:timm/resnet18.tv_in1k",
     data="folder:data/hymenoptera",
     optimizer=SGD(momentum=0.9),
+    loss=Focal(gamma=1.5),
+    metrics=("my_module:brier",),
     stages=(
         Stage("probe", train={"fc": LinearProbe()}),
         Stage("head", train={"fc": 1e-3}, epochs=5, schedule=schedules.CosineAnnealingLR()),

@@ -8,13 +8,17 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from jaxft.ema import EMA
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import read
 from jaxft.stages import Stage
 
 _REGISTRY = ConstructorRegistry()
-_SEEN = object()  # marks a stage that is on its way through tyro's own rule
+_SEEN = object()  # marks a class that is on its way through tyro's own rule
+_PLAIN_TYPES: dict[Any, dict[str, Any]] = {
+    Recipe: {"loss": str},
+    Stage: {"loss": str | None, "ema": float | None},
+}
+"""Types of the fields that hold either an object or a plain value, without the object's."""
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 _EXAMPLE = Recipe(
     model="resnet50",
@@ -51,18 +55,20 @@ def print_recipe_options() -> None:
 
 
 @_REGISTRY.struct_rule
-def _ema_options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Returns the options of a stage whose `ema` is a number or None: `--stages.0.ema 0.999`.
+def _plain_options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Returns options for the plain values of fields that may hold an object: `--loss bce`.
 
     With a class among a field's types, tyro would only take options of the default's own type.
     """
-    ema = getattr(info.default, "ema", None)
-    if info.type is not Stage or isinstance(ema, EMA) or _SEEN in info.markers:
+    types = _PLAIN_TYPES.get(info.type)
+    if types is None or _SEEN in info.markers:
         return None
     seen = dataclasses.replace(info, markers=(*info.markers, _SEEN))
     spec: Any = ConstructorRegistry.get_struct_spec(seen)  # by tyro's rule for dataclasses
     fields = [
-        dataclasses.replace(field, type=float | None) if field.name == "ema" else field
+        field
+        if dataclasses.is_dataclass(getattr(info.default, field.name, None))
+        else dataclasses.replace(field, type=types.get(field.name, field.type))
         for field in spec.fields
     ]
     return dataclasses.replace(spec, fields=tuple(fields))

@@ -4,9 +4,9 @@ import math
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import accumulate, chain
 
 import jax
 from rich.console import Console as Terminal
@@ -21,8 +21,10 @@ from rich.progress import (
 
 from jaxft.labels import FROZEN, Tree, leaf_labels, paths
 from jaxft.stage_plan import StagePlan
+from jaxft.train.metrics import Score
 
-EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}  {:>9}  {}"
+EPOCH_ROW = "{:>7}  {:>10}  {:>10}  {:>10}{}  {:>9}  {}"
+_EPOCH_ROOM = 62  # columns of a row without the recipe's metrics, with a short remark
 
 
 class _Output(Terminal):
@@ -47,6 +49,7 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         # Names that users choose, such as folder:cat or a class [bold], are no markup or emoji.
         self._out = _Output(quiet=quiet, highlight=False, markup=False, emoji=False)
+        self._columns: dict[str, int] = {}  # width of each metric in the table of epochs, by name
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints text, wrapped at the width of the terminal except for indented lines."""
@@ -64,7 +67,14 @@ class Console:
             self._out.stop(f"standard output cannot be written: {error.strerror}")
 
     def stage(
-        self, plan: StagePlan, title: str, cost: str, params: Tree, norms: Mapping[str, str]
+        self,
+        plan: StagePlan,
+        title: str,
+        cost: str,
+        params: Tree,
+        norms: Mapping[str, str],
+        *,
+        metrics: Sequence[str] = (),
     ) -> None:
         """Prints the table of a stage and the header of its epochs.
 
@@ -76,6 +86,7 @@ class Console:
           cost: text about the cost of a step.
           params: all parameters.
           norms: the mode of each norm layer, by path.
+          metrics: names of the recipe's metrics, which have a column each as far as there is room.
         """
         rows = [("group", "parameters", "share", "lr", "schedule", "norm layers")]
         rows += _group_rows(plan, params, norms)
@@ -85,9 +96,14 @@ class Console:
         self.say(cost)
         self.row("")
         for row in rows:
-            cells = chain.from_iterable(zip(row, widths, strict=True))
-            self.row(line.format(*cells), style="dim" if row[0] == FROZEN else None)
-        header = ("epoch", "train loss", "val loss", "accuracy", "seconds", "")
+            padded = chain.from_iterable(zip(row, widths, strict=True))
+            self.row(line.format(*padded), style="dim" if row[0] == FROZEN else None)
+        sizes = [max(10, len(name)) for name in metrics]
+        room, ends = self._out.width - _EPOCH_ROOM, accumulate(2 + size for size in sizes)
+        columns = zip(metrics, sizes, ends, strict=True)
+        self._columns = {name: size for name, size, end in columns if end <= room}
+        cells = self._cells({name: name for name in metrics})
+        header = ("epoch", "train loss", "val loss", "accuracy", cells, "seconds", "")
         self.row("\n" + EPOCH_ROW.format(*header))
 
     @contextmanager
@@ -115,8 +131,7 @@ class Console:
         self,
         epoch: int | str,
         train_loss: float | None,
-        val_loss: float,
-        accuracy: float,
+        score: Score,
         seconds: float | None,
         remark: str = "",
     ) -> None:
@@ -125,20 +140,24 @@ class Console:
         Args:
           epoch: number of the epoch, 0 for the start of the stage, or a word for a candidate.
           train_loss: mean training loss of the epoch; None if there is none.
-          val_loss: validation loss.
-          accuracy: validation accuracy, 0 to 1.
+          score: validation score.
           seconds: duration of the epoch in seconds; None if unknown.
           remark: text at the end of the row.
         """
         cells = (
             epoch or "start",
             "-" if train_loss is None else _format_loss(train_loss),
-            _format_loss(val_loss),
-            f"{accuracy:.4f}",
+            _format_loss(score.loss),
+            f"{score.accuracy:.4f}",
+            self._cells({name: _format_loss(value) for name, value in score.custom.items()}),
             "-" if seconds is None else f"{seconds:.1f}",
             remark,
         )
         self.row(EPOCH_ROW.format(*cells))
+
+    def _cells(self, texts: Mapping[str, str]) -> str:
+        """Returns the cells of the recipe's metrics in a row of the table of epochs."""
+        return "".join(f"  {texts[name]:>{width}}" for name, width in self._columns.items())
 
 
 def _group_rows(

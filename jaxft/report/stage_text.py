@@ -73,7 +73,7 @@ def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
     if plan.stage.restore == "last":
         return sentence + f"Its last epoch is kept (accuracy {progress.score.accuracy:.4f})."
     monitor, _ = plan.stage.best_by
-    values = [f"{name} {getattr(progress.best, name):.4f}" for name in (monitor, "accuracy")]
+    values = [f"{name} {progress.best.values[name]:.4f}" for name in (monitor, "accuracy")]
     values = list(dict.fromkeys(values))
     if progress.best_epoch == 0:
         sentence += f"No epoch improved on the {monitor} of its start, which is kept"

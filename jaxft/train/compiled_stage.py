@@ -126,6 +126,8 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
             recipe.preprocessing,
             first=prefix.first,
             steps_per_call=steps_per_call,
+            loss=program.loss.function,
+            metrics=recipe.metrics,
             precision=recipe.matmul_precision,
         )
         views = 2 if recipe.tta == "flip" else 1

@@ -241,19 +241,24 @@ def _run(
                 weights_only.save_weights(workdir / "start", *pretrained, replace=True)
             anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
-        evaluator = eval_step(
-            model,
-            recipe.preprocessing,
-            tta=recipe.tta,
-            steps_per_call=recipe.steps_per_execution,
-            examples=sizes.examples,
-            precision=recipe.matmul_precision,
-        )
+        evaluators = {
+            loss: eval_step(
+                model,
+                recipe.preprocessing,
+                tta=recipe.tta,
+                steps_per_call=recipe.steps_per_execution,
+                examples=sizes.examples,
+                loss=loss,
+                metrics=recipe.metrics,
+                precision=recipe.matmul_precision,
+            )
+            for loss in dict.fromkeys(program.loss.function for program in programs)
+        }
         batch_cache = feature_cache = ArrayCache(recipe.cache_mib * 2**20)
         if recipe.disk_cache_mib:
             feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
-            recipe, splits, programs, devices, evaluator, checkpoints, metrics, console,
+            recipe, splits, programs, devices, evaluators, checkpoints, metrics, console,
             interruption, anchor_params, feature_cache, batch_cache, on_epoch_end,
         )  # fmt: skip
         progress, end = train_stages(trainer, start, forked)

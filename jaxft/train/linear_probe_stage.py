@@ -1,6 +1,7 @@
 """Runs a linear-probe stage: features, a sweep of penalties, and the head with the best of them."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,17 +62,16 @@ def _solve(
     train = _Features(train_rows, trainer.splits.train.targets)
     val = _Features(val_rows[:, 0], trainer.splits.val.targets)  # without mirror images
     fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=probe.c)
-    trained = [_metrics(fit, train) for fit in fits]
-    scores = [_metrics(fit, val).score for fit in fits]
+    metrics = trainer.recipe.metrics
+    trained = [_metrics(fit, train, metrics) for fit in fits]
+    scores = [_metrics(fit, val, metrics).score for fit in fits]
     chosen = max(range(len(fits)), key=lambda i: _merit(fits[i], scores[i]))
     for i, fit in enumerate(fits):
         remark = f"{fit.iterations} iterations" + ", chosen" * (i == chosen)
-        loss, accuracy = scores[i].loss, scores[i].accuracy
         trainer.console.epoch_row(
             f"C={np.format_float_scientific(fit.c, trim='-', exp_digits=1)}",
             trained[i].score.loss,
-            loss,
-            accuracy,
+            scores[i],
             None,
             remark,
         )
@@ -96,10 +96,10 @@ class _Features(NamedTuple):
     target: np.ndarray
 
 
-def _metrics(fit: Fit, features: _Features) -> Metrics:
+def _metrics(fit: Fit, features: _Features, metrics: Sequence[str]) -> Metrics:
     logits = np.asarray(features.rows, np.float64) @ fit.kernel + fit.bias
     batch = jnp.asarray(logits, np.float32), features.target, np.ones(len(logits), bool)
-    return Metrics.total([Metrics.of_batch(*batch)])
+    return Metrics.total([Metrics.of_batch(*batch, metrics=metrics)])
 
 
 def _merit(fit: Fit, score: Score) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The loss of a step: cross entropy with soft targets, on images that are erased and mixed."""
+"""The loss of a step: of soft targets, on images that are erased and mixed."""
 
 import zlib
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from jaxft.data.mixup import cutmix, mixup, mixup_or_cutmix, soft_targets
 from jaxft.data.random_erasing import erase, erasing_boxes
+from jaxft.losses import LossChoice, example_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +20,18 @@ class Loss:
     """Loss of a batch; by default plain cross entropy.
 
     Attributes:
+      function: loss of an example.
       label_smoothing: share of each target that is spread over all classes.
       class_weights: a weight for each class, as torch's `CrossEntropyLoss(weight=...)`. The mean
         divides by the sum of the images' weights; with mixup or cutmix by the number of images.
+        Any other loss of an image is multiplied by the weight of its class.
       reduction: `sum` minimises the sum over the batch, as torch's `reduction="sum"`.
       random_erasing: probability that a box of an image is erased.
       mixup, cutmix: alphas of their Beta distributions; 0 turns them off. With both, a coin flip
         chooses one for each batch.
     """
 
+    function: LossChoice = "cross_entropy"
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     reduction: Literal["mean", "sum"] = "mean"
@@ -55,7 +59,9 @@ class Loss:
             drawn = _named(key, "erasing")
             boxes = erasing_boxes(drawn, count, height, width, probability=self.random_erasing)
             images = erase(images, boxes)
-        if not (self.mixup or self.cutmix or self.label_smoothing or self.class_weights):
+        if self.function == "cross_entropy" and not (
+            self.mixup or self.cutmix or self.label_smoothing or self.class_weights
+        ):
             return images, jnp.asarray(target)
         targets, mask = soft_targets(jnp.asarray(target), num_classes), jnp.asarray(mask)
         key = _named(key, "mixing")
@@ -74,15 +80,18 @@ class Loss:
         logits: Float[jax.Array, "b k"],
         targets: Float[jax.Array, "b k"] | Int[jax.Array, " b"],
     ) -> Float[jax.Array, " b"]:
-        """Returns the cross entropy of each row.
+        """Returns the loss of each row.
 
-        Divided by the sum of `weights`, its sum is the mean of torch's
+        Divided by the sum of `weights`, the sum of the cross entropies is the mean of torch's
         `CrossEntropyLoss(weight=..., label_smoothing=...)`.
         """
         if targets.ndim == 1:
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / targets.shape[-1]
         weights = self._class_weights(targets)
+        if self.function != "cross_entropy":
+            losses = example_losses(self.function, logits, smoothed)
+            return losses * (targets @ weights) if self.class_weights else losses
         return -jnp.sum(weights * smoothed * jax.nn.log_softmax(logits), axis=-1)
 
     def weights(

@@ -1,21 +1,22 @@
-"""Loss and accuracy: sums over a batch, an epoch or an evaluation, and their means."""
+"""Loss, accuracy and own metrics: sums over a batch, an epoch or an evaluation; their means."""
 
 import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from jaxft import example_function
 from jaxft.labels import Tree
+from jaxft.losses import LossChoice, example_losses
 
 _SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
 _SLOW_SECONDS = 2.0  # an epoch, below which it is not
@@ -23,11 +24,22 @@ _SLOW_SECONDS = 2.0  # an epoch, below which it is not
 
 @dataclass(frozen=True)
 class Score:
-    """Means over a set of examples: cross entropy in nats, accuracies from 0 to 1."""
+    """Means over a set of examples: loss (cross entropy in nats), accuracies from 0 to 1.
+
+    Attributes:
+      custom: the recipe's metrics, by name.
+    """
 
     loss: float
     accuracy: float
     top5: float
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All metrics by name."""
+        named = {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5}
+        return named | dict(self.custom)
 
 
 class Metrics(NamedTuple):
@@ -36,16 +48,18 @@ class Metrics(NamedTuple):
     On the device: scalars of one batch. On the host: float64 sums of many.
 
     Attributes:
-      loss: cross entropy in nats.
+      loss: loss of the stage; cross entropy in nats.
       correct: examples whose class has the largest logit.
       top5: examples whose class has one of the five largest.
       examples: their number.
+      custom: values of the recipe's metrics, by name.
     """
 
     loss: Any
     correct: Any
     top5: Any
     examples: Any
+    custom: Mapping[str, Any] = {}
 
     @classmethod
     def of_batch(
@@ -53,16 +67,26 @@ class Metrics(NamedTuple):
         logits: Float[jax.Array, "b k"],
         targets: Int[ArrayLike, " b"],
         mask: Bool[ArrayLike, " b"],
+        loss: LossChoice = "cross_entropy",
+        metrics: Sequence[str] = (),
     ) -> "Metrics":
         """Returns the metrics of logits and classes, over the rows in the mask.
 
         With five classes or fewer every row is among the top five. One whose own logit is NaN is no
         hit, though `argmax` finds it: a network that has diverged must not score.
+
+        Args:
+          logits: a row per example.
+          targets: classes.
+          mask: False for padding.
+          loss: loss of an example.
+          metrics: functions of the user, see `jaxft.example_function`.
         """
         targets, mask = jnp.asarray(targets), jnp.asarray(mask)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = example_losses(loss, logits, targets)
         # Within a fusion XLA may drop NaN from the loss on CPU.
-        losses = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, losses)
+        has_nan = jnp.isnan(logits).any(-1)
+        losses = jnp.where(has_nan, jnp.nan, losses)
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         rank = jnp.sum(~(logits <= target_logits), axis=-1)  # NaN ranks before all numbers
         return cls(
@@ -70,23 +94,47 @@ class Metrics(NamedTuple):
             correct=jnp.sum((logits.argmax(-1) == targets) & (rank == 0), where=mask),
             top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
             examples=jnp.sum(mask),
+            custom={
+                example_function.function_name(name): jnp.sum(
+                    jnp.where(has_nan, jnp.nan, _values(name, logits, targets)), where=mask
+                )
+                for name in metrics
+            },
         )
 
     @classmethod
     def total(cls, batches: Iterable["Metrics"]) -> "Metrics":
         """Returns the sum over many batches, stacked or not; added on the host in float64."""
-        rows = [np.reshape(batch, (4, -1)) for batch in jax.device_get(list(batches))]
-        return cls(*np.concatenate(rows, 1, dtype=np.float64).sum(1).tolist())
+        fetched = jax.device_get(list(batches))
+        leaves, structure = map(jax.tree.leaves, fetched), jax.tree.structure(fetched[0])
+        rows = [np.reshape(arrays, (len(arrays), -1)) for arrays in leaves]
+        sums = np.concatenate(rows, 1, dtype=np.float64).sum(1).tolist()
+        summed: Metrics = jax.tree.unflatten(structure, sums)
+        return summed
 
     def plus(self, other: "Metrics") -> "Metrics":
         """Adds a batch on the host, in float64."""
-        return Metrics(*(a + float(b) for a, b in zip(self, other, strict=True)))
+        pairs = zip(self[:-1], other[:-1], strict=True)
+        loss, correct, top5, examples = (a + float(b) for a, b in pairs)
+        return Metrics(loss, correct, top5, examples, _added(self.custom, other.custom))
 
     @property
     def score(self) -> Score:
         """The means over the examples; NaN without any."""
-        *sums, examples = self
-        return Score(*(float(x / examples) if examples else math.nan for x in sums))
+
+        def mean(total: Any) -> float:
+            return float(total / self.examples) if self.examples else math.nan
+
+        custom = {name: mean(total) for name, total in self.custom.items()}
+        return Score(mean(self.loss), mean(self.correct), mean(self.top5), custom)
+
+
+def _values(
+    name: str, logits: Float[jax.Array, "b k"], targets: Int[jax.Array, " b"]
+) -> Float[jax.Array, " b"]:
+    """Returns the values of a metric of the user."""
+    onehot = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+    return example_function.call(name, logits, onehot).astype(logits.dtype)
 
 
 _ZERO = Metrics(0.0, 0.0, 0.0, 0.0)
@@ -181,12 +229,8 @@ class EpochMetrics:
             "stage": stage,
             "epoch": epoch,
             "step": step,
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
-            "train_top5": trained.top5,
-            "val_loss": validated.loss,
-            "val_accuracy": validated.accuracy,
-            "val_top5": validated.top5,
+            **{f"train_{name}": value for name, value in trained.values.items()},
+            **{f"val_{name}": value for name, value in validated.values.items()},
             "lr": dict(self.lr),
             "gradient_norms": self._mean(self.gradient_norms),
             "update_norms": self._mean(self.update_norms),

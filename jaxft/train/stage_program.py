@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxft import batch_sizes, data, stage_plan
+from jaxft import batch_sizes, data, example_function, losses, stage_plan
 from jaxft.batch_sizes import BatchSizes, check_single_image
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
@@ -51,7 +51,7 @@ class StageProgram:
       model: the network.
       devices: where the stage runs.
       norms: mode of each norm layer.
-      loss: loss of the steps.
+      loss: loss of the steps; of a linear probe, the cross entropy.
       steps_per_epoch: batches per epoch; with `drop_last`, whole batches only.
       sizes: number of examples and of array rows of a full batch and of an epoch's last batch.
         `BatchSizes` defines `batch_size`, `rows`, `last_rows` and `examples`.
@@ -187,6 +187,7 @@ class StageProgram:
             preprocessing=recipe.preprocessing,
             norms=self.norms,
             loss=self.loss,
+            metrics=recipe.metrics,
             labels=self.plan.labels,
             anchor=stage.anchor,
             clip_value=stage.clip_value,
@@ -255,6 +256,7 @@ def build_program(
     image_size = recipe.preprocessing.image_size
     check_view(source, settings.augment)
     norms = norm_modes(*shapes, plan.labels, stage.norm_choices)
+    losses.check_output(settings.loss, model.num_classes)
     weights = stage.class_weights
     if weights is None and settings.balance == "loss":
         weights = class_weights(source)
@@ -264,6 +266,7 @@ def build_program(
             f"{', '.join(source.classes)}."
         )
     loss = Loss(
+        function="cross_entropy" if stage.linear_probe else settings.loss,
         label_smoothing=settings.label_smoothing,
         class_weights=weights,
         reduction=recipe.reduction,
@@ -304,6 +307,8 @@ def build_programs(
     Raises:
       JaxftError: a stage does not fit the network or the images.
     """
+    for name in recipe.metrics:
+        example_function.check(name, "a metric", model.num_classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `StagePlan.remarks` holds them; the console prints those
         plans = stage_plan.plan(recipe.stages, shapes[0])

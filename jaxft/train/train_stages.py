@@ -9,12 +9,15 @@ from typing import Generic, TypeVar
 import jax
 
 from jaxft.checkpoint.contents import Snapshot
+from jaxft.example_function import function_name
 from jaxft.open_recipe import Start
 from jaxft.report.stage_text import cost, epilogue, gap, spared, title
 from jaxft.train.compiled_stage import CompiledStage, compile_stage
+from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.fork import Fork, read_fork, save_first_checkpoint, stage_index
 from jaxft.train.gradient_stage import run_gradient_stage
 from jaxft.train.linear_probe_stage import run_linear_probe_stage
+from jaxft.train.metrics import Score
 from jaxft.train.resume import resume
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
@@ -147,15 +150,22 @@ def _begin(
         features = trainer.features(
             trainer.programs[index], ahead.result(partial(_glance, trainer)), lambda: at
         )
-    score = trainer.evaluate(at.params, at.stats, features)
-    if score is None:
-        raise trainer.stopped()
-    name = trainer.programs[index].plan.stage.name
-    place = f"stage {name!r}, before the first step"
-    trainer.check_validation(at.params, at.stats, score, place=place)
+    score = _score_at_start(trainer, trainer.programs[index], at, features)
     if forked:
         return save_first_checkpoint(trainer, forked, score, at), at
     return Progress.at_start(0, 0, score), at
+
+
+def _score_at_start(
+    trainer: Trainer, program: StageProgram, at: Snapshot, features: StageFeatures | None
+) -> Score:
+    """Evaluates the start of a stage; raises what `_begin` raises."""
+    score = trainer.evaluate(program, at.params, at.stats, features)
+    if score is None:
+        raise trainer.stopped()
+    place = f"stage {program.plan.stage.name!r}, before the first step"
+    trainer.check_validation(at.params, at.stats, score, place=place)
+    return score
 
 
 def _compile(trainer: Trainer, index: int, shapes: Start) -> InBackground[CompiledStage]:
@@ -177,7 +187,11 @@ def _enter(
         state, remarks = next_opt_state(program, at.opt_state, state)
         for remark in remarks:
             trainer.console.say(remark)
-        score = before.restored_score(trainer.programs[before.stage].plan.stage)
+        previous = trainer.programs[before.stage]
+        score = before.restored_score(previous.plan.stage)
+        if program.loss.function != previous.loss.function:  # its losses cannot be compared
+            features = trainer.features(program, compiled, lambda: at)
+            score = _score_at_start(trainer, program, at, features)
         progress = Progress.at_start(program.index, before.step, score)
     return StageState.at_start(program, progress, at._replace(opt_state=state))
 
@@ -186,9 +200,11 @@ def _announce(trainer: Trainer, program: StageProgram, cost: str, current: Stage
     plan, progress, params = program.plan, current.progress, current.best.params
     for remark in plan.remarks:
         trainer.console.say(f"Stage {plan.stage.name!r}: {remark}")
-    trainer.console.stage(plan, title(program, len(trainer.programs)), cost, params, program.norms)
+    heading, metrics = title(program, len(trainer.programs)), trainer.recipe.metrics
+    names = [function_name(metric) for metric in metrics]
+    trainer.console.stage(plan, heading, cost, params, program.norms, metrics=names)
     if progress.epoch == progress.position == 0:
-        trainer.console.epoch_row(0, None, progress.score.loss, progress.score.accuracy, None)
+        trainer.console.epoch_row(0, None, progress.score, None)
 
 
 def _glance(trainer: Trainer) -> None:

@@ -1,6 +1,6 @@
 """The training step of a stage: one function from a batch to the next state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ class StepConfig:
       preprocessing: normalises the images.
       norms: mode of the norm layers.
       loss: turns a batch into a loss.
+      metrics: functions of the user that the record reports, see `jaxft.example_function`.
       labels: label tree by which the record groups gradient and update norms; None: no groups.
       anchor: penalty that pulls the weights towards the starting weights.
       clip_value: largest absolute value of each element of the gradients.
@@ -76,6 +77,7 @@ class StepConfig:
     preprocessing: Preprocessing
     norms: Norms
     loss: Loss = Loss()
+    metrics: Sequence[str] = ()
     labels: Tree = None
     anchor: L2SP | None = None
     clip_value: float | None = None
@@ -104,7 +106,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
     `config.anchor` pulls towards.
 
     The record's `loss` is the mean loss times the number of rows, without the anchor's penalty. Its
-    `correct` counts hits of each image's own class, whichever image is mixed into it.
+    `correct` and the user's metrics take each image's own class, whichever image is mixed into it.
     """
     model, criterion = config.model, config.loss
     groups = [label for label in jax.tree.leaves(config.labels) if label != FROZEN]
@@ -212,7 +214,7 @@ def _gradient(
         minimised = criterion.reduced(share, weight)
         # On CPU a fused loop of XLA may lose a NaN of the logits.
         has_nan = jnp.isnan(logits).any(where=jnp.asarray(part.mask)[:, None])
-        metrics = Metrics.of_batch(logits, part.classes, part.mask)
+        metrics = Metrics.of_batch(logits, part.classes, part.mask, metrics=config.metrics)
         return minimised, (stats, metrics._replace(loss=jnp.where(has_nan, jnp.nan, share)))
 
     def gradient(stats: Tree, part: _Rows) -> tuple[tuple[Tree, Metrics], Tree]:

@@ -21,6 +21,7 @@ from jaxft.data.fingerprint import record
 from jaxft.distributed import Devices, any_process
 from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
+from jaxft.losses import LossChoice
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog, to_json
@@ -45,7 +46,7 @@ class Trainer:
       splits: training and validation images.
       programs: a program for each stage.
       devices: where the run runs.
-      eval_step: see `jaxft.train.eval_step.eval_step`.
+      eval_steps: see `jaxft.train.eval_step.eval_step`; by the loss of a stage.
       checkpoints: the run's checkpoints.
       metrics: `metrics.jsonl` and TensorBoard.
       console: where it prints.
@@ -60,7 +61,7 @@ class Trainer:
     splits: Splits
     programs: tuple[StageProgram, ...]
     devices: Devices
-    eval_step: Callable[[Tree, Tree, Batch], Metrics]
+    eval_steps: Mapping[LossChoice, Callable[[Tree, Tree, Batch], Metrics]]
     checkpoints: Checkpoints
     metrics: MetricsLog
     console: Console
@@ -112,23 +113,28 @@ class Trainer:
         )
 
     def evaluate(
-        self, params: Tree, stats: Tree, features: StageFeatures | None = None
+        self,
+        program: StageProgram,
+        params: Tree,
+        stats: Tree,
+        features: StageFeatures | None = None,
     ) -> Score | None:
         """Returns the score on the validation images, each counted once; None if a signal came.
 
         Args:
+          program: the stage, whose loss is computed.
           params, stats: the weights.
           features: the stage's cached features, to start from them if there are any.
         """
         val, steps_per_call = self.splits.val, self.recipe.steps_per_execution
         if features is None or features.compiled.score is None:
-            step = partial(self.eval_step, params, stats)
+            step = partial(self.eval_steps[program.loss.function], params, stats)
             batches = self.of_each_batch(val, step, steps_per_call=steps_per_call, replayed=True)
         elif (rows := features.val()) is None:
             return None
         else:
             step = partial(features.compiled.score, params, stats)
-            size = features.program.settings.batch_size
+            size = program.settings.batch_size
             batches = self.of_each_batch(
                 val, step, batch_size=size, steps_per_call=steps_per_call, features=rows
             )
@@ -159,7 +165,7 @@ class Trainer:
           NonFiniteError: the validation loss is not finite, and the recipe stops then.
         """
         plan, started = program.plan, time.perf_counter()
-        validated = self.evaluate(*current.shown[:2], features)
+        validated = self.evaluate(program, *current.shown[:2], features)
         if validated is None:
             self.stop(program, current)
         current.validated = time.perf_counter()
@@ -195,8 +201,7 @@ class Trainer:
         self.console.epoch_row(
             progress.epoch,
             row["train_loss"],
-            validated.loss,
-            validated.accuracy,
+            validated,
             row["seconds"],
             ", ".join(filter(None, ("best" if improved else "", skipped))),
         )

@@ -12,6 +12,7 @@ import jaxft
 from jaxft import Stage
 from jaxft.report import environment
 from jaxft.report.console import Console
+from jaxft.train.metrics import Score
 
 MARKUP = "folder:cat at [bold]red[/bold] and [/] :smile:"
 
@@ -24,12 +25,37 @@ def test_console_prints_markup_and_emoji_literally(capsys):
     console.stage(
         plan, f"Stage 1 of 1: {plan.stage.name}", "[b]", {":cat:": {"w": jnp.ones(2)}}, {}
     )
-    console.epoch_row("[i]x", None, 1.0, 0.5, None, ":cat:")
+    console.epoch_row("[i]x", None, Score(1.0, 0.5, 0.5), None, ":cat:")
     output = capsys.readouterr().out
     assert output.count(MARKUP) == 2
     assert "Stage 1 of 1: [red]s\n[b]\n" in output
     assert "  :cat:           2" in output
     assert "[i]x" in output
+
+
+@pytest.mark.parametrize(
+    ("width", "header", "row"),
+    [
+        (60, "accuracy    seconds", "0.5000        2.0  best"),
+        (80, "accuracy          f1    seconds", "0.5000      0.2500        2.0  best"),
+        (
+            100,
+            "accuracy          f1  true_probability    seconds",
+            "0.5000      0.2500            0.7500        2.0  best",
+        ),
+    ],
+)
+def test_console_shows_the_metrics_that_fit(width, header, row, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    params = {"fc": {"w": jnp.ones(2)}}
+    (plan,) = jaxft.plan([Stage("all", {"*": 1e-3}, 1)], params)
+    custom = {"f1": 0.25, "true_probability": 0.75}
+    console = Console()
+    console.stage(plan, "", "", params, {}, metrics=[*custom])
+    console.epoch_row(1, None, Score(1.0, 0.5, 0.5, custom), 2.0, "best")
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith(header)
+    assert second.endswith(row)
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])

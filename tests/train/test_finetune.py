@@ -91,7 +91,7 @@ def test_exported_model_reproduces_validation_score(unbroken):
     described = json.loads((workdir / "model.json").read_text())
     assert described["classes"] == ["5", "6", "7", "8", "9"]
     assert described["preprocessing"]["image_size"] == 8
-    assert described["score"] == dataclasses.asdict(result.score)
+    assert described["score"] == result.score.values
     model = models.create("cifar_resnet8", num_classes=5)
     params, stats = weights.load(result.weights, model)
     source = data.open_source("digits:5-9", shots=6, seed=0).val

@@ -146,7 +146,7 @@ def test_fork_score_is_measured_on_its_own_images_and_settings(turned, change, j
         recipe, tmp_path / "fork", data=colours(turned), fork_from=workdir, console=QUIET
     )
     described = json.loads((tmp_path / "fork/model.json").read_text())["score"]
-    assert described == dataclasses.asdict(forked.score)
+    assert described == forked.score.values
     recipe = recipe.expecting(recipe.preprocessing)
     assert forked.score.accuracy == measured(recipe, forked.weights, turned)
     assert forked.score != before.score

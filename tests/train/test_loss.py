@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import SGD, Recipe, Stage, data, models, partition, plan
+from jaxft import SGD, Focal, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
 from jaxft.distributed import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
+from jaxft.train.metrics import Metrics
 from jaxft.train.stage_program import build_program
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
@@ -211,8 +212,11 @@ def test_objective_of_recipe():
 
 
 @pytest.mark.slow
-def test_objective_without_mixing_ignores_padding():
-    objective = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, random_erasing=0.0)
+@pytest.mark.parametrize("function", ["cross_entropy", "bce", Focal()], ids=str)
+def test_objective_without_mixing_ignores_padding(function):
+    objective = dataclasses.replace(
+        EVERYTHING, function=function, mixup=0.0, cutmix=0.0, random_erasing=0.0
+    )
     after = []
     for rows in (5, 8):
         step, state, frozen = prepare(objective)
@@ -277,3 +281,61 @@ def test_class_weights_with_soft_targets_are_torchs(mixup, smoothing, reduction,
     total = objective.weights(targets).sum()
     mean = objective.losses(logits, targets).sum() / total
     np.testing.assert_allclose(objective.reduced(mean, total), expected, rtol=1e-6)
+
+
+def test_smoothed_bce_is_timms():
+    objective = Loss(function="bce", label_smoothing=0.1)
+    mask = np.ones(4, bool)
+    _, targets = objective.erase_and_mix(jnp.zeros((4, 8, 8, 3)), TARGET, mask, 3, KEY)
+    found = mean_loss(objective, LOGITS, targets, mask)
+    # timm 1.0.31, BinaryCrossEntropy(smoothing=0.1) in float64
+    np.testing.assert_allclose(found, 0.8900759157230694, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", ["bce", Focal(1.0, 0.3), "test_loss:squares"], ids=str)
+def test_class_weights_multiply_losses_of_images(function):
+    """Their mean divides by the sum of the weights, or with mixup by the number of images."""
+    weights, onehot = np.array([0.5, 2.0, 1.0], np.float32), np.eye(3, dtype=np.float32)[TARGET]
+    each = Loss(function=function).losses(LOGITS, onehot)
+    objective = Loss(function=function, class_weights=tuple(weights.tolist()))
+    expected = np.sum(weights[TARGET] * each) / weights[TARGET].sum()
+    np.testing.assert_allclose(
+        mean_loss(objective, LOGITS, onehot, np.ones(4, bool)), expected, rtol=1e-6
+    )
+    soft, mixing = np.array(SOFT, np.float32), dataclasses.replace(objective, mixup=0.2)
+    each = Loss(function=function).losses(LOGITS[:3], soft)
+    found = mean_loss(mixing, LOGITS[:3], soft, np.ones(3, bool))
+    np.testing.assert_allclose(found, np.sum(soft @ weights * each) / 3, rtol=1e-6)
+
+
+def squares(logits, targets):
+    """A loss of a user that hides NaN."""
+    return jnp.sum((jnp.nan_to_num(logits) - targets) ** 2, -1)
+
+
+def test_own_loss_receives_smoothed_and_mixed_probabilities():
+    images, real = batch(real=5), np.arange(8) < 5
+    plain = Loss(mixup=0.3)
+    smoothed = dataclasses.replace(plain, function="test_loss:squares", label_smoothing=0.2)
+    _, targets = varied(plain, images)
+    _, same = varied(smoothed, images)
+    np.testing.assert_array_equal(same, targets)
+    logits = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    expected = np.sum((logits - (0.8 * targets + 0.2 / 5)) ** 2, -1)
+    np.testing.assert_allclose(smoothed.losses(logits, targets)[real], expected[real], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["bce", Focal(), "test_loss:squares"], ids=str)
+def test_nan_of_logits_is_nan_of_any_loss(function):
+    step, state, frozen = prepare(Loss(function=function))
+    assert step(state, frozen, batch(), KEY)[1].finite
+    step, state, frozen = prepare(Loss(function=function))
+    state.trainable["fc"]["bias"] = state.trainable["fc"]["bias"].at[0].set(jnp.nan)
+    _, record = step(state, frozen, batch(), KEY)
+    assert not record.finite
+    assert jnp.isnan(record.metrics.loss)
+    logits, mask = jnp.asarray(LOGITS).at[1, 0].set(jnp.nan), np.ones(4, bool)
+    assert jnp.isnan(Metrics.of_batch(logits, TARGET, mask, function).loss)
+    mask[1] = False
+    assert jnp.isfinite(Metrics.of_batch(logits, TARGET, mask, function).loss)

@@ -18,6 +18,7 @@ from jaxft import (
     SGD,
     Adam,
     EarlyStop,
+    Focal,
     JaxftError,
     Optax,
     PlateauStop,
@@ -66,7 +67,7 @@ def run(workdir, *stages, seed=1, console=QUIET, **fields):
 
 OWN = {
     "batch_size": 8, "augment": "shift", "random_erasing": 0.3, "mixup": 0.2, "cutmix": 1.0,
-    "label_smoothing": 0.1, "balance": "sampling",
+    "loss": "bce", "label_smoothing": 0.1, "balance": "sampling",
 }  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def test_stage_setting_applies_to_that_stage_only(field):
             own.settings, **{field: getattr(other.settings, field)}
         )
         assert other.loss == Loss()
+        assert other.settings.loss == other.loss.function == "cross_entropy"
+    assert own.loss.function == own.settings.loss
     assert getattr(own.settings, field) == OWN[field] != getattr(before.settings, field)
     if hasattr(own.loss, field):
         assert own.loss == Loss(**{field: OWN[field]})
@@ -101,12 +104,17 @@ def test_stage_setting_applies_to_that_stage_only(field):
 
 def test_stage_setting_overrides_recipe():
     plain, whole = (
-        Stage("plain", {"fc": 0.1}, 1, mixup=0.0, label_smoothing=0.0, balance="none"),
+        Stage(
+            "plain", {"fc": 0.1}, 1,
+            mixup=0.0, label_smoothing=0.0, balance="none", loss="cross_entropy",
+        ),
         Stage("whole", {"fc": 0.1}, 1, class_weights=(1.0, 2.0) * 5),
-    )
-    first, second = programs(plain, whole, mixup=0.2, label_smoothing=0.1, balance="loss")
+    )  # fmt: skip
+    settings = {"mixup": 0.2, "label_smoothing": 0.1, "loss": Focal()}
+    first, second = programs(plain, whole, balance="loss", **settings)
     assert first.loss == Loss()
-    assert second.loss == Loss(mixup=0.2, label_smoothing=0.1, class_weights=(1.0, 2.0) * 5)
+    del settings["loss"]
+    assert second.loss == Loss(function=Focal(), class_weights=(1.0, 2.0) * 5, **settings)
     (balanced,) = programs(Stage("x", {"fc": 0.1}, 1), balance="loss")
     counts = np.bincount(TRAIN.targets, minlength=10)
     assert balanced.loss.class_weights == pytest.approx(24 / (10 * counts))
@@ -158,7 +166,7 @@ def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
         "gradient_norms": {"fc": close(norm, rel=1e-5)},
         "update_norms": {"fc": close(0.5 * norm, rel=1e-5)},
         "skipped_steps": 0,
-        **{f"val_{name}": value for name, value in dataclasses.asdict(result.score).items()},
+        **{f"val_{name}": value for name, value in result.score.values.items()},
     }
     measured = {"seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib"}
     assert row.keys() == expected.keys() | measured

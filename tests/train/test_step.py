@@ -1,5 +1,8 @@
 """The training step: frozen leaves stay bit-identical, and FLOPs fall with them."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from jaxft.data import Batch, Preprocessing
 from jaxft.labels import combine, leaf_labels
 from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
-from jaxft.train.metrics import Metrics, Score
+from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
 MODEL = models.create("cifar_resnet8", num_classes=5)
@@ -190,6 +193,41 @@ def test_tally_of_top5_with_few_classes(classes):
     logits = jnp.arange(classes * 1.0)[None].repeat(classes, 0)
     sums = Metrics.of_batch(logits.at[0, 0].set(NAN), np.arange(classes), np.ones(classes, bool))
     assert (int(sums.correct), int(sums.top5)) == (1, classes - 1)
+
+
+def true_probability(logits, targets):
+    """A metric of a user that hides NaN."""
+    return jnp.nan_to_num(jnp.sum(jax.nn.softmax(logits) * targets, -1))
+
+
+def is_second(logits, targets):
+    return targets[:, 1] == 1
+
+
+def test_metrics_of_a_user_are_sums_over_the_mask():
+    logits = np.array([[0, 1, 2], [3, 0, 0], [1, 1, 1]], np.float32)
+    metrics, mask = ("test_step:true_probability", "test_step:is_second"), np.array([1, 1, 0], bool)
+    found = Metrics.of_batch(jnp.asarray(logits), np.array([1, 0, 1]), mask, metrics=metrics)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert float(found.custom["true_probability"]) == pytest.approx(p[0, 1] + p[1, 0], rel=1e-6)
+    assert float(found.custom["is_second"]) == 1
+    twice = Metrics.total([found, found]).plus(found)
+    assert twice.score.custom["is_second"] == 0.5
+    assert twice.score.values.keys() == {
+        "loss", "accuracy", "top5", "true_probability", "is_second",
+    }  # fmt: skip
+    diverged = jnp.asarray(logits).at[0, 2].set(NAN)
+    found = Metrics.of_batch(diverged, np.array([1, 0, 1]), mask, metrics=metrics)
+    assert [bool(jnp.isnan(x)) for x in found.custom.values()] == [True, True]
+
+
+def test_epoch_metrics_survive_json():
+    metrics = Metrics(1.5, 3.0, 4.0, 8.0, {"f1": 0.1 + 0.2})
+    epoch = EpochMetrics(lr={"fc": 0.1}, metrics=metrics, steps=2)
+    fields = json.loads(json.dumps(dataclasses.asdict(epoch)))
+    assert EpochMetrics.from_fields(fields) == epoch
+    before_custom = {**fields, "metrics": fields["metrics"][:4]}
+    assert EpochMetrics.from_fields(before_custom).metrics == metrics._replace(custom={})
 
 
 def test_eval_step_ignores_padding(start):
