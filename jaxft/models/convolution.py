@@ -55,19 +55,35 @@ def _pointwise_backward(residuals: _Pair, grad_y: jax.Array) -> _Pair:
 pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
 
 
-@partial(jax.jit, static_argnames="stride")
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def strided_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Computes a 1x1 convolution of every `stride`-th pixel, on CPU by `pointwise_conv`.
+    """Computes a 1x1 convolution of every `stride`-th pixel; its gradients are matrix products.
 
-    On TPU, XLA would store `x` to take the slice. A convolution is fused with what computes `x`.
+    A TPU would store `x` to take the slice for a product. A convolution is fused with what
+    computes `x`.
     """
-
-    def sliced(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
-
     return jax.lax.platform_dependent(
-        x, kernel, cpu=sliced, default=partial(xla_conv, stride=stride, groups=1)
+        x,
+        kernel,
+        tpu=partial(xla_conv, stride=stride, groups=1),
+        default=partial(_sliced_product, stride=stride),
     )
+
+
+def _sliced_product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
+
+
+def _strided_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
+    return strided_conv(x, kernel, stride), (x, kernel)
+
+
+def _strided_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
+    gradients: _Pair = jax.vjp(partial(_sliced_product, stride=stride), *residuals)[1](grad_y)
+    return gradients
+
+
+strided_conv.defvjp(_strided_forward, _strided_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
