@@ -118,7 +118,9 @@ def end(process):
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    return process.returncode, re.sub(r"^\[Gloo\] .*\n", "", out, flags=re.MULTILINE), errors
+    # Its parts may be on several lines: C++ does not write them at once.
+    gloo = r"\[Gloo\] Rank[^:]*: \d+\n"
+    return process.returncode, re.sub(gloo, "", out), errors
 
 
 def line(workdir, *options, recipe="recipe"):
