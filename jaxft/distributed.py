@@ -353,6 +353,15 @@ class Devices:
             self.shardings(tree),
         )
 
+    def lower(self, function: Any, *arguments: Any) -> jax.stages.Lowered:
+        """Lowers a jitted function for arguments of these shapes, to compile it for the devices.
+
+        The devices may be those of a `jaxft.topology.Topology`, which are not in this machine.
+        """
+        # Without a TPU, jax would lower for the CPU. Devices of this machine it knows best.
+        platforms = ("tpu",) if self.platform == "tpu" else None
+        return function.trace(*arguments).lower(lowering_platforms=platforms)
+
     def host(self, tree: Any) -> Any:
         """Returns the whole arrays as NumPy arrays in every process. A collective."""
         if jax.process_count() > 1:

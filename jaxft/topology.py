@@ -117,7 +117,7 @@ class Topology:
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # a chip's two cores are one device
-        with _without_metadata_server():
+        with _libtpu_without_tpu():
             description = topologies.get_topology_desc(
                 platform="tpu",
                 topology_name=f"{self.chip.name}:{self.chip.shapes[self.chips // self.slices]}",
@@ -130,15 +130,25 @@ class Topology:
         )
 
 
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that exists; the topology has its own name
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 @contextmanager
-def _without_metadata_server() -> Iterator[None]:
-    """Keeps libtpu from asking the cloud's metadata server, which only TPU VMs have."""
-    before = os.environ.get("TPU_SKIP_MDS_QUERY")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+def _libtpu_without_tpu() -> Iterator[None]:
+    """Lets libtpu start where there is no TPU, or another process uses it, without warnings.
+
+    Otherwise it asks the cloud's metadata server, which only TPU VMs have, for the accelerator and
+    the hosts, and refuses a second process. Variables that the user has set stay.
+    """
+    missing = [name for name in _WITHOUT_TPU if name not in os.environ]
+    os.environ.update({name: _WITHOUT_TPU[name] for name in missing})
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TPU_SKIP_MDS_QUERY"]
-        else:
-            os.environ["TPU_SKIP_MDS_QUERY"] = before
+        for name in missing:
+            del os.environ[name]

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxft.plan_cost import RunPlan
 from plain_flax import LR, TRAINS, plain_step
 
 from jaxft import SGD, Recipe, Stage
 from jaxft.hlo_cost import HloCost, hlo_cost
+from jaxft.plan_cost import RunPlan
 from jaxft.topology import Topology
 from jaxft.train.compiled_stage import step_shapes
 

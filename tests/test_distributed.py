@@ -150,3 +150,10 @@ def test_devices_are_hashable():
 def test_devices_rows(batch_size, count, rows):
     mesh = SimpleNamespace(size=count, devices=np.array([SimpleNamespace(process_index=0)]))
     assert Devices(mesh=mesh).rows(batch_size) == rows
+
+
+def test_devices_lower_as_jit_does():
+    devices = Devices()
+    x = devices.abstract_batch(jax.ShapeDtypeStruct((8, 2), np.float32))
+    product = jax.jit(lambda x: x @ x.T)
+    assert devices.lower(product, x).as_text() == product.lower(x).as_text()

@@ -1,7 +1,10 @@
 """TPU slices by name, and programs compiled for them without a TPU."""
 
+import os
 from importlib.util import find_spec
 
+import jax
+import numpy as np
 import pytest
 
 from jaxft import ParallelError
@@ -53,3 +56,23 @@ def test_topology_without_libtpu_names_the_extra(monkeypatch):
 def test_topology_devices(name):
     topology = Topology.parse(name)
     assert len(topology.devices()) == topology.chips
+
+
+@needs_libtpu
+def test_devices_of_topology_lower_for_tpu():
+    devices = Topology.parse("v5e-4").devices()
+    x = devices.abstract_batch(jax.ShapeDtypeStruct((8,), np.float32))
+    function = jax.jit(
+        lambda x: jax.lax.platform_dependent(x, tpu=jax.lax.sin, default=jax.lax.cos)
+    )
+    text = devices.lower(function, x).as_text()
+    assert ("stablehlo.sine" in text, "stablehlo.cosine" in text) == (True, False)
+
+
+@needs_libtpu
+def test_topology_devices_restore_environment(monkeypatch):
+    """Variables that the user has set stay as they are."""
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    before = dict(os.environ)
+    Topology.parse("v5e-4").devices()
+    assert dict(os.environ) == before

@@ -33,6 +33,7 @@ COMMANDS = {
         "Train a network in stages, or resume an interrupted run.",
         "came before training; the same command starts or resumes the run.",
     ),
+    "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
     "convert": Command("convert", "Convert weights between PyTorch and JAX."),
     "find-lr": Command("find_lr", "Find a learning rate with a range test."),

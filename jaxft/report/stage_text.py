@@ -34,18 +34,22 @@ def cost(program: StageProgram, compiled: CompiledStage, seconds: float) -> str:
     `seconds` is the compile time.
     """
     if program.plan.stage.linear_probe:
-        cost = f"{_flop(compiled.prefix_flops)} a batch"
+        cost = f"{flop_text(compiled.prefix_flops)} a batch"
     else:
-        cost = f"{_flop(compiled.flops)} a step"
+        cost = f"{flop_text(compiled.flops)} a step"
         if dtype := program.model.options.get("dtype"):
             cost += f" in {dtype}"
         if program.prefix.train:
-            cost += f" ({_flop(compiled.prefix_flops)} cached)"
+            cost += f" ({flop_text(compiled.prefix_flops)} cached)"
     return f"{cost}, compiled in {seconds:.1f} s"
 
 
-def _flop(count: float) -> str:
-    return f"{count / 1e9:.3g} GFLOP" if count >= 1e9 else f"{count / 1e6:.3g} MFLOP"
+def flop_text(count: float) -> str:
+    """Returns a number of operations with its unit."""
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
 
 
 def spared(program: StageProgram) -> str:
@@ -57,11 +61,15 @@ def spared(program: StageProgram) -> str:
     where = " on disk" if program.recipe.disk_cache_mib else ""
     blocks = first if first == last else f"{first} to {last}"
     if prefix.train:
-        return f"Features of {blocks} are cached{where}, {prefix.mib:.3g} MiB."
+        return f"Features of {blocks} are cached{where}, {_mib(prefix.mib)}."
     text = f"Features of {blocks} are not cached for training: {prefix.reason}."
     if prefix.val:
-        text += f" For validation they are cached{where}, {prefix.mib:.3g} MiB."
+        text += f" For validation they are cached{where}, {_mib(prefix.mib)}."
     return text
+
+
+def _mib(size: float) -> str:
+    return f"{float(f'{size:.3g}'):,g} MiB"  # three digits without an exponent
 
 
 def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:

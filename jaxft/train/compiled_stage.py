@@ -70,6 +70,10 @@ class ByRows:
         """Returns XLA's memory analysis of a full batch."""
         return self.programs[self.full].memory_analysis()
 
+    def as_text(self) -> str:
+        """Returns the program of a full batch."""
+        return str(self.programs[self.full].as_text())
+
 
 def flops(compiled: Any) -> float:
     """Returns the floating-point operations of one call on each device, as XLA counts them."""
@@ -84,8 +88,7 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     params, stats = devices.abstract((shapes.params, shapes.stats))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     start = params if stage.anchor else None
-    side = recipe.preprocessing.image_size
-    images = _batch_shapes(program, (side, side, 3), np.dtype(program.pixels))
+    images = _batch_shapes(program, *_image_row(program))
 
     def init_optimizer(params: Tree) -> optax.OptState:
         return devices.constrain(program.transform().init(params))
@@ -94,16 +97,13 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         return devices.constrain(jax.tree.map(jnp.copy, state))
 
     def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
-        row = images.image.shape[1:], images.image.dtype
-        if prefix.row and prefix.train:
-            row = prefix.row.shape, prefix.row.dtype
-        counts = {program.sizes.rows}
+        row, counts = _training_row(program), {program.sizes.rows}
         if program.epoch_length(0) == program.steps_per_epoch:  # the stage reaches a last batch
             counts.add(program.sizes.last_rows)
         programs = {}
         for rows in sorted(counts, reverse=True):
             batches = _batch_shapes(program, *row, rows=rows, steps_per_call=steps_per_call)
-            programs[rows] = function.lower(state, frozen, batches, *rest).compile()
+            programs[rows] = devices.lower(function, state, frozen, batches, *rest).compile()
         full = program.sizes.rows
         return programs[full] if len(programs) == 1 else ByRows(programs, full)
 
@@ -134,10 +134,10 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         row = (views, *prefix.row.shape), prefix.row.dtype
         features = _batch_shapes(program, *row, steps_per_call=steps_per_call)
         count = (number,) if steps_per_call > 1 else ()
-        score = scoring.lower(params, stats, features, *count).compile()
+        score = devices.lower(scoring, params, stats, features, *count).compile()
     return CompiledStage(
-        jax.jit(init_optimizer).lower(params).compile(),
-        jax.jit(copy).lower(state).compile(),
+        devices.lower(jax.jit(init_optimizer), params).compile(),
+        devices.lower(jax.jit(copy), state).compile(),
         step,
         norms,
         through,
@@ -145,6 +145,38 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         flops(step) * stage.accumulate if step else 0.0,  # XLA counts a loop's body once
         sum(map(flops, through.values())),
     )
+
+
+def step_shapes(program: StageProgram, start: tuple[Tree, Tree]) -> tuple[Any, ...]:
+    """Returns the shapes `(state, frozen, batch, number, start)` of a stage's first step.
+
+    They are the arguments of `StageProgram.train_step`, with a full batch.
+
+    Args:
+      program: the stage.
+      start: parameters and statistics, or their shapes.
+    """
+    params, stats = start
+    opt_state = jax.eval_shape(program.transform().init, params)
+    snapshot = Snapshot(params, stats, opt_state)
+    state, frozen = program.devices.abstract(program.state(snapshot))
+    batch = _batch_shapes(program, *_training_row(program))
+    anchor = program.devices.abstract(params) if program.plan.stage.anchor else None
+    return state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32), anchor
+
+
+def _image_row(program: StageProgram) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Returns shape and dtype of an image."""
+    side = program.recipe.preprocessing.image_size
+    return (side, side, 3), np.dtype(program.pixels)
+
+
+def _training_row(program: StageProgram) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Returns shape and dtype of an example of a step: an image, or its cached features."""
+    prefix = program.prefix
+    if prefix.row and prefix.train:
+        return prefix.row.shape, prefix.row.dtype
+    return _image_row(program)
 
 
 def _batch_shapes(

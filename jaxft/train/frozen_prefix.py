@@ -252,7 +252,7 @@ def compile_prefix(
             x = x if programs else preprocessing.normalize(x)
             return model.apply(params, stats, x, norms="running", first=first, last=last)[0]
 
-        lowered = jax.jit(with_precision(step, precision)).lower(params, stats, x)
+        lowered = devices.lower(jax.jit(with_precision(step, precision)), params, stats, x)
         x = devices.abstract_batch(lowered.out_info)
         programs[last] = lowered.compile()
         first = model.blocks[model.blocks.index(last) + 1]

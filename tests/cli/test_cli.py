@@ -20,6 +20,7 @@ from jaxft.errors import InterruptedRunError
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "finetune": "finetune",
+    "plan": "plan",
     "export": "export",
     "convert_weights": "convert",
     "find_lr": "find-lr",

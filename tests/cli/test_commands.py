@@ -158,12 +158,13 @@ def test_recipe_file_error_is_one_line_with_its_place(text, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["find-lr", "export", "convert", "prepare-tfds"])
+@pytest.mark.parametrize("name", ["plan", "find-lr", "export", "convert", "prepare-tfds"])
 def test_output_folder_is_checked_first(name, tmp_path):
     """None of the inputs exists."""
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     arguments = {
+        "plan": ("nowhere.py", "--topology", "cpu", "--json", out),
         "find-lr": ("nowhere.py", "--out", out),
         "export": (tmp_path / "nowhere", "--out", out),
         "convert": ("nowhere.safetensors", out, "--model", "resnet18"),

@@ -204,6 +204,7 @@ def test_signal_before_finetune_ends_script(event, name, number, tmp_path):
         ("find_lr", "SIGTERM", "import", "optax"),
         ("find_lr", "SIGINT", "open", "config.py"),
         ("probe_layers", "SIGINT", "import", "optax"),
+        ("plan", "SIGTERM", "import", "optax"),
         ("export", "SIGTERM", "import", "orbax.checkpoint"),
         ("convert_weights", "SIGTERM", "open", "digits_0to4"),
         ("prepare_tfds", "SIGINT", "import", "numpy"),
@@ -216,6 +217,7 @@ def test_signal_ends_other_scripts_in_one_line(script, number, event, name, tmp_
     arguments = {
         "find_lr": (tmp_path / "config.py", "--out", tmp_path / "out"),
         "probe_layers": (tmp_path / "config.py",),
+        "plan": (tmp_path / "config.py", "--topology", "cpu"),
         "export": (tmp_path,),
         "convert_weights": ("asset:digits_0to4", tmp_path / "out", "--model", "cifar_resnet8"),
         "prepare_tfds": (tmp_path, tmp_path / "out"),
