@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model, Norms

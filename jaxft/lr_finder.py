@@ -15,7 +15,8 @@ import numpy as np
 from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
-from jaxft.distributed import Devices, check_devices
+from jaxft.devices import Devices
+from jaxft.distributed import check_devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model

@@ -17,7 +17,7 @@ from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.data.arrays import ArraySource
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import ParallelError, RecipeError
 from jaxft.hlo_cost import HloCost, hlo_cost
 from jaxft.labels import Tree, partition

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data import Batch
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import Tree
 
 S = TypeVar("S")

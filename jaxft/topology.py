@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from jaxft.distributed import BATCH_AXIS, Devices, Sharding
+from jaxft.devices import BATCH_AXIS, Devices, Sharding
 from jaxft.errors import ParallelError
 
 

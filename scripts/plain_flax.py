@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 
 Tree = Any
 BLOCKS = ("stem", "layer1", "layer2", "layer3", "layer4")

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from PIL import Image
 
+import jaxft.devices
 from jaxft import SGD, Stage, distributed, models, partition, plan
 from jaxft.data import BatchConfig, Preprocessing, train_batches
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import combine
 from jaxft.train.train_step import StepConfig, TrainState, train_step
 
@@ -126,7 +127,7 @@ def main(out, *joining):
     signals = []
     signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     distributed.start(*(kind(x) for kind, x in zip((str, int, int), joining, strict=False)))
-    distributed.LARGE = 2**12  # the largest array of this network has 2**16 elements
+    jaxft.devices.LARGE = 2**12  # the largest array of this network has 2**16 elements
     cases = {sharding: Devices(sharding) for sharding in ("replicated", "fsdp")}
     if jax.process_count() == 1:
         one = jax.sharding.Mesh(jax.devices()[:1], ("batch",))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxft import distributed
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import ParallelError
 
 TESTS = Path(__file__).parent

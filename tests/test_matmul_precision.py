@@ -10,7 +10,7 @@ import pytest
 from jaxft import Recipe, Stage, data, models
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.matmul_precision import with_precision
 from jaxft.train.eval_step import eval_step
 from jaxft.train.stage_program import build_programs

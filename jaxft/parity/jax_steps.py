@@ -16,7 +16,7 @@ import optax
 from jaxft import data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import FROZEN, Tree, combine, leaf_labels
 from jaxft.models import Model
 from jaxft.models.nnx_adapter import NNXModel

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from jaxft.batch_sizes import BatchSizes
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.models import Model
 
 _ROWS = 8  # rows of a tile of a TPU's registers

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import Tree, combine, paths, unflatten
 from jaxft.optim.transform import restart
 from jaxft.train.compiled_stage import CompiledStage

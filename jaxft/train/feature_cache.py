@@ -38,7 +38,7 @@ from jaxft.array_cache import ArrayCache
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import Tree, paths
 from jaxft.models.norm_modes import layer

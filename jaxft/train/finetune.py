@@ -27,7 +27,8 @@ from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.data import Source, Splits
 from jaxft.data.validate import without_warnings
-from jaxft.distributed import Devices, check_devices, is_main_process
+from jaxft.devices import Devices
+from jaxft.distributed import check_devices, is_main_process
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.open_recipe import (

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model, NormMode

@@ -21,7 +21,7 @@ from jaxft.data import Batch, Source, Splits
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
 from jaxft.data.source import pixel_type
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import DataError, ModelError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
 from jaxft.linear_head_check import check_linear_head

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxft.data import Batch, Preprocessing
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.ema import EMA, Average
 from jaxft.l2_sp import L2SP
 from jaxft.labels import FROZEN, Tree, combine, paths

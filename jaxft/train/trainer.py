@@ -18,7 +18,8 @@ from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Arrays, Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
-from jaxft.distributed import Devices, any_process
+from jaxft.devices import Devices
+from jaxft.distributed import any_process
 from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from faults import before, replaced
 
+import jaxft.devices
 from jaxft import distributed
 from jaxft.cli.finetune import run
 from jaxft.cli.process import exit_process
@@ -26,8 +27,8 @@ from jaxft.cli.process import exit_process
 def main(lines, *joining):
     options = ("--coordinator", "--processes", "--process")
     joining = [text for pair in zip(options, joining, strict=False) for text in pair]
-    distributed.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
-    distributed._PARTING = 2  # of 20 seconds
+    jaxft.devices.LARGE = 2**12  # of 2**18: this network has none larger than 2**16
+    distributed._SHUTDOWN_TIMEOUT = 2  # of 20 seconds
     gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax has traced
     steps = 0
 

@@ -13,7 +13,7 @@ from test_ddp import MODEL, Wide, batch
 from jaxft import SGD, Recipe, data, plan
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import combine
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.stage_program import build_program

@@ -18,7 +18,7 @@ from jaxft import SGD, Recipe, ReduceLROnPlateau, Stage, data, finetune, models,
 from jaxft.checkpoint import weights_only
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.optim import schedules
 from jaxft.optim.transform import restart
 from jaxft.strategies import auto_rgn

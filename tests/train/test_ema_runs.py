@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from jaxft import EMA, Adam, Recipe, Stage, data, finetune, models, plan
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.stage_program import build_program
 

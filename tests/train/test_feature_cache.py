@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.checkpoint.contents import Snapshot
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.errors import NonFiniteError
 from jaxft.train.feature_cache import StageFeatures, _FeatureWriter
 from jaxft.train.frozen_prefix import FrozenPrefix

@@ -22,7 +22,7 @@ from mortal import (
 from jaxft import SGD, InterruptedRunError, LinearProbe, RecipeError, Stage, data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.frozen_prefix import inert_blocks
 from jaxft.train.stage_program import build_programs

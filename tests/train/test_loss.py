@@ -10,7 +10,7 @@ import pytest
 
 from jaxft import SGD, Focal, Recipe, Stage, data, models, partition, plan
 from jaxft.data import Batch, Preprocessing
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss

@@ -9,7 +9,7 @@ from float64_stages import assert_as_recorded, train
 
 from jaxft import PatternError, Recipe, RecipeError, Stage, data, models, plan
 from jaxft.data import Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.models.norm_modes import norm_modes
 from jaxft.report.console import Console
 from jaxft.train.stage_program import build_programs

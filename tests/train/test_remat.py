@@ -10,7 +10,7 @@ import pytest
 from jaxft import Recipe, Stage, data, models
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.train.stage_program import build_programs
 from jaxft.train.train_step import block_by_block
 

@@ -32,7 +32,7 @@ from jaxft import (
 )
 from jaxft.data import Batch, Preprocessing, Splits
 from jaxft.data.digits import read
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.optim import schedules
 from jaxft.recipe_file import read as read_recipe
 from jaxft.report.console import Console

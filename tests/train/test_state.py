@@ -7,7 +7,7 @@ import pytest
 from jaxft import Recipe, Stage, data, models
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.labels import paths
 from jaxft.train.metrics import EpochMetrics, Score
 from jaxft.train.stage_program import build_programs

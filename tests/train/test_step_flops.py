@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxft import SGD, Recipe, Stage, data
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.train.compiled_stage import compile_stage
 from jaxft.train.stage_program import build_programs
 

@@ -12,7 +12,7 @@ from test_ddp import MODEL, batch
 from jaxft import L2SP, Recipe, Stage, data, plan
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Preprocessing
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.optim.schedules import CosineAnnealingLR
 from jaxft.train.compiled_stage import compile_stage, flops
 from jaxft.train.eval_step import eval_step

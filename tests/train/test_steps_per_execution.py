@@ -17,7 +17,7 @@ from mortal import (
 
 from jaxft import SGD, NonFiniteError, RecipeError, Stage
 from jaxft.data import Batch
-from jaxft.distributed import Devices
+from jaxft.devices import Devices
 from jaxft.steps_per_execution import apart, one_by_one, sent
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
