@@ -83,8 +83,8 @@ def our_step(trial: Trial, program: StageProgram) -> tuple[Steps, Any]:
     def step() -> list[float]:
         nonlocal state
         state, record = compiled.step(state, frozen, *batches, number, None)
-        loss, _, _, examples = map(np.ravel, jax.device_get(record.metrics))
-        return (loss / examples).tolist()
+        metrics = jax.device_get(record.metrics)
+        return np.ravel(metrics.loss / metrics.examples).tolist()
 
     return step, compiled
 
