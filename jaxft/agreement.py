@@ -31,12 +31,14 @@ from os import PathLike
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax._src import distributed
 
 from jaxft import recipe_file as recipes
 from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import identity, record
+from jaxft.data.source import is_multi_label
 from jaxft.errors import ParallelError, first_of
 from jaxft.recipe import Recipe
 
@@ -113,6 +115,7 @@ def _facts(recipe: Recipe, splits: Splits) -> dict[str, Any]:
             facts[package] = version(package)
     facts |= {f"recipe: {name}": value for name, value in recipes.decisive(recipe).items()}
     facts["classes"] = data["classes"]
+    facts["images with several labels"] = data["multi_label"]
     for split in ("train", "val"):
         facts[f"{split} images"] = data[split]
         for name, count in zip(data["classes"], data["per_class"][split], strict=True):
@@ -203,7 +206,8 @@ def _differing_image(split: str, source: Source) -> str:
         if only
     ]
     text = ", ".join(lacks) or f"process {process} has them in another order than process 0"
-    return f"{split} images of class {source.classes[target]}: {text}"
+    group = (*(f"of class {name}" for name in source.classes), "without a label")[target]
+    return f"{split} images {group}: {text}"
 
 
 def _digest(names: Sequence[str]) -> str:
@@ -212,17 +216,20 @@ def _digest(names: Sequence[str]) -> str:
 
 
 def _names_by_class(source: Source) -> list[list[str]]:
-    """Returns a name to print for each image, by class.
+    """Returns a name to print for each image, by class; the last list is of images without a label.
 
     `identity` returns path and size of an image file, separated by a NUL character; a digest in
     bytes of an image in memory; and otherwise any str or bytes that the source defines.
     """
-    names: list[list[str]] = [[] for _ in source.classes]
+    names: list[list[str]] = [[] for _ in (*source.classes, "without a label")]
+    several = is_multi_label(source)
     for index, target in enumerate(source.targets):
         name = identity(source, index)
         text = name.hex()[:16] if isinstance(name, bytes) else name
         path, _, size = text.partition("\0")
-        names[target].append(f"{path} of {size} bytes" if size else path)
+        labels = np.flatnonzero(target).tolist() or [-1] if several else [target]
+        for label in labels:
+            names[label].append(f"{path} of {size} bytes" if size else path)
     return names
 
 

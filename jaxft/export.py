@@ -32,6 +32,7 @@ def write(
     classes: Sequence[str],
     score: Score,
     pixels: str = "uint8",
+    multi_label: bool = False,
     program: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
@@ -44,6 +45,8 @@ def write(
       classes: names of the classes, in the order of the logits.
       score: validation score of the weights.
       pixels: `float32` if images are normalised already, so that `mean` and `std` do not apply.
+      multi_label: whether an image may have several labels: a sigmoid of each logit is the
+        probability of its class.
       program: description of `model.jaxexport`, if that is written too; see `lifetime`.
     """
     path = folder / "model.safetensors"
@@ -55,6 +58,8 @@ def write(
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": score.values,
     }
+    if multi_label:
+        description["multi_label"] = True
     if program:
         description["program"] = dict(program)
     atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
@@ -111,5 +116,11 @@ def export(
     expected = recipe.preprocessing
     program = serialize(network, params, stats, expected, pixels=pixels, platforms=platforms)
     atomic.write(folder / "model.jaxexport", program)
-    facts: Any = {"classes": classes, "score": score, "pixels": pixels, "program": lifetime()}
+    facts: Any = {
+        "classes": classes,
+        "score": score,
+        "pixels": pixels,
+        "multi_label": header.data.get("multi_label", False),
+        "program": lifetime(),
+    }
     return write(folder, recipe, network, params, stats, **facts), score

@@ -11,9 +11,11 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
+from jaxft.data.source import is_multi_label
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
+from jaxft.multi_label_check import check_multi_label
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights
 from jaxft.weights.finite_check import check_finite
@@ -78,7 +80,11 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
 
     Raises:
       DataError: something is wrong with them, or all training images are of one class.
+      RecipeError: images have several labels, and the recipe needs one class per image.
     """
+    train = given.train if isinstance(given, Splits) else given
+    if train is not None and is_multi_label(train):
+        check_multi_label(recipe, train)
     splits = data.open_source(
         recipe.data if given is None else given,
         train=recipe.train_split,
@@ -88,7 +94,7 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         on_bad_image=recipe.on_bad_image,
     )
     present = np.unique(splits.train.targets)
-    if len(present) == 1:
+    if len(present) == 1 and not is_multi_label(splits.train):
         raise DataError(
             f"{recipe.data}: all images to train on are of one class, "
             f"'{splits.train.classes[present[0]]}', so that any answer would be right. Add images "

@@ -84,6 +84,7 @@ RUN = {
     ("jaxft/weights/README.md", "Options of the network"),
     ("jaxft/weights/README.md", "Export"),
     ("jaxft/data/README.md", "Images in memory"),
+    ("jaxft/data/README.md", "Several labels per image"),
     ("jaxft/parity/README.md", ""),
 }
 
@@ -405,6 +406,8 @@ def test_images_in_memory_train_and_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("jaxft/data/README.md", "Images in memory", libraries())
     assert (tmp_path / "runs/noise/model.safetensors").samefile(names["result"].weights)
+    names = run("jaxft/data/README.md", "Several labels per image", names)
+    assert (tmp_path / "runs/labels/model.safetensors").samefile(names["result"].weights)
 
     export(tmp_path / "runs/noise", tmp_path / "runs/ants", platforms=("cpu",))
     images = np.zeros((2, 8, 8, 3), np.uint8)

@@ -137,6 +137,17 @@ CALLS = {
             "key": KEY,
         },
     ),
+    "erase_and_mix labels": (
+        Loss.erase_and_mix,
+        {
+            "self": Loss(function="bce", multi_label=True, mixup=0.2),
+            "images": floats(4, 8, 8, 3),
+            "target": ints(4, 5),
+            "mask": bools(4),
+            "num_classes": 5,
+            "key": KEY,
+        },
+    ),
     "losses": (Loss.losses, {"self": Loss(), "logits": floats(4, 5), "targets": ints(4)}),
     "losses soft": (Loss.losses, {"self": Loss(), "logits": floats(4, 5), "targets": floats(4, 5)}),
     "losses bce": (
@@ -151,6 +162,10 @@ CALLS = {
     "metrics": (
         Metrics.of_batch.__func__,
         {"cls": Metrics, "logits": floats(4, 5), "targets": ints(4), "mask": bools(4)},
+    ),
+    "metrics labels": (
+        Metrics.of_batch.__func__,
+        {"cls": Metrics, "logits": floats(4, 5), "targets": ints(4, 5), "mask": bools(4)},
     ),
     "metrics of a user": (
         Metrics.of_batch.__func__,
@@ -197,6 +212,8 @@ WRONG = [
     ("erase_and_mix", "images", ints(4, 8, 8, 3)),
     ("erase_and_mix", "target", ints(4, 1)),
     ("erase_and_mix", "mask", bools(3)),
+    ("erase_and_mix labels", "target", ints(4, 6)),
+    ("metrics labels", "targets", ints(4, 6)),
     ("losses", "logits", floats(4)),
     ("losses", "targets", ints(3)),
     ("losses soft", "targets", floats(4, 6)),

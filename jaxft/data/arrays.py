@@ -10,6 +10,7 @@ from PIL import Image
 
 from jaxft.data.class_names import join_names
 from jaxft.data.float_images import FloatImage
+from jaxft.data.source import Target, target_at
 from jaxft.errors import DataError
 
 Values = Literal["uint8", "unit", "normalized"]
@@ -23,7 +24,7 @@ class ArraySource:
     Attributes:
       classes: class names.
       images: uint8 [n h w 3] or [n h w 1], or float32 if they are already normalised.
-      targets: int32 [n].
+      targets: int32 [n], or [n k] of 0 and 1 if images may have several labels.
     """
 
     classes: tuple[str, ...]
@@ -38,14 +39,14 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int, /) -> tuple[Any, int]:
+    def __getitem__(self, index: int, /) -> tuple[Any, Target]:
         """Returns the RGB image and its target."""
         pixels = self.images[index]
         if pixels.shape[-1] == 1:
             pixels = np.repeat(pixels, 3, axis=-1)
         is_uint8 = pixels.dtype == np.uint8
         image = Image.fromarray(pixels) if is_uint8 else FloatImage.from_array(pixels)
-        return image, int(self.targets[index])
+        return image, target_at(self.targets, index)
 
     def identity(self, index: int, /) -> bytes:
         """Returns a digest of the image's pixels."""
@@ -64,7 +65,8 @@ def arrays(
 
     Args:
       images: [n h w 3], or [n h w 1] for grey images.
-      targets: integer class indices, [n] or [n 1].
+      targets: integer class indices, [n] or [n 1]. If images may have several labels, integers or
+        booleans [n k]: 1 for each class that an image shows and 0 for the others.
       classes: class names.
       values: range of the pixel values. `uint8`: 0..255, stored without a copy. `unit`: floats in
         0..1, rounded to 0..255. `normalized`: floats that are already normalised for the network.
@@ -171,9 +173,14 @@ def _conversion_hint(images: np.ndarray, low: Any, high: Any) -> str:
 
 
 def _target_problems(targets: np.ndarray, classes: tuple[str, ...], num_images: int) -> list[str]:
+    if targets.ndim == 2 and targets.shape[1] == len(classes) and targets.dtype.kind in "biu":
+        return _label_problems(targets)
     if targets.ndim != 1:
         hint = _target_shape_hint(targets, num_images)
-        return [f"targets have shape {list(targets.shape)}, but need [n]{hint}"]
+        return [
+            f"targets have shape {list(targets.shape)}, but need [n], or for images with several "
+            f"labels [n {len(classes)}], integers 0 or 1{hint}"
+        ]
     if not np.issubdtype(targets.dtype, np.integer):
         hint = _target_dtype_hint(targets, classes)
         return [f"targets are {targets.dtype}, but must be integers: indices into classes{hint}"]
@@ -189,8 +196,17 @@ def _target_problems(targets: np.ndarray, classes: tuple[str, ...], num_images: 
     ]
 
 
+def _label_problems(targets: np.ndarray) -> list[str]:
+    """Returns the problems of integer targets [n k]."""
+    outside = np.argwhere((targets != 0) & (targets != 1))
+    if not len(outside):
+        return []
+    listing = join_names([f"targets[{i}, {k}] = {targets[i, k]}" for i, k in outside])
+    return [f"{len(outside)} targets are neither 0 nor 1: {listing}"]
+
+
 def _target_shape_hint(targets: np.ndarray, num_images: int) -> str:
-    """Returns how to convert targets that are not [n], or "" if it is unclear."""
+    """Returns how to convert targets of a wrong shape, or "" if it is unclear."""
     if targets.ndim != 2 or not targets.size or targets.dtype.kind not in "biuf":
         return ""
     if len(targets) == 1 and targets.shape[1] == num_images:
@@ -200,8 +216,10 @@ def _target_shape_hint(targets: np.ndarray, num_images: int) -> str:
     if np.isin(targets, (0, 1)).all():
         if (targets.sum(1) == 1).all():
             return "; for one-hot rows use targets.argmax(1)"
-        return ": each image has one class, and these rows have none or several"
-    return ": each image has one class; class probabilities are not supported"
+        return "; for rows of labels use targets.astype(int)" if targets.dtype.kind == "f" else ""
+    if targets.dtype.kind == "f":
+        return "; class probabilities are not supported"
+    return ""
 
 
 def _target_dtype_hint(targets: np.ndarray, classes: tuple[str, ...]) -> str:

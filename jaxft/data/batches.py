@@ -8,7 +8,7 @@ only the position.
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxft.data.augment import View, check_view
 from jaxft.data.class_balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
-from jaxft.data.source import Source, pixel_type
+from jaxft.data.source import Source, Target, pixel_type
 from jaxft.errors import DataError
 from jaxft.stage_options import Augment
 
@@ -35,7 +35,8 @@ class Batch(NamedTuple):
 
     image: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b ..."]
     """uint8 images, float images that are already normalised, or features."""
-    target: Int32[np.ndarray | jax.Array, " b"]
+    target: Int32[np.ndarray | jax.Array, " b"] | Int32[np.ndarray | jax.Array, "b k"]
+    """Classes; or 0 or 1 for each class."""
     mask: Bool[np.ndarray | jax.Array, " b"]
 
 
@@ -141,12 +142,12 @@ def train_batches(
         if features:
             return _feature_batch(features(view), source, examples, row_range)
 
-        def load(example: int, position: int) -> tuple[np.ndarray, int]:
+        def load(example: int, position: int) -> tuple[np.ndarray, Target]:
             # A balanced epoch may repeat an example; its position then varies the view.
             return load_view(example, view, *((position,) if config.balanced else ()))
 
         loads = [partial(load, int(e), int(p)) for e, p in zip(examples, positions, strict=True)]
-        return _image_batch(loads, config.preprocessing.image_size, row_range, pixel_type(source))
+        return _image_batch(loads, config.preprocessing.image_size, row_range, source)
 
     check_view(source, config.augment)
     load_view = train_view_loader(
@@ -158,14 +159,14 @@ def train_batches(
 
 def train_view_loader(
     source: Source, preprocessing: Preprocessing, augment: Augment | View, *, seed: int, stage: int
-) -> Callable[..., tuple[np.ndarray, int]]:
+) -> Callable[..., tuple[np.ndarray, Target]]:
     """Returns the function `load(example, view, *position)` of a stage's augmented images.
 
     `load` returns the image [h w 3] of an example and its target. `view` is the number of the view,
     equal to the epoch unless views repeat; `position` is the position in a balanced epoch.
     """
 
-    def load(example: int, view: int, *position: int) -> tuple[np.ndarray, int]:
+    def load(example: int, view: int, *position: int) -> tuple[np.ndarray, Target]:
         rng = np.random.default_rng([seed, stage, view, example, _AUGMENTATION, *position])
         image, target = source[example]
         return train_view(image, preprocessing, augment, rng), target
@@ -179,7 +180,7 @@ def eval_batches(
     *,
     batch_size: int,
     workers: int,
-    load: Callable[[int], tuple[np.ndarray, int]] | None = None,
+    load: Callable[[int], tuple[np.ndarray, Target]] | None = None,
     features: np.ndarray | None = None,
     rows: int | None = None,
     last_rows: int | None = None,
@@ -201,7 +202,7 @@ def eval_batches(
     """
     process_rows = _process_rows(len(source), batch_size, rows, last_rows, shard)
 
-    def load_eval_view(example: int) -> tuple[np.ndarray, int]:
+    def load_eval_view(example: int) -> tuple[np.ndarray, Target]:
         image, target = source[example]
         return eval_view(image, preprocessing), target
 
@@ -212,7 +213,7 @@ def eval_batches(
         if features is not None:
             return _feature_batch(features, source, examples, row_range)
         loads = [partial(load or load_eval_view, example) for example in examples.tolist()]
-        return _image_batch(loads, preprocessing.image_size, row_range, pixel_type(source))
+        return _image_batch(loads, preprocessing.image_size, row_range, source)
 
     steps = range(steps_per_epoch(source, batch_size))
     return prefetch(make_batch, steps, workers if features is None else 0)
@@ -251,14 +252,14 @@ def _shard_rows(batch_size: int, rows: int | None, shard: tuple[int, int]) -> sl
 
 
 def _image_batch(
-    loads: Sequence[Callable[[], tuple[np.ndarray, int]]],
+    loads: Sequence[Callable[[], tuple[np.ndarray, Target]]],
     image_size: int,
     row_range: slice,
-    dtype: np.dtype[Any],
+    source: Source,
 ) -> Batch:
     num_rows = row_range.stop - row_range.start
-    images = np.zeros((num_rows, image_size, image_size, 3), dtype)
-    targets = np.zeros(num_rows, np.int32)
+    images = np.zeros((num_rows, image_size, image_size, 3), pixel_type(source))
+    targets = np.zeros((num_rows, *source.targets.shape[1:]), np.int32)
     for row, load in enumerate(loads):
         images[row], targets[row] = load()
     return Batch(images, targets, np.arange(num_rows) < len(loads))
@@ -270,5 +271,6 @@ def _feature_batch(
     num_rows, num_examples = row_range.stop - row_range.start, len(examples)
     padding = (0, num_rows - num_examples)
     rows = np.pad(features[examples], (padding, *[(0, 0)] * (features.ndim - 1)))
-    targets = np.pad(np.asarray(source.targets[examples], np.int32), padding)
+    targets = np.asarray(source.targets[examples], np.int32)
+    targets = np.pad(targets, (padding, *[(0, 0)] * (targets.ndim - 1)))
     return Batch(rows, targets, np.arange(num_rows) < num_examples)

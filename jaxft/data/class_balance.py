@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxft.data.source import Source
+from jaxft.data.source import Source, images_per_class
 
 
 def class_weights(source: Source) -> tuple[float, ...]:
@@ -11,7 +11,7 @@ def class_weights(source: Source) -> tuple[float, ...]:
     Class c weighs n / (k n_c) for n images in k non-empty classes, so that images weigh 1 on
     average; an empty class weighs 0. Equals scikit-learn's `class_weight="balanced"`.
     """
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+    counts = images_per_class(source)
     present = np.count_nonzero(counts)
     weights = np.divide(len(source), present * counts, out=np.zeros(len(counts)), where=counts > 0)
     return tuple(float(weight) for weight in weights)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data.fingerprint import identity
-from jaxft.data.source import Checkable, Source, pixel_type
+from jaxft.data.source import Checkable, Source, Target, pixel_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class ConcatSource:
     Attributes:
       sources: the concatenated sources.
       indices: int64 [n], positions in the concatenation.
-      targets: int32 [n].
+      targets: int32 [n] or [n k], see `Source`.
     """
 
     sources: tuple[Source, ...]
@@ -37,7 +37,7 @@ class ConcatSource:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Target]:
         """Returns the RGB image and its target."""
         source, source_index = self._locate(index)
         return source[source_index]

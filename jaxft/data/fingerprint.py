@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.source import Source, Splits, pixel_type
+from jaxft.data.source import Source, Splits, images_per_class, is_multi_label, pixel_type
 from jaxft.errors import first_of
 
 _MAX_CLASSES = 8  # classes in one line
@@ -47,10 +47,8 @@ def record(splits: Splits) -> dict[str, Any]:
         **{name: len(source) for name, source in sources.items()},
         "classes": list(classes),
         "pixels": pixel_type(splits.train).name,
-        "per_class": {
-            name: np.bincount(source.targets, minlength=len(classes)).tolist()
-            for name, source in sources.items()
-        },
+        "multi_label": is_multi_label(splits.train),
+        "per_class": {name: images_per_class(source).tolist() for name, source in sources.items()},
         "fingerprint": {name: fingerprint(source) for name, source in sources.items()},
     }
 
@@ -62,6 +60,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     them.
     """
     lines = []
+    labels = [facts.get("multi_label", False) for facts in (before, now)]
+    if labels[0] != labels[1]:
+        old, new = ("several labels" if several else "one class" for several in labels)
+        lines.append(f"each image has {old} then, {new} now")
     old_classes, new_classes = before["classes"], now["classes"]
     if old_classes != new_classes:
         lines.append(_class_change(old_classes, new_classes))

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data.fingerprint import identity
-from jaxft.data.source import Source, pixel_type
+from jaxft.data.source import Source, Target, pixel_type, target_at
 
 _BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
@@ -37,7 +37,7 @@ class Cached:
 
     @property
     def targets(self) -> np.ndarray:
-        """Targets of the source, int32 [n]."""
+        """Targets of the source."""
         return self._source.targets
 
     @property
@@ -52,11 +52,11 @@ class Cached:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Target]:
         """Returns the RGB image, which must not be modified, and its target."""
         cached = self._images.get(index)
         if cached is not None:
-            return cached, int(self._source.targets[index])
+            return cached, target_at(self._source.targets, index)
         image, target = self._source[index]
         size = _BYTES_PER_PIXEL * image.width * image.height
         if size <= self._free_bytes:

@@ -2,7 +2,7 @@
 
 As in torchvision's `v2.MixUp` and `v2.CutMix`, one coefficient is drawn per batch, and each row is
 mixed with the row before it; the first row is mixed with the last. Images are normalised; targets
-sum to one; `mask` is False for padding, which follows all other rows and stays unchanged.
+are probabilities; `mask` is False for padding, which follows all other rows and stays unchanged.
 """
 
 from typing import NamedTuple

@@ -6,7 +6,15 @@ import numpy as np
 
 from jaxft.data.class_names import describe_differences, join_names
 from jaxft.data.concat import gather
-from jaxft.data.source import Collection, Source, Splits, pixel_type
+from jaxft.data.source import (
+    Collection,
+    Source,
+    Splits,
+    emptied_classes,
+    images_per_class,
+    is_multi_label,
+    pixel_type,
+)
 from jaxft.data.split_expressions import Term, class_counts, class_orders, indices, parse
 from jaxft.errors import DataError
 
@@ -38,6 +46,12 @@ def select(
     sources = collection.read(names)
     pool = _Pool(tuple(sources[name] for name in names), names, seed)
     _check_sources(collection.name, names, pool.sources)
+    multi_label = is_multi_label(pool.sources[0])
+    if multi_label and shots is not None:
+        raise DataError(
+            f"{collection.name}: shots={shots} selects within classes, and images may have several "
+            "labels: select by position with train=, such as train[:100]."
+        )
     remarks = [text for source in pool.sources for text in getattr(source, "remarks", ())]
     if val is None and len(val_candidates) > 1:
         unused = val_candidates[1]
@@ -74,7 +88,8 @@ def select(
         train_names = " and ".join(train_splits)
         rule = f"the images of {train_names} that train leaves out validate"
         if is_drawn:
-            rule = f"20 % of each class of {train_names}, drawn with seed {seed}, validate"
+            part = train_names if multi_label else f"each class of {train_names}"
+            rule = f"20 % of {part}, drawn with seed {seed}, validate"
         remarks.append(
             f"{collection.name} has no validation split (it has {', '.join(collection.splits)}): "
             f"{rule}, {len(val_indices):,} images."
@@ -84,7 +99,8 @@ def select(
             f"Images that both train and validate: {overlap:,}. The validation score is biased."
         )
 
-    _check_training_classes(collection.name, pool.gather(candidates), train_source, train)
+    if not (multi_label and is_drawn):  # a draw over all images may miss a rare label
+        _check_training_classes(collection.name, pool.gather(candidates), train_source, train)
     remarks += _missing_classes(train_source, "train")
     remarks += _missing_classes(val_source, "validate with")
     return Splits(train_source, val_source, tuple(remarks))
@@ -163,29 +179,52 @@ def _check_sources(name: str, splits: tuple[str, ...], sources: tuple[Source, ..
                 f"{name}: images of {first_split} are {pixel_type(first)}, but images of {split} "
                 f"are {pixel_type(source)}: give both as uint8, or both normalised."
             )
-        low, high, count = source.targets.min(), source.targets.max(), len(source.classes)
-        if low < 0 or high >= count:
+        if is_multi_label(source) != is_multi_label(first):
+            shapes = list(first.targets.shape), list(source.targets.shape)
             raise DataError(
-                f"{name}: targets of {split} go from {low} to {high}, outside of the {count} "
-                f"classes (0..{count - 1})."
+                f"{name}: targets of {first_split} have shape {shapes[0]}, but targets of {split} "
+                f"{shapes[1]}: give both as classes [n], or both as labels [n k]."
             )
+        _check_targets(f"{name}: targets of {split}", source)
+
+
+def _check_targets(subject: str, source: Source) -> None:
+    targets, count = source.targets, len(source.classes)
+    if is_multi_label(source):
+        if targets.shape[1] != count or targets.dtype.kind not in "biu":
+            raise DataError(
+                f"{subject} are {targets.dtype} of shape {list(targets.shape)}, but with {count} "
+                f"classes labels are integers [n {count}], 0 or 1."
+            )
+        if targets.min() < 0 or targets.max() > 1:
+            raise DataError(
+                f"{subject} go from {targets.min()} to {targets.max()}, but labels are 0 or 1."
+            )
+    elif targets.min() < 0 or targets.max() >= count:
+        raise DataError(
+            f"{subject} go from {targets.min()} to {targets.max()}, outside of the {count} "
+            f"classes (0..{count - 1})."
+        )
 
 
 def _check_training_classes(
     name: str, candidates: Source, train: Source, expression: str | None
 ) -> None:
-    missing = np.setdiff1d(candidates.targets, train.targets)
+    missing = emptied_classes(candidates, train)
     if len(missing):
         classes = candidates.classes
+        way_out = "slice within each class, such as train[:80%/class]"
+        if is_multi_label(train):
+            way_out = "shuffle them, or select others"
         raise DataError(
             f"{name}: train='{expression}' leaves no images of {len(missing)} of "
             f"{len(classes)} classes: {join_names([classes[k] for k in missing])}. The images may "
-            "be sorted by class: slice within each class, such as train[:80%/class]."
+            f"be sorted by class: {way_out}."
         )
 
 
 def _missing_classes(source: Source, purpose: str) -> list[str]:
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+    counts = images_per_class(source)
     missing = [source.classes[k] for k in np.flatnonzero(counts == 0)]
     if not missing:
         return []
@@ -197,7 +236,7 @@ def _missing_classes(source: Source, purpose: str) -> list[str]:
 
 def _few_shot(source: Source, shots: int, seed: int, held_out: int) -> np.ndarray:
     """Draws `shots` images of each class, and leaves at least `held_out` of each."""
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+    counts = images_per_class(source)
     limit = counts[counts > 0].min() - held_out
     if shots > limit:
         raise DataError(

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+Target = int | np.ndarray
+"""Class of an image; or 0 or 1 for each class, int32 [k]."""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -23,17 +26,21 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; targets are indices into them."""
+        """Class names."""
         ...
 
     @property
     def targets(self) -> np.ndarray:
-        """Targets of all examples, int32 [n], available without decoding images."""
+        """Targets of all examples, available without decoding images.
+
+        int32 [n], indices into `classes`. If images may have several labels, [n k], 1 for each
+        class that an image shows and 0 for the others.
+        """
         ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Target]:
         """Returns the RGB image and its target."""
         ...
 
@@ -53,6 +60,28 @@ def pixel_type(source: Source) -> np.dtype[Any]:
     uint8 unless the source defines `pixel_type`. Float images are already normalised.
     """
     return np.dtype(getattr(source, "pixel_type", np.uint8))
+
+
+def is_multi_label(source: object) -> bool:
+    """Returns whether images of the source may have several labels: its targets are [n k]."""
+    return np.ndim(getattr(source, "targets", ())) == 2
+
+
+def images_per_class(source: Source) -> np.ndarray:
+    """Returns the number of images of each class, int64 [k]."""
+    if is_multi_label(source):
+        return np.asarray(source.targets.sum(axis=0, dtype=np.int64))
+    return np.bincount(source.targets, minlength=len(source.classes))
+
+
+def emptied_classes(before: Source, after: Source) -> np.ndarray:
+    """Returns the classes that have images in `before` and none in `after`, int64 [c]."""
+    return np.flatnonzero((images_per_class(before) > 0) & (images_per_class(after) == 0))
+
+
+def target_at(targets: np.ndarray, index: int) -> Target:
+    """Returns the target of one example."""
+    return targets[index] if targets.ndim == 2 else int(targets[index])
 
 
 @dataclass(frozen=True)

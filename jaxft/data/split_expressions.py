@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxft.data.class_names import join_names
-from jaxft.data.source import Source
+from jaxft.data.source import Source, images_per_class, is_multi_label
 from jaxft.errors import DataError
 
 _TERM = re.compile(r"(?P<split>[\w-]+)(?:\[(?P<slice>[^\[\]]*)\])?")
@@ -142,6 +142,11 @@ def indices(term: Term, source: Source, seed: int) -> np.ndarray:
 
 
 def _per_class_indices(term: Term, source: Source, seed: int) -> np.ndarray:
+    if is_multi_label(source):
+        raise DataError(
+            f"split '{term.text}' selects within classes, and each image of {term.split} may have "
+            f"several labels: slice by position, such as {term.split}[:80%]."
+        )
     slices = []
     for members in class_orders(source, seed):
         try:
@@ -159,17 +164,21 @@ def _per_class_indices(term: Term, source: Source, seed: int) -> np.ndarray:
 def class_orders(source: Source, seed: int) -> list[np.ndarray]:
     """Returns the examples of each class in a seeded order.
 
+    If images may have several labels, returns all examples as one class.
+
     All draws within classes take a prefix of this order, so that with the same seed a smaller
     draw is a subset of a larger one.
     """
     rng = np.random.default_rng(seed)
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+    if is_multi_label(source):
+        return [rng.permutation(len(source))]
+    counts = images_per_class(source)
     by_class = np.argsort(source.targets, kind="stable")
     return [rng.permutation(members) for members in np.split(by_class, np.cumsum(counts)[:-1])]
 
 
 def class_counts(source: Source) -> str:
     """Returns the first classes with their numbers of images, the smallest class first."""
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+    counts = images_per_class(source)
     ascending = np.argsort(counts, kind="stable")
     return join_names([f"{source.classes[k]} {counts[k]}" for k in ascending])

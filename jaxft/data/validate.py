@@ -15,7 +15,7 @@ from PIL import Image
 from jaxft.data.class_names import join_names
 from jaxft.data.concat import take
 from jaxft.data.decode import decode
-from jaxft.data.source import Checkable, Source
+from jaxft.data.source import Checkable, Source, emptied_classes
 from jaxft.errors import DataError, first_of
 
 S = TypeVar("S", bound=Source)
@@ -91,9 +91,9 @@ def check_images(
         )
     readable = {name: _drop(source, problems[name]) for name, source in sources.items()}
     emptied = [
-        f"{source.classes[target]} ({name})"
+        f"{source.classes[k]} ({name})"
         for name, source in sources.items()
-        for target in np.setdiff1d(source.targets, readable[name].targets)
+        for k in emptied_classes(source, readable[name])
     ]
     if emptied:
         raise DataError(

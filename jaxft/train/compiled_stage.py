@@ -191,7 +191,8 @@ def _batch_shapes(
     axes: tuple[int, ...] = (rows or program.sizes.rows,)
     if steps_per_call > 1:
         axes = (steps_per_call, *axes)
+    target = (*axes, program.model.num_classes) if program.loss.multi_label else axes
     return program.devices.abstract_batch(
-        Batch(np.empty((*axes, *row), dtype), np.empty(axes, np.int32), np.empty(axes, bool)),
+        Batch(np.empty((*axes, *row), dtype), np.empty(target, np.int32), np.empty(axes, bool)),
         stacked=steps_per_call > 1,
     )

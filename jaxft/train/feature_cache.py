@@ -38,6 +38,7 @@ from jaxft.array_cache import ArrayCache
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
+from jaxft.data.source import Target
 from jaxft.devices import Devices
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import Tree, paths
@@ -67,7 +68,7 @@ class EachBatch(Protocol):
         step: Callable[[Batch], None],
         *,
         batch_size: int,
-        load: Callable[[int], tuple[np.ndarray, int]] | None,
+        load: Callable[[int], tuple[np.ndarray, Target]] | None,
     ) -> list[None] | None: ...
 
 

@@ -270,10 +270,10 @@ def _run(
         exported = workdir / "model.safetensors"
         if is_main_process():
             classes = splits.train.classes
-            pixels = programs[0].pixels
             export.write(
-                workdir, recipe, model, *trees, classes=classes, score=score, pixels=pixels
-            )
+                workdir, recipe, model, *trees, classes=classes, score=score,
+                pixels=programs[0].pixels, multi_label=programs[0].loss.multi_label,
+            )  # fmt: skip
             if model.options.get(MARK):
                 console.say(f"\n{STRIDES}")
     return Result(score, exported, workdir / "checkpoints" / str(progress.step))

@@ -29,6 +29,7 @@ class Loss:
       random_erasing: probability that a box of an image is erased.
       mixup, cutmix: alphas of their Beta distributions; 0 turns them off. With both, a coin flip
         chooses one for each batch.
+      multi_label: targets are 0 or 1 for each class, and each image weighs 1.
     """
 
     function: LossChoice = "cross_entropy"
@@ -38,11 +39,12 @@ class Loss:
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    multi_label: bool = False
 
     def erase_and_mix(
         self,
         images: Float[jax.Array, "b ..."],
-        target: Int[ArrayLike, " b"],
+        target: Int[ArrayLike, " b"] | Int[ArrayLike, "b {num_classes}"],
         mask: Bool[ArrayLike, " b"],
         num_classes: int,
         key: PRNGKeyArray,
@@ -63,7 +65,8 @@ class Loss:
             self.mixup or self.cutmix or self.label_smoothing or self.class_weights
         ):
             return images, jnp.asarray(target)
-        targets, mask = soft_targets(jnp.asarray(target), num_classes), jnp.asarray(mask)
+        target, mask = jnp.asarray(target), jnp.asarray(mask)
+        targets = target.astype(float) if self.multi_label else soft_targets(target, num_classes)
         key = _named(key, "mixing")
         if self.mixup and self.cutmix:
             return mixup_or_cutmix(
@@ -102,7 +105,7 @@ class Loss:
         With mixup or cutmix a row has several classes and the weight 1, as in torch's loss of
         probabilities, whose mean divides by the number of rows.
         """
-        if targets.ndim == 1 or self.mixup or self.cutmix:
+        if targets.ndim == 1 or self.mixup or self.cutmix or self.multi_label:
             return jnp.ones(len(targets), jnp.float32)
         return targets @ self._class_weights(targets)
 

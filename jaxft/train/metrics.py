@@ -27,18 +27,22 @@ class Score:
     """Means over a set of examples: loss (cross entropy in nats), accuracies from 0 to 1.
 
     Attributes:
+      accuracy: of images with several labels, the mean over images and classes.
+      top5: None if images may have several labels.
       custom: the recipe's metrics, by name.
     """
 
     loss: float
     accuracy: float
-    top5: float
+    top5: float | None
     custom: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
         """All metrics by name."""
-        named = {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5}
+        named = {"loss": self.loss, "accuracy": self.accuracy}
+        if self.top5 is not None:
+            named["top5"] = self.top5
         return named | dict(self.custom)
 
 
@@ -49,8 +53,9 @@ class Metrics(NamedTuple):
 
     Attributes:
       loss: loss of the stage; cross entropy in nats.
-      correct: examples whose class has the largest logit.
-      top5: examples whose class has one of the five largest.
+      correct: examples whose class has the largest logit; with several labels, the sum of the
+        examples' shares of classes whose logit has the right sign.
+      top5: examples whose class has one of the five largest; None with several labels.
       examples: their number.
       custom: values of the recipe's metrics, by name.
     """
@@ -65,34 +70,37 @@ class Metrics(NamedTuple):
     def of_batch(
         cls,
         logits: Float[jax.Array, "b k"],
-        targets: Int[ArrayLike, " b"],
+        targets: Int[ArrayLike, " b"] | Int[ArrayLike, "b k"],
         mask: Bool[ArrayLike, " b"],
         loss: LossChoice = "cross_entropy",
         metrics: Sequence[str] = (),
     ) -> "Metrics":
-        """Returns the metrics of logits and classes, over the rows in the mask.
+        """Returns the metrics of logits and targets, over the rows in the mask.
 
         With five classes or fewer every row is among the top five. One whose own logit is NaN is no
         hit, though `argmax` finds it: a network that has diverged must not score.
 
         Args:
           logits: a row per example.
-          targets: classes.
+          targets: classes, or 0 or 1 for each class.
           mask: False for padding.
           loss: loss of an example.
           metrics: functions of the user, see `jaxft.example_function`.
         """
         targets, mask = jnp.asarray(targets), jnp.asarray(mask)
+        if targets.ndim == 2:
+            targets = targets.astype(logits.dtype)
         losses = example_losses(loss, logits, targets)
         # Within a fusion XLA may drop NaN from the loss on CPU.
         has_nan = jnp.isnan(logits).any(-1)
         losses = jnp.where(has_nan, jnp.nan, losses)
-        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-        rank = jnp.sum(~(logits <= target_logits), axis=-1)  # NaN ranks before all numbers
+        rank = _rank(logits, targets) if targets.ndim == 1 else None
         return cls(
             loss=jnp.sum(losses, where=mask),
-            correct=jnp.sum((logits.argmax(-1) == targets) & (rank == 0), where=mask),
-            top5=jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
+            correct=_correct_labels(logits, targets, mask)
+            if rank is None
+            else jnp.sum((logits.argmax(-1) == targets) & (rank == 0), where=mask),
+            top5=None if rank is None else jnp.sum(rank < min(5, logits.shape[-1]), where=mask),
             examples=jnp.sum(mask),
             custom={
                 example_function.function_name(name): jnp.sum(
@@ -115,7 +123,8 @@ class Metrics(NamedTuple):
     def plus(self, other: "Metrics") -> "Metrics":
         """Adds a batch on the host, in float64."""
         pairs = zip(self[:-1], other[:-1], strict=True)
-        loss, correct, top5, examples = (a + float(b) for a, b in pairs)
+        sums = (None if b is None else a + float(b) for a, b in pairs)  # top5 may be None
+        loss, correct, top5, examples = sums
         return Metrics(loss, correct, top5, examples, _added(self.custom, other.custom))
 
     @property
@@ -126,15 +135,36 @@ class Metrics(NamedTuple):
             return float(total / self.examples) if self.examples else math.nan
 
         custom = {name: mean(total) for name, total in self.custom.items()}
-        return Score(mean(self.loss), mean(self.correct), mean(self.top5), custom)
+        top5 = None if self.top5 is None else mean(self.top5)
+        return Score(mean(self.loss), mean(self.correct), top5, custom)
+
+
+def _rank(logits: Float[jax.Array, "b k"], targets: Int[jax.Array, " b"]) -> Int[jax.Array, " b"]:
+    """Returns the number of logits above that of the row's class; NaN is above all numbers."""
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    return jnp.sum(~(logits <= target_logits), axis=-1)
+
+
+def _correct_labels(
+    logits: Float[jax.Array, "b k"],
+    targets: Float[jax.Array, "b k"],
+    mask: Bool[jax.Array, " b"],
+) -> Float[jax.Array, ""]:
+    """Returns the sum of each row's share of labels that the sign of the logit predicts."""
+    hits = jnp.where(targets == 1, logits > 0, logits <= 0)  # NaN predicts neither
+    # A sum of integers does not depend on padding and on the number of devices.
+    return jnp.sum(hits, where=mask[:, None]) / logits.shape[-1]
 
 
 def _values(
-    name: str, logits: Float[jax.Array, "b k"], targets: Int[jax.Array, " b"]
+    name: str,
+    logits: Float[jax.Array, "b k"],
+    targets: Int[jax.Array, " b"] | Float[jax.Array, "b k"],
 ) -> Float[jax.Array, " b"]:
     """Returns the values of a metric of the user."""
-    onehot = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-    return example_function.call(name, logits, onehot).astype(logits.dtype)
+    if targets.ndim == 1:
+        targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+    return example_function.call(name, logits, targets).astype(logits.dtype)
 
 
 _ZERO = Metrics(0.0, 0.0, 0.0, 0.0)

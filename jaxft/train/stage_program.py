@@ -20,7 +20,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
 from jaxft.data.augment import check_view
 from jaxft.data.class_balance import class_weights
-from jaxft.data.source import pixel_type
+from jaxft.data.source import is_multi_label, pixel_type
 from jaxft.devices import Devices
 from jaxft.errors import DataError, ModelError, PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, partition, paths, unflatten
@@ -267,13 +267,10 @@ def build_program(
         )
     loss = Loss(
         function="cross_entropy" if stage.linear_probe else settings.loss,
-        label_smoothing=settings.label_smoothing,
-        class_weights=weights,
-        reduction=recipe.reduction,
-        random_erasing=settings.random_erasing,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-    )
+        label_smoothing=settings.label_smoothing, class_weights=weights,
+        reduction=recipe.reduction, random_erasing=settings.random_erasing,
+        mixup=settings.mixup, cutmix=settings.cutmix, multi_label=is_multi_label(source),
+    )  # fmt: skip
     size, drop_last = settings.batch_size, recipe.drop_last
     steps = data.steps_per_epoch(source, size, drop_last=drop_last)
     sizes = batch_sizes.batch_sizes(model, devices, len(source), size, drop_last=drop_last)
@@ -282,8 +279,7 @@ def build_program(
     else:
         check_single_image(
             model, shapes, norms, sizes,
-            image_size=image_size, accumulate=stage.accumulate,
-            replicas=_replicas(recipe, devices),
+            image_size=image_size, accumulate=stage.accumulate, replicas=_replicas(recipe, devices),
             reaches_last=stage.length(steps) >= steps,  # the epoch's last batch may be smaller
         )  # fmt: skip
     return StageProgram(

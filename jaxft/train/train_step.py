@@ -106,7 +106,7 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
     `config.anchor` pulls towards.
 
     The record's `loss` is the mean loss times the number of rows, without the anchor's penalty. Its
-    `correct` and the user's metrics take each image's own class, whichever image is mixed into it.
+    `correct` and the user's metrics take each image's own target, whichever image is mixed into it.
     """
     model, criterion = config.model, config.loss
     groups = [label for label in jax.tree.leaves(config.labels) if label != FROZEN]
@@ -245,7 +245,7 @@ class _Rows(NamedTuple):
     targets: jax.Array
     """Targets of the loss: `[b k]`, or classes int `[b]`."""
     classes: ArrayLike
-    """Class of each image, int `[b]`."""
+    """Targets of the metrics: the class of each image, int `[b]`, or its labels, int `[b k]`."""
     mask: ArrayLike
     key: jax.Array
 

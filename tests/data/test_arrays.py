@@ -20,6 +20,7 @@ from jaxft.errors import DataError
 
 IMAGES = np.arange(4 * 5 * 6 * 3, dtype=np.uint8).reshape(4, 5, 6, 3)
 TARGETS = np.array([0, 1, 1, 0])
+LABELS = np.array([[0, 1], [1, 1], [0, 0], [1, 0]])
 
 
 @pytest.mark.parametrize("images", [IMAGES, IMAGES[..., :1]], ids=["colour", "gray"])
@@ -49,13 +50,16 @@ ERRORS = {
     "no images": (IMAGES[:0], TARGETS[:0], "ab", ["[0, 5, 6, 3]: there are none"]),
     "lengths": (IMAGES, TARGETS[:3], "ab", ["4 images but 3 targets"]),
     "one-hot": (IMAGES, np.eye(4), "ab", ["targets have shape [4, 4]", "targets.argmax(1)"]),
-    "one-hot, bool": (IMAGES, np.eye(2)[TARGETS] > 0, "ab", ["rows use targets.argmax(1)"]),
-    "several classes": (
+    "one-hot, classes": (IMAGES, np.eye(2)[TARGETS] > 0, "abc", ["rows use targets.argmax(1)"]),
+    "labels, classes": (IMAGES, LABELS, "abc", ["[4, 2], but need [n], or", "labels [n 3]"]),
+    "labels, floats": (IMAGES, LABELS * 1.0, "ab", ["for rows of labels use targets.astype(int)"]),
+    "labels, unknown": (
         IMAGES,
-        np.array([[0, 1], [1, 1], [0, 0], [1, 0]]),
+        LABELS - LABELS[::-1],
         "ab",
-        ["[4, 2], but need [n]: each image has one class, and these rows have none"],
+        ["4 targets are neither 0 nor 1: targets[0, 0] = -1, targets[2, 0] = -1"],
     ),
+    "labels, lengths": (IMAGES, LABELS[:3], "ab", ["4 images but 3 targets"]),
     "probabilities": (IMAGES, np.full((4, 2), 0.5), "ab", ["probabilities are not supported"]),
     "a row": (IMAGES, TARGETS[None], "ab", ["they are one row: targets[0]"]),
     "three axes": (IMAGES, TARGETS[:, None, None], "ab", ["[4, 1, 1], but need [n]"]),

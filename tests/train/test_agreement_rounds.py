@@ -101,6 +101,9 @@ def arrays(targets, first_pixel=0):
     return data.arrays(pixels, targets, classes=["a", "b"])
 
 
+ANY = arrays([[1, 1]])  # validation images
+
+
 def agreement_error(monkeypatch, tmp_path, here, there, **values):
     """Returns the lines of process 0's error, and the names of the keys that it sent.
 
@@ -148,6 +151,39 @@ def test_agreement_names_a_validation_image_if_training_images_alternate(monkeyp
     expected = f"only process 0 has {own}, only process 1 has {names[0][0]}"
     assert lines[2:] == [f"val images of class a: {expected}"]
     assert keys == ["facts", "train digests", "val digests", "val names"]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "group"),
+    [
+        ([[1, 1], [0, 1]], [[1, 1], [1, 0]], "of class a"),
+        ([[0, 1], [0, 0]], [[0, 1], [0, 1]], "of class b"),
+        ([[0, 0], [0, 1]], [[0, 1], [0, 0]], "of class b"),
+    ],
+)
+def test_agreement_names_an_image_whose_labels_differ(here, there, group, monkeypatch, tmp_path):
+    here, there = (
+        Splits(data.arrays(np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3), x, "ab"), ANY)
+        for x in (np.array(here), np.array(there))
+    )
+    names = agreement._names_by_class(there.train)
+    index = {"of class a": 0, "of class b": 1}[group]
+    lines, keys = agreement_error(
+        monkeypatch, tmp_path, here, there,
+        train_digests={"digests": [*map(agreement._digest, names)]},
+        train_names={"names": names[index]},
+    )  # fmt: skip
+    own = {*agreement._names_by_class(here.train)[index]} ^ {*names[index]}
+    assert lines[-1].startswith(f"train images {group}: only process ")
+    assert all(name in lines[-1] for name in own)
+    assert keys == ["facts", "train digests", "train names"]
+
+
+def test_agreement_tells_one_hot_labels_from_classes(monkeypatch, tmp_path):
+    here, there = (Splits(x, x) for x in map(arrays, ([0, 1], np.eye(2, dtype=int))))
+    lines, _ = agreement_error(monkeypatch, tmp_path, here, there)
+    assert lines[0] == "images with several labels: false in process 0, true in process 1"
+    assert [line.partition(":")[0] for line in lines[1:]] == DIGESTS
 
 
 @pytest.mark.parametrize("process", [0, 1])
