@@ -81,8 +81,17 @@ LossChoice = str | Focal
 """
 
 
-def check(loss: object) -> None:
-    """Raises RecipeError if there is no such loss; imports the module of a user's function."""
+def check(loss: object, *, binary: bool = False) -> None:
+    """Raises RecipeError if there is no such loss; imports the module of a user's function.
+
+    `binary`: whether the network has a single logit for two classes.
+    """
+    if binary and (loss == "bce" or isinstance(loss, Focal)):
+        raise RecipeError(
+            f"loss is {loss!r}, which has a sigmoid for each of two classes, and binary has one "
+            "for both. Set binary to False, or leave loss at cross_entropy, which is then the "
+            "binary cross entropy of the one logit."
+        )
     if isinstance(loss, Focal) or loss in NAMES:
         return
     if not (isinstance(loss, str) and ":" in loss):

@@ -259,13 +259,7 @@ class Recipe:
             raise RecipeError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
             )
-        losses.check(self.loss)
-        if self.binary and (self.loss == "bce" or isinstance(self.loss, losses.Focal)):
-            raise RecipeError(
-                f"loss is {self.loss!r}, which has a sigmoid for each of two classes, and binary "
-                "has one for both. Set binary to False, or leave loss at cross_entropy, which is "
-                "then the binary cross entropy of the one logit."
-            )
+        losses.check(self.loss, binary=self.binary)
         for field in ("mixup", "cutmix"):
             alpha = getattr(self, field)
             if not 0 <= alpha < math.inf:
