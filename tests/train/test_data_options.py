@@ -80,7 +80,7 @@ def test_normalized_float_images_train_as_bytes(fields, tmp_path):
     for name, sources in (("levels", levels), ("floats", floats)):
         given = dataclasses.replace(recipe, mean=preprocessing.mean, std=preprocessing.std)
         result = finetune(given, tmp_path / name, data=data.Splits(*sources), console=QUIET)
-        scores.append(dataclasses.astuple(result.score))
+        scores.append([*result.score.values.values()])
     np.testing.assert_allclose(*scores, rtol=1e-5)
     np.testing.assert_allclose(losses(tmp_path / "levels"), losses(tmp_path / "floats"), rtol=1e-5)
     described = json.loads((tmp_path / "floats/model.json").read_text())
