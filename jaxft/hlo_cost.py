@@ -83,7 +83,11 @@ def hlo_cost(compiled: Any) -> HloCost:
             names = re.findall(r"%?([\w.\-]+)", instruction.rest.partition(")")[0])
             kinds = [found[0][0] for x in names if (found := _ARRAY.findall(types.get(x, "")))]
             operands[" x ".join(kinds[:2])] += 1
-    cycles, counts, sizes = _executed(computations, entry)
+    cycles, exchanges = _executed(computations, entry)
+    counts, sizes = Counter[str](), Counter[str]()
+    for exchange in exchanges.values():
+        counts[exchange.kind] += exchange.times
+        sizes[exchange.kind] += exchange.times * exchange.bytes
     return HloCost(
         flops=float(analysis.get("flops", 0.0)),
         bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
@@ -115,31 +119,47 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
+class _Exchange(NamedTuple):
+    """A collective: its kind, the bytes of its result, and how often it runs."""
+
+    kind: str
+    bytes: int
+    times: int
+
+
 def _executed(
     computations: dict[str, list[Instruction]], name: str
-) -> tuple[int, Counter[str], Counter[str]]:
-    """Returns cycles, and number and bytes of collectives, of one run of a computation."""
-    cycles, counts, sizes = 0, Counter[str](), Counter[str]()
+) -> tuple[int, dict[str, _Exchange]]:
+    """Returns the cycles of one run of a computation, and its collectives by channel.
+
+    A TPU starts a collective within one fusion and ends it within another: both contain it, with
+    the same channel.
+    """
+    cycles, exchanges = 0, dict[str, _Exchange]()
     for instruction in computations.get(name, ()):
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
             cycles += int(estimate[1])
         if collective := _COLLECTIVE.fullmatch(instruction.op):
-            counts[collective[1]] += 1
-            # The result of a start holds the operand too, except that of an all-reduce.
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = channel[1] if channel else instruction.name
+            # The result of a start is `(operand, result, ...)`, except for an all-reduce.
             is_pair = collective[2] and collective[1] != "all-reduce"
-            sizes[collective[1]] += _bytes(instruction.type) // (2 if is_pair else 1)
+            result = _elements(instruction.type)[1] if is_pair else instruction.type
+            kind = collective[1]
+            if name.startswith("all-reduce-scatter"):  # and then each device takes its slice
+                kind = "reduce-scatter"
+            exchanges[key] = _Exchange(kind, _bytes(result), 1)
         for called, times in _calls(instruction, computations):
-            inner_cycles, inner_counts, inner_sizes = _executed(computations, called)
+            inner_cycles, inner = _executed(computations, called)
             cycles += times * inner_cycles
-            for total, inner in ((counts, inner_counts), (sizes, inner_sizes)):
-                total.update({kind: times * count for kind, count in inner.items()})
-    return cycles, counts, sizes
+            exchanges |= {key: x._replace(times=times * x.times) for key, x in inner.items()}
+    return cycles, exchanges
 
 
 def _calls(
     instruction: Instruction, computations: dict[str, list[Instruction]]
 ) -> list[tuple[str, int]]:
-    """Returns the computations that a loop or a conditional runs, with the number of runs."""
+    """Returns the computations that an instruction runs, with the number of runs."""
     if instruction.op == "while":
         body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
@@ -151,8 +171,26 @@ def _calls(
             if listed
             else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
         )
-        return [(min(branches, key=lambda x: _executed(computations, x)[0]), 1)]
-    return []
+
+        def cost(branch: str) -> tuple[int, int]:
+            cycles, exchanges = _executed(computations, branch)
+            return cycles, sum(exchange.bytes for exchange in exchanges.values())
+
+        return [(min(branches, key=cost), 1)]
+    called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+    return [(called[1], 1)] if called else []
+
+
+def _elements(type_text: str) -> list[str]:
+    """Splits the type of a tuple into the types of its elements."""
+    elements, depth = [""], 0
+    for character in type_text.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
 
 
 def _op_name(instruction: Instruction) -> str:

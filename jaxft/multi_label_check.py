@@ -30,8 +30,8 @@ def check_multi_label(recipe: Recipe, source: Source) -> None:
     if (np.sum(source.targets, axis=1) == 1).all():
         lines.append("Each image has exactly one label: targets.argmax(1) makes it the class.")
     raise RecipeError(
-        f"targets of shape {list(source.targets.shape)} give an image several labels, and these "
-        "fields need one class per image:" + "".join(f"\n  {line}" for line in lines)
+        f"targets of shape {list(source.targets.shape)} may give an image several labels, and "
+        "these fields need one class per image:" + "".join(f"\n  {line}" for line in lines)
     )
 
 

@@ -206,7 +206,8 @@ def stage_cost(plan: RunPlan, index: int) -> StagePlanCost:
     if cost is not None:
         return cost
     # Other sizes would leave devices idle, or parts of a batch unequal.
-    unit = math.lcm(len(plan.devices), *(stage.accumulate for stage in plan.recipe.stages))
+    counts = [len(plan.devices) * stage.accumulate for stage in plan.recipe.stages]
+    unit = math.lcm(*counts)
 
     def attempt(units: int) -> StagePlanCost | None:
         try:

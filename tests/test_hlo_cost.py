@@ -25,8 +25,15 @@ HloModule jit_step, input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, m
   ROOT %y = f32[8]{0} parameter(0)
 }
 
+%all-reduce-scatter.1 (z: f32[24]) -> f32[8] {
+  %z = f32[24]{0} parameter(0)
+  %all-reduce.7 = f32[24]{0} all-reduce(%z), channel_id=7, to_apply=%once
+  ROOT %slice = f32[8]{0} slice(%all-reduce.7)
+}
+
 %body (s: f32[8]) -> f32[8] {
   %s = f32[8]{0} parameter(0)
+  %begin = f32[8]{0} fusion(%s), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %m = f32[8]{0} fusion(%s), calls=%fused, backend_config={"estimated_cycles":"10"}
 }
 
@@ -65,8 +72,12 @@ def test_hlo_cost_of_tpu_program():
     assert (cost.flops, cost.bytes_accessed) == (12.0, 34.0)
     assert (cost.memory, cost.temporary) == (100 + 50 - 40 + 7, 7)
     assert cost.cycles == 1000 + 3 * 10  # the conditional's cheaper branch has none
-    assert cost.collectives == {"all-reduce": 1, "all-gather": 1}
-    assert cost.collective_bytes == {"all-reduce": 65 * 4, "all-gather": (2 + 16) * 4 // 2}
+    assert cost.collectives == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 3}
+    assert cost.collective_bytes == {
+        "all-reduce": 65 * 4,
+        "all-gather": 16 * 4,
+        "reduce-scatter": 3 * 24 * 4,  # in a loop of three
+    }
     assert cost.convolutions == {"backward": 1}
     assert cost.operands == {"bf16 x bf16": 1}
     assert cost.aliases == 2

@@ -65,7 +65,7 @@ def test_multi_label_check_names_a_field(stage, fields, line):
     with pytest.raises(RecipeError) as error:
         check_multi_label(wrong, SOURCE)
     first, *lines = str(error.value).splitlines()
-    assert first.startswith("targets of shape [12, 3] give an image several labels, and these")
+    assert first.startswith("targets of shape [12, 3] may give an image several labels, and these")
     assert len(lines) == 1
     assert lines[0].startswith(f"  {line}")
 

@@ -85,8 +85,7 @@ class BatchNorm(nnx.Module):
 
 
 _CANCELLATION = 10.0
-"""Largest squared mean of `x - guess`, relative to the variance, for which the variance loses at
-most one digit."""
+"""Largest E[d]^2, relative to the variance plus epsilon, that costs this sum one digit at most."""
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array]
 """Mean `[n c]`, biased variance `[n c]` and number of values `[n 1]` of each part."""
@@ -105,7 +104,7 @@ def _normalize(
 
     The gradient is written by hand, because it keeps only the input: the residuals that `jax.grad`
     would add are a third of the memory of a ResNet-50 step, and it reads the batch more often.
-    `guess` `[c]` is close to the mean; the result does not depend on it, up to rounding.
+    `guess` `[c]` should be close to the mean, for speed; it changes the result by rounding only.
     """
     return _forward(x, mask, scale, bias, guess, eps)[0]
 
@@ -127,29 +126,36 @@ def _forward(
 
 
 def _statistics(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
+    """Returns the statistics of each part in the form that is fastest on the platform."""
+
+    def two_passes(x: jax.Array, mask: jax.Array, _: jax.Array) -> Statistics:
+        return _two_passes(x, mask)
+
     return jax.lax.platform_dependent(
-        x, mask, guess, tpu=partial(_one_pass, eps=eps), default=_two_passes
+        x, mask, guess, tpu=partial(_one_pass, eps=eps), default=two_passes
     )
 
 
 def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
     """Returns the statistics, reading the batch once, which a TPU fuses with the convolution.
 
-    The variance is the mean square of `x - guess` minus the square of its mean. If a variance is so
-    much smaller than that square that digits cancel, the batch is read again.
+    With d = x - guess, the variance is E[d^2] - E[d]^2. If one is so much smaller than E[d]^2 that
+    digits cancel, the batch is read again.
     """
     count = _count(x, mask)
-    shifted = _at_least_float32(x) - guess
+    wide = _at_least_float32(x)
+    guess = guess.astype(wide.dtype)
+    shifted = wide - guess
     offset, square = (_mean(values, mask, count) for values in (shifted, jnp.square(shifted)))
     mean, var = offset + guess, square - jnp.square(offset)
     cancels = jnp.any(jnp.square(offset) > _CANCELLATION * (var + eps))
     mean, var = jax.lax.cond(
-        cancels, lambda: _two_passes(x, mask, guess)[:2], lambda: (mean, jnp.maximum(var, 0))
+        cancels, lambda: _two_passes(x, mask)[:2], lambda: (mean, jnp.maximum(var, 0))
     )
     return mean, var, count
 
 
-def _two_passes(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float = 0) -> Statistics:
+def _two_passes(x: jax.Array, mask: jax.Array) -> Statistics:
     """Returns the statistics, reading the batch once for the mean and once for the variance."""
     count, wide = _count(x, mask), _at_least_float32(x)
     mean = _mean(wide, mask, count)
@@ -175,7 +181,8 @@ def _backward(
     grad_y, (grad_mean, grad_var, _) = cotangents
     wide, centred = _at_least_float32(grad_y), _at_least_float32(x) - _broadcast(mean, x)
     sums, products = _row_sums(wide), _row_sums(wide * centred)
-    # The statistics normalise all rows, but only the rows of the mask contribute to them.
+    # All rows are normalised, so all contribute to the gradient of mean and variance, which flows
+    # back to the rows of the mask only.
     grad_mean = grad_mean - sums.sum(1) * inverse_std * scale
     grad_var = grad_var - products.sum(1) * inverse_std**3 * scale / 2
     contributes = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
@@ -192,7 +199,7 @@ def _backward(
         None,
         grad_scale.astype(scale.dtype),
         grad_bias.astype(scale.dtype),
-        jnp.zeros_like(scale),
+        None,
     )
 
 
