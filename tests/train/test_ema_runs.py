@@ -72,7 +72,7 @@ def validated():
 def whole(tmp_path_factory, validated):
     workdir = tmp_path_factory.mktemp("whole")
 
-    def keep(_, params, *__):
+    def keep(trainer, program, params, *_):
         validated.append(jax.tree.map(np.array, params))
 
     with before("evaluate", keep):
