@@ -66,6 +66,7 @@ def _plan(arguments: Sequence[str], program: str) -> None:
     )
     costs = _print_costs(plan, known.topology)
     if known.json:
+        atomic.anywhere(known.json).parent.mkdir(parents=True, exist_ok=True)
         atomic.write(known.json, json.dumps(_json(plan, known.topology, costs), indent=2) + "\n")
 
 

@@ -33,7 +33,7 @@ def config(tmp_path):
 @pytest.mark.slow
 def test_plan_prints_tables_and_writes_json(config, tmp_path):
     images = ("--train-images", 1_200, "--val-images", 4, "--classes", 5)
-    out = tmp_path / "plan.json"
+    out = tmp_path / "new folder" / "plan.json"
     done = call("plan", config, "--topology", "cpu", *images, "--batch-size", 4, "--json", out)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
