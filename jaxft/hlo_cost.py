@@ -162,8 +162,7 @@ def _calls(
     """Returns the computations that an instruction runs, with the number of runs."""
     if instruction.op == "while":
         body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-        return [(body[1], int(trips[1]) if trips else 1)] if body else []
+        return [(body[1], _trips(instruction, computations))] if body else []
     if instruction.op == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
         branches = (
@@ -179,6 +178,28 @@ def _calls(
         return [(min(branches, key=cost), 1)]
     called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
     return [(called[1], 1)] if called else []
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """Returns how often a loop runs its body; 1 if the program does not fix it.
+
+    If XLA does not state the number, it is the constant that the condition compares with: loops of
+    JAX count from 0.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    instructions = computations.get(condition[1], []) if condition else []
+    constants = {
+        each.name: int(value[1])
+        for each in instructions
+        if each.op == "constant" and (value := re.match(r"(\d+)\)", each.rest))
+    }
+    for each in instructions:
+        if each.op == "compare" and "direction=LT" in each.rest:
+            names = re.findall(r"%?([\w.\-]+)", each.rest.partition(")")[0])
+            return next((constants[name] for name in names if name in constants), 1)
+    return 1
 
 
 def _elements(type_text: str) -> list[str]:

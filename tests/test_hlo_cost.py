@@ -37,13 +37,24 @@ HloModule jit_step, input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, m
   ROOT %m = f32[8]{0} fusion(%s), calls=%fused, backend_config={"estimated_cycles":"10"}
 }
 
+%until (u: s32[]) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %u = s32[] parameter(0)
+  ROOT %lt = pred[]{:T(512)} compare(%u, %five), direction=LT
+}
+
+%counted (s: f32[8]) -> f32[8] {
+  ROOT %n = f32[8]{0} fusion(%s), backend_config={"estimated_cycles":"100"}
+}
+
 ENTRY %main (a: bf16[8,4], /*index=1*/b: f32[8]) -> (bf16[8,4], f32[8]) {
   %a = bf16[8,4]{1,0} parameter(0)
   %f = (bf16[8,4]{1,0}, /*index=1*/f32[8]{0}) fusion(%a), backend_config={"estimated_cycles":"1000"}
   %r = (f32[64]{0:T(128)S(1)}, f32[]) all-reduce(%f, %f), replica_groups={}, to_apply=%once
   %g = (f32[2]{0}, f32[16]{0}) all-gather-start(%f), dimensions={0}
   %h = f32[16]{0} all-gather-done(%g)
-  %w = f32[8]{0} while(%h), body=%body, config={"known_trip_count":{"n":"3"}}
+  %v = f32[8]{0} while(%h), condition=%until, body=%counted
+  %w = f32[8]{0} while(%v), body=%body, config={"known_trip_count":{"n":"3"}}
   %c = f32[8]{0} conditional(%a, %w, %w), true_computation=%again, false_computation=%once
   ROOT %t = (bf16[8,4]{1,0}, f32[8]{0}) tuple(%a, %c)
 }
@@ -71,7 +82,7 @@ def test_hlo_cost_of_tpu_program():
     cost = hlo_cost(Compiled())
     assert (cost.flops, cost.bytes_accessed) == (12.0, 34.0)
     assert (cost.memory, cost.temporary) == (100 + 50 - 40 + 7, 7)
-    assert cost.cycles == 1000 + 3 * 10  # the conditional's cheaper branch has none
+    assert cost.cycles == 1000 + 3 * 10 + 5 * 100  # the conditional's cheaper branch has none
     assert cost.collectives == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 3}
     assert cost.collective_bytes == {
         "all-reduce": 65 * 4,
