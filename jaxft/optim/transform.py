@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import LabelError, RecipeError
-from jaxft.labels import FROZEN, Tree, combine, labels_like, partition
+from jaxft.labels import FROZEN, Tree, combine, filled, labels_like, partition
 from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
 from jaxft.optim.group_trees import GroupTrees
 from jaxft.optim.optimizers import Rule
@@ -287,9 +287,7 @@ def trainable_only(
         half, frozen = partition(gradients, labels)
         if params is not None:
             params, frozen_params = partition(params, labels)
-            columns = (jax.tree.leaves(tree, is_leaf=is_none) for tree in (frozen, frozen_params))
-            leaves = [b if a is None else a for a, b in zip(*columns, strict=True)]
-            frozen = jax.tree.unflatten(jax.tree.structure(frozen, is_leaf=is_none), leaves)
+            frozen = filled(frozen, frozen_params)
         updates, state = transform.update(half, state, params, **extra_args)
         return combine(updates, jax.tree.map(jnp.zeros_like, frozen)), state
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
@@ -89,7 +88,7 @@ class Loss:
         `CrossEntropyLoss(weight=..., label_smoothing=...)`.
         """
         if targets.ndim == 1:
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return example_losses(self.function, logits, targets)
         smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / targets.shape[-1]
         weights = self._class_weights(targets)
         if self.function != "cross_entropy":
