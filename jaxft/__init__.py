@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxft import data, models, strategies, weights
+    from jaxft.classifier import Classifier, Predictions
     from jaxft.early_stopping import EarlyStop, PlateauStop
     from jaxft.ema import EMA
     from jaxft.errors import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         RecipeError,
         WeightsError,
     )
+    from jaxft.evaluation import Evaluation, evaluate
     from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
@@ -78,6 +80,8 @@ _MODULES = {
             "ParallelError",
         ],
         "recipe": ["Recipe"],
+        "classifier": ["Classifier", "Predictions"],
+        "evaluation": ["Evaluation", "evaluate"],
         "report.console": ["Console"],
         "train.finetune": ["Result", "finetune"],
     }.items()
@@ -98,9 +102,11 @@ __all__ = [  # in the order of the documentation
     "AdamW",
     "CarryReport",
     "CheckpointError",
+    "Classifier",
     "Console",
     "DataError",
     "EarlyStop",
+    "Evaluation",
     "Focal",
     "InterruptedRunError",
     "JaxftError",
@@ -115,6 +121,7 @@ __all__ = [  # in the order of the documentation
     "ParallelError",
     "PatternError",
     "PlateauStop",
+    "Predictions",
     "RAdam",
     "RMSprop",
     "Recipe",
@@ -129,6 +136,7 @@ __all__ = [  # in the order of the documentation
     "carry",
     "combine",
     "data",
+    "evaluate",
     "finetune",
     "gradients",
     "label",

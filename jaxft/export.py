@@ -57,6 +57,8 @@ def write(
         "pixels": pixels,
         "preprocessing": dataclasses.asdict(recipe.preprocessing),
         "score": score.values,
+        "tta": recipe.tta,
+        "matmul_precision": recipe.matmul_precision,
     }
     if multi_label:
         description["multi_label"] = True

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 from narrow import narrowed
+from PIL import Image
 
 import jaxft
 from jaxft.export import export
@@ -83,6 +84,7 @@ RUN = {
     ("jaxft/weights/README.md", ""),
     ("jaxft/weights/README.md", "Options of the network"),
     ("jaxft/weights/README.md", "Export"),
+    ("scripts/README.md", "Predict and evaluate"),
     ("jaxft/data/README.md", "Images in memory"),
     ("jaxft/data/README.md", "Several labels per image"),
     ("jaxft/parity/README.md", ""),
@@ -413,6 +415,10 @@ def test_images_in_memory_train_and_export(tmp_path, monkeypatch):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     names = run("jaxft/weights/README.md", "Export", libraries() | {"images": images})
     assert names["logits"].shape == (2, 3)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(images[0]).save("photos/a.png")
+    names = run("scripts/README.md", "Predict and evaluate", libraries())
+    assert names["predictions"].labels[0] in names["classifier"].classes
 
 
 @pytest.mark.slow

@@ -115,5 +115,6 @@ class Header:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The recipe's fields, among them the network's options, and the names of the classes."""
-        return {**self.recipe, "classes": self.data["classes"]}
+        """The recipe's fields, among them the network's options, and facts of its images."""
+        names = ("classes", "pixels", "multi_label")  # old checkpoints have only the classes
+        return {**self.recipe, **{name: self.data.get(name) for name in names}}

@@ -91,6 +91,13 @@ def check_writable(folder: Path) -> None:
         raise RecipeError(f"{nearest} cannot be written; choose another place than {folder}.")
 
 
+def count_argument(text: str) -> int:
+    """Parses a number from 1 on, as the `type` of an argument of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def keep_programs() -> None:
     """Turns on JAX's persistent compilation cache, unless the user has set a folder for it.
 

@@ -33,6 +33,8 @@ COMMANDS = {
         "Train a network in stages, or resume an interrupted run.",
         "came before training; the same command starts or resumes the run.",
     ),
+    "predict": Command("predict", "Classify image files with the weights of a run."),
+    "evaluate": Command("evaluate", "Score weights on labelled images, class by class."),
     "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
     "convert": Command("convert", "Convert weights between PyTorch and JAX."),

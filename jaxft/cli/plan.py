@@ -13,7 +13,6 @@ chip. If a batch does not fit into the memory, bisection finds the largest that 
 Neither the recipe's images nor its weights are read; options give the number of images.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -23,7 +22,13 @@ import jax
 
 from jaxft import recipe_file
 from jaxft.checkpoint import atomic
-from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import (
+    check_writable,
+    command_parser,
+    count_argument,
+    keep_programs,
+    run_until_signal,
+)
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.plan_cost import CPU, RunPlan, StagePlanCost, stage_cost
 from jaxft.report import plan_text
@@ -47,7 +52,7 @@ def _plan(arguments: Sequence[str], program: str) -> None:
         ("--val-images", 1_000, "number of images to validate; default: 1,000"),
         ("--classes", 10, "number of classes; default: 10"),
     ):
-        parser.add_argument(option, type=_count, default=default, metavar="N", help=text)
+        parser.add_argument(option, type=count_argument, default=default, metavar="N", help=text)
     known, options = parser.parse_known_args(arguments)
     # Compiling for a chip needs no chip, and a run may hold those of this machine.
     jax.config.update("jax_platforms", "cpu")
@@ -100,9 +105,3 @@ def _json(plan: RunPlan, topology: str, costs: Sequence[StagePlanCost]) -> dict[
         "classes": plan.model.num_classes,
         "stages": [cost.to_json() for cost in costs],
     }
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)

@@ -106,6 +106,34 @@ def select(
     return Splits(train_source, val_source, tuple(remarks))
 
 
+def select_one(collection: Collection, expression: str | None = None, *, seed: int = 0) -> Source:
+    """Selects the images of an evaluation from a collection.
+
+    Args:
+      collection: all splits.
+      expression: split expression, such as `test` or `val+test[:50%]`; by default the split val,
+        validation or valid, or the only split.
+      seed: determines random selections.
+
+    Raises:
+      DataError: a split is missing, several could be meant, or the expression is wrong.
+    """
+    if expression is None:
+        candidates = _validation_splits(collection, ()) or list(collection.splits)
+        if len(candidates) > 1 and candidates[0].casefold() not in _VALIDATION_NAMES:
+            raise DataError(
+                f"{collection.name} has no validation split; its splits: "
+                f"{', '.join(collection.splits)}. Name the one to evaluate with split= (--split)."
+            )
+        expression = candidates[0]
+    terms = _parse(collection, expression, "split")
+    names = tuple(dict.fromkeys(term.split for term in terms))
+    sources = collection.read(names)
+    pool = _Pool(tuple(sources[name] for name in names), names, seed)
+    _check_sources(collection.name, names, pool.sources)
+    return pool.gather(pool.indices(terms))
+
+
 class _Pool:
     """The splits in use, concatenated, so that one index identifies an image."""
 

@@ -15,12 +15,39 @@ from jaxft.models import Model
 from jaxft.steps_per_execution import one_by_one
 from jaxft.train.metrics import Metrics
 
+Tta = Literal["none", "flip"]
+"""Test-time augmentation: none, or also the mirror image."""
+
+
+def image_views(images: jax.Array, tta: Tta) -> list[jax.Array]:
+    """Returns the views of normalised images `[b h w 3]` that an evaluation averages over."""
+    return [images, images[:, :, ::-1]] if tta == "flip" else [images]
+
+
+def mean_logits(
+    model: Model, params: Tree, stats: Tree, views: Sequence[jax.Array], *, first: str | None = None
+) -> jax.Array:
+    """Returns the logits `[b k]` of the network with running statistics, averaged over views.
+
+    It averages logits, as torchvision's `TenCrop` example does, and not probabilities, so that loss
+    and calibration apply to the result; its cross entropy is never above the mean of the views'.
+
+    Args:
+      model: the network.
+      params, stats: its weights.
+      views: inputs of the network, or of its block `first`, `[b ...]` each.
+      first: first block to run.
+    """
+    run = partial(model.apply, params, stats, norms="running", first=first)
+    logits = [run(view)[0] for view in views]
+    return sum(logits[1:], logits[0]) / len(logits)
+
 
 def eval_step(
     model: Model,
     preprocessing: Preprocessing,
     *,
-    tta: Literal["none", "flip"] = "none",
+    tta: Tta = "none",
     first: str | None = None,
     steps_per_call: int = 1,
     examples: Mapping[int, int] | None = None,
@@ -33,9 +60,7 @@ def eval_step(
     Args:
       model: the network.
       preprocessing: normalises the images.
-      tta: `flip` averages the logits over an image and its mirror. It averages logits, as
-        torchvision's `TenCrop` example does, and not probabilities, so that loss and calibration
-        apply to the result; its cross entropy is never above the mean of the two.
+      tta: see `mean_logits`.
       first: first block to run, if batches hold features of the blocks before it: `[b v ...]`, with
         one or two views (the mirror) of each image.
       steps_per_call: above 1, batches are stacked, and so are their metrics; the last argument is
@@ -51,14 +76,11 @@ def eval_step(
             count = examples[len(batch.mask)]
             batch = jax.tree.map(lambda x: x[:count], batch)
         if first is None:
-            images = preprocessing.normalize(batch.image)
-            views = [images, images[:, :, ::-1]] if tta == "flip" else [images]
+            views = image_views(preprocessing.normalize(batch.image), tta)
         else:
             views = [jnp.asarray(batch.image)[:, i] for i in range(batch.image.shape[1])]
-        run = partial(model.apply, params, stats, norms="running", first=first)
-        logits = [run(view)[0] for view in views]
-        mean = sum(logits[1:], logits[0]) / len(logits)
-        return Metrics.of_batch(mean, batch.target, batch.mask, loss, metrics)
+        logits = mean_logits(model, params, stats, views, first=first)
+        return Metrics.of_batch(logits, batch.target, batch.mask, loss, metrics)
 
     def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Metrics:
         def one(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:

@@ -1,8 +1,9 @@
 """Description of the network that weights belong to: its name, options and class names."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxft.errors import WeightsError
@@ -33,16 +34,27 @@ class Description:
       model: Name in jaxft's registry, or class name of a user's module.
       options: Keyword arguments of `jaxft.models.create`.
       classes: Class names in the order of the logits.
+      pixels: `float32` if the network takes images that are normalised already.
+      multi_label: Whether an image may have several labels.
+      tta, matmul_precision: As in the recipe, for the same logits as in validation.
     """
 
     model: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    pixels: str | None = None
+    multi_label: bool | None = None
+    tta: Any = None
+    matmul_precision: Any = None
 
     def with_defaults(self, other: "Description") -> "Description":
         """Returns this description, with unknown fields taken from `other`."""
-        options = {**other.options, **self.options}
-        return Description(self.model or other.model, options, self.classes or other.classes)
+        values = {
+            field.name: getattr(other, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is None
+        }
+        return replace(self, **values, options={**other.options, **self.options})
 
 
 def fields(model: Model, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -73,7 +85,12 @@ def parse(content: Any) -> Description:
     if content.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in content:
         options[MARK] = bool(content["downsample_in_bottleneck"])  # in transformers
     model = content.get("model", content.get("architecture"))  # in jaxft, in timm
-    return Description(model if isinstance(model, str) else None, options, _class_names(content))
+    return Description(
+        model if isinstance(model, str) else None,
+        options,
+        _class_names(content),
+        *(content.get(name) for name in ("pixels", "multi_label", "tta", "matmul_precision")),
+    )
 
 
 def check_options(options: Mapping[str, Any], model: Model, source: str, *, keep: bool) -> None:

@@ -48,7 +48,8 @@ def _read_descriptions(weights: Path) -> Iterator[Any]:
     """Yields the content of each readable JSON or YAML file that describes the weights."""
     paths = description_paths(weights)
     if weights.is_dir():
-        run = weights.parents[1] if weights.parent.name == "checkpoints" else weights
+        folders = (weights, weights.parent)  # RUN, RUN/checkpoints or RUN/checkpoints/STEP
+        run = next((each.parent for each in folders if each.name == "checkpoints"), weights)
         # A run writes recipe.yaml when it starts and model.json when it ends.
         paths = (run / "recipe.yaml", *description_paths(run / "model.safetensors"))
     for path in paths:

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
@@ -92,6 +93,27 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     return Weights(name, tensors, located.preprocessing, remarks, network)
 
 
+def describe(source: str | PathLike[str]) -> tuple[Description, Preprocessing | None]:
+    """Returns the network and the preprocessing that a source states, without its tensors.
+
+    Args:
+      source: As in `read`.
+
+    Raises:
+      WeightsError: The source does not exist.
+    """
+    located = locate(fspath(source))
+    path, network = located.path, Description()
+    if path.is_dir():
+        from jaxft.checkpoint import weights_only
+
+        with suppress(CheckpointError, OSError):  # `read` explains them
+            network = parse(weights_only.read_description(_checkpoint(path)))
+    elif _is_safetensors(path):
+        network = _open_safetensors(path)[1]
+    return network.with_defaults(find_description(path)), located.preprocessing
+
+
 def torchvision_tensors(
     content: Any, source: str, entry: str | None = None, prefix: str | None = None
 ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
@@ -134,10 +156,9 @@ def _open_run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Des
     """Opens a run's newest checkpoint, a given checkpoint, or the weights that a run exported."""
     from jaxft.checkpoint import weights_only
 
-    checkpoints, exported = folder / "checkpoints", folder / "model.safetensors"
-    if exported.is_file() and not checkpoints.is_dir():
+    checkpoint, exported = _checkpoint(folder), folder / "model.safetensors"
+    if exported.is_file() and checkpoint == folder:
         return _open_safetensors(exported)
-    checkpoint = checkpoints if checkpoints.is_dir() else folder
     try:
         trees = weights_only.read_weights(checkpoint)
     except CheckpointError as error:
@@ -150,6 +171,11 @@ def _open_run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Des
         for target, array in zip(targets, jax.tree.leaves(trees), strict=True)
     }
     return tensors, parse(weights_only.read_description(checkpoint))
+
+
+def _checkpoint(folder: Path) -> Path:
+    """Returns the folder of a run's checkpoints, or a folder that is a checkpoint itself."""
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
 
 
 def _no_weights_message(folder: Path, cause: str) -> str:

@@ -242,3 +242,61 @@ def test_export_without_run_fails(tmp_path):
     assert done.returncode == 1
     assert "holds no run with a checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on a folder of images."""
+    folder = tmp_path_factory.mktemp("trained")
+    images = image_folder(folder / "images")
+    options = ("--data", f"folder:{images}", "--workdir", folder / "run")
+    assert finetune(small_config(folder), *options).returncode == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_evaluate_reproduces_validation_accuracy(trained, tmp_path):
+    score = json.loads((trained / "run/model.json").read_text())["score"]
+    for data_arguments in ((), (trained / "images",), (f"folder:{trained}/images",)):
+        out = tmp_path / "new folder/scores.json"
+        done = call("evaluate", trained / "run", *data_arguments, "--json", out)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"accuracy           {score['accuracy']:.4f}   95 % confidence" in done.stdout
+        assert json.loads(out.read_text())["accuracy"] == score["accuracy"]
+
+
+@pytest.mark.slow
+def test_predict_prints_each_format(trained, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no image")
+    good = trained / "images/val/ants/0.jpg"
+    for form in ("table", "csv", "jsonl"):
+        done = call("predict", trained / "run", good, tmp_path, "--format", form, "--top", 2)
+        assert done.returncode == 1
+        assert done.stderr.startswith("DataError: 1 of 2 images cannot be read:")
+        assert str(good) in done.stdout
+        lines = done.stdout.splitlines()
+        if form == "csv":
+            assert [line.count(",") for line in lines] == [2] * 4
+        elif form == "jsonl":
+            first, second = map(json.loads, lines)
+            assert {each["class"] for each in first["predictions"]} == {"ants", "bees"}
+            assert second["predictions"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("predict", ["nowhere", "a.jpg"], "WeightsError: there are no weights 'nowhere'"),
+        ("predict", ["nowhere"], "arguments are required: IMAGES"),
+        ("predict", ["nowhere", "a.jpg", "--top", "0"], "'0' is no number from 1 on"),
+        ("evaluate", ["nowhere"], "DataError: nowhere is not the folder of a run: name the DATA"),
+        ("evaluate", ["nowhere", "tfsd:x"], "DataError: unknown data 'tfsd:x'. Did you mean 'tfds"),
+        ("evaluate", ["nowhere", "digits", "--split", "test"], "DataError: .* has no split test"),
+        ("evaluate", ["nowhere", "digits:5-6"], "WeightsError: there are no weights 'nowhere'"),
+    ],
+)
+def test_predict_and_evaluate_report_mistakes(command, arguments, message):
+    done = call(command, *arguments)
+    assert done.returncode in (1, 2)
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
