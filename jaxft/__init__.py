@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxft import data, models, strategies, weights
+    from jaxft.anchor import L1SP, L2SP
     from jaxft.classifier import Classifier, Predictions
+    from jaxft.comparison import compare
     from jaxft.early_stopping import EarlyStop, PlateauStop
     from jaxft.ema import EMA
     from jaxft.errors import (
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from jaxft.evaluation import Evaluation, evaluate
-    from jaxft.l2_sp import L2SP
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
     from jaxft.losses import Focal
@@ -69,7 +70,7 @@ _MODULES = {
         "update": ["Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
-        "l2_sp": ["L2SP"],
+        "anchor": ["L1SP", "L2SP"],
         "ema": ["EMA"],
         "losses": ["Focal"],
         "stage_plan": ["plan", "StagePlan"],
@@ -81,6 +82,7 @@ _MODULES = {
         ],
         "recipe": ["Recipe"],
         "classifier": ["Classifier", "Predictions"],
+        "comparison": ["compare"],
         "evaluation": ["Evaluation", "evaluate"],
         "report.console": ["Console"],
         "train.finetune": ["Result", "finetune"],
@@ -95,6 +97,7 @@ _SUBMODULES = {
 __all__ = [  # in the order of the documentation
     "EMA",
     "FROZEN",
+    "L1SP",
     "L2SP",
     "SGD",
     "Adagrad",
@@ -135,6 +138,7 @@ __all__ = [  # in the order of the documentation
     "abstract_state",
     "carry",
     "combine",
+    "compare",
     "data",
     "evaluate",
     "finetune",

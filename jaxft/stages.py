@@ -11,11 +11,11 @@ from typing import ClassVar, Literal, get_args
 
 import optax
 
+from jaxft.anchor import Anchor
 from jaxft.dataclass_checks import checked
 from jaxft.early_stopping import EarlyStop, Mode, Monitor, PlateauStop, default_mode
 from jaxft.ema import EMA, wrong_decay
 from jaxft.errors import RecipeError
-from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
 from jaxft.losses import LossChoice
 from jaxft.optim.optimizers import Optimizer, Rule
@@ -90,7 +90,7 @@ class Stage:
       ema: exponential moving average of weights and running statistics: its decay per step, e.g.
         0.999, or `EMA(0.9998, every=32, warmup=True)`. It starts with the stage; validation and the
         next stage use the average.
-      anchor: L2-SP penalty, which pulls the weights to the pretrained ones.
+      anchor: L2-SP or L1-SP penalty, which pulls the weights to the pretrained ones.
       class_weights: weight of each class in the loss, as in torch's `CrossEntropyLoss(weight=...)`;
         replaces `balance`. The mean divides by the sum of the images' weights, or with mixup or
         cutmix by the number of images, as torch does for probabilities. Other losses than the cross
@@ -134,7 +134,7 @@ class Stage:
     clip_value: float | None = None
     accumulate: int = 1
     ema: float | EMA | None = None
-    anchor: L2SP | None = None
+    anchor: Anchor | None = None
     class_weights: tuple[float, ...] | None = None
     auto_rgn: bool = False
     batch_size: int | None = None

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypedDict, Unpack
 
+from jaxft.anchor import Anchor
 from jaxft.block_order import Blocks, block_tuples, decayed_lrs
 from jaxft.early_stopping import EarlyStop, Monitor, PlateauStop
 from jaxft.ema import EMA
 from jaxft.errors import RecipeError
-from jaxft.l2_sp import L2SP
 from jaxft.linear_probe import LinearProbe
 from jaxft.losses import LossChoice
 from jaxft.optim.optimizers import SGD, Adam, AdamW, Rule
@@ -56,7 +56,7 @@ class Fields(TypedDict, total=False):
     clip_value: float | None
     accumulate: int
     ema: float | EMA | None
-    anchor: L2SP | None
+    anchor: Anchor | None
     class_weights: tuple[float, ...] | None
     auto_rgn: bool
     batch_size: int | None

@@ -55,7 +55,7 @@ MISTAKES = [
     ),
     (lambda: Update(1.0, decay=0.1), "Update has no field 'decay'; its fields are lr, schedule, "),
     (lambda: EarlyStop(patients=3), "EarlyStop has no field 'patients': did you mean 'patience'?"),
-    (lambda: L2SP(strength=1.0), "L2SP has no field 'strength'; its fields are body, head."),
+    (lambda: L2SP(strength=1.0), "L2SP has no field 'strength'; its fields are body, head, pen"),
     # names of other libraries
     (
         lambda: SGD(lr=0.1),

@@ -13,7 +13,7 @@ import jaxft
 
 LIGHT = [
     "patterns", "tree_paths", "labels", "nnx_filter", "stacked_layers", "stages", "stage_options",
-    "stage_plan", "early_stopping", "strategies", "l2_sp", "linear_probe", "optim.optimizers",
+    "stage_plan", "early_stopping", "strategies", "anchor", "linear_probe", "optim.optimizers",
     "optim.transform", "optim.schedules", "optim.carry", "optim.plateau", "optim.gradients",
     "optim.carry_report", "optim.memory", "optim.group_trees", "optim.complete_optimizer",
     "state_shapes",

@@ -33,6 +33,11 @@ COMMANDS = {
         "Train a network in stages, or resume an interrupted run.",
         "came before training; the same command starts or resumes the run.",
     ),
+    "compare": Command(
+        "compare",
+        "Compare fine-tuning strategies on your images.",
+        "came before training; the same command starts or resumes the comparison.",
+    ),
     "predict": Command("predict", "Classify image files with the weights of a run."),
     "evaluate": Command("evaluate", "Score weights on labelled images, class by class."),
     "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),

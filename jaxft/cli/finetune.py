@@ -1,9 +1,15 @@
 """Fine-tunes a network in stages, or resumes an interrupted run.
 
     jaxft finetune CONFIG --workdir DIR [any field of the recipe as an option]
+    jaxft finetune DATA --workdir DIR [--model resnet18] [--strategy full] [any field]
 
 CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run. With
 `CONFIG --help` its fields are listed. DIR may be in a bucket (gs://...).
+
+DATA is a folder of class folders, or data as in a recipe. Then the network is a ResNet-50 with
+torchvision's weights, unless --model and --weights name others, and the stages are a strategy's:
+by default the head is solved on the frozen features, and everything trains for five epochs (lp-ft).
+DIR/recipe.yaml is the recipe.
 
 SIGTERM or Ctrl-C during training saves a checkpoint and exits with code 75 or 130; the same
 command resumes the run. Before training, either exits at once. So does a second Ctrl-C.
@@ -16,8 +22,17 @@ from functools import partial
 
 from jaxft import agreement, distributed, lost_process
 from jaxft.cli.command_setup import command_parser, keep_programs, report_errors
+from jaxft.cli.data_recipe import (
+    STRATEGY,
+    add_strategy_options,
+    base_recipe,
+    is_recipe_file,
+    with_strategy,
+)
 from jaxft.cli.process import fail, handled_by
-from jaxft.cli.recipe_options import print_recipe_options, read_recipe
+from jaxft.cli.recipe_options import print_recipe_options
+from jaxft.errors import RecipeError
+from jaxft.recipe import Recipe
 from jaxft.train.finetune import Result, finetune
 
 
@@ -32,7 +47,7 @@ def _finetune(arguments: Sequence[str], program: str) -> int:
     try:
         distributed.start(known.coordinator, known.processes, known.process)
         with agreement.announced():
-            recipe = read_recipe(known.config, options, program)
+            recipe = _recipe(known, options, program)
         result = finetune(
             recipe,
             known.workdir,
@@ -50,14 +65,33 @@ def _finetune(arguments: Sequence[str], program: str) -> int:
         return fail("\nInterrupted. The same command resumes from the last checkpoint.", 130)
 
 
+def _recipe(known: argparse.Namespace, options: Sequence[str], program: str) -> Recipe:
+    """Returns the recipe of a recipe file, or of images and a strategy."""
+    recipe = base_recipe(known.config, options, program)
+    if not is_recipe_file(known.config):
+        return with_strategy(recipe, known.strategy, known.lr, known.epochs)
+    given = [name for name in ("strategy", "lr", "epochs") if getattr(known, name) is not None]
+    if given:
+        raise RecipeError(
+            f"--{given[0]} is for images without a recipe; {known.config} has stages. Change them "
+            "by options such as --stages.0.epochs 3."
+        )
+    return recipe
+
+
 def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
     """Returns the command's options, and the recipe's; exits after printing help."""
     parser = command_parser(__doc__, "jaxft finetune", program, add_help=False, allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG or DATA")
     parser.add_argument("--workdir", metavar="DIR")
     parser.add_argument(
         "--extend", action="store_true", help="continue with a longer last stage or new stages"
     )
+    strategy = parser.add_argument_group("images without a recipe")
+    strategy.add_argument(
+        "--strategy", metavar="NAME", help=f"full, gradual, probe, ...; default: {STRATEGY}"
+    )
+    add_strategy_options(strategy)
     fork = parser.add_argument_group("a new run from the end of a stage of another run")
     fork.add_argument("--fork-from", metavar="RUN", help="workdir of the other run")
     fork.add_argument("--stage", help="stage, in both recipes; default: the last that ended")

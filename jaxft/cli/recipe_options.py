@@ -41,11 +41,23 @@ def read_recipe(
       RecipeError: see `jaxft.recipe_file.read`.
       SystemExit: after `--help`, an unknown option or a value of another type.
     """
-    recipe = read(path)
+    return override(read(path), options, f"{program} {path}")
+
+
+def override(recipe: Recipe, options: Sequence[str], program: str) -> Recipe:
+    """Returns the recipe with fields overridden by options.
+
+    Args:
+      recipe: the recipe.
+      options: for example `["--batch-size", "64"]`.
+      program: the command as the user typed it, for messages.
+
+    Raises:
+      RecipeError: a field's value is wrong.
+      SystemExit: after `--help`, an unknown option or a value of another type.
+    """
     with _REGISTRY:
-        return tyro.cli(
-            Recipe, default=recipe, args=options, prog=f"{program} {path}", config=_CONFIG
-        )
+        return tyro.cli(Recipe, default=recipe, args=options, prog=program, config=_CONFIG)
 
 
 def print_recipe_options() -> None:

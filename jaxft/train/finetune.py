@@ -21,7 +21,6 @@ from typing import Any
 import jax
 
 from jaxft import agreement, export, lost_process, models
-from jaxft.array_cache import ArrayCache
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -60,6 +59,7 @@ from jaxft.train.fork import (
     with_head_order,
 )
 from jaxft.train.metrics import Score
+from jaxft.train.run_caches import RunCaches
 from jaxft.train.signals import Interruption, interruptible
 from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.train_stages import train_stages
@@ -96,6 +96,7 @@ def finetune(
     extend: bool = False,
     console: Console | None = None,
     on_epoch_end: Callable[[dict[str, Any]], object] | None = None,
+    caches: RunCaches | None = None,
 ) -> Result:
     """Trains a recipe's stages in a folder, or continues the run in that folder.
 
@@ -127,6 +128,8 @@ def finetune(
         error of it ends the run and is raised as it is; the same call resumes after that epoch. A
         resumed run calls it only for the epochs that it runs. Each process calls it, with its own
         times and memory; all must raise or none.
+      caches: opened images and caches of an earlier call with the same network, images and
+        preprocessing, to use again instead of `data`.
 
     Returns:
       The score and the paths of the exported weights and of the last checkpoint.
@@ -166,7 +169,8 @@ def finetune(
             check_apart(folder, recipe.data)
 
         # Open images, network, weights and devices.
-        splits = open_splits(recipe, data)
+        caches = caches or RunCaches.of_recipe(recipe, open_splits(recipe, data))
+        splits = caches.splits
         classes = splits.train.classes
         model = open_network(recipe, model, classes)
         # A run that has begun does not need its pretrained weights, which may be out of reach.
@@ -211,13 +215,13 @@ def finetune(
         interruption.wait()
         with claim(folder, recipe, extend=extend):
             return _run(
-                programs, splits, start, forked, recipe, folder, console, interruption, on_epoch_end
+                programs, caches, start, forked, recipe, folder, console, interruption, on_epoch_end
             )
 
 
 def _run(
     programs: tuple[StageProgram, ...],
-    splits: Splits,
+    caches: RunCaches,
     start: Start,
     forked: Fork | None,
     recipe: Recipe,
@@ -227,7 +231,7 @@ def _run(
     on_epoch_end: Callable[[dict[str, Any]], object] | None,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
-    devices, model = programs[0].devices, programs[0].model
+    devices, model, splits = programs[0].devices, programs[0].model, caches.splits
     with (
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         closing(MetricsLog(workdir, writes=is_main_process())) as metrics,
@@ -255,12 +259,9 @@ def _run(
             )
             for loss in dict.fromkeys(program.loss.function for program in programs)
         }
-        batch_cache = feature_cache = ArrayCache(recipe.cache_mib * 2**20)
-        if recipe.disk_cache_mib:
-            feature_cache = ArrayCache(recipe.disk_cache_mib * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluators, checkpoints, metrics, console,
-            interruption, anchor_params, feature_cache, batch_cache, on_epoch_end,
+            interruption, anchor_params, caches.features, caches.batches, on_epoch_end,
         )  # fmt: skip
         progress, end = train_stages(trainer, start, forked)
         if trainer.stop_asked():

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxft.anchor import Anchor
 from jaxft.data import Batch, Preprocessing
 from jaxft.devices import Devices
 from jaxft.ema import EMA, Average
-from jaxft.l2_sp import L2SP
 from jaxft.labels import FROZEN, Tree, combine, paths
 from jaxft.models import Model, Norms
 from jaxft.models.batch_norm import STATISTICS
@@ -79,7 +79,7 @@ class StepConfig:
     loss: Loss = Loss()
     metrics: Sequence[str] = ()
     labels: Tree = None
-    anchor: L2SP | None = None
+    anchor: Anchor | None = None
     clip_value: float | None = None
     clip_norm: float | None = None
     accumulate: int = 1

@@ -100,3 +100,15 @@ def _suggest(enum: str) -> str:
         return f"no such weights. The known ones of torchvision are {', '.join(_FILES)}."
     choices = [f"torchvision:{enums[n]}.{member}" for n in near for member in _FILES[enums[n]]]
     return f"no such weights. Did you mean {' or '.join(choices)}?"
+
+
+def default_weights(model: str) -> str | None:
+    """Returns the source of torchvision's default weights for a network; None if it has none.
+
+    >>> default_weights("resnet50"), default_weights("cifar_resnet8")
+    ('torchvision:ResNet50_Weights.IMAGENET1K_V2', None)
+    """
+    for name, members in _FILES.items():
+        if name.lower() == f"{model}_weights":
+            return f"torchvision:{name}.{[*members][-1]}"
+    return None

@@ -300,3 +300,41 @@ def test_predict_and_evaluate_report_mistakes(command, arguments, message):
     assert done.returncode in (1, 2)
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_finetune_on_images_without_a_recipe(tmp_path):
+    images = image_folder(tmp_path / "images")
+    options = ("--model", "cifar_resnet8", "--weights", "None", "--image-size", "16")
+    workdir = tmp_path / "run"
+    done = finetune(
+        images, "--workdir", workdir, *options, "--strategy", "norms", "--epochs", 1, "--lr", 0.01
+    )
+    assert (done.returncode, "Validation accuracy" in done.stdout) == (0, True), done.stderr
+    recipe = read(workdir / "recipe.yaml")
+    assert recipe.data == f"folder:{images}"
+    assert recipe.stages[0].train == {"fc": 0.1, "**.scale": 0.1, "**.bias": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "nowhere"],
+            r"nowhere is neither a recipe \(a .py or .yaml file\), nor a fol",
+        ),
+        (["finetune", "tfsd:x", "--weights", "None"], "unknown data 'tfsd:x'. Did you mean 'tfds"),
+        (["finetune", "digits", "--model", "resnet50d"], "resnet50d has no default weights: name"),
+        (["finetune", "digits", "--strategy", "lpft"], "no strategy is called 'lpft'.*'lp-ft'"),
+        (["finetune", QUICKSTART, "--strategy", "full"], "--strategy is for images without a rec"),
+        (["finetune", "digits", "--model", "resnt50"], "no model is called 'resnt50'. Did you"),
+        (["compare", "digits", "--strategies", "lpft", "--weights", "None"], "called 'lpft'"),
+        (["compare", "digits", "--seeds", "0"], "'0' is no number from 1 on"),
+        (["compare", "nowhere", "--weights", "None"], "nowhere is neither a recipe"),
+    ],
+)
+def test_finetune_and_compare_report_mistakes(arguments, message, tmp_path):
+    done = call(*arguments, "--workdir", tmp_path / "run")
+    assert done.returncode in (1, 2)
+    assert re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()

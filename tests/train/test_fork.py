@@ -8,10 +8,19 @@ import orbax.checkpoint as ocp
 import pytest
 from mortal import QUIET, RECIPE, killed, rows, saving_stage_ends_only, train, train_to_end
 
-from jaxft import CheckpointError, Recipe, RecipeError, Stage, WeightsError, data, finetune, models
+from jaxft import (
+    L2SP,
+    CheckpointError,
+    Recipe,
+    RecipeError,
+    Stage,
+    WeightsError,
+    data,
+    finetune,
+    models,
+)
 from jaxft.checkpoint import checksums, weights_only
 from jaxft.cli.finetune import run as run_command
-from jaxft.l2_sp import L2SP
 from jaxft.recipe_file import save
 from jaxft.weights import load
 

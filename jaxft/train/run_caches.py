@@ -1,0 +1,34 @@
+"""Images and caches that several runs in one process share."""
+
+from dataclasses import dataclass
+
+from jaxft.array_cache import ArrayCache
+from jaxft.data import Splits
+from jaxft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunCaches:
+    """Opened images, cached features and validation batches.
+
+    Runs that share them must have the same network, images and preprocessing. Cached features are
+    found by a hash of the weights that computed them, so that runs share those of frozen blocks
+    with the same weights.
+
+    Attributes:
+      splits: images, with their cache of decoded ones.
+      features: features of frozen blocks; see `jaxft.train.feature_cache`.
+      batches: validation batches; the same cache as `features` unless features are on disk.
+    """
+
+    splits: Splits
+    features: ArrayCache
+    batches: ArrayCache
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, splits: Splits) -> "RunCaches":
+        """Returns empty caches of the sizes that the recipe sets."""
+        batches = features = ArrayCache(recipe.cache_mib * 2**20)
+        if recipe.disk_cache_mib:
+            features = ArrayCache(recipe.disk_cache_mib * 2**20)
+        return cls(splits, features, batches)
