@@ -30,8 +30,9 @@ def start(
 ) -> None:
     """Joins this process to the other processes of its run. Call it before any other use of JAX.
 
-    Without arguments, JAX detects the cluster (TPU VMs, Slurm, Open MPI, Kubernetes). Without a
-    cluster, or with `processes=1`, this process is the whole run.
+    Without arguments, JAX detects the cluster (TPU VMs, Slurm, Open MPI, Kubernetes), in which the
+    environment variable `JAX_COORDINATOR_PORT` sets the port of process 0. Without a cluster, or
+    with `processes=1`, this process is the whole run.
 
     The program's SIGTERM handler stays in place. If a process ends early, the others are ended soon
     after; end a run with `barrier`, so that the first process to finish does not end the others.

@@ -130,6 +130,31 @@ def test_start_after_other_calls_of_jax_is_an_error():
         distributed.start()
 
 
+FIND_COORDINATOR = """
+import jax
+from jax._src import distributed as service
+from jax._src.clusters import cloud_tpu_cluster
+from jaxft import distributed
+
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+distributed.start()
+print(service.global_state.coordinator_address, jax.process_count())
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_start_on_tpus_waits_at_the_port_of_the_environment():
+    """The variables are those of a pod of Google Kubernetes Engine."""
+    port = free_port()
+    pod = {"TPU_WORKER_HOSTNAMES": "127.0.0.1", "TPU_WORKER_ID": "0", "TPU_SKIP_MDS_QUERY": "1"}
+    pod |= {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": "1"}
+    pod |= {"MEGASCALE_SLICE_ID": "0", "JAX_COORDINATOR_PORT": str(port)}
+    process = python("-c", FIND_COORDINATOR, **pod)
+    out, errors = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, f"127.0.0.1:{port} 1\n"), errors
+
+
 def test_start_of_one_process_joins_nothing():
     distributed.start(processes=1)
     assert not jax.distributed.is_initialized()
