@@ -30,7 +30,7 @@ RUN = "~/jaxft-run"
 REPORT = f"""
 cd {RUN} 2> /dev/null || exit 0
 for name in digest command exit; do echo "$name=$(cat $name 2> /dev/null)"; done
-flock -n lock true || echo running=yes
+flock -n -s lock true || echo running=yes
 echo "last=$(tail -n 1 log 2> /dev/null)"
 """
 
@@ -41,6 +41,7 @@ def install_script(digest: str) -> str:
 mkdir -p {RUN}
 (
     flock 8
+    [ "$(cat {RUN}/digest)" != {digest} ] || exit 0
     set -eo pipefail
     rm -rf ~/jaxft && mkdir ~/jaxft && tar xzf ~/jaxft.tgz -C ~/jaxft
     export PATH=~/.local/bin:$PATH
@@ -54,7 +55,10 @@ mkdir -p {RUN}
 
 
 def start_script(label: str, environment: str, arguments: list[str]) -> str:
-    """Returns a shell program that starts the run, unless one is running, and does not wait."""
+    """Returns a shell program that starts the run and does not wait for it.
+
+    It does nothing where a run is going on or has ended, as after a second launcher.
+    """
     program = f"""
 exec >> {RUN}/log 2>&1
 {environment} ~/jaxft-venv/bin/python -u scripts/finetune.py {shlex.join(arguments)} 9>&-
@@ -63,7 +67,8 @@ mv {RUN}/exit.new {RUN}/exit
 """
     return f"""
 cd {RUN} && exec 9> lock && flock -w 2 9 || exit 0
-rm -f exit; : > log; echo {shlex.quote(label)} > command
+[ -e exit ] && exit 0
+: > log; echo {shlex.quote(label)} > command
 cd ~/jaxft
 setsid nohup bash -c {shlex.quote(program)} > /dev/null 2>&1 < /dev/null &
 echo $! > {RUN}/pid
