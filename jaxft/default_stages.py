@@ -6,13 +6,12 @@ in which parameters train, when and at which learning rate, and in nothing else.
 trains a new head by gradient steps, its learning rate is ten times that of the body.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 
 from jaxft import strategies
 from jaxft.anchor import L1SP, L2SP
 from jaxft.block_order import block_tuples, decayed_lrs
-from jaxft.errors import RecipeError
+from jaxft.errors import RecipeError, suggestion
 from jaxft.linear_probe import LinearProbe
 from jaxft.optim.optimizers import Adam
 from jaxft.optim.schedules import CosineAnnealingLR
@@ -68,9 +67,10 @@ def default_stages(name: str, blocks: BlockTuples, *, lr: float, epochs: int) ->
             return (_one_stage(order, dict.fromkeys(block, lr), lr, epochs),)
     if name not in _STRATEGIES:
         known = names(order)
-        similar = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {similar[0]!r}?" if similar else ""
-        raise RecipeError(f"no strategy is called {name!r}.{hint} Strategies: {', '.join(known)}.")
+        raise RecipeError(
+            f"no strategy is called {name!r}.{suggestion(name, known)} Strategies: "
+            f"{', '.join(known)}."
+        )
     return _STRATEGIES[name](order, lr, epochs)
 
 

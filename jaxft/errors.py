@@ -4,6 +4,7 @@ Wrong input is also a ValueError. An interruption, a full disk or a diverged los
 """
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class JaxftError(Exception):
@@ -76,3 +77,13 @@ def first_of(entries: Iterable[str], most: int, rest: str = "and {} more") -> li
     entries = list(entries)
     more = [rest.format(len(entries) - most)] if len(entries) > most else []
     return entries[:most] + more
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns a question for an error message about an unknown name; "" if no name is similar.
+
+    >>> suggestion("lpft", ["lp-ft", "full"])
+    " Did you mean 'lp-ft'?"
+    """
+    similar = get_close_matches(name, [*known], n=1)
+    return f" Did you mean {similar[0]!r}?" if similar else ""

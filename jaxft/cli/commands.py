@@ -42,10 +42,12 @@ COMMANDS = {
     "evaluate": Command("evaluate", "Score weights on labelled images, class by class."),
     "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
+    "recipes": Command("recipes", "List the recipes that come with jaxft, or copy one."),
     "convert": Command("convert", "Convert weights between PyTorch and JAX."),
     "find-lr": Command("find_lr", "Find a learning rate with a range test."),
     "probe-layers": Command("probe_layers", "Compare gradients and weights of each block."),
     "prepare-tfds": Command("prepare_tfds", "Convert a folder of images to a TFDS data set."),
+    "doctor": Command("doctor", "Report versions, devices, caches and missing extras."),
 }
 
 
@@ -99,12 +101,8 @@ def help_text(program: str) -> str:
             "",
             *commands,
             "",
-            "Exit codes:",
-            "    0  success",
-            "    1  error",
-            "    2  wrong arguments",
-            "   75  SIGTERM, or loss of another process; the same finetune command resumes",
-            "  130  Ctrl-C; the same finetune command resumes",
+            "Exit codes: 0 success, 1 error, 2 wrong arguments. After 75 (SIGTERM, or loss of",
+            "another process) and 130 (Ctrl-C), the same finetune or compare command resumes.",
         ]
     )
 

@@ -43,10 +43,7 @@ def current() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **versions()},
         "git": _commit(Path(__file__).parent) or _commit(Path.cwd()),
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
@@ -54,6 +51,11 @@ def current() -> dict[str, Any]:
         "processes": jax.process_count(),
         "host": platform.node(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the version of each package that matters; None if it is not installed."""
+    return {package: _version(package) for package in _PACKAGES}
 
 
 def idle_accelerator() -> list[str]:
