@@ -11,6 +11,7 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
+from jaxft.data.process_source import ProcessSource, in_processes
 from jaxft.data.source import is_multi_label
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
@@ -107,8 +108,16 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
             return source
         return Cached(source, recipe.cache_mib * 2**20 * len(source) // count)
 
-    remarks = (*splits.remarks, *_dropped(recipe, len(splits.train)))
-    return Splits(cached(splits.train), cached(splits.val), remarks)
+    train, val = map(cached, splits)
+    if recipe.worker_processes:
+        train, val = in_processes([train, val], recipe.worker_processes)
+    return Splits(train, val, (*splits.remarks, *_dropped(recipe, len(splits.train))))
+
+
+def close_splits(splits: Splits) -> None:
+    """Ends the worker processes of the splits, if there are any."""
+    if isinstance(splits.train, ProcessSource):
+        splits.train.workers.close()
 
 
 def _dropped(recipe: Recipe, images: int) -> list[str]:

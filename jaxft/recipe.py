@@ -25,8 +25,8 @@ from jaxft.stages import Stage, check_stages
 # Fields that affect the speed of a run, how much of it a crash loses, and rounding. A run may
 # resume with other values.
 RESULT_NEUTRAL_FIELDS = (
-    "workers", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps", "sync_steps",
-    "steps_per_execution", "remat", "on_nonfinite",
+    "workers", "worker_processes", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps",
+    "sync_steps", "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
 
 
@@ -191,6 +191,9 @@ class Recipe:
     are slow in this loop."""
     workers: int = 2
     """Number of threads that read images; 0: read in the main thread."""
+    worker_processes: int = 0
+    """Number of processes that read images in place of the threads, for hosts with more than about
+    8 cores; 0: threads."""
     cache_mib: int = 512
     """Memory in MiB for decoded images; and the same again for cached features of frozen layers and
     for validation batches. Changes results by rounding only."""
@@ -203,7 +206,7 @@ class Recipe:
     def __post_init__(self) -> None:
         counts = {
             "shots batch_size image_size resize_size sync_steps steps_per_execution": 1,
-            "workers cache_mib disk_cache_mib checkpoint_steps num_views": 0,
+            "workers worker_processes cache_mib disk_cache_mib checkpoint_steps num_views": 0,
         }
         for names, minimum in counts.items():
             values = {name: getattr(self, name) for name in names.split()}

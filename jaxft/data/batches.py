@@ -5,9 +5,9 @@ neither on the number of threads or processes nor on where a run was resumed, so
 only the position.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,9 @@ from jaxft.data.augment import View, check_view
 from jaxft.data.class_balance import balanced_draws
 from jaxft.data.prefetch import prefetch
 from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
+from jaxft.data.process_source import ProcessSource
 from jaxft.data.source import Source, Target, pixel_type
+from jaxft.data.worker_processes import Rows
 from jaxft.errors import DataError
 from jaxft.stage_options import Augment
 
@@ -132,29 +134,52 @@ def train_batches(
         rng = np.random.default_rng([seed, stage, epoch])
         return balanced_draws(source, rng) if config.balanced else rng.permutation(len(source))
 
-    def make_batch(step: int) -> Batch:
+    def select(step: int) -> tuple[np.ndarray, np.ndarray, int, slice]:
         epoch, index = divmod(step, steps)
         row_range = process_rows(index)
         view = epoch % config.num_views if config.num_views else epoch
         first = index * batch_size
         positions = np.arange(first, min(first + batch_size, len(source)))[row_range]
-        examples = epoch_order(epoch)[positions]
-        if features:
-            return _feature_batch(features(view), source, examples, row_range)
+        return epoch_order(epoch)[positions], positions, view, row_range
 
-        def load(example: int, position: int) -> tuple[np.ndarray, Target]:
-            # A balanced epoch may repeat an example; its position then varies the view.
-            return load_view(example, view, *((position,) if config.balanced else ()))
+    def select_rows(step: int) -> Rows:
+        examples, positions, view, row_range = select(step)
+        # A balanced epoch may repeat an example; its position then varies the view.
+        varying = [examples, positions] if config.balanced else [examples]
+        numbers = zip(*(each.tolist() for each in varying), strict=True)
+        arguments = [(example, view, *position) for example, *position in numbers]
+        return Rows(arguments, row_range.stop - row_range.start)
 
-        loads = [partial(load, int(e), int(p)) for e, p in zip(examples, positions, strict=True)]
-        return _image_batch(loads, config.preprocessing.image_size, row_range, source)
+    def feature_batch(step: int) -> Batch:
+        assert features
+        examples, _, view, row_range = select(step)
+        return _feature_batch(features(view), source, examples, row_range)
 
     check_view(source, config.augment)
-    load_view = train_view_loader(
-        source, config.preprocessing, config.augment, seed=seed, stage=stage
-    )
     remaining_steps = range(first_epoch * steps + first_step, epochs * steps)
-    return prefetch(make_batch, remaining_steps, 0 if features else workers)
+    if features:
+        return prefetch(feature_batch, remaining_steps, 0)
+    load = train_view_loader(source, config.preprocessing, config.augment, seed=seed, stage=stage)
+    return _image_batches(
+        source, load, select_rows, remaining_steps, config.preprocessing.image_size, workers
+    )
+
+
+@dataclass(frozen=True)
+class _TrainViews:
+    """Function of an example, a view and perhaps a position; see `train_view_loader`."""
+
+    source: Source
+    preprocessing: Preprocessing
+    augment: Augment | View
+    seed: int
+    stage: int
+
+    def __call__(self, example: int, view: int, *position: int) -> tuple[np.ndarray, Target]:
+        seed = [self.seed, self.stage, view, example, _AUGMENTATION, *position]
+        image, target = self.source[example]
+        rng = np.random.default_rng(seed)
+        return train_view(image, self.preprocessing, self.augment, rng), target
 
 
 def train_view_loader(
@@ -165,13 +190,19 @@ def train_view_loader(
     `load` returns the image [h w 3] of an example and its target. `view` is the number of the view,
     equal to the epoch unless views repeat; `position` is the position in a balanced epoch.
     """
+    return _TrainViews(source, preprocessing, augment, seed, stage)
 
-    def load(example: int, view: int, *position: int) -> tuple[np.ndarray, Target]:
-        rng = np.random.default_rng([seed, stage, view, example, _AUGMENTATION, *position])
-        image, target = source[example]
-        return train_view(image, preprocessing, augment, rng), target
 
-    return load
+@dataclass(frozen=True)
+class _EvalViews:
+    """Function from an example to its evaluation view and target."""
+
+    source: Source
+    preprocessing: Preprocessing
+
+    def __call__(self, example: int) -> tuple[np.ndarray, Target]:
+        image, target = self.source[example]
+        return eval_view(image, self.preprocessing), target
 
 
 def eval_batches(
@@ -202,21 +233,24 @@ def eval_batches(
     """
     process_rows = _process_rows(len(source), batch_size, rows, last_rows, shard)
 
-    def load_eval_view(example: int) -> tuple[np.ndarray, Target]:
-        image, target = source[example]
-        return eval_view(image, preprocessing), target
-
-    def make_batch(step: int) -> Batch:
+    def select(step: int) -> tuple[np.ndarray, slice]:
         row_range = process_rows(step)
         first = step * batch_size
-        examples = np.arange(first, min(first + batch_size, len(source)))[row_range]
-        if features is not None:
-            return _feature_batch(features, source, examples, row_range)
-        loads = [partial(load or load_eval_view, example) for example in examples.tolist()]
-        return _image_batch(loads, preprocessing.image_size, row_range, source)
+        return np.arange(first, min(first + batch_size, len(source)))[row_range], row_range
+
+    def select_rows(step: int) -> Rows:
+        examples, row_range = select(step)
+        return Rows([(example,) for example in examples.tolist()], row_range.stop - row_range.start)
+
+    def feature_batch(step: int) -> Batch:
+        assert features is not None
+        return _feature_batch(features, source, *select(step))
 
     steps = range(steps_per_epoch(source, batch_size))
-    return prefetch(make_batch, steps, workers if features is None else 0)
+    if features is not None:
+        return prefetch(feature_batch, steps, 0)
+    load = load or _EvalViews(source, preprocessing)
+    return _image_batches(source, load, select_rows, steps, preprocessing.image_size, workers)
 
 
 def _process_rows(
@@ -251,18 +285,30 @@ def _shard_rows(batch_size: int, rows: int | None, shard: tuple[int, int]) -> sl
     return slice(index * size, (index + 1) * size)
 
 
-def _image_batch(
-    loads: Sequence[Callable[[], tuple[np.ndarray, Target]]],
-    image_size: int,
-    row_range: slice,
+def _image_batches(
     source: Source,
-) -> Batch:
-    num_rows = row_range.stop - row_range.start
-    images = np.zeros((num_rows, image_size, image_size, 3), pixel_type(source))
-    targets = np.zeros((num_rows, *source.targets.shape[1:]), np.int32)
-    for row, load in enumerate(loads):
-        images[row], targets[row] = load()
-    return Batch(images, targets, np.arange(num_rows) < len(loads))
+    load: Callable[..., tuple[np.ndarray, Target]],
+    rows: Callable[[int], Rows],
+    steps: range,
+    image_size: int,
+    workers: int,
+) -> Generator[Batch, None, None]:
+    """Yields the batch of each step, prepared by the source's worker processes or by threads."""
+    if isinstance(source, ProcessSource):
+        return (
+            Batch(*arrays)
+            for arrays in source.workers.prefetch(source, load, rows, steps, image_size)
+        )
+
+    def make_batch(step: int) -> Batch:
+        arguments, num_rows = rows(step)
+        images = np.zeros((num_rows, image_size, image_size, 3), pixel_type(source))
+        targets = np.zeros((num_rows, *source.targets.shape[1:]), np.int32)
+        for row, each in enumerate(arguments):
+            images[row], targets[row] = load(*each)
+        return Batch(images, targets, np.arange(num_rows) < len(arguments))
+
+    return prefetch(make_batch, steps, workers)
 
 
 def _feature_batch(

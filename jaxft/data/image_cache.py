@@ -1,11 +1,13 @@
 """Caches decoded images in memory."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jaxft.data.concat import take
 from jaxft.data.fingerprint import identity
 from jaxft.data.source import Source, Target, pixel_type, target_at
 
@@ -16,12 +18,13 @@ class Cached:
     """A `Source` that caches another source's decoded images, up to `max_bytes`.
 
     Images are never evicted: an epoch reads every image once in random order, so that an LRU cache
-    would rarely hold the next image. Threads may share a cache; processes may not.
+    would rarely hold the next image. Threads may share a cache. Processes may not: a pickled cache
+    is empty.
     """
 
     def __init__(self, source: Source, max_bytes: int):
         self._source = source
-        self._free_bytes = max_bytes
+        self._max_bytes = self._free_bytes = max_bytes
         self._images: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
 
@@ -48,6 +51,13 @@ class Cached:
     def identity(self, index: int, /) -> str | bytes:
         """Returns the identity of the example in the source."""
         return identity(self._source, index)
+
+    def take(self, indices: np.ndarray) -> "Cached":
+        """Returns an empty cache of these examples, with their part of the memory limit."""
+        return Cached(take(self._source, indices), self._max_bytes * len(indices) // len(self))
+
+    def __reduce__(self) -> tuple[Callable[..., "Cached"], tuple[Source, int]]:
+        return Cached, (self._source, self._max_bytes)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -12,7 +12,7 @@ A run finds its start in this order:
 import dataclasses
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,7 @@ from jaxft.open_recipe import (
     Start,
     check_image_size,
     check_network,
+    close_splits,
     draw_start,
     fit_start,
     open_network,
@@ -140,7 +141,12 @@ def finetune(
       InterruptedRunError: a signal stopped the run.
       NonFiniteError: the loss has become NaN or infinite.
     """
-    with interruptible() as interruption, lost_process.translated(), agreement.announced():
+    with (
+        interruptible() as interruption,
+        lost_process.translated(),
+        agreement.announced(),
+        ExitStack() as stack,
+    ):
         if not (on_epoch_end is None or callable(on_epoch_end)):
             raise RecipeError(
                 f"on_epoch_end is {on_epoch_end!r}; it must be a function of one argument, the "
@@ -169,7 +175,9 @@ def finetune(
             check_apart(folder, recipe.data)
 
         # Open images, network, weights and devices.
-        caches = caches or RunCaches.of_recipe(recipe, open_splits(recipe, data))
+        if caches is None:
+            caches = RunCaches.of_recipe(recipe, open_splits(recipe, data))
+            stack.callback(close_splits, caches.splits)
         splits = caches.splits
         classes = splits.train.classes
         model = open_network(recipe, model, classes)

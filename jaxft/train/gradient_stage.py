@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
+from jaxft.data.process_source import ProcessSource
 from jaxft.distributed import any_process
 from jaxft.report.nonfinite import step_error
 from jaxft.stages import Stage
@@ -199,7 +200,8 @@ def _input_advice(trainer: Trainer, current: StageState) -> str | None:
     train = trainer.splits.train
     return current.epoch_metrics.input_advice(
         current.progress.epoch,
-        workers=trainer.recipe.workers,
+        threads=trainer.recipe.workers,
+        processes=trainer.recipe.worker_processes,
         cores=os.cpu_count() or 1,
-        cached=not isinstance(train, Cached) or train.complete,
+        cached=not isinstance(train, Cached | ProcessSource) or train.complete,
     )

@@ -18,6 +18,7 @@ from jaxft import example_function
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice, example_losses
 
+_MAX_THREADS = 8  # that help: each holds the GIL for more than a tenth of an image's time
 _SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
 _SLOW_SECONDS = 2.0  # an epoch, below which it is not
 
@@ -271,19 +272,28 @@ class EpochMetrics:
             "peak_memory_mib": _peak_memory_mib(),
         }
 
-    def input_advice(self, epoch: int, *, workers: int, cores: int, cached: bool) -> str | None:
+    def input_advice(
+        self, epoch: int, *, threads: int, processes: int, cores: int, cached: bool
+    ) -> str | None:
         """Returns a sentence if reading images slows the run and something can be done about it.
 
         Args:
           epoch: number of the epoch in the stage, from 1; in the first one the cache only fills.
-          workers: threads that read images.
+          threads: threads that read images.
+          processes: processes that read images in place of the threads, or 0.
           cores: cores of the machine.
           cached: whether all training images are in memory.
         """
         is_short = self.idle < _SLOW_SECONDS or self.idle < _SLOW_SHARE * self.seconds
         if epoch == 1 or is_short:
             return None
-        ways = ["more workers (--workers)"] if workers < cores else []
+        ways = []
+        if processes and processes < cores:
+            ways = ["more processes (--worker-processes)"]
+        elif not processes and _MAX_THREADS <= threads < cores:
+            ways = ["processes in place of threads (--worker-processes)"]
+        elif not processes and threads < cores:
+            ways = ["more workers (--workers)"]
         ways += [] if cached else ["a larger --cache-mib"]
         if not ways:
             return None

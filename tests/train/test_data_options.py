@@ -144,6 +144,16 @@ def test_image_cache_changes_nothing(tmp_path):
     assert kept.score == bare.score
 
 
+@pytest.mark.slow
+def test_worker_processes_change_nothing(tmp_path):
+    recipe = from_folder(image_folder(tmp_path / "images"), augment="crop_flip")
+    threads = finetune(recipe, tmp_path / "a", console=QUIET)
+    recipe = dataclasses.replace(recipe, worker_processes=2)
+    processes = finetune(recipe, tmp_path / "b", console=QUIET)
+    assert processes.weights.read_bytes() == threads.weights.read_bytes()
+    assert processes.score == threads.score
+
+
 def test_drop_last_remarks_on_dropped_images():
     recipe = dataclasses.replace(RECIPE, drop_last=True, batch_size=7)
     assert open_splits(recipe, None).remarks[1:] == (
