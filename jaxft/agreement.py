@@ -1,31 +1,21 @@
 """Compares recipe, images, versions and workdir between the processes of a run before it trains.
 
-Each process writes values to the key-value store of `jax.distributed` and reads the values of all
-others. A collective computation would not do: a process that fails before it joins would keep all
-others waiting.
-
-One comparison is a round. All processes exchange these keys, in this order:
+All processes exchange these keys (`jaxft.process_exchange`), in this order:
 
 1. `facts`: recipe, package versions and data set facts, or the error that stopped the process.
 2. `train digests`, `train names`, `val digests`, `val names`: only if the images differ, until one
    image is found. The error message then names it.
 3. `file`, then `seen`: only if the facts are the same. Process 0 creates a file in the workdir, and
    each process looks for it there.
-
-Every process must exchange the same keys, since each exchange waits for all of them. The decision
-to exchange a key therefore depends only on values that all processes have received, and a process
-that cannot compute its value sends a message or None instead. A round ends at a barrier, because a
-process that exits also ends the others: none may exit before the others have read its values.
 """
 
 import hashlib
 import json
 import platform
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Any
@@ -40,70 +30,35 @@ from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import identity, record
 from jaxft.data.source import is_multi_label
 from jaxft.errors import ParallelError, first_of
+from jaxft.process_exchange import end_round, exchange, num_processes, raise_error
 from jaxft.recipe import Recipe
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxft")
 _DIGEST = "names, sizes or classes of {} images (digest)"  # name of a split's fingerprint
 _MAX_DIFFERENCES = 8  # lines in one message
 _MAX_NAMES = 20_000  # names that a process sends to the others, all of one class
-
-# In seconds.
-_FAILURE_TIMEOUT = 60.0  # longest wait of a failed process for the others to arrive
-_FILE_TIMEOUT = 10.0  # until a network file system shows a new file on all hosts
-_BARRIER_TIMEOUT = 10.0  # at the end of a round
-_NOTICE_SECONDS = 60.0  # until a line on stderr names the missing processes
-_POLL_SECONDS = 2.0  # of one wait in C++, after which Python can handle a signal
-
-_round = 0  # rounds that have ended in this process
-
-
-@contextmanager
-def announced() -> Iterator[None]:
-    """Sends an error in the block to the other processes, which raise it as ParallelError.
-
-    Wrap the work that precedes `check_agreement`; `check_agreement` itself may be inside too.
-    Without the message the other processes would wait for the facts of this one. An exit with a
-    code other than 0, as after an unknown option, is sent as well. An error within or after the
-    round of `check_agreement` is not sent, since the others hold this process's facts already.
-    """
-    round_before = _round
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        message = _failure(error)
-        if message and round_before == _round and _num_processes() > 1:
-            with suppress(jax.errors.JaxRuntimeError):
-                _exchange("facts", {"error": message}, timeout=_FAILURE_TIMEOUT)
-            _end_round()
-        raise
-
-
-def _failure(error: Exception | SystemExit) -> str:
-    """Returns the message of an error; empty for an exit with code 0, as after `--help`."""
-    if not isinstance(error, SystemExit):
-        return f"{type(error).__name__}: {error}"
-    return f"it exited with code {error.code}; its output shows why." if error.code else ""
+_FILE_TIMEOUT = 10.0  # seconds until a network file system shows a new file on all hosts
 
 
 def check_agreement(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
     """Returns once all processes have the same recipe, images, versions and workdir.
 
-    All processes must call it, or fail within `announced`.
+    All processes must call it, or fail within `process_exchange.announced`.
 
     Raises:
       ParallelError: in every process, with the differences or with the error of another process.
     """
-    if _num_processes() == 1:
+    if num_processes() == 1:
         return
     facts = _facts(recipe, splits)  # before the round, so that `announced` sends its errors
     try:
-        facts_by_process = _exchange("facts", facts)
+        facts_by_process = exchange("facts", facts)
         _check_facts(facts_by_process, splits)
         _check_shared(epath.Path(workdir))
     except Exception:  # not KeyboardInterrupt, which must end this process at once
-        _end_round()
+        end_round(last=True)
         raise
-    _end_round()
+    end_round(last=True)
 
 
 def _facts(recipe: Recipe, splits: Splits) -> dict[str, Any]:
@@ -126,9 +81,7 @@ def _facts(recipe: Recipe, splits: Splits) -> dict[str, Any]:
 
 def _check_facts(facts_by_process: Sequence[Mapping[str, Any]], splits: Splits) -> None:
     """Raises ParallelError if a process has failed or if the facts differ."""
-    for process, facts in enumerate(facts_by_process):
-        if "error" in facts:
-            raise ParallelError(f"process {process} of this run has failed: {facts['error']}")
+    raise_error(facts_by_process)
     differences = []
     for name in dict.fromkeys(name for facts in facts_by_process for name in facts):
         values = [json.dumps(facts.get(name)) for facts in facts_by_process]
@@ -180,7 +133,7 @@ def _differing_image(split: str, source: Source) -> str:
     except Exception:  # a source may raise any type
         names = None
     digests = [_digest(class_names) for class_names in names] if names is not None else None
-    received = _exchange(f"{split} digests", {"digests": digests})
+    received = exchange(f"{split} digests", {"digests": digests})
     digests_by_process = [values["digests"] for values in received]
     if names is None or None in digests_by_process:
         return ""
@@ -196,7 +149,7 @@ def _differing_image(split: str, source: Source) -> str:
         return ""
     process, target = differing[0]
     names_to_send = names[target] if len(names[target]) <= _MAX_NAMES else None
-    received = _exchange(f"{split} names", {"names": names_to_send})
+    received = exchange(f"{split} names", {"names": names_to_send})
     if received[0]["names"] is None or received[process]["names"] is None:
         return ""
     first_names, other_names = {*received[0]["names"]}, {*received[process]["names"]}
@@ -245,7 +198,7 @@ def _check_shared(workdir: epath.Path) -> None:
                 (workdir / name).touch()
             except Exception as error:  # the clients of buckets may raise any type
                 problem = f"{workdir} cannot be written: {_cause(error)}."
-        created = _exchange("file", {"name": name, "problem": problem})[0]  # by process 0
+        created = exchange("file", {"name": name, "problem": problem})[0]  # by process 0
         problem = created["problem"] or _unseen(workdir, created["name"])
         if problem:
             raise ParallelError(problem)
@@ -266,7 +219,7 @@ def _unseen(workdir: epath.Path, name: str) -> str:
             problem = "does not see a file that process 0 has written there"
     except Exception as error:  # see `_check_shared`
         problem = f"cannot read it ({_cause(error)})"
-    received = _exchange("seen", {"problem": problem})
+    received = exchange("seen", {"problem": problem})
     for process, values in enumerate(received):
         if values["problem"]:
             return (
@@ -290,60 +243,3 @@ def _appears(file: epath.Path) -> bool:
     while not (exists := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     return exists
-
-
-def _exchange(
-    name: str, value: Mapping[str, Any], *, timeout: float = float("inf")
-) -> list[dict[str, Any]]:
-    """Sends a value under a key and returns the values of all processes, in their order.
-
-    Waits until each process has sent its value. After `_NOTICE_SECONDS` it prints which processes
-    are missing: a process may be alive and still never send its value.
-
-    Args:
-      name: name of the key in this round.
-      value: JSON values of this process.
-      timeout: longest wait in seconds.
-
-    Raises:
-      jax.errors.JaxRuntimeError: a value is missing after `timeout`, or a process has ended.
-    """
-    client, key = distributed.global_state.client, f"jaxft/{_round}/{name}"
-    assert client is not None  # `jax.distributed` is initialised if there are several processes
-    client.key_value_set(f"{key}/{distributed.global_state.process_id}", json.dumps(value))
-    started, has_printed = time.monotonic(), False
-    values: list[dict[str, Any]] = []
-    while len(values) < _num_processes():
-        try:
-            next_key = f"{key}/{len(values)}"
-            received = client.blocking_key_value_get(next_key, int(1000 * _POLL_SECONDS))
-            values.append(json.loads(received))
-        except jax.errors.JaxRuntimeError as error:
-            waited = time.monotonic() - started
-            if "DEADLINE_EXCEEDED" not in str(error) or waited > timeout:
-                raise
-            if waited > _NOTICE_SECONDS and not has_printed:
-                has_printed = True
-                sent = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
-                missing = ", ".join(str(i) for i in range(_num_processes()) if i not in sent)
-                print(
-                    f"Waiting for process {missing} of {_num_processes()} to compare recipe, "
-                    "images and workdir before training. If a process hangs, end it: the others "
-                    "then end with an error.",
-                    file=sys.stderr,
-                )
-    return values
-
-
-def _end_round() -> None:
-    """Waits until all processes have read each other's values, then numbers the next round."""
-    global _round
-    client = distributed.global_state.client
-    assert client is not None  # see `_exchange`
-    with suppress(jax.errors.JaxRuntimeError):  # a process is missing: the error is raised already
-        client.wait_at_barrier(f"jaxft/{_round}/read", int(1000 * _BARRIER_TIMEOUT))
-    _round += 1
-
-
-def _num_processes() -> int:
-    return int(distributed.global_state.num_processes or 1)

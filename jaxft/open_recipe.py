@@ -13,6 +13,7 @@ from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
 from jaxft.data.process_source import ProcessSource, in_processes
 from jaxft.data.source import is_multi_label
+from jaxft.divided_check import check_in_parts
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
@@ -93,6 +94,7 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         shots=recipe.shots,
         seed=recipe.seed,
         on_bad_image=recipe.on_bad_image,
+        divide=check_in_parts,
     )
     present = np.unique(splits.train.targets)
     if len(present) == 1 and not is_multi_label(splits.train):

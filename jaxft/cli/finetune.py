@@ -20,7 +20,7 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 
-from jaxft import agreement, distributed, lost_process
+from jaxft import distributed, lost_process
 from jaxft.cli.command_setup import command_parser, keep_programs, report_errors
 from jaxft.cli.data_recipe import (
     STRATEGY,
@@ -32,6 +32,7 @@ from jaxft.cli.data_recipe import (
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.recipe_options import print_recipe_options
 from jaxft.errors import RecipeError
+from jaxft.process_exchange import announced
 from jaxft.recipe import Recipe
 from jaxft.train.finetune import Result, finetune
 
@@ -46,7 +47,7 @@ def _finetune(arguments: Sequence[str], program: str) -> int:
     keep_programs()
     try:
         distributed.start(known.coordinator, known.processes, known.process)
-        with agreement.announced():
+        with announced():
             recipe = _recipe(known, options, program)
         result = finetune(
             recipe,

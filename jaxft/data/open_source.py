@@ -10,7 +10,7 @@ from typing import Any
 from jaxft.data import digits, folder, tfds
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
-from jaxft.data.validate import OnBadImage, check_images
+from jaxft.data.validate import Divide, OnBadImage, check_images
 from jaxft.errors import DataError
 
 __all__ = ["Source", "Splits", "open_collection", "open_source"]
@@ -32,6 +32,7 @@ def open_source(
     shots: int | None = None,
     seed: int = 0,
     on_bad_image: OnBadImage = "error",
+    divide: Divide | None = None,
 ) -> Splits:
     """Opens a data set, selects the splits of a run, and checks that all their images are readable.
 
@@ -58,6 +59,7 @@ def open_source(
       seed: determines all random selections. With the same seed, fewer shots are a subset of more.
       on_bad_image: "error" raises an error for unreadable images, "skip" leaves them out and lists
         them in the remarks.
+      divide: divides the check among the processes of a run (`jaxft.data.validate`).
 
     Raises:
       DataError: the spec is wrong, or the data is missing, incomplete or unreadable.
@@ -65,7 +67,8 @@ def open_source(
     if shots is not None and shots < 1:
         raise DataError(f"shots={shots}: give at least 1 image per class, or None to use them all.")
     splits = select(open_collection(spec), train=train, val=val, shots=shots, seed=seed)
-    readable, remarks = check_images({"train": splits.train, "val": splits.val}, on_bad_image)
+    sources = {"train": splits.train, "val": splits.val}
+    readable, remarks = check_images(sources, on_bad_image, divide)
     return Splits(readable["train"], readable["val"], (*splits.remarks, *remarks))
 
 

@@ -1,13 +1,16 @@
-"""Decodes every image once before a run, so that an unreadable image cannot end the run later."""
+"""Decodes every image once before a run, so that an unreadable image cannot end the run later.
+
+If a run has several processes, each decodes its part of the images, and all report the same ones.
+"""
 
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -21,6 +24,22 @@ from jaxft.errors import DataError, first_of
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
 """Treatment of unreadable images: raise an error before the run, or leave them out."""
+
+
+class Findings(NamedTuple):
+    """Result of the check of some images, of JSON values.
+
+    Attributes:
+      problems: for each source, the index of each unreadable image and why it is unreadable.
+      warnings: location of each image with a warning, and the first warning.
+    """
+
+    problems: list[list[tuple[int, str]]]
+    warnings: dict[str, str]
+
+
+Divide = Callable[[Callable[[int, int], Findings], Mapping[str, Source]], list[Findings]]
+"""Returns the findings of all processes of a run; see `jaxft.divided_check.check_in_parts`."""
 
 _MAX_IMAGES = 5  # images listed in one message
 _thread = threading.local()  # `place`: location of the image that this thread checks
@@ -52,13 +71,14 @@ def without_warnings() -> Iterator[None]:
 
 
 def check_images(
-    sources: Mapping[str, S], on_bad_image: OnBadImage
+    sources: Mapping[str, S], on_bad_image: OnBadImage, divide: Divide | None = None
 ) -> tuple[dict[str, S], tuple[str, ...]]:
     """Decodes all images of the sources.
 
     Args:
       sources: sources by split name.
       on_bad_image: treatment of unreadable images.
+      divide: divides the images among the processes of a run; None: this process decodes all.
 
     Returns:
       The sources without unreadable images, and remarks that list these images and the images with
@@ -70,8 +90,19 @@ def check_images(
     """
     if on_bad_image not in get_args(OnBadImage):
         raise DataError(f"unknown on_bad_image '{on_bad_image}': use error or skip.")
-    with _collect_warnings() as image_warnings:
-        problems = {name: _find_problems(source) for name, source in sources.items()}
+
+    def check(part: int, parts: int) -> Findings:
+        with _collect_warnings() as found_warnings:
+            found = [_find_problems(source, part, parts) for source in sources.values()]
+        return Findings(found, found_warnings)
+
+    findings = divide(check, sources) if divide else [check(0, 1)]
+    image_warnings: dict[str, str] = {}
+    problems: dict[str, dict[int, str]] = {name: {} for name in sources}
+    for part in findings:
+        image_warnings |= part.warnings
+        for by_index, found in zip(problems.values(), part.problems, strict=True):
+            by_index.update(found)
     # The splits may share images.
     lines = sorted({line for by_index in problems.values() for line in by_index.values()})
     total = sum(map(len, sources.values()))
@@ -135,26 +166,27 @@ def _drop(source: S, problems: dict[int, str]) -> S:
     return take(source, np.setdiff1d(np.arange(len(source)), list(problems)))
 
 
-def _find_problems(source: Source) -> dict[int, str]:
-    """Returns the problems of a source's unreadable images, by index."""
+def _find_problems(source: Source, part: int, parts: int) -> list[tuple[int, str]]:
+    """Returns index and problem of the unreadable images among every `parts`-th image."""
     if not isinstance(source, Checkable):
-        return {}
+        return []
     check, stop = source.problem, threading.Event()
 
-    def check_slice(indices: range) -> dict[int, str]:
-        problems = {}
+    def check_slice(indices: range) -> list[tuple[int, str]]:
+        problems = []
         for k in indices:
             if stop.is_set():
                 break
             if (problem := check(k)) is not None:
-                problems[k] = problem
+                problems.append((k, problem))
         return problems
 
     # One task per thread: one future per image would take more memory than the file list.
     threads = min(32, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(check_slice, [range(k, len(source), threads) for k in range(threads)])
+        indices = range(part, len(source), parts)
+        results = pool.map(check_slice, [indices[k::threads] for k in range(threads)])
         try:
-            return {index: problem for result in results for index, problem in result.items()}
+            return [problem for result in results for problem in result]
         finally:
             stop.set()  # after a signal, so that the pool does not wait for all images

@@ -43,6 +43,7 @@ from jaxft.open_recipe import (
     start_shapes,
     wanted_classes,
 )
+from jaxft.process_exchange import announced
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.report import environment
@@ -144,7 +145,7 @@ def finetune(
     with (
         interruptible() as interruption,
         lost_process.translated(),
-        agreement.announced(),
+        announced(),
         ExitStack() as stack,
     ):
         if not (on_epoch_end is None or callable(on_epoch_end)):

@@ -16,19 +16,20 @@ import json, os, sys
 from jaxft import JaxftError, Recipe, Stage, distributed, finetune
 from jaxft.report.console import Console
 from jaxft import agreement
+from jaxft.process_exchange import announced
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 agreement._FILE_TIMEOUT = 0.5
 distributed.start(address, 2, process)
 stages, errors = (Stage("all", {"*": 1e-3}, epochs=1),), {}
-for case in ("file", "size", "seed", "broken", "exit", "disk"):
+for case in ("file", "size", "seed", "missing", "exit", "disk"):
     os.chdir(f"{folder}/{case}/host{process}")
     recipe = Recipe(
         model="cifar_resnet8", data="folder:images", image_size=8, resize_size=8, batch_size=4,
         seed=process if case == "seed" else 0, workers=process, stages=stages,
     )
     try:
-        with agreement.announced():  # as scripts/finetune.py reads its arguments
+        with announced():  # as scripts/finetune.py reads its arguments
             if case == "exit" and process == 1:
                 sys.exit(2)
         finetune(recipe, "own" if case == "disk" else "../shared", console=Console(quiet=True))
@@ -54,13 +55,13 @@ def images(folder):
 def folder(tmp_path_factory):
     """A folder for each case, in which each host has images that lie at the same path."""
     folder = tmp_path_factory.mktemp("hosts")
-    for case in ("file", "size", "seed", "broken", "exit", "disk"):
+    for case in ("file", "size", "seed", "missing", "exit", "disk"):
         for process in range(2):
             images(folder / case / f"host{process}" / "images")
     (folder / "file/host1/images/train/bees/1.png").unlink()
     changed = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
     changed.save(folder / "size/host1/images/train/bees/1.png")
-    (folder / "broken/host1/images/train/bees/1.png").write_text("no image")
+    (folder / "missing/host1/images").rename(folder / "missing/host1/pictures")
     return folder
 
 
@@ -117,10 +118,10 @@ def test_agreement_finds_another_recipe(errors):
 
 @pytest.mark.slow
 def test_agreement_passes_an_error_of_one_process_to_the_others(errors):
-    first, second = (each["broken"] for each in errors)
+    first, second = (each["missing"] for each in errors)
     assert second.startswith("DataError: ")
     assert first.startswith(f"ParallelError: process 1 of this run has failed: {second[:30]}")
-    assert "bees/1.png" in first
+    assert "there is no folder images" in first
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxft import DataError, ParallelError, Recipe, Stage, agreement, data
+from jaxft import DataError, ParallelError, Recipe, Stage, agreement, data, process_exchange
 from jaxft.data import Splits
 
 
@@ -37,8 +37,8 @@ class Client:
 def connect(monkeypatch, client):
     """Makes this process the first of two."""
     state = SimpleNamespace(client=client, process_id=0, num_processes=2)
-    monkeypatch.setattr(agreement.distributed, "global_state", state)
-    monkeypatch.setattr(agreement, "_round", 0)
+    monkeypatch.setattr(process_exchange.distributed, "global_state", state)
+    monkeypatch.setattr(process_exchange, "_round", 0)
 
 
 def test_agreement_prints_which_process_it_waits_for(monkeypatch, capsys):
@@ -52,8 +52,8 @@ def test_agreement_prints_which_process_it_waits_for(monkeypatch, capsys):
             return "{}"
 
     connect(monkeypatch, SlowClient())
-    monkeypatch.setattr(agreement, "_NOTICE_SECONDS", 0.0)
-    assert agreement._exchange("facts", {}) == [{}, {}]
+    monkeypatch.setattr(process_exchange, "_NOTICE_SECONDS", 0.0)
+    assert process_exchange.exchange("facts", {}) == [{}, {}]
     printed = capsys.readouterr().err
     assert printed.startswith("Waiting for process 1 of 2 to compare recipe, images and workdir")
     assert printed.count("Waiting") == 1
@@ -67,7 +67,7 @@ def test_agreement_sends_only_exits_with_an_error(code, sent, monkeypatch):
     """`--help` exits with code 0 and is no failure."""
     client = Client(facts={})
     connect(monkeypatch, client)
-    with pytest.raises(SystemExit), agreement.announced():
+    with pytest.raises(SystemExit), process_exchange.announced():
         sys.exit(code)
     assert json.loads(client.values.get("jaxft/0/facts/0", "null")) == sent
 
@@ -86,10 +86,10 @@ def test_agreement_sends_an_error_while_it_collects_the_facts(monkeypatch):
 
     client = Client(facts={})
     connect(monkeypatch, client)
-    with pytest.raises(DataError), agreement.announced():
+    with pytest.raises(DataError), process_exchange.announced():
         agreement.check_agreement("run", None, Splits(Unreadable(), Unreadable()))
     assert json.loads(client.values["jaxft/0/facts/0"]) == {"error": "DataError: no such image"}
-    assert agreement._round == 1
+    assert process_exchange._round == 1
 
 
 RECIPE = Recipe(model="cifar_resnet8", data="a", stages=(Stage("s", {"*": 1e-3}, epochs=1),))
