@@ -19,11 +19,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class Bucket:
-    """The objects by name, as (content, generation)."""
+    """The objects by name, as (content, generation), and the requests.
+
+    Names that start with `forbidden/` may not be listed.
+    """
 
     url: str
     name: str = "bucket"
     objects: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -37,6 +41,7 @@ def serve() -> Iterator[Bucket]:
         def handle_any(self):
             parts = urlsplit(self.path)
             path, query = parts.path, {k: v[0] for k, v in parse_qs(parts.query).items()}
+            bucket.requests.append(f"{self.command} {path}")
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with lock:
                 self.answer(path, query, body)
@@ -119,6 +124,10 @@ def serve() -> Iterator[Bucket]:
 
         def list(self, query):
             prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+            if prefix.startswith("forbidden/"):
+                message = "the account does not have storage.objects.list access"
+                return self.reply({"error": {"code": 403, "message": message}}, status=403)
+            first, size = int(query.get("pageToken", 0)), int(query.get("maxResults", 1000))
             items, prefixes = [], set()
             for name in sorted(bucket.objects):
                 if name.startswith(prefix):
@@ -127,7 +136,10 @@ def serve() -> Iterator[Bucket]:
                         prefixes.add(prefix + inner + delimiter)
                     else:
                         items.append(about(name))
-            self.reply({"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
+            page = {"items": items[first : first + size], "prefixes": sorted(prefixes)}
+            if len(items) > first + size:
+                page["nextPageToken"] = str(first + size)
+            self.reply({"kind": "storage#objects", **page})
 
         def reply(self, content, *, status=200, headers=None):
             if not isinstance(content, bytes):

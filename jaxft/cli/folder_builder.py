@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -39,7 +39,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
     def _generate_examples(self, source: FolderSource) -> Iterator[tuple[str, dict]]:
         for path, target in zip(source.files, source.targets, strict=True):
-            file_name = printable(path.relative_to(source.root))
+            file_name = printable(PurePosixPath(path).relative_to(source.root))
             # TFDS stores bytes as they are, and shuffles examples by the hash of their key.
             example = {"image": path.read_bytes(), "label": int(target), "file_name": file_name}
             yield file_name, example

@@ -1,19 +1,23 @@
 """Folders of image files: PATH/train/<class>/ and PATH/val/<class>/, or PATH/<class>/.
 
+PATH is on a disk, or `gs://BUCKET/...`.
+
 `jaxft.data.image_files` finds the images, `jaxft.data.folder_layout` the splits and classes.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from jaxft.data import validate
+from jaxft.data.bucket_folder import SCHEME, BucketPath, content, list_folder
 from jaxft.data.class_names import join_names
 from jaxft.data.decode import decode
 from jaxft.data.folder_layout import (
@@ -25,7 +29,7 @@ from jaxft.data.folder_layout import (
     loose_images,
     subfolders,
 )
-from jaxft.data.image_files import ImageListing, list_images, printable
+from jaxft.data.image_files import Folder, ImageListing, list_images, printable
 from jaxft.data.source import Collection
 from jaxft.errors import DataError
 
@@ -42,9 +46,9 @@ class FolderSource:
       remarks: sentences for the user about files that are left out.
     """
 
-    root: Path
+    root: Folder
     classes: tuple[str, ...]
-    files: tuple[Path, ...]
+    files: tuple[Folder, ...]
     targets: np.ndarray
     remarks: tuple[str, ...] = ()
 
@@ -58,26 +62,29 @@ class FolderSource:
           DataError: the file has become unreadable.
         """
         try:
-            return decode(self.files[index]), int(self.targets[index])
+            return decode(content(self.files[index])), int(self.targets[index])
         except DataError as error:
             raise self._unreadable(index, error) from error
 
     def problem(self, index: int, /) -> str | None:
         """Returns the file and why it cannot be decoded, or None if it can."""
         path = self.files[index]
-        problem = validate.problem(path, printable(path))
+        try:
+            problem = validate.problem(content(path), printable(path))
+        except DataError as error:
+            return f"{printable(path)}: {error}"
         if problem and path.is_symlink():
-            problem += f" (a link to {printable(path.readlink())})"
+            problem += f" (a link to {printable(os.readlink(path))})"
         return problem
 
     def identity(self, index: int, /) -> str:
         """Returns the file's path below `root` and its size in bytes."""
         path = self.files[index]
         try:
-            size = path.stat().st_size
+            size = path.size if isinstance(path, BucketPath) else path.stat().st_size
         except OSError as error:
             raise self._unreadable(index, error.strerror) from error
-        return f"{path.relative_to(self.root).as_posix()}\0{size}"
+        return f"{PurePosixPath(path).relative_to(self.root)}\0{size}"
 
     def take(self, indices: np.ndarray) -> "FolderSource":
         """Returns the source of these examples only, with the same classes."""
@@ -100,30 +107,32 @@ def find(place: str) -> Collection:
     """
     if not place:
         raise DataError(f"data 'folder:' names no folder: write folder:PATH; {EXPECTED}")
-    root = Path(place).expanduser()
-    if root.exists() and not root.is_dir():
+    in_bucket = place.startswith(SCHEME)
+    root = list_folder(place) if in_bucket else Path(place).expanduser()
+    if isinstance(root, Path) and root.exists() and not root.is_dir():
         raise DataError(f"{printable(root)} is a file, not a folder; {EXPECTED}")
     if not root.is_dir():
-        current = printable(Path.cwd())
-        raise DataError(f"there is no folder {printable(root)} (looked from {current}); {EXPECTED}")
+        where = "" if in_bucket else f" (looked from {printable(Path.cwd())})"
+        raise DataError(f"there is no folder {printable(root)}{where}; {EXPECTED}")
     split_folders = find_splits(root)
     read = partial(_read, root, split_folders)
     return Collection(printable(root), tuple(split_folders), read)
 
 
 def class_roots(place: str) -> list[Path]:
-    """Returns the folders that directly hold class folders: the splits, or the data set itself.
+    """Returns the folders on a disk that directly hold class folders: the splits, or the data set.
 
     Returns an empty list if there is no such folder.
     """
     root = Path(place).expanduser()
     if not place or not root.is_dir():
         return []
-    return [path for name, path in find_splits(root).items() if path == root or is_split_name(name)]
+    folders = find_splits(root).items()
+    return [Path(path) for name, path in folders if path == root or is_split_name(name)]
 
 
 def _read(
-    root: Path, split_folders: dict[str, Path], splits: Sequence[str]
+    root: Folder, split_folders: dict[str, Folder], splits: Sequence[str]
 ) -> dict[str, FolderSource]:
     """Lists the images of the named splits, sorted by class and file name.
 
@@ -169,7 +178,7 @@ def _check_not_empty(listings: Mapping[str, Mapping[str, ImageListing]]) -> None
         )
 
 
-def _source(split: str, root: Path, listings: Mapping[str, ImageListing]) -> FolderSource:
+def _source(split: str, root: Folder, listings: Mapping[str, ImageListing]) -> FolderSource:
     counts = [len(listing.images) for listing in listings.values()]
     other_files = sum((listing.other_files for listing in listings.values()), Counter[str]())
     remarks = []

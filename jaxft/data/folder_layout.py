@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from jaxft.data.class_names import describe_differences, join_names, list_classes
 from jaxft.data.image_files import (
+    Folder,
     ImageListing,
     image_suffixes,
     is_broken_link,
@@ -24,7 +24,7 @@ _TRAIN_NAMES = {"train", "training"}
 _HELD_OUT_NAMES = {"val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
 
 
-def find_splits(root: Path) -> dict[str, Path]:
+def find_splits(root: Folder) -> dict[str, Folder]:
     """Returns the split folders by name, or `{"train": root}` if `root` holds class folders.
 
     The folders in `root` are splits if one of them has the name of a split (see `is_split_name`)
@@ -70,17 +70,17 @@ def is_split_name(name: str) -> bool:
     return name.casefold() in _TRAIN_NAMES | _HELD_OUT_NAMES
 
 
-def subfolders(folder: Path) -> dict[str, Path]:
+def subfolders(folder: Folder) -> dict[str, Folder]:
     """Returns a folder's subfolders by printable name, sorted by name.
 
     Raises:
       DataError: an entry is a broken link to a folder, or two names differ only in how accented
         letters are encoded.
     """
-    folders: dict[str, Path] = {}
+    folders: dict[str, Folder] = {}
     suffixes = image_suffixes()
     for entry in sorted(visible_entries(folder), key=lambda entry: entry.name):
-        path, name = Path(entry.path), printable(entry.name)
+        path, name = folder / entry.name, printable(entry.name)
         if is_broken_link(entry) and not is_image(name, suffixes):
             raise DataError(
                 f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not "
@@ -97,7 +97,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
     return dict(sorted(folders.items()))
 
 
-def loose_images(folder: Path) -> list[str]:
+def loose_images(folder: Folder) -> list[str]:
     """Returns the names of the images directly in a folder, sorted."""
     suffixes = image_suffixes()
     return sorted(
@@ -107,7 +107,7 @@ def loose_images(folder: Path) -> list[str]:
     )
 
 
-def check_same_classes(root: Path, class_folders: Mapping[str, Mapping[str, Path]]) -> None:
+def check_same_classes(root: Folder, class_folders: Mapping[str, Mapping[str, Folder]]) -> None:
     """Checks that all splits have the same class folders.
 
     Args:
@@ -131,7 +131,7 @@ def check_same_classes(root: Path, class_folders: Mapping[str, Mapping[str, Path
         )
 
 
-def check_class_folders(root: Path, listings: Mapping[str, ImageListing]) -> None:
+def check_class_folders(root: Folder, listings: Mapping[str, ImageListing]) -> None:
     """Checks that the class folders of a split hold neither splits nor other classes.
 
     Args:
@@ -162,11 +162,11 @@ def check_class_folders(root: Path, listings: Mapping[str, ImageListing]) -> Non
             )
 
 
-def _folder_names(folder: Path) -> set[str]:
+def _folder_names(folder: Folder) -> set[str]:
     return {printable(entry.name) for entry in visible_entries(folder) if is_folder(entry)}
 
 
-def _loose_images_hint(folder: Path) -> str:
+def _loose_images_hint(folder: Folder) -> str:
     images = loose_images(folder)
     if not images:
         return ""

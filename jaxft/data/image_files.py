@@ -11,16 +11,22 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from jaxft.data.bucket_folder import BucketPath
 from jaxft.errors import DataError
+
+Folder = Path | BucketPath
 
 _IGNORED_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
 _UNREADABLE_FORMATS = {"EPS", "MPEG"}  # EPS needs Ghostscript; of MPEG Pillow reads no pixels
+
+
+Entry = os.DirEntry[str] | BucketPath
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class ImageListing:
         contains images.
     """
 
-    folder: Path
-    images: list[Path]
+    folder: Folder
+    images: list[Folder]
     other_files: Counter[str]
     image_folders: tuple[str, ...]
 
@@ -75,34 +81,41 @@ def is_image(name: str, suffixes: frozenset[str]) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes
 
 
-def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+def visible_entries(folder: Folder) -> list[Entry]:
     """Returns a folder's entries in no particular order, without hidden and ignored ones.
 
     Raises:
       DataError: the folder cannot be listed.
     """
     try:
-        with os.scandir(folder) as entries:
-            return [
-                entry
-                for entry in entries
-                if not entry.name.startswith(".") and entry.name.lower() not in _IGNORED_NAMES
-            ]
+        entries = _entries(folder)
     except OSError as error:
         raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
+    return [
+        entry
+        for entry in entries
+        if not entry.name.startswith(".") and entry.name.lower() not in _IGNORED_NAMES
+    ]
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def _entries(folder: Folder) -> Sequence[Entry]:
+    if isinstance(folder, BucketPath):
+        return [*folder.entries.values()]
+    with os.scandir(folder) as entries:
+        return [*entries]
+
+
+def is_folder(entry: Entry) -> bool:
     """Returns whether an entry is a folder or a link to one."""
     return not is_broken_link(entry) and entry.is_dir()
 
 
-def is_broken_link(entry: os.DirEntry[str]) -> bool:
+def is_broken_link(entry: Entry) -> bool:
     """Returns whether an entry is a link whose target does not exist."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
+    return entry.is_symlink() and not os.path.exists(entry)
 
 
-def list_images(folder: Path, *, ancestors: tuple[Path, ...] = ()) -> ImageListing:
+def list_images(folder: Folder, *, ancestors: tuple[Folder, ...] = ()) -> ImageListing:
     """Lists the images in a folder and all folders below it.
 
     A folder's files come before the files of its subfolders; both are sorted by name. Broken links
@@ -114,12 +127,12 @@ def list_images(folder: Path, *, ancestors: tuple[Path, ...] = ()) -> ImageListi
         link, are not followed.
     """
     suffixes = image_suffixes()
-    images, other_files, image_folders = [], Counter[str](), set()
+    images, other_files, image_folders = list[Folder](), Counter[str](), set()
     files = _walk(folder, "", frozenset(map(_file_id, ancestors)))
     for relative_folder, name, entry in sorted(files, key=lambda file: file[:2]):
         suffix = os.path.splitext(name)[1].lower()
         if is_broken_link(entry) or (suffix in suffixes and entry.is_file()):
-            images.append(Path(entry.path))
+            images.append(entry if isinstance(entry, BucketPath) else Path(entry.path))
             image_folders.add(relative_folder.split("/")[1] if relative_folder else "")
         else:
             other_files[suffix or "without a suffix"] += 1
@@ -129,18 +142,20 @@ def list_images(folder: Path, *, ancestors: tuple[Path, ...] = ()) -> ImageListi
 
 
 def _walk(
-    folder: Path, relative_folder: str, ancestors: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
+    folder: Folder, relative_folder: str, ancestors: frozenset[Hashable]
+) -> Iterator[tuple[str, str, Entry]]:
     """Yields (relative folder, printable name, entry) of all files below a folder."""
     ancestors |= {_file_id(folder)}
     for entry in visible_entries(folder):
-        path, name = Path(entry.path), printable(entry.name)
+        path, name = folder / entry.name, printable(entry.name)
         if not is_folder(entry):
             yield relative_folder, name, entry
         elif not (entry.is_symlink() and _file_id(path) in ancestors):
             yield from _walk(path, f"{relative_folder}/{name}", ancestors)
 
 
-def _file_id(folder: Path) -> tuple[int, int]:
+def _file_id(folder: Folder) -> Hashable:
+    if isinstance(folder, BucketPath):
+        return folder
     status = folder.stat()
     return status.st_dev, status.st_ino

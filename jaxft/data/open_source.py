@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data import digits, folder, tfds
+from jaxft.data.bucket_folder import SCHEME
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
 from jaxft.data.validate import Divide, OnBadImage, check_images
@@ -94,7 +95,7 @@ def open_collection(spec: str | Source | Splits) -> Collection:
         return find("0-9" if spec == "digits" else place)
 
     similar = difflib.get_close_matches(kind.lower(), _KINDS, n=1)
-    if spec and Path(spec).is_dir():
+    if spec.startswith(SCHEME) or (spec and Path(spec).is_dir()):
         hint = f" Did you mean 'folder:{spec}'?"
     else:
         hint = f" Did you mean '{similar[0]}{colon}{place}'?" if similar else ""
