@@ -73,8 +73,8 @@ class Recipe:
     """Network, e.g. resnet50 (`jaxft.models.names()` lists all), or MODULE:FUNCTION, a function
     that builds a network for a number of classes."""
     data: str
-    """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg), tfds:NAME,
-    tfds_dir:PATH (prepared) or digits[:5-9]."""
+    """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg; also gs://),
+    tfds:NAME, tfds_dir:PATH (prepared) or digits[:5-9]."""
     stages: tuple[Stage, ...]
     """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None

@@ -1,114 +1,98 @@
-"""Measures images per second of jaxft's batches and of torch's DataLoader on one folder.
+"""Measures images per second of jaxft's batches and of other libraries' loaders on one folder.
 
     python scripts/benchmark_data.py data/hymenoptera
 
 All pipelines read PATH/train/<class>/*, take random crops of 224 pixels, flip, and shuffle into
-batches. Each round runs every pipeline from its start. The tables show medians and ranges over the
-rounds, and ratios to torch. The first epoch includes the start of threads or processes. If other
-programs use the machine too, the processor time per image varies less than images per second.
+batches. Each round runs every pipeline from its start. The first table shows medians and ranges
+over the rounds. The first epoch includes the start of threads or processes, and is left out of all
+other columns. "per core" is the number of images per second of processor time of all processes; it
+varies less than images per second if other programs use the machine too. "main" is the processor
+time of the main process for an image, in milliseconds. With worker processes, one main process
+cannot yield more than 1000 / main images per second.
 
-torch produces either float32 images, normalised on the host as in its recipes, or uint8 images, as
-jaxft does. jaxft is also measured with processes in place of threads, and with decoded images in
-memory. Without torch only jaxft is measured.
+jaxft's pipelines are threads, worker processes, both with decoded images in memory, and cached
+features of a ResNet-50. The others are torch's DataLoader (float32, normalised on the host, and
+uint8), Grain with jaxft's views, and tf.data, as far as they are installed.
+
+The second table shows how many images per second each host of a TPU slice needs, and the cores for
+it at the rates above.
 """
 
 import argparse
 import gc
-import multiprocessing
 import os
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+import psutil
+from plain_loaders import Epochs, Setting, grain_loaders, tf_loaders, torch_loaders
 
 from jaxft.data import BatchConfig, Preprocessing, Source, open_source, train_batches
 from jaxft.data.image_cache import Cached
+from jaxft.data.process_source import in_processes
 
-Epochs = Callable[[], Iterable[int]]
-"""Starts a pipeline, which yields the number of images in each batch of its epochs."""
-
-EPOCHS = 4
-SIZE = 224
-crops = partial(
-    BatchConfig,
-    preprocessing=Preprocessing(image_size=SIZE),
-    augment="crop_flip",
-    seed=0,
-    stage=0,
-)
+# Images per second that a ResNet-50 at 224 pixels needs in bfloat16, as printed by
+#   python scripts/plan.py CONFIG --topology NAME --batch-size N --dtype bfloat16 --cache-mib 0
+# for configs/hymenoptera_resnet50.py (head, late) and configs/seed.py --model resnet50 (all), with
+# 128 images a device; the ends of its range. By topology: hosts, and stages.
+NEEDED = {
+    "v5e-8": (1, {"head": (0, 0), "late": (0, 0), "all": (0, 0)}),
+    "v4-32": (4, {"head": (0, 0), "late": (0, 0), "all": (0, 0)}),
+}
+FEATURES = {"head": (2048,), "late": (14, 14, 1024)}  # of an image, in bfloat16
 
 
-def ours(source: Source, batch_size: int, workers: int, epochs: int = EPOCHS) -> Iterator[int]:
-    """Yields the sizes of jaxft's batches, made by threads."""
-    config = crops(batch_size=batch_size)
-    for batch in train_batches(source, config, epochs=epochs, workers=workers):
+def ours(source: Source, setting: Setting, features: np.ndarray | None = None) -> Iterator[int]:
+    """Yields the sizes of jaxft's batches."""
+    config = BatchConfig(
+        preprocessing=Preprocessing(image_size=setting.size),
+        augment="crop_flip",
+        batch_size=setting.batch_size,
+        seed=0,
+        stage=0,
+    )
+    rows: Callable[[int], np.ndarray] | None = None if features is None else lambda view: features
+    for batch in train_batches(
+        source, config, epochs=setting.epochs, workers=setting.workers, features=rows
+    ):
         yield int(batch.mask.sum())
 
 
-def ours_cached(source: Source, batch_size: int, workers: int) -> Iterator[int]:
+def ours_cached(source: Source, setting: Setting) -> Iterator[int]:
     """Yields the sizes of jaxft's batches from decoded images in memory."""
-    return ours(Cached(source, 2**34), batch_size, workers)
+    return ours(Cached(source, 2**34), setting)
 
 
-def ours_by_processes(source: Source, batch_size: int, workers: int) -> Iterator[int]:
-    """Yields the sizes of jaxft's batches, made and pickled by processes."""
-    steps = EPOCHS * -(-len(source) // batch_size)
-    make = partial(_one_batch, source, batch_size)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        for images, mask in pool.map(make, range(steps)):
-            assert images.shape == (batch_size, SIZE, SIZE, 3)
-            yield int(mask.sum())
+def ours_in_processes(source: Source, setting: Setting) -> Iterator[int]:
+    """Yields the sizes of jaxft's batches, read by worker processes."""
+    (pooled,) = in_processes([source], setting.workers)
+    yield from ours(pooled, setting)
+    pooled.workers.close()
 
 
-def _one_batch(source: Source, batch_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    epoch, position = divmod(step, -(-len(source) // batch_size))
-    config = crops(batch_size=batch_size)
-    batch = next(
-        train_batches(source, config, first_epoch=epoch, first_step=position, epochs=EPOCHS)
-    )
-    return batch.image, batch.mask
-
-
-def torch_pipelines(data: Path, batch_size: int, workers: int) -> dict[str, Epochs]:
-    """Returns torch's pipelines by name; none if torch is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    try:
-        from torchvision import datasets, transforms
-    except RuntimeError:  # a CPU build of torch lacks two operators that no transform uses
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-        from torchvision import datasets, transforms
-
-    normalize = transforms.Normalize(Preprocessing().mean, Preprocessing().std)
-    endings = {
-        "torch, float32": [transforms.ToTensor(), normalize],
-        "torch, uint8": [transforms.PILToTensor()],
+def our_pipelines(source: Source, setting: Setting) -> dict[str, Epochs]:
+    """Returns jaxft's pipelines by name."""
+    images = {
+        "threads": partial(ours, source, setting),
+        "processes": partial(ours_in_processes, source, setting),
+        "threads, decoded": partial(ours_cached, source, setting),
+        "processes, decoded": partial(ours_in_processes, Cached(source, 2**34), setting),
     }
-
-    def run(ending: list) -> Iterator[int]:
-        crop = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
-        loader = torch.utils.data.DataLoader(
-            datasets.ImageFolder(data / "train", transforms.Compose([*crop, *ending])),
-            batch_size=batch_size,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-        for _ in range(EPOCHS):
-            for images, _ in loader:
-                yield len(images)
-
-    return {name: partial(run, ending) for name, ending in endings.items()}
+    rows = {
+        stage: np.zeros((len(source), *shape), ml_dtypes.bfloat16)
+        for stage, shape in FEATURES.items()
+    }
+    features = {
+        f"features of {stage}": partial(ours, source, setting, array)
+        for stage, array in rows.items()
+    }
+    return images | features
 
 
 class Rates(NamedTuple):
@@ -117,31 +101,39 @@ class Rates(NamedTuple):
     Attributes:
       first: images per second in the first epoch.
       later: images per second in the later epochs.
-      cpu: milliseconds of processor time per image, over all epochs.
+      per_core: images per second of processor time of all processes, in the later epochs.
+      main: milliseconds of processor time of the main process per image, in the later epochs.
     """
 
     first: float
     later: float
-    cpu: float
+    per_core: float
+    main: float
 
 
-def rates(start: Epochs, images: int) -> Rates:
+def rates(start: Epochs, images: int, epochs: int) -> Rates:
     """Runs a pipeline over `images` images an epoch and returns its rates."""
     gc.collect()  # ends the processes of the previous pipeline
-    seen, ends, cpu_start = 0, [time.perf_counter()], _cpu_seconds()
+    seen, begin, ends = 0, time.perf_counter(), [(0.0, 0.0, 0.0)]
     for count in start():
         seen += count
-        if seen == images * len(ends):
-            ends.append(time.perf_counter())
-    assert len(ends) == EPOCHS + 1
-    gc.collect()
-    first, later = images / (ends[1] - ends[0]), images * (EPOCHS - 1) / (ends[-1] - ends[1])
-    return Rates(first, later, 1000 * (_cpu_seconds() - cpu_start) / seen)
+        if seen >= images * len(ends):  # batches of some loaders reach into the next epoch
+            ends.append((time.perf_counter() - begin, *_cpu_seconds()))
+    assert (seen, len(ends)) == (images * epochs, epochs + 1)
+    seconds, main, workers = np.subtract(ends[-1], ends[1])
+    later = images * (epochs - 1)
+    return Rates(
+        first=images / ends[1][0],
+        later=later / seconds,
+        per_core=later / (main + workers),
+        main=1000 * main / later,
+    )
 
 
-def _cpu_seconds() -> float:
-    """Returns the processor seconds of this process and of its ended children."""
-    return sum(os.times()[:4])
+def _cpu_seconds() -> tuple[float, float]:
+    """Returns the processor seconds of this process, and of its living children."""
+    children = psutil.Process().children(recursive=True)
+    return time.process_time(), sum(sum(child.cpu_times()[:2]) for child in children)
 
 
 def main() -> None:
@@ -149,46 +141,73 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2, help="threads or processes")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each pipeline in a round")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    warnings.simplefilter("ignore", DeprecationWarning)  # JAX warns of a fork
 
     source = open_source(f"folder:{options.data}").train  # reads all files into the page cache
-    arguments = source, options.batch_size, options.workers
-    pipelines: dict[str, Epochs] = {
-        **torch_pipelines(options.data, options.batch_size, options.workers),
-        "ours, processes": partial(ours_by_processes, *arguments),
-        "ours": partial(ours, *arguments),
-        "ours, cached": partial(ours_cached, *arguments),
+    setting = Setting(options.data, options.epochs, options.batch_size, 224, options.workers)
+    others = {
+        "torch": torch_loaders(setting),
+        "Grain": grain_loaders(setting, source),
+        "TensorFlow": tf_loaders(setting),
     }
+    pipelines = our_pipelines(source, setting)
+    for library, loaders in others.items():
+        if not loaders:
+            print(f"{library} is not installed and not measured.")
+        pipelines |= loaders
     measured: dict[str, list[Rates]] = {name: [] for name in pipelines}
     for _ in range(options.rounds):
         for name, start in pipelines.items():
-            measured[name].append(rates(start, len(source)))
+            measured[name].append(rates(start, len(source), options.epochs))
 
     print(
-        f"{len(source)} images, {EPOCHS} epochs in batches of {options.batch_size}, "
-        f"{options.workers} workers, {options.rounds} rounds"
+        f"{len(source)} images, {options.epochs} epochs in batches of {options.batch_size}, "
+        f"{options.workers} workers, {os.cpu_count()} cores, {options.rounds} rounds\n"
     )
-    titles = {"first": "images/s, epoch 1", "later": "images/s, later", "cpu": "CPU ms/image"}
-    for field, title in titles.items():
-        values = {name: [getattr(r, field) for r in rounds] for name, rounds in measured.items()}
-        show(title, values)
+    print_rates(measured)
+    print()
+    print_needs({name: _median(rounds, "per_core") for name, rounds in measured.items()})
 
 
-def show(title: str, measured: dict[str, list[float]]) -> None:
-    """Prints medians, ranges, and the median ratio to each torch pipeline within a round."""
-    baselines = [name for name in measured if name.startswith("torch")]
-    print(f"\n{title:20}{'median':>9}{'range':>18}" + "".join(f"{b:>16}" for b in baselines))
-    for name, values in measured.items():
-        span = f"{min(values):.4g} - {max(values):.4g}"
-        row = f"{name:20}{statistics.median(values):>9.4g}{span:>18}"
-        for base in baselines:
-            ratios = [a / b for a, b in zip(values, measured[base], strict=True)]
-            row += f"{statistics.median(ratios):>15.2f}x"
-        print(row)
+def _median(rounds: list[Rates], field: str) -> float:
+    return statistics.median(getattr(each, field) for each in rounds)
+
+
+def print_rates(measured: dict[str, list[Rates]]) -> None:
+    """Prints medians, and the range of the images per second in later epochs."""
+    print("| pipeline | images/s, epoch 1 | later | range | per core | main, ms |")
+    print("|---|---|---|---|---|---|")
+    for name, rounds in measured.items():
+        first, later, per_core, main = (_median(rounds, field) for field in Rates._fields)
+        low, high = (f(each.later for each in rounds) for f in (min, max))
+        print(
+            f"| {name} | {first:,.0f} | {later:,.0f} | {low:,.0f}-{high:,.0f} | {per_core:,.0f} "
+            f"| {main:.3f} |"
+        )
+
+
+def print_needs(per_core: dict[str, float]) -> None:
+    """Prints the images per second that each host needs, and the cores for them.
+
+    Args:
+      per_core: images per second and core of each pipeline.
+    """
+    pipelines = ["processes", "processes, decoded"]
+    print(f"| topology | hosts | stage | images/s a host | {' | '.join(pipelines)} |")
+    print("|---" * (4 + len(pipelines)) + "|")
+    for topology, (hosts, stages) in NEEDED.items():
+        for stage, ends in stages.items():
+            low, high = (images / hosts for images in ends)
+            cores = [
+                f"{low / per_core[name]:,.0f}-{high / per_core[name]:,.0f} cores"
+                for name in pipelines
+            ]
+            row = (topology, str(hosts), stage, f"{low:,.0f}-{high:,.0f}", *cores)
+            print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def open_source(
     - `digits`, `digits:5-9`, `digits:3`: scikit-learn's 8x8 digits, all or some of the classes.
     - `folder:PATH`: image files in PATH/train/<class>/, PATH/val/<class>/ and splits of other
       names; or in PATH/<class>/, as one split named train. Images may lie in folders below the
-      class folder; see `jaxft.data.image_files` for the image formats.
+      class folder; see `jaxft.data.image_files` for the image formats. PATH may be gs://BUCKET/...
     - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
       ~/tensorflow_datasets; downloaded and prepared if necessary.
     - `tfds_dir:PATH`: a folder that TFDS prepared in array_record format.

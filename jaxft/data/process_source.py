@@ -38,7 +38,7 @@ class ProcessSource:
 
     @property
     def complete(self) -> bool:
-        """Whether the workers have cached all images."""
+        """Whether the workers have all images in memory."""
         return self.workers.complete
 
     def identity(self, index: int, /) -> str | bytes:

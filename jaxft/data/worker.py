@@ -104,7 +104,7 @@ def _receive_sources(connection: Connection) -> Exception | None:
 
 
 def _run(task: Task, memory: mmap.mmap) -> tuple[int, Exception] | bool:
-    """Prepares a task; returns whether all images are cached, or a row and its error."""
+    """Prepares a task; returns whether all images are in memory, or a row and its error."""
     images, targets = arrays(memory, task)
     load = pickle.loads(task.load)
     for row, arguments in task.rows:
@@ -112,7 +112,7 @@ def _run(task: Task, memory: mmap.mmap) -> tuple[int, Exception] | bool:
             images[row], targets[row] = load(*arguments)
         except Exception as error:
             return row, _portable(error)
-    return all(getattr(source.examples, "complete", False) for source in _sources)
+    return all(getattr(source.examples, "complete", True) for source in _sources)
 
 
 def _portable(error: Exception) -> Exception:

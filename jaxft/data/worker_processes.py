@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -39,7 +40,7 @@ from jaxft.errors import DataError
 
 _IMAGES_AHEAD = 8  # for each worker: it never waits for the next task
 _BATCHES_AHEAD = 4  # at least, since the shares of a worker in a batch differ
-_END_SECONDS = 5.0  # for a worker to end after its last task, before it is killed
+_END_SECONDS = 5.0  # for the workers to end after their last image, before they are killed
 
 # The signals come first: the parent alone reacts to Ctrl-C and to a preemption.
 _PROGRAM = """
@@ -99,7 +100,7 @@ class _Worker:
       connection: the socket to it.
       pending: batches that it has not finished, in the order of its replies.
       is_ready: whether it has opened the sources.
-      complete: whether it has cached all images of its share.
+      complete: whether all images of its share are in memory.
     """
 
     process: subprocess.Popen[bytes]
@@ -122,7 +123,7 @@ class WorkerProcesses:
 
     @property
     def complete(self) -> bool:
-        """Whether every worker has cached all images of its share."""
+        """Whether every worker has all images of its share in memory."""
         return bool(self._workers) and all(worker.complete for worker in self._workers)
 
     def prefetch(
@@ -306,9 +307,10 @@ def _end(workers: list[_Worker], memory: int | None = None) -> None:
     """Ends the processes and empties the list."""
     for worker in workers:
         worker.connection.close()
+    deadline = time.monotonic() + _END_SECONDS
     for worker in workers:
         try:
-            worker.process.wait(_END_SECONDS)
+            worker.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:  # it waits for a disk
             worker.process.kill()
             worker.process.wait()

@@ -9,6 +9,7 @@ import pytest
 
 from jaxft.data import Cached, Splits, arrays, fingerprint, open_source
 from jaxft.data.fingerprint import changes, record
+from jaxft.data.process_source import in_processes
 from jaxft.errors import DataError
 
 CLASSES = ("ant", unicodedata.normalize("NFC", "caf\u00e9"))
@@ -85,6 +86,7 @@ def test_fingerprint_of_arrays_depends_on_pixels_and_targets():
     source = arrays(images, targets, "ab")
     assert fingerprint(source) == fingerprint(arrays(images.copy(), targets, "ab"))
     assert fingerprint(Cached(source, 0)) == fingerprint(source)
+    assert fingerprint(in_processes([source], 2)[0]) == fingerprint(source)
     one_pixel_changed = images.copy()
     one_pixel_changed[3, 2, 1, 0] += 1
     others = [

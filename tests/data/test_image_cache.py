@@ -1,5 +1,6 @@
 """`Cached` returns the same pixels with fewer reads, within its memory limit."""
 
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -116,3 +117,21 @@ def test_cached_drops_file_metadata(tmp_path):
     np.testing.assert_array_equal(first, second)
     assert type(second) is Image.Image
     assert second.info == {}
+
+
+def test_cached_take_divides_the_memory():
+    cached = Cached(CountingSource(), sum(BYTES))
+    for index in range(5):
+        cached[index]
+    part = cached.take(np.array([1, 3]))
+    assert [len(cached), len(part), part.complete] == [5, 2, False]
+    assert part._free_bytes == sum(BYTES) * 2 // 5
+    np.testing.assert_array_equal(part[1][0], sample(*SIZES[3]))
+
+
+def test_cached_pickles_no_images():
+    cached = Cached(CountingSource(), sum(BYTES))
+    cached[2]
+    loaded = pickle.loads(pickle.dumps(cached))
+    assert (loaded._images, loaded._free_bytes) == ({}, sum(BYTES))
+    np.testing.assert_array_equal(loaded[2][0], cached[2][0])
