@@ -23,7 +23,7 @@ class Cached:
     """
 
     def __init__(self, source: Source, max_bytes: int):
-        self._source = source
+        self.source = source
         self._max_bytes = self._free_bytes = max_bytes
         self._images: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
@@ -36,38 +36,38 @@ class Cached:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names of the source."""
-        return self._source.classes
+        return self.source.classes
 
     @property
     def targets(self) -> np.ndarray:
         """Targets of the source."""
-        return self._source.targets
+        return self.source.targets
 
     @property
     def pixel_type(self) -> np.dtype[Any]:
         """Dtype of the source's images."""
-        return pixel_type(self._source)
+        return pixel_type(self.source)
 
     def identity(self, index: int, /) -> str | bytes:
         """Returns the identity of the example in the source."""
-        return identity(self._source, index)
+        return identity(self.source, index)
 
     def take(self, indices: np.ndarray) -> "Cached":
         """Returns an empty cache of these examples, with their part of the memory limit."""
-        return Cached(take(self._source, indices), self._max_bytes * len(indices) // len(self))
+        return Cached(take(self.source, indices), self._max_bytes * len(indices) // len(self))
 
     def __reduce__(self) -> tuple[Callable[..., "Cached"], tuple[Source, int]]:
-        return Cached, (self._source, self._max_bytes)
+        return Cached, (self.source, self._max_bytes)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, Target]:
         """Returns the RGB image, which must not be modified, and its target."""
         cached = self._images.get(index)
         if cached is not None:
-            return cached, target_at(self._source.targets, index)
-        image, target = self._source[index]
+            return cached, target_at(self.source.targets, index)
+        image, target = self.source[index]
         size = _BYTES_PER_PIXEL * image.width * image.height
         if size <= self._free_bytes:
             # A copy does not hold the file's metadata, such as EXIF and colour profiles.

@@ -34,6 +34,7 @@ import cloudpickle
 import numpy as np
 
 from jaxft.data.concat import take
+from jaxft.data.image_cache import Cached
 from jaxft.data.source import Source, Target, pixel_type
 from jaxft.data.worker import Share, Task, aligned, arrays
 from jaxft.errors import DataError
@@ -178,7 +179,8 @@ class WorkerProcesses:
                 for k in range(self._count)
             ]
         except Exception as error:  # a source may raise any type
-            names = " and ".join(dict.fromkeys(type(each).__name__ for each in self._sources))
+            plain = [each.source if isinstance(each, Cached) else each for each in self._sources]
+            names = " and ".join(dict.fromkeys(type(each).__name__ for each in plain))
             raise DataError(
                 f"worker_processes={self._count} sends the images to other processes, and {names} "
                 f"cannot be pickled ({type(error).__name__}: {error}): give the source a method "
@@ -190,6 +192,7 @@ class WorkerProcesses:
 
     def _send(self, source: Source, load: bytes, rows: Rows, image_size: int) -> _Batch:
         """Sends the rows of a batch to the workers."""
+        self._check_running()
         pixels = pixel_type(source).str, (rows.num_rows, image_size, image_size, 3)
         target_shape = (rows.num_rows, *source.targets.shape[1:])
         image_bytes = np.dtype(pixels[0]).itemsize * math.prod(pixels[1])
@@ -211,6 +214,10 @@ class WorkerProcesses:
                 batch.waiting += 1
         return batch
 
+    def _check_running(self) -> None:
+        if not self._workers:
+            raise DataError("the worker processes have ended before they read this batch.")
+
     def _slot(self, size: int) -> _Slot:
         """Returns memory for a batch that no array refers to."""
         fitting = [slot for slot in self._free if len(slot.memory) >= size]
@@ -226,6 +233,7 @@ class WorkerProcesses:
     def _result(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Waits for a batch and returns its arrays, or raises the error of its first bad image."""
         while batch.waiting:
+            self._check_running()
             self._receive(next(worker for worker in self._workers if batch in worker.pending))
         if batch.errors:
             raise batch.errors[min(batch.errors)]

@@ -188,7 +188,7 @@ def test_worker_processes_name_a_source_that_cannot_be_pickled():
         def __init__(self):
             self.lock = threading.Lock()
 
-    (pooled,) = in_processes([Locked()], 2)
+    (pooled,) = in_processes([Cached(Locked(), 0)], 2)
     with pytest.raises(
         DataError, match=r"worker_processes=2 .* Locked cannot be pickled \(TypeError.*__getstate__"
     ):
@@ -200,10 +200,14 @@ def test_worker_processes_report_a_dead_worker(sources):
     (pooled,) = in_processes([sources["folder"][0]], 2)
     stream = train_batches(pooled, config(), epochs=99)
     next(stream)
+    other = train_batches(pooled, config(), epochs=99)
+    next(other)
     os.kill(pooled.workers._workers[1].process.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"has died \(SIGKILL\): start the run again"):
         digests(stream)
     assert pooled.workers._workers == []
+    with pytest.raises(DataError, match="have ended before they read this batch"):
+        digests(other)
     assert len(digests(train_batches(pooled, config(), epochs=1))) == 3  # new processes
     pooled.workers.close()
 
