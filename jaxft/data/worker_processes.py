@@ -192,7 +192,8 @@ class WorkerProcesses:
 
     def _send(self, source: Source, load: bytes, rows: Rows, image_size: int) -> _Batch:
         """Sends the rows of a batch to the workers."""
-        self._check_running()
+        if not self._workers:
+            raise _ended()
         pixels = pixel_type(source).str, (rows.num_rows, image_size, image_size, 3)
         target_shape = (rows.num_rows, *source.targets.shape[1:])
         image_bytes = np.dtype(pixels[0]).itemsize * math.prod(pixels[1])
@@ -214,10 +215,6 @@ class WorkerProcesses:
                 batch.waiting += 1
         return batch
 
-    def _check_running(self) -> None:
-        if not self._workers:
-            raise DataError("the worker processes have ended before they read this batch.")
-
     def _slot(self, size: int) -> _Slot:
         """Returns memory for a batch that no array refers to."""
         fitting = [slot for slot in self._free if len(slot.memory) >= size]
@@ -233,8 +230,10 @@ class WorkerProcesses:
     def _result(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Waits for a batch and returns its arrays, or raises the error of its first bad image."""
         while batch.waiting:
-            self._check_running()
-            self._receive(next(worker for worker in self._workers if batch in worker.pending))
+            worker = next((each for each in self._workers if batch in each.pending), None)
+            if worker is None:
+                raise _ended()
+            self._receive(worker)
         if batch.errors:
             raise batch.errors[min(batch.errors)]
         return batch.images, batch.targets, batch.mask
@@ -283,6 +282,10 @@ class WorkerProcesses:
             "resume from its last checkpoint. If the memory was full, lower worker_processes or "
             "cache_mib."
         )
+
+
+def _ended() -> DataError:
+    return DataError("the worker processes have ended before they read this batch.")
 
 
 def _anonymous_file() -> int:
