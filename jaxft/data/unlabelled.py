@@ -37,7 +37,7 @@ def _images_at(place: str) -> Iterator[Path]:
         images = list_images(path).images
         if not images:
             raise DataError(f"there are no images in {printable(path)} or in folders below it.")
-        yield from images
+        yield from map(Path, images)  # on a disk
     elif path.exists():
         yield path
     elif glob.has_magic(place):
