@@ -5,6 +5,7 @@ listing of 1,000 objects per request, with their sizes, so that finding splits, 
 needs no further request. A read is one request.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 from jaxft.errors import DataError
 
 SCHEME = "gs://"
+_NO_LOG = logging.NullHandler()
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,10 @@ def list_folder(url: str) -> BucketPath:
     Raises:
       DataError: gcsfs is missing, the bucket cannot be listed, or there is no such folder.
     """
-    url = url.rstrip("/")
-    if not url.startswith(SCHEME) or not url.removeprefix(SCHEME):
-        raise DataError(f"{url} names no bucket: write folder:{SCHEME}BUCKET/PATH.")
     bucket = url.removeprefix(SCHEME).partition("/")[0]
+    if not bucket:
+        raise DataError(f"{url} names no bucket: write folder:{SCHEME}BUCKET/PATH.")
+    url = url.rstrip("/")
     try:
         found = _file_system().find(url, detail=True, update_cache=False)
     except ImportError as error:
@@ -116,21 +118,29 @@ def list_folder(url: str) -> BucketPath:
 
 
 def _add(root: BucketPath, relative: str, size: int) -> None:
-    """Adds a file to the entries of the folders above it."""
-    *folders, name = relative.split("/")
+    """Adds a file to the entries of the folders above it.
+
+    Ignores names with empty parts; one that ends in a slash stands for an empty folder.
+    """
+    *folders, name = parts = relative.split("/")
+    if not all(parts):
+        return
     for folder in folders:
         root = root.entries.setdefault(folder, BucketPath(f"{root.url}/{folder}"))
-    if name:  # an object whose name ends in a slash stands for an empty folder
-        root.entries[name] = BucketPath(f"{root.url}/{name}", size)
+    root.entries[name] = BucketPath(f"{root.url}/{name}", size)
 
 
 def _file_system() -> Any:
     import fsspec  # takes long to load
 
+    # Without a handler, Python prints its log: a traceback for each attempt that fails.
+    logging.getLogger("gcsfs").addHandler(_NO_LOG)
     return fsspec.filesystem("gs")  # one for the process
 
 
 def _reason(error: Exception) -> str:
     """Returns the last line of an error; gcsfs puts the request before it."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

@@ -89,6 +89,7 @@ def opened(tmp_path_factory):
         for number, (name, content) in enumerate(FILES.items(), 1):
             server.objects[f"data/{name}"] = (content, number)
         server.objects["data/train/ant/"] = (b"", 99)  # as the console creates folders
+        server.objects["data/train//loose.jpg"] = (jpeg(3), 100)
         for k in range(MANY):
             server.objects[f"many/train/{k}.txt"] = (b"", 1)
         done = subprocess.run(
