@@ -103,9 +103,9 @@ def exchange(
                 sent = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
                 missing = ", ".join(str(i) for i in range(num_processes()) if i not in sent)
                 print(
-                    f"Waiting for process {missing} of {num_processes()} to compare recipe, "
-                    "images and workdir before training. If a process hangs, end it: the others "
-                    "then end with an error.",
+                    f"Waiting for process {missing} of {num_processes()} to check its images, and "
+                    "to compare recipe, images and workdir before training. If a process hangs, "
+                    "end it: the others then end with an error.",
                     file=sys.stderr,
                 )
     return values

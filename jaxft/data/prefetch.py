@@ -1,10 +1,8 @@
 """Computes results in threads ahead of their use.
 
-Pillow decodes and resizes without the GIL, so that threads scale as processes do, and need not
-serialise pixels, import modules again, or hold a cache of decoded images each. Measured with
-`scripts/benchmark_data.py` and 2 workers, the CPU time to decode a photograph of about 500x375
-pixels and crop it to 224 is 2.6 ms with threads, 2.9 ms with processes, and 3.1 ms (uint8) or 3.9
-ms (float32) with torch's DataLoader.
+Pillow decodes and resizes mostly without the GIL. Up to about eight threads therefore scale as
+processes do, start at once, and share a cache of decoded images. `jaxft.data.worker_processes` is
+for more cores; `scripts/benchmark_data.py` measures both.
 """
 
 import threading

@@ -55,7 +55,9 @@ def test_agreement_prints_which_process_it_waits_for(monkeypatch, capsys):
     monkeypatch.setattr(process_exchange, "_NOTICE_SECONDS", 0.0)
     assert process_exchange.exchange("facts", {}) == [{}, {}]
     printed = capsys.readouterr().err
-    assert printed.startswith("Waiting for process 1 of 2 to compare recipe, images and workdir")
+    assert printed.startswith(
+        "Waiting for process 1 of 2 to check its images, and to compare recipe"
+    )
     assert printed.count("Waiting") == 1
 
 
