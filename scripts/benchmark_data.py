@@ -14,12 +14,14 @@ jaxft's pipelines are threads, worker processes, both with decoded images in mem
 features of a ResNet-50. The others are torch's DataLoader (float32, normalised on the host, and
 uint8), Grain with jaxft's views, and tf.data, as far as they are installed.
 
-The second table shows how many images per second each host of a TPU slice needs, and the cores for
-it at the rates above.
+With `--plan FILE ...`, files that `plan.py --json FILE` has written, the second table shows the
+images per second that each stage takes on all hosts of the topology together, and the cores that
+read as many at the rates above.
 """
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import time
@@ -37,14 +39,6 @@ from jaxft.data import BatchConfig, Preprocessing, Source, open_source, train_ba
 from jaxft.data.image_cache import Cached
 from jaxft.data.process_source import in_processes
 
-# Images per second that a ResNet-50 at 224 pixels needs in bfloat16, as printed by
-#   python scripts/plan.py CONFIG --topology NAME --batch-size N --dtype bfloat16 --cache-mib 0
-# for configs/hymenoptera_resnet50.py (head, late) and configs/seed.py --model resnet50 (all), with
-# 128 images a device; the ends of its range. By topology: hosts, and stages.
-NEEDED = {
-    "v5e-8": (1, {"head": (0, 0), "late": (0, 0), "all": (0, 0)}),
-    "v4-32": (4, {"head": (0, 0), "late": (0, 0), "all": (0, 0)}),
-}
 FEATURES = {"head": (2048,), "late": (14, 14, 1024)}  # of an image, in bfloat16
 
 
@@ -145,6 +139,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads or processes")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each pipeline in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plan", type=Path, nargs="*", default=[], help="of `plan.py --json`")
     options = parser.parse_args()
 
     source = open_source(f"folder:{options.data}").train  # reads all files into the page cache
@@ -169,8 +164,12 @@ def main() -> None:
         f"{options.workers} workers, {os.cpu_count()} cores, {options.rounds} rounds\n"
     )
     print_rates(measured)
-    print()
-    print_needs({name: _median(rounds, "per_core") for name, rounds in measured.items()})
+    if options.plan:
+        names = ["processes", "processes, decoded"]
+        print(f"\n| topology | stage | images/s | cores: {' | cores: '.join(names)} |")
+        print("|---" * (3 + len(names)) + "|")
+    for plan in options.plan:
+        print_needs(plan, {name: _median(measured[name], "per_core") for name in names})
 
 
 def _median(rounds: list[Rates], field: str) -> float:
@@ -190,24 +189,21 @@ def print_rates(measured: dict[str, list[Rates]]) -> None:
         )
 
 
-def print_needs(per_core: dict[str, float]) -> None:
-    """Prints the images per second that each host needs, and the cores for them.
+def print_needs(plan: Path, per_core: dict[str, float]) -> None:
+    """Prints the images per second that each stage of a plan takes, and the cores for them.
 
     Args:
+      plan: file of `jaxft plan --json`.
       per_core: images per second and core of each pipeline.
     """
-    pipelines = ["processes", "processes, decoded"]
-    print(f"| topology | hosts | stage | images/s a host | {' | '.join(pipelines)} |")
-    print("|---" * (4 + len(pipelines)) + "|")
-    for topology, (hosts, stages) in NEEDED.items():
-        for stage, ends in stages.items():
-            low, high = (images / hosts for images in ends)
-            cores = [
-                f"{low / per_core[name]:,.0f}-{high / per_core[name]:,.0f} cores"
-                for name in pipelines
-            ]
-            row = (topology, str(hosts), stage, f"{low:,.0f}-{high:,.0f}", *cores)
-            print(f"| {' | '.join(row)} |")
+    facts = json.loads(plan.read_text())
+    for stage in facts["stages"]:
+        low, high = stage["images_per_second"]
+        cores = [f"{low / rate:,.0f}-{high / rate:,.0f}" for rate in per_core.values()]
+        if stage["frozen_prefix"]["cached_for_training"]:
+            cores = ["features are cached"] * len(cores)
+        row = (facts["topology"], stage["stage"], f"{low:,.0f}-{high:,.0f}", *cores)
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`scripts/benchmark_data.py` on a few small images."""
 
+import json
 import os
 import re
 import subprocess
@@ -23,8 +24,15 @@ def test_benchmark_data_measures_all_loaders(tmp_path):
             for k in range(7):
                 pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{k}.jpg")
+    stages = [
+        {"stage": name, "images_per_second": rates, "frozen_prefix": {"cached_for_training": kept}}
+        for name, rates, kept in (("head", [7e6, 8e6], True), ("late", [5e4, 7e4], False))
+    ]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"topology": "v5e-8", "stages": stages}))
+    options = ["--batch-size", "3", "--epochs", "3", "--rounds", "1", "--plan", plan]
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, "--batch-size", "3", "--epochs", "3", "--rounds", "1"],
+        [sys.executable, SCRIPT, tmp_path, *options],
         capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -37,6 +45,5 @@ def test_benchmark_data_measures_all_loaders(tmp_path):
     assert rows == expected
     for library, name in (("grain", "Grain"), ("tensorflow", "TensorFlow")):
         assert (f"{name} is not installed" in done.stdout) == (find_spec(library) is None)
-    assert re.search(
-        r"^\| v5e-8 \| 1 \| late \| [\d,]+-[\d,]+ \| [\d,]+-[\d,]+ cores", done.stdout, re.M
-    )
+    assert "| v5e-8 | head | 7,000,000-8,000,000 | features are cached |" in done.stdout
+    assert re.search(r"^\| v5e-8 \| late \| 50,000-70,000 \| [\d,]+-[\d,]+ \|", done.stdout, re.M)
