@@ -1,4 +1,8 @@
-"""Decodes image files to RGB, as torchvision's `ImageFolder` does: `convert("RGB")`."""
+"""Decodes image files to RGB, as torchvision's `ImageFolder` does: `convert("RGB")`.
+
+Pillow decodes JPEGs with libjpeg-turbo. Other bindings to it, such as simplejpeg and OpenCV, return
+equal pixels (except for CMYK), but are not faster by more than a few per cent.
+"""
 
 import io
 import warnings
