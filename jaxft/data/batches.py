@@ -137,7 +137,7 @@ def train_batches(
     def select(step: int) -> tuple[np.ndarray, np.ndarray, int, slice]:
         epoch, index = divmod(step, steps)
         row_range = process_rows(index)
-        view = epoch % config.num_views if config.num_views else epoch
+        view = view_of_epoch(epoch, config.num_views)
         first = index * batch_size
         positions = np.arange(first, min(first + batch_size, len(source)))[row_range]
         return epoch_order(epoch)[positions], positions, view, row_range
@@ -180,6 +180,11 @@ class _TrainViews:
         image, target = self.source[example]
         rng = np.random.default_rng(seed)
         return train_view(image, self.preprocessing, self.augment, rng), target
+
+
+def view_of_epoch(epoch: int, num_views: int) -> int:
+    """Returns the number of an epoch's views; `num_views` as in `BatchConfig`."""
+    return epoch % num_views if num_views else epoch
 
 
 def train_view_loader(
@@ -315,8 +320,10 @@ def _feature_batch(
     features: np.ndarray, source: Source, examples: np.ndarray, row_range: slice
 ) -> Batch:
     num_rows, num_examples = row_range.stop - row_range.start, len(examples)
-    padding = (0, num_rows - num_examples)
-    rows = np.pad(features[examples], (padding, *[(0, 0)] * (features.ndim - 1)))
+    rows = np.empty((num_rows, *features.shape[1:]), features.dtype)
+    # With its default mode, `take` would copy the rows twice.
+    np.take(features, examples, 0, out=rows[:num_examples], mode="clip")
+    rows[num_examples:] = 0
     targets = np.asarray(source.targets[examples], np.int32)
-    targets = np.pad(targets, (padding, *[(0, 0)] * (targets.ndim - 1)))
+    targets = np.pad(targets, ((0, num_rows - num_examples), *[(0, 0)] * (targets.ndim - 1)))
     return Batch(rows, targets, np.arange(num_rows) < num_examples)
