@@ -40,7 +40,9 @@ _MAX_NAMES = 20_000  # names that a process sends to the others, all of one clas
 _FILE_TIMEOUT = 10.0  # seconds until a network file system shows a new file on all hosts
 
 
-def check_agreement(workdir: str | PathLike[str], recipe: Recipe, splits: Splits) -> None:
+def check_agreement(
+    workdir: str | PathLike[str], recipe: Recipe, splits: Splits, device_cache_mib: int
+) -> None:
     """Returns once all processes have the same recipe, images, versions and workdir.
 
     All processes must call it, or fail within `process_exchange.announced`.
@@ -50,7 +52,8 @@ def check_agreement(workdir: str | PathLike[str], recipe: Recipe, splits: Splits
     """
     if num_processes() == 1:
         return
-    facts = _facts(recipe, splits)  # before the round, so that `announced` sends its errors
+    # Before the round, so that `announced` sends its errors.
+    facts = {**_facts(recipe, splits), "device_cache_mib": device_cache_mib}
     try:
         facts_by_process = exchange("facts", facts)
         _check_facts(facts_by_process, splits)

@@ -44,6 +44,11 @@ class ArrayCache:
             oldest = next(iter(self._trees))
             self._free_bytes += _num_bytes(self._trees.pop(oldest))
 
+    def clear(self) -> None:
+        """Evicts all trees."""
+        self._trees.clear()
+        self._free_bytes = self._max_bytes
+
     def replayed(
         self, key: Hashable, trees: Generator[T, None, None], count: int
     ) -> Generator[T, None, None]:

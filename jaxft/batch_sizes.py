@@ -147,6 +147,11 @@ def _save_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) ->
             "remat=True (--remat True) computes each block again in the backward pass: a forward "
             "pass more, the same results, and this run resumes with it."
         )
+    if recipe.device_cache_mib != 0 and jax.default_backend() != "cpu":
+        advice.append(
+            "device_cache_mib=0 (--device-cache-mib 0) caches features of frozen layers in the "
+            "memory of the hosts."
+        )
     parts = 2 * stage.accumulate
     if batch_size % parts == 0:
         advice.append(

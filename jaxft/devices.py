@@ -7,7 +7,7 @@ inserts the communication (GSPMD, Xu et al. 2021, arXiv:2105.04663).
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +34,11 @@ arrays would save no memory worth the latency."""
 BATCH_AXIS = "batch"  # the only axis of the mesh
 
 
+def cache_share(memory: float) -> int:
+    """Returns the MiB for cached features of a device with this memory in bytes: a quarter."""
+    return int(memory / 4) // 2**20
+
+
 def _all_devices() -> Mesh:
     # Not jax.make_mesh, which orders a TPU's devices by its wiring. Each process must hold
     # consecutive rows of the batch, so that the rows do not depend on the number of hosts.
@@ -50,6 +55,7 @@ class Devices:
     Attributes:
       sharding: placement of parameters and optimizer state.
       mesh: mesh with the single axis "batch"; all devices by default.
+      cache_mib: memory of each device for cached features, in MiB.
 
     Raises:
       ParallelError: the processes have different numbers of devices.
@@ -62,6 +68,7 @@ class Devices:
 
     sharding: Sharding = "replicated"
     mesh: Mesh = field(default_factory=_all_devices)
+    cache_mib: int = 0
 
     def __post_init__(self) -> None:
         counts = Counter(device.process_index for device in self.mesh.devices.flat)
@@ -83,6 +90,16 @@ class Devices:
         """Platform of the devices: `cpu`, `tpu`, `cuda` or `rocm`."""
         device = self.mesh.devices.flat[0]
         return "cuda" if device.platform == "gpu" else str(device.platform)
+
+    def with_cache(self, cache_mib: int | None) -> "Devices":
+        """Returns the devices with this memory for cached features; None: a share of the memory.
+
+        Depends on this process's devices; `jaxft.agreement` compares the result with the others'.
+        """
+        if cache_mib is None:
+            stats = jax.local_devices()[0].memory_stats() if self.platform != "cpu" else None
+            cache_mib = cache_share((stats or {}).get("bytes_limit", 0))
+        return replace(self, cache_mib=cache_mib)
 
     @property
     def shard(self) -> tuple[int, int]:

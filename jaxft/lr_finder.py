@@ -247,7 +247,7 @@ def _range_test(trial: Trial, low: float, high: float) -> Curve:
     if compiled.gradient_norms:
         first = trial.batches(min(BATCHES, program.epoch_length(0)))
         state = restart_with_auto_rgn(
-            compiled, program.devices, state, frozen, first, step=0, start=start
+            compiled, program.devices, state, frozen, first, step=0, rest=[start]
         )
     losses: list[float] = []
     for step, batch in enumerate(trial.batches(program.steps)):

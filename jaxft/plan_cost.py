@@ -17,7 +17,7 @@ from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.data.arrays import ArraySource
-from jaxft.devices import Devices
+from jaxft.devices import Devices, cache_share
 from jaxft.errors import ParallelError, RecipeError
 from jaxft.hlo_cost import HloCost, hlo_cost
 from jaxft.labels import Tree, partition
@@ -179,10 +179,12 @@ class RunPlan:
         model = open_recipe.open_network(recipe, None, splits.train.classes)
         open_recipe.check_image_size(recipe, model)
         if topology == CPU:
-            devices, chip = Devices(recipe.sharding), None
+            devices, chip = Devices(recipe.sharding).with_cache(recipe.device_cache_mib), None
         else:
             slices = _slices(topology)
             devices, chip = slices.devices(recipe.sharding), slices.chip
+            cache_mib = recipe.device_cache_mib
+            devices = devices.with_cache(cache_share(chip.hbm) if cache_mib is None else cache_mib)
         return cls(recipe, model, open_recipe.start_shapes(model), splits, devices, chip)
 
     def programs(self, batch_size: int | None = None) -> tuple[StageProgram, ...]:

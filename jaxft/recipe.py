@@ -22,11 +22,10 @@ from jaxft.optim.optimizers import SGD, Optimizer
 from jaxft.stage_options import Augment, Balance
 from jaxft.stages import Stage, check_stages
 
-# Fields that affect the speed of a run, how much of it a crash loses, and rounding. A run may
-# resume with other values.
+# Fields that affect speed, rounding and the work that a crash loses. A run may change them.
 RESULT_NEUTRAL_FIELDS = (
-    "workers", "worker_processes", "cache_mib", "disk_cache_mib", "sharding", "checkpoint_steps",
-    "sync_steps", "steps_per_execution", "remat", "on_nonfinite",
+    "workers", "worker_processes", "cache_mib", "disk_cache_mib", "device_cache_mib", "sharding",
+    "checkpoint_steps", "sync_steps", "steps_per_execution", "remat", "on_nonfinite",
 )  # fmt: skip
 
 
@@ -200,13 +199,17 @@ class Recipe:
     disk_cache_mib: int = 0
     """Disk space in MiB for cached features that exceed the memory, as memory-mapped files in the
     folder for temporary files (TMPDIR), deleted with the run; 0: cache in memory only."""
+    device_cache_mib: int | None = None
+    """Memory in MiB of each device for cached features, divided among the devices; none: a quarter
+    of the memory on TPU and GPU, 0 on CPU. Changes results by rounding only."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         counts = {
             "shots batch_size image_size resize_size sync_steps steps_per_execution": 1,
-            "workers worker_processes cache_mib disk_cache_mib checkpoint_steps num_views": 0,
+            "workers worker_processes cache_mib disk_cache_mib device_cache_mib": 0,
+            "checkpoint_steps num_views": 0,
         }
         for names, minimum in counts.items():
             values = {name: getattr(self, name) for name in names.split()}
@@ -328,10 +331,7 @@ class Recipe:
         return StageSettings(**{field: getattr(recipe, field) for field in _STAGE_FIELDS})
 
     def check_own_network(self) -> None:
-        """Raises RecipeError if the recipe sets options of jaxft's networks.
-
-        A run with a network passed to `finetune(model=...)` calls it.
-        """
+        """Raises RecipeError if the recipe sets options of jaxft's networks."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [name for name in OPTIONS if getattr(self, name) != defaults[name]]
         if changed:

@@ -80,9 +80,10 @@ def apart(records: R, count: int, steps_per_call: int) -> list[R]:
 
 
 def several_steps(step: Callable[..., tuple[S, R]], devices: Devices) -> Callable[..., tuple[S, R]]:
-    """Returns `(state, frozen, batches, count, number, start) -> (state, records)`.
+    """Returns `(state, frozen, batches, count, number, *rest) -> (state, records)`.
 
     It takes the first `count` of stacked batches; `number` is the global step of the first.
+    `rest` are the further arguments of `step`.
     """
 
     def steps(
@@ -91,10 +92,10 @@ def several_steps(step: Callable[..., tuple[S, R]], devices: Devices) -> Callabl
         batches: Batch,
         count: jax.Array,
         number: jax.Array,
-        start: Tree,
+        *rest: Any,
     ) -> tuple[S, R]:
         def one(state: S, batch: Batch, i: Any) -> tuple[S, R]:
-            return step(state, frozen, batch, number + i, start)
+            return step(state, frozen, batch, number + i, *rest)
 
         # The loop leaves the sharding of its results open.
         return devices.constrain(one_by_one(one, state, batches, count))

@@ -166,6 +166,17 @@ def test_devices_rejects_unequal_processes():
         Devices(mesh=SimpleNamespace(devices=np.array(owners)))
 
 
+def test_devices_cache_features_in_a_quarter_of_their_memory(monkeypatch):
+    tpu = SimpleNamespace(
+        platform="tpu", process_index=0, memory_stats=lambda: {"bytes_limit": 16 * 2**30}
+    )
+    devices = Devices(mesh=SimpleNamespace(devices=np.array([tpu])))
+    monkeypatch.setattr(jax, "local_devices", lambda: [tpu])
+    assert devices.with_cache(None).cache_mib == 4096
+    assert devices.with_cache(7).cache_mib == 7
+    assert Devices().with_cache(None).cache_mib == 0  # on CPU
+
+
 def test_devices_are_hashable():
     assert Devices("fsdp") == Devices("fsdp") != Devices()
     assert hash(Devices("fsdp")) == hash(Devices("fsdp"))

@@ -58,13 +58,19 @@ def spared(program: StageProgram) -> str:
     if not prefix.blocks:
         return f"No features are cached: {prefix.reason}."
     first, last = prefix.blocks[0], prefix.blocks[-1]
-    where = " on disk" if program.recipe.disk_cache_mib else ""
+    size = _mib(prefix.mib)
+    if prefix.on_devices:
+        where = " in device memory"
+        if (count := len(program.devices)) > 1:
+            size += f", {_mib(prefix.mib / count)} a device"
+    else:
+        where = " on disk" if program.recipe.disk_cache_mib else ""
     blocks = first if first == last else f"{first} to {last}"
     if prefix.train:
-        return f"Features of {blocks} are cached{where}, {_mib(prefix.mib)}."
+        return f"Features of {blocks} are cached{where}, {size}."
     text = f"Features of {blocks} are not cached for training: {prefix.reason}."
     if prefix.val:
-        text += f" For validation they are cached{where}, {_mib(prefix.mib)}."
+        text += f" For validation they are cached{where}, {size}."
     return text
 
 

@@ -7,6 +7,7 @@ the norm of its gradient to its own.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ def restart_with_auto_rgn(
     batches: Iterable[Batch],
     *,
     step: int,
-    start: Tree | None = None,
+    rest: Sequence[Any] = (None,),
 ) -> TrainState:
     """Returns the state with a fresh optimizer, its learning rates scaled by the gradients.
 
@@ -94,11 +95,11 @@ def restart_with_auto_rgn(
       state, frozen: arrays of the stage.
       batches: batches on the devices.
       step: global step of the first batch.
-      start: see `train_step`.
+      rest: further arguments of the step: start, and features in device memory.
     """
     assert compiled.gradient_norms is not None
     measured = [
-        compiled.gradient_norms(state, frozen, batch, np.int32(number), start)
+        compiled.gradient_norms(state, frozen, batch, np.int32(number), *rest)
         for number, batch in enumerate(batches, step)
     ]
     params = combine(state.trainable, frozen)

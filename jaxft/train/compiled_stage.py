@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,16 @@ from jaxft.data import Batch
 from jaxft.labels import Tree
 from jaxft.steps_per_execution import several_steps
 from jaxft.train.eval_step import eval_step
+from jaxft.train.feature_storage import DeviceStorage
 from jaxft.train.frozen_prefix import compile_prefix
 from jaxft.train.metrics import GradientNorms
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.train_step import TrainState
+
+S = TypeVar("S")
+
+_INDEX: tuple[tuple[int, ...], np.dtype[Any]] = (), np.dtype(np.int32)
+"""Shape and dtype of the index of an image whose features are in device memory."""
 
 
 class CompiledStage(NamedTuple):
@@ -28,10 +35,12 @@ class CompiledStage(NamedTuple):
       copy: copies a training state to other buffers.
       step: `(state, frozen, batch, number, start) -> (state, record)`, see `train_step`; `number`
         is the global step. The state is donated. With `steps_per_execution` above 1, batches and
-        records are stacked, and the number of batches follows them. None for a linear probe.
+        records are stacked, and the number of batches follows them. With features in device memory,
+        they are the last argument. None for a linear probe.
       gradient_norms: see `StageProgram.gradient_norms`; by tensor. None without `auto_rgn`.
       prefix: see `compile_prefix`; empty if nothing of the prefix is cached.
-      score: see `eval_step`; of batches of features. None: they are not cached.
+      score: see `eval_step`; of batches of features, or of indices and the features in device
+        memory. None: they are not cached.
       flops: floating-point operations of a step.
       prefix_flops: floating-point operations of the prefix on a batch.
     """
@@ -89,6 +98,9 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     number = jax.ShapeDtypeStruct((), jnp.int32)
     start = params if stage.anchor else None
     images = _batch_shapes(program, *_image_row(program))
+    features, example = list[Any](), _training_row(program)
+    if prefix.train and prefix.on_devices:
+        features, example = [_device_features(program, "train")], _INDEX
 
     def init_optimizer(params: Tree) -> optax.OptState:
         return devices.constrain(program.transform().init(params))
@@ -97,30 +109,33 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         return devices.constrain(jax.tree.map(jnp.copy, state))
 
     def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
-        row, counts = _training_row(program), {program.sizes.rows}
+        counts = {program.sizes.rows}
         if program.epoch_length(0) == program.steps_per_epoch:  # the stage reaches a last batch
             counts.add(program.sizes.last_rows)
         programs = {}
         for rows in sorted(counts, reverse=True):
-            batches = _batch_shapes(program, *row, rows=rows, steps_per_call=steps_per_call)
+            batches = _batch_shapes(program, *example, rows=rows, steps_per_call=steps_per_call)
             programs[rows] = devices.lower(function, state, frozen, batches, *rest).compile()
         full = program.sizes.rows
         return programs[full] if len(programs) == 1 else ByRows(programs, full)
 
     step = norms = score = None
     if not stage.linear_probe:
-        function, numbers = program.train_step(), [number]
+        function, numbers = _from_devices(program, program.train_step()), [number]
         if steps_per_call > 1:
             function, numbers = several_steps(function, devices), [number, number]
-        step = compiled(jax.jit(function, donate_argnums=0), steps_per_call, *numbers, start)
+        step = jax.jit(function, donate_argnums=0)
+        step = compiled(step, steps_per_call, *numbers, start, *features)
     if stage.auto_rgn:
-        norms = compiled(jax.jit(program.gradient_norms(program.tensor_labels())), 1, number, start)
+        measure = _from_devices(program, program.gradient_norms(program.tensor_labels()))
+        norms = compiled(jax.jit(measure), 1, number, start, *features)
     through: dict[str, Any] = {}
     if prefix.row and prefix.val:
         like = (params, stats, images.image)
         through = compile_prefix(
             program.model, recipe.preprocessing, devices, prefix.cuts, like, recipe.matmul_precision
         )
+        row = (2 if recipe.tta == "flip" else 1, *prefix.row.shape)
         scoring = eval_step(
             program.model,
             recipe.preprocessing,
@@ -129,12 +144,15 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
             loss=program.loss.function,
             metrics=recipe.metrics,
             precision=recipe.matmul_precision,
+            take=partial(DeviceStorage(devices, prefix.batch_size).take_in_order, row=row),
         )
-        views = 2 if recipe.tta == "flip" else 1
-        row = (views, *prefix.row.shape), prefix.row.dtype
-        features = _batch_shapes(program, *row, steps_per_call=steps_per_call)
-        count = (number,) if steps_per_call > 1 else ()
-        score = devices.lower(scoring, params, stats, features, *count).compile()
+        rest: list[Any] = [number] * (steps_per_call > 1)
+        val_example = row, prefix.row.dtype
+        if prefix.on_devices:
+            rest.append(_device_features(program, "val"))
+            val_example = _INDEX
+        batches = _batch_shapes(program, *val_example, steps_per_call=steps_per_call)
+        score = devices.lower(scoring, params, stats, batches, *rest).compile()
     return CompiledStage(
         devices.lower(jax.jit(init_optimizer), params).compile(),
         devices.lower(jax.jit(copy), state).compile(),
@@ -177,6 +195,33 @@ def _training_row(program: StageProgram) -> tuple[tuple[int, ...], np.dtype[Any]
     if prefix.row and prefix.train:
         return prefix.row.shape, prefix.row.dtype
     return _image_row(program)
+
+
+def _device_features(program: StageProgram, split: Literal["train", "val"]) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the features of a split in device memory."""
+    prefix = program.prefix
+    assert prefix.row
+    flips = 2 if split == "val" and program.recipe.tta == "flip" else 1
+    row = jax.ShapeDtypeStruct((flips, *prefix.row.shape), prefix.row.dtype)
+    storage = DeviceStorage(program.devices, prefix.batch_size)
+    return storage.shape(prefix.images[split == "val"], row)
+
+
+def _from_devices(program: StageProgram, step: Callable[..., S]) -> Callable[..., S]:
+    """Returns a step that takes features from device memory, if the stage's are there.
+
+    Its batches hold indices of images, and its last argument is the features.
+    """
+    prefix = program.prefix
+    if not (prefix.row and prefix.train and prefix.on_devices):
+        return step
+    row, storage = prefix.row.shape, DeviceStorage(program.devices, prefix.batch_size)
+
+    def from_devices(state: TrainState, frozen: Tree, batch: Batch, *rest: Any) -> S:
+        batch = batch._replace(image=storage.take(rest[-1], batch, row))
+        return step(state, frozen, batch, *rest[:-1])
+
+    return from_devices
 
 
 def _batch_shapes(

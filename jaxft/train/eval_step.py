@@ -1,6 +1,6 @@
 """The evaluation step: every example counts once, whatever the batch size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ def eval_step(
     loss: LossChoice = "cross_entropy",
     metrics: Sequence[str] = (),
     precision: MatmulPrecision = "default",
+    take: Callable[[jax.Array, Batch], jax.Array] | None = None,
 ) -> Any:
     """Returns the jitted `(params, stats, batch) -> metrics`, which uses running statistics.
 
@@ -69,9 +70,13 @@ def eval_step(
       loss: loss of an example, which is neither smoothed nor weighted.
       metrics: functions of the user, see `jaxft.example_function`.
       precision: of float32 products.
+      take: returns the features of a batch that holds indices, from the step's last argument.
     """
 
-    def step(params: Tree, stats: Tree, batch: Batch) -> Metrics:
+    def step(params: Tree, stats: Tree, batch: Batch, features: jax.Array | None = None) -> Metrics:
+        if features is not None:
+            assert take
+            batch = batch._replace(image=take(features, batch))
         if examples:
             count = examples[len(batch.mask)]
             batch = jax.tree.map(lambda x: x[:count], batch)
@@ -82,9 +87,11 @@ def eval_step(
         logits = mean_logits(model, params, stats, views, first=first)
         return Metrics.of_batch(logits, batch.target, batch.mask, loss, metrics)
 
-    def steps(params: Tree, stats: Tree, batches: Batch, count: jax.Array) -> Metrics:
+    def steps(
+        params: Tree, stats: Tree, batches: Batch, count: jax.Array, *features: jax.Array
+    ) -> Metrics:
         def one(_: None, batch: Batch, i: jax.Array) -> tuple[None, Metrics]:
-            return None, step(params, stats, batch)
+            return None, step(params, stats, batch, *features)
 
         return one_by_one(one, None, batches, count)[1]
 

@@ -22,9 +22,6 @@ The cache ends with the process. A resumed run computes its features again, to t
 """
 
 import hashlib
-import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -40,10 +37,11 @@ from jaxft.data import Batch, Source, Splits
 from jaxft.data.batches import train_view_loader
 from jaxft.data.source import Target
 from jaxft.devices import Devices
-from jaxft.errors import NonFiniteError, RecipeError
+from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree, paths
 from jaxft.models.norm_modes import layer
 from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.feature_storage import Features, Storage
 from jaxft.train.frozen_prefix import layer_blocks
 from jaxft.train.stage_program import StageProgram
 
@@ -93,21 +91,23 @@ class StageFeatures:
     cache: ArrayCache
     each_batch: EachBatch
 
-    def train(self, view: int = 0) -> np.ndarray | None:
-        """Returns the features `[n ...]` of a view of the training images; None if a signal came.
+    def train(self, view: int = 0) -> Features | None:
+        """Returns the features `[n 1 ...]` of a view of the training images.
+
+        Returns None if a signal came. See `DeviceStorage` for the shape in device memory.
 
         Raises:
           NonFiniteError: some are not finite, and the recipe does not skip such steps.
           RecipeError: the disk has no room for them.
         """
         stage_and_view = None if self.program.prefix.unaugmented else (self.program.index, view)
-        features = self._features("train", stage_and_view)
-        return None if features is None else features[:, 0]
+        return self._features("train", stage_and_view)
 
-    def val(self) -> np.ndarray | None:
+    def val(self) -> Features | None:
         """Returns the features `[n f ...]` of the validation images; None if a signal came.
 
-        `f` is 1, or with `tta="flip"` 2: each image, then its mirror image.
+        `f` is 1, or with `tta="flip"` 2: each image, then its mirror image. See `DeviceStorage` for
+        the shape in device memory.
 
         Raises:
           NonFiniteError: some are not finite, and the recipe does not skip such epochs.
@@ -115,11 +115,11 @@ class StageFeatures:
         """
         return self._features("val", None)
 
-    def _features(self, split: Split, stage_and_view: tuple[int, int] | None) -> np.ndarray | None:
-        """Returns features `[n f ...]` from the cache, or computes and caches them."""
+    def _features(self, split: Split, stage_and_view: tuple[int, int] | None) -> Features | None:
+        """Returns features from the cache, or computes and caches them."""
         size, ends = self.program.settings.batch_size, self.program.prefix.ends
         keys = [(split, stage_and_view, size, self._digests[end]) for end in ends]
-        cached: np.ndarray | None = self.cache.get(keys[-1])  # the last end is this stage's
+        cached: Features | None = self.cache.get(keys[-1])  # the last end is this stage's
         if cached is not None:
             return cached
         computed = self._compute(split, stage_and_view)
@@ -132,7 +132,7 @@ class StageFeatures:
 
     def _compute(
         self, split: Split, stage_and_view: tuple[int, int] | None
-    ) -> list[np.ndarray | None] | None:
+    ) -> list[Features | None] | None:
         """Computes the features at each of the prefix's ends in one pass over the images.
 
         Returns None if a signal came; see `_FeatureWriter.finish` for ends without features.
@@ -142,9 +142,9 @@ class StageFeatures:
         flips = (1, -1) if split == "val" and recipe.tta == "flip" else (1,)
         params, stats, _ = self.snapshot()
         stops = recipe.on_nonfinite == "stop"
+        storage = self.program.prefix.storage(self.devices, recipe)
         error = partial(self._nonfinite_error, split, len(source)) if stops else None
-        allocate = partial(_allocate, recipe.disk_cache_mib > 0)
-        writer = _FeatureWriter(len(source), size, self.devices, allocate, error)
+        writer = _FeatureWriter(len(source), size, self.devices, storage, error)
 
         def enqueue(batch: Batch) -> None:
             flipped = (jnp.asarray(batch.image)[:, :, ::flip] for flip in flips)
@@ -213,38 +213,39 @@ class StageFeatures:
 
 @dataclass
 class _FeatureWriter:
-    """Copies features from the devices, batch by batch, into arrays of all images of a split.
+    """Stores features batch by batch in arrays of all images of a split.
 
     A batch stays pending until the next batch is enqueued, so that the devices compute the next
-    batch during the copy.
+    batch during a copy to the host.
 
     Attributes:
       num_images: number of images of the split.
       batch_size: images per batch; further rows are padding, so that the batch divides over the
         devices.
       devices: copies arrays to the host.
-      allocate: returns an uninitialised array.
+      storage: where the features are stored.
       error: returns the error of an image whose features are not finite; None: they are stored.
-      arrays: features `[n f ...]` at each end, of `f` flips.
+      arrays: features at each end, `[n f ...]` with `f` flips or as in `DeviceStorage`.
     """
 
     num_images: int
     batch_size: int
     devices: Devices
-    allocate: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+    storage: Storage
     error: Callable[[int], NonFiniteError] | None
-    arrays: list[np.ndarray | None] = field(default_factory=list)
-    _pending: list[list[tuple[jax.Array, jax.Array]]] | None = None
+    arrays: list[Any] = field(default_factory=list)
+    _pending: list[tuple[jax.Array, jax.Array]] | None = None
     _num_written: int = 0
 
     def enqueue(self, features: list[list[jax.Array]]) -> None:
         """Takes the features `[b ...]` of the next batch, by flip and end."""
         previous = self._pending
-        self._pending = [[(x, finite_rows(x)) for x in ends] for ends in features]
+        stacked = [jnp.stack(flips, 1) for flips in zip(*features, strict=True)]
+        self._pending = [(x, finite_rows(x)) for x in stacked]
         if previous is not None:
             self._write(previous)
 
-    def finish(self) -> list[np.ndarray | None]:
+    def finish(self) -> list[Features | None]:
         """Writes the last batch and returns the features at each end.
 
         Returns None for an end of a later stage whose features are not finite: that stage raises
@@ -254,45 +255,19 @@ class _FeatureWriter:
         self._write(self._pending)
         return self.arrays
 
-    def _write(self, batch: list[list[tuple[jax.Array, jax.Array]]]) -> None:
-        """Writes a batch: features `[b ...]` and their finite rows `[b]`, by flip and end."""
-        flips_by_end = [*zip(*self.devices.host(batch), strict=True)]
-        by_end = [np.stack([x for x, _ in flips], 1) for flips in flips_by_end]
+    def _write(self, batch: list[tuple[jax.Array, jax.Array]]) -> None:
+        """Writes a batch: features `[b f ...]` and their finite rows `[b]`, by end."""
         if not self.arrays:  # the first batch has the shapes
-            for x in by_end:
-                self.arrays.append(self.allocate((self.num_images, *x.shape[1:]), x.dtype))
+            self.arrays = [self.storage.allocate(self.num_images, x) for x, _ in batch]
         first = self._num_written
         count = min(self.batch_size, self.num_images - first)
-        for end, (x, flips) in enumerate(zip(by_end, flips_by_end, strict=True)):
-            wrong = np.flatnonzero(~np.all([finite for _, finite in flips], 0)[:count])
+        finite_by_end = self.devices.host([finite for _, finite in batch])
+        for end, ((x, _), finite) in enumerate(zip(batch, finite_by_end, strict=True)):
+            wrong = np.flatnonzero(~finite[:count])
             if len(wrong) and self.error:
-                if end == len(by_end) - 1:  # of this stage
+                if end == len(batch) - 1:  # of this stage
                     raise self.error(first + int(wrong[0]))
                 self.arrays[end] = None
             if (array := self.arrays[end]) is not None:
-                array[first : first + count] = x[:count]
+                self.arrays[end] = self.storage.write(array, x, first, count)
         self._num_written += count
-
-
-def _allocate(on_disk: bool, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Returns an uninitialised array in memory, or in a file of the temporary folder.
-
-    Raises:
-      RecipeError: the disk has no room for the array.
-    """
-    if not on_disk:
-        return np.empty(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize
-    # The file has no name: the disk frees it together with the array.
-    with tempfile.TemporaryFile() as file:
-        try:  # reserves the room, as a full disk would later end the process by SIGBUS
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise RecipeError(
-                f"the features of frozen layers need {size / 2**20:,.0f} MiB more in "
-                f"{tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder with more "
-                "room, or disk_cache_mib to the room that is left."
-            ) from error
-        # A plain array: rows and batches cut from it are plain too. Its base holds the mapping.
-        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))

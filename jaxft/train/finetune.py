@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from jaxft import agreement, export, lost_process, models
+from jaxft.array_cache import ArrayCache
 from jaxft.batch_sizes import batch_sizes, oversized
 from jaxft.checkpoint import atomic, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -186,7 +187,7 @@ def finetune(
         if not begun and not forked:
             source, recipe = read_weights(recipe, model, classes)
         check_image_size(recipe, model)
-        devices = Devices(recipe.sharding)
+        devices = Devices(recipe.sharding).with_cache(recipe.device_cache_mib)
         origin, remarks = recipe.weights or "random weights", list[str]()
         if forked:
             origin = f"stage {forked.stage!r} of {forked.workdir}"
@@ -212,7 +213,7 @@ def finetune(
             check_extension(folder, begun, old, programs, start)
         if forked:
             check_fork(forked, ended_stage, programs, *start)
-        agreement.check_agreement(folder, recipe, splits)
+        agreement.check_agreement(folder, recipe, splits, devices.cache_mib)
 
         # Print what is about to run, then train.
         console.row(_prologue(recipe, splits, start[0], origin))
@@ -268,9 +269,11 @@ def _run(
             )
             for loss in dict.fromkeys(program.loss.function for program in programs)
         }
+        device_cache = ArrayCache(devices.cache_mib * len(devices) * 2**20)
         trainer = Trainer(
             recipe, splits, programs, devices, evaluators, checkpoints, metrics, console,
-            interruption, anchor_params, caches.features, caches.batches, on_epoch_end,
+            interruption, anchor_params, caches.features, device_cache, caches.batches,
+            on_epoch_end,
         )  # fmt: skip
         progress, end = train_stages(trainer, start, forked)
         if trainer.stop_asked():

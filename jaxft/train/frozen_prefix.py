@@ -4,11 +4,11 @@ Its features of an image are always the same, so they can be cached instead of c
 step. For training images this needs a fixed number of views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxft.models.norm_modes import layer
 from jaxft.patterns import Pattern, matcher
 from jaxft.recipe import Recipe, StageSettings
 from jaxft.stage_plan import StagePlan
+from jaxft.train.feature_storage import DeviceStorage, HostStorage, Storage
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class FrozenPrefix:
       row: shape and dtype of the features of one image.
       train, val: whether the features of training and validation images are cached.
       reason: why the features of training images are not cached.
-      mib: size of all cached features in MiB.
+      on_devices: whether the features are cached in device memory.
+      images: number of training and validation images.
+      mib: size of all cached features in MiB; on several devices, of all together.
       room: size that the recipe allows, in MiB.
       batch_size: images per pass, on which the last bits of the features depend.
       unaugmented: whether the training images are not augmented. Their features then serve all
@@ -49,6 +52,8 @@ class FrozenPrefix:
     train: bool = False
     val: bool = False
     reason: str = "it has not been asked for"
+    on_devices: bool = False
+    images: tuple[int, int] = (0, 0)
     mib: float = 0.0
     room: int = 0
     batch_size: int = 0
@@ -61,6 +66,12 @@ class FrozenPrefix:
         """Blocks whose features a pass over the images stores: `taps`, then the prefix's last."""
         return (*self.taps, *self.blocks[-1:])
 
+    def storage(self, devices: Devices, recipe: Recipe) -> Storage:
+        """Returns the storage of the features."""
+        if self.on_devices:
+            return DeviceStorage(devices, self.batch_size)
+        return HostStorage(devices, recipe.disk_cache_mib > 0)
+
 
 def frozen_prefix(
     plan: StagePlan,
@@ -70,6 +81,7 @@ def frozen_prefix(
     norms: Mapping[str, NormMode],
     like: tuple[Tree, Tree],
     *,
+    devices: Devices,
     images: tuple[int, int],
     epochs: int,
 ) -> FrozenPrefix:
@@ -82,6 +94,7 @@ def frozen_prefix(
       model: the network.
       norms: mode of each norm layer.
       like: parameters and statistics, or their shapes.
+      devices: where the stage runs.
       images: number of training and validation images.
       epochs: length of the stage.
     """
@@ -96,17 +109,18 @@ def frozen_prefix(
         *(params, stats, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
     )
     row = jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
-    mib = row.size * row.dtype.itemsize / 2**20
-    to_train, to_validate = images
-    of_val = mib * to_validate * (2 if recipe.tta == "flip" else 1)
-    of_both = of_val + mib * to_train * (1 if probes else _views(settings))
-    field = "disk_cache_mib" if recipe.disk_cache_mib else "cache_mib"
-    room = getattr(recipe, field)
+    places = list(_places(recipe, settings, devices, row, images))
     # A linear probe needs all features at once, whatever the room.
     reason = "" if probes else _why_not(recipe, settings, epochs)
-    if not reason and not probes and of_both > room:
-        reason = f"the features take {of_both:,.0f} MiB, and {field} is {room}"
-    train, val = not reason, probes or of_val <= room
+    if not reason and not probes and not any(each.both <= each.room for each in places):
+        host = places[-1]
+        reason = f"the features take {host.both:,.0f} MiB, and {host.field} is {host.room}"
+        if devices.cache_mib:
+            reason += f" (device_cache_mib: {devices.cache_mib} a device)"
+    train = not reason
+    fitting = (each for each in places if (each.both if train else each.val) <= each.room)
+    place = next(fitting, places[-1])
+    val = probes or place.val <= place.room
     return FrozenPrefix(
         blocks,
         model.blocks[len(blocks)],
@@ -114,11 +128,54 @@ def frozen_prefix(
         train,
         val,
         reason,
-        mib=of_both if train else of_val if val else 0.0,
-        room=room,
+        on_devices=place.on_devices,
+        images=images,
+        mib=place.both if train else place.val if val else 0.0,
+        room=place.room,
         batch_size=settings.batch_size,
         unaugmented=probes or settings.augment == "none",
     )
+
+
+class _Place(NamedTuple):
+    """Where features may be cached.
+
+    Attributes:
+      field: field of the recipe that sets the room.
+      on_devices: whether it is device memory.
+      room, val, both: in MiB, the room, and the size of the features of the validation images and
+        of all images.
+    """
+
+    field: str
+    on_devices: bool
+    room: int
+    val: float
+    both: float
+
+
+def _places(
+    recipe: Recipe,
+    settings: StageSettings,
+    devices: Devices,
+    row: jax.ShapeDtypeStruct,
+    images: tuple[int, int],
+) -> Iterator[_Place]:
+    """Yields the places for the features of a stage, the first choice first."""
+    mib = row.size * row.dtype.itemsize / 2**20
+    flips, views = 2 if recipe.tta == "flip" else 1, max(1, _views(settings))
+
+    def place(field: str, room: int, counts: Iterable[int], *, on_devices: bool) -> _Place:
+        to_train, to_validate = counts
+        val = mib * flips * to_validate
+        return _Place(field, on_devices, room, val, val + mib * views * to_train)
+
+    if devices.cache_mib:
+        rows = map(DeviceStorage(devices, settings.batch_size).num_rows, images)
+        room = devices.cache_mib * len(devices)
+        yield place("device_cache_mib", room, rows, on_devices=True)
+    field = "disk_cache_mib" if recipe.disk_cache_mib else "cache_mib"
+    yield place(field, getattr(recipe, field), images, on_devices=False)
 
 
 def with_cuts_and_taps(prefixes: Sequence[FrozenPrefix]) -> list[FrozenPrefix]:
@@ -142,7 +199,8 @@ def _taps(prefix: FrozenPrefix, later: Sequence[FrozenPrefix]) -> tuple[str, ...
         depth = len(other.blocks)
         # Features of other views of the training images would be of no use.
         useless = prefix.train and not (other.train and prefix.unaugmented and other.unaugmented)
-        same = other.val and other.batch_size == prefix.batch_size
+        same_place = other.val and other.on_devices == prefix.on_devices
+        same = same_place and other.batch_size == prefix.batch_size
         if same and not useless and 0 < depth < intact and other.mib <= free:
             free -= other.mib
             ends.insert(0, other.blocks[-1])

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
+from jaxft.data.batches import view_of_epoch
 from jaxft.data.process_source import ProcessSource
 from jaxft.distributed import any_process
 from jaxft.report.nonfinite import step_error
@@ -42,13 +44,16 @@ def run_gradient_stage(
       InterruptedRunError: a signal asked the run to stop; a checkpoint is saved.
       NonFiniteError: a step or the validation loss is not finite, and the recipe stops then.
     """
-    features = trainer.features(program, compiled, lambda: current.best)
+    features, prefix = trainer.features(program, compiled, lambda: current.best), program.prefix
 
-    def train_features(view: int) -> np.ndarray:
+    def train_features(view: int) -> Any:
         if (rows := features.train(view)) is None:
             raise trainer.stopped()
         return rows
 
+    views = program.settings.num_views
+    indices = np.arange(len(trainer.splits.train), dtype=np.int32)
+    on_host = (lambda _: indices) if prefix.on_devices else lambda view: train_features(view)[:, 0]
     # The step donates its state, whose arrays are the candidate 0 for the best epoch.
     current.state = compiled.copy(current.state)
     batches = program.batches(
@@ -56,12 +61,15 @@ def run_gradient_stage(
         stop_epoch=program.epochs,
         first_epoch=current.progress.epoch,
         first_step=current.progress.position,
-        features=train_features if program.prefix.train else None,
+        features=on_host if prefix.train else None,
     )
     advised = False
     with closing(batches):
         while True:
-            _train_epoch(trainer, program, compiled, current, batches)
+            rest = [trainer.start if program.plan.stage.anchor else None]  # as it was compiled
+            if prefix.train and prefix.on_devices:
+                rest.append(train_features(view_of_epoch(current.progress.epoch, views)))
+            _train_epoch(trainer, program, compiled, current, batches, rest)
             done = partial(_done, program, current)
             end = trainer.end_epoch(program, compiled, features, current, done=done)
             if not advised and (advice := _input_advice(trainer, current)):
@@ -77,14 +85,17 @@ def _train_epoch(
     compiled: CompiledStage,
     current: StageState,
     batches: Iterator[Batch],
+    rest: Sequence[Any],
 ) -> None:
-    """Takes the remaining steps of the epoch, unless the stage's time is up before."""
+    """Takes the remaining steps of the epoch, unless the stage's time is up before.
+
+    `rest` are the last arguments of a step: start, and the features in device memory.
+    """
     recipe, plan = program.recipe, program.plan
     steps_per_call, every = recipe.steps_per_execution, recipe.checkpoint_steps
     epoch, length = current.progress.epoch, program.epoch_length(current.progress.epoch)
-    start = trainer.start if plan.stage.anchor else None  # as the step was compiled
     if current.progress.position == 0:
-        batches = _begin_epoch(trainer, program, compiled, current, batches)
+        batches = _begin_epoch(trainer, program, compiled, current, batches, rest)
     unseen: list[tuple[StepRecord, int]] = []  # each of that many steps
     idle, mark = 0.0, time.perf_counter()
 
@@ -112,7 +123,7 @@ def _train_epoch(
             sending = sent(trainer.devices, taken, steps_per_call)
             number = np.int32(current.progress.step)
             current.state, record = compiled.step(
-                current.state, current.frozen, *sending, number, start
+                current.state, current.frozen, *sending, number, *rest
             )
             current.began = current.began or time.perf_counter()
             for _ in taken:
@@ -145,6 +156,7 @@ def _begin_epoch(
     compiled: CompiledStage,
     current: StageState,
     batches: Iterator[Batch],
+    rest: Sequence[Any],
 ) -> Iterator[Batch]:
     """Sets relative learning rates, empties the epoch's metrics and returns the epoch's batches."""
     plan, epoch = program.plan, current.progress.epoch
@@ -157,7 +169,7 @@ def _begin_epoch(
             current.frozen,
             map(trainer.devices.batch, first),
             step=current.progress.step,
-            start=trainer.start if plan.stage.anchor else None,
+            rest=rest,
         )
         batches = chain(first, batches)
     opt_state, per_epoch = current.state.opt_state, program.steps_per_epoch

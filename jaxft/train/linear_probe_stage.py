@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,8 +60,14 @@ def _solve(
     val_rows = None if train_rows is None else features.val()
     if train_rows is None or val_rows is None:
         raise trainer.stopped()
-    train = _Features(train_rows, trainer.splits.train.targets)
-    val = _Features(val_rows[:, 0], trainer.splits.val.targets)  # without mirror images
+    prefix = program.prefix
+    assert prefix.row
+    storage = prefix.storage(trainer.devices, trainer.recipe)
+    to_host = partial(storage.to_host, row=prefix.row.shape)
+    train, val = (
+        _Features(to_host(rows, len(split))[:, 0], split.targets)  # without mirror images
+        for rows, split in zip((train_rows, val_rows), trainer.splits, strict=True)
+    )
     fits = logistic_regression(train.rows, train.target, program.model.num_classes, c=probe.c)
     metrics = trainer.recipe.metrics
     trained = [_metrics(fit, train, metrics) for fit in fits]

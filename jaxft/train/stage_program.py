@@ -329,7 +329,7 @@ def with_prefixes(
     prefixes = [
         frozen_prefix(
             program.plan, program.recipe, program.settings, program.model, program.norms, shapes,
-            images=images, epochs=program.epochs,
+            devices=program.devices, images=images, epochs=program.epochs,
         )
         for program in programs
     ]  # fmt: skip

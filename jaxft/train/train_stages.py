@@ -110,6 +110,8 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
             seconds = ahead.seconds
             text = f"{cost(program, compiled, seconds)}\n{spared(program)}"
             _announce(trainer, program, text, current)
+            if not program.prefix.on_devices:
+                trainer.device_cache.clear()  # this stage needs the memory
             if index + 1 < len(trainer.programs):
                 ahead = _compile(trainer, index + 1, shapes)
             run_stage = (

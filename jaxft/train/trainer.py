@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import Any, Never, TypeVar
 
 import jax
+import numpy as np
 
 from jaxft import data
 from jaxft import recipe_file as recipes
@@ -54,6 +55,7 @@ class Trainer:
       interruption: whether a signal has come.
       start: parameters that the run started from, if a stage has an anchor.
       feature_cache: features of frozen prefixes.
+      device_cache: those in device memory.
       batch_cache: validation batches; the same cache, unless features are on disk.
       on_epoch_end: receives the metrics row of each epoch.
     """
@@ -69,6 +71,7 @@ class Trainer:
     interruption: Interruption
     start: Tree | None
     feature_cache: ArrayCache
+    device_cache: ArrayCache
     batch_cache: ArrayCache
     on_epoch_end: Callable[[dict[str, Any]], object] | None
 
@@ -109,7 +112,7 @@ class Trainer:
             snapshot,
             self.splits,
             self.devices,
-            self.feature_cache,
+            self.device_cache if program.prefix.on_devices else self.feature_cache,
             self.of_each_batch,
         )
 
@@ -134,10 +137,16 @@ class Trainer:
         elif (rows := features.val()) is None:
             return None
         else:
-            step = partial(features.compiled.score, params, stats)
+            score, rest = features.compiled.score, list[Any]()
+            if program.prefix.on_devices:
+                rows, rest = np.arange(len(val), dtype=np.int32), [rows]
             size = program.settings.batch_size
             batches = self.of_each_batch(
-                val, step, batch_size=size, steps_per_call=steps_per_call, features=rows
+                val,
+                lambda *batch: score(params, stats, *batch, *rest),
+                batch_size=size,
+                steps_per_call=steps_per_call,
+                features=rows,
             )
         return None if batches is None else Metrics.total(batches).score
 

@@ -89,7 +89,7 @@ def test_agreement_sends_an_error_while_it_collects_the_facts(monkeypatch):
     client = Client(facts={})
     connect(monkeypatch, client)
     with pytest.raises(DataError), process_exchange.announced():
-        agreement.check_agreement("run", None, Splits(Unreadable(), Unreadable()))
+        agreement.check_agreement("run", None, Splits(Unreadable(), Unreadable()), 0)
     assert json.loads(client.values["jaxft/0/facts/0"]) == {"error": "DataError: no such image"}
     assert process_exchange._round == 1
 
@@ -124,7 +124,7 @@ def agreement_error(monkeypatch, tmp_path, here, there, **values):
     client = Twin(facts=facts, **values)
     connect(monkeypatch, client)
     with pytest.raises(ParallelError) as error:
-        agreement.check_agreement(tmp_path, RECIPE, here)
+        agreement.check_agreement(tmp_path, RECIPE, here, 0)
     lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
     return lines, [key.split("/")[2] for key in client.values if key.endswith("/0")]
 
@@ -213,7 +213,7 @@ def test_agreement_ends_at_once_after_ctrl_c(monkeypatch, tmp_path):
     connect(monkeypatch, Interrupted())
     splits = Splits(arrays([0, 1]), arrays([0, 1]))
     with pytest.raises(KeyboardInterrupt):
-        agreement.check_agreement(tmp_path, RECIPE, splits)
+        agreement.check_agreement(tmp_path, RECIPE, splits, 0)
 
 
 UNSEEN = {"problem": "does not see a file that process 0 has written there"}

@@ -60,7 +60,15 @@ RECIPE = Recipe(
 )
 # Its norm layers see the batch, and its one step is soon compiled.
 BRIEF = dataclasses.replace(RECIPE, stages=(Stage("brief", {"fc": 1e-2}, epochs=1, norms="batch"),))
+# Its features can be cached, those of two views of each image and of the images to validate.
+CACHED = dataclasses.replace(
+    RECIPE,
+    num_views=2,
+    tta="flip",
+    stages=(Stage("late", {"fc": 1e-2, "layer3": 1e-2}, epochs=3),),
+)
 FSDP = ("--sharding", "fsdp")
+ON_DEVICES = ("--device-cache-mib", "1", "--cache-mib", "0")
 IN_THREES = ("--steps-per-execution", "3")
 
 
@@ -134,6 +142,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save(RECIPE, folder / "recipe.yaml")
     save(BRIEF, folder / "brief.yaml")
+    save(CACHED, folder / "cached.yaml")
     return folder
 
 
@@ -142,6 +151,7 @@ def one(folder):
     """Folder of the run on one device; another run, `moved`, dies at the end of its first stage."""
     finetune(RECIPE, folder / "one", console=QUIET)
     finetune(BRIEF, folder / "brief", console=QUIET)
+    finetune(CACHED, folder / "cached", console=QUIET)
     real = Checkpoints.save
 
     def save_and_die(self, step, *args, **kwargs):
@@ -161,6 +171,7 @@ def eight(folder, one):
     """The end of a process of eight devices; `moved` stopped at step 8, within an epoch."""
     lines = [
         (line(folder / "eight", *IN_THREES), 0),
+        (line(folder / "eight-cached", *ON_DEVICES, *IN_THREES, recipe="cached"), 0),
         (line(folder / "eight-replica", "--statistics", "replica", recipe="brief"), 0),
         (line(folder / "moved"), 4),
     ]
@@ -172,6 +183,7 @@ def two(folder, eight):
     """The ends of two processes of four; `moved` stopped at step 11 by a signal to the second."""
     lines = [
         line(folder / "two-brief", recipe="brief"),
+        line(folder / "two-cached", *ON_DEVICES, recipe="cached"),
         line(folder / "two", *FSDP, *IN_THREES),
         line(folder / "two", "--seed", "1"),
         line(folder / "two-nan", "--stages.0.train.fc", "1e38", recipe="brief"),
@@ -198,19 +210,31 @@ def test_signal_to_one_process_stops_all(eight, two):
 
 def test_only_first_process_prints_and_logs(folder, two):
     (_, first, _), (_, second, _) = two
-    assert first.count("Validation accuracy") == 2  # of the two that came to their ends
-    assert first.count("on 8 cpu devices, 2 processes") == 4  # the refused one has no prologue
+    assert first.count("Validation accuracy") == 3  # of the three that came to their ends
+    assert first.count("on 8 cpu devices, 2 processes") == 5  # the refused one has no prologue
     assert second == ""
     assert len(list((folder / "two" / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     ("workdir", "expected"),
-    [("eight", "one"), ("two", "one"), ("two-brief", "brief")],
-    ids=["eight-replicated", "two-fsdp", "two-replicated"],
+    [
+        ("eight", "one"),
+        ("two", "one"),
+        ("two-brief", "brief"),
+        ("eight-cached", "cached"),
+        ("two-cached", "cached"),
+    ],
+    ids=["eight-replicated", "two-fsdp", "two-replicated", "eight-cached", "two-cached"],
 )
 def test_devices_train_as_one(workdir, expected, folder, two):
     assert_same(folder / workdir, folder / expected)
+
+
+def test_features_are_divided_among_devices(eight, two):
+    """Two views of 30 images, two flips of 20: 160 rows of 2 KiB, in batches of 16 rows."""
+    for out in (eight[1], two[0][1]):
+        assert "cached in device memory, 0.312 MiB, 0.0391 MiB a\ndevice." in out
 
 
 def test_run_resumes_on_other_devices(one, two):

@@ -11,6 +11,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.devices import Devices
 from jaxft.errors import NonFiniteError
 from jaxft.train.feature_cache import StageFeatures, _FeatureWriter
+from jaxft.train.feature_storage import HostStorage
 from jaxft.train.frozen_prefix import FrozenPrefix
 
 
@@ -20,7 +21,8 @@ def written(short, long, *, stops=True):
     def error(image):
         return NonFiniteError(f"image {image}")
 
-    writer = _FeatureWriter(3, 2, Devices(), np.empty, error if stops else None)
+    storage = HostStorage(Devices(), on_disk=False)
+    writer = _FeatureWriter(3, 2, Devices(), storage, error if stops else None)
     for first in (0, 2):
         writer.enqueue([[jnp.array(x[first : first + 2], jnp.float32) for x in (short, long)]])
     return writer.finish()

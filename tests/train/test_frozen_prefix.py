@@ -47,6 +47,10 @@ def without(recipe):
     return dataclasses.replace(recipe, cache_mib=0)
 
 
+def on_devices(recipe, **fields):
+    return dataclasses.replace(recipe, cache_mib=0, device_cache_mib=1, **fields)
+
+
 def programs(recipe, images=(30, 100)):
     train, val = (
         data.arrays(np.zeros((n, 8, 8, 3), np.uint8), np.arange(n) % 5, "56789") for n in images
@@ -54,7 +58,11 @@ def programs(recipe, images=(30, 100)):
     recipe = recipe.expecting(data.Preprocessing())
     model = recipe.network(5)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    return build_programs(recipe, model, Splits(train, val), Devices(), like), like
+    return build_programs(recipe, model, Splits(train, val), devices(recipe), like), like
+
+
+def devices(recipe):
+    return Devices().with_cache(recipe.device_cache_mib)
 
 
 def run(workdir, recipe):
@@ -99,6 +107,41 @@ def test_prefix_features_on_disk(cached, disk, tmp_path, monkeypatch):
     disk.fill(but=2**14)
     with pytest.raises(RecipeError, match=f"MiB more in {disk.folder}: No space left on device"):
         run(tmp_path / "full", recipe)
+
+
+@pytest.mark.slow
+def test_run_with_features_in_device_memory(cached, tmp_path):
+    """It ends as with features on the host; killed, or with stacked indices, as unbroken."""
+    recipe = on_devices(PLAIN)
+    found, _ = programs(recipe)
+    assert [each.prefix.on_devices for each in found] == [True, True, False, True]
+    assert_close(run(tmp_path / "unbroken", recipe), cached)
+    with killed("step", 12):
+        train(tmp_path / "killed", recipe)
+    assert_same_end(run(tmp_path / "killed", recipe), tmp_path / "unbroken")
+    assert_close(run(tmp_path / "threes", on_devices(PLAIN, steps_per_execution=3)), cached)
+
+
+@pytest.mark.slow
+def test_run_with_views_in_device_memory(tmp_path):
+    recipe = dataclasses.replace(VIEWS, stages=(dataclasses.replace(LATE, auto_rgn=True),))
+    run(tmp_path / "host", recipe)
+    assert_close(run(tmp_path / "devices", on_devices(recipe)), tmp_path / "host")
+
+
+@pytest.mark.slow
+def test_host_sends_indices_of_features_in_device_memory(tmp_path):
+    """Device memory is free again when a stage trains everything."""
+    seen = []
+
+    def record(_, batches, *__):
+        # 13 batches of 8 images to validate, with 4x4x32 features before layer3.
+        held = any(x.shape == (13, 8, 4, 128) for x in jax.live_arrays())
+        seen.append((batches[0].image.dtype, batches[0].image.ndim, held))
+
+    with before("send", record):
+        run(tmp_path, on_devices(PLAIN, stages=(LATE, ALL)))
+    assert list(dict.fromkeys(seen)) == [(np.int32, 1, True), (np.uint8, 4, False)]
 
 
 @pytest.mark.slow
@@ -147,16 +190,18 @@ def passes(recipe, workdir):
 
 
 @pytest.mark.slow
-def test_prefix_computes_features_of_later_stages_in_one_pass(tmp_path):
+@pytest.mark.parametrize("place", [dataclasses.replace, on_devices], ids=["host", "devices"])
+def test_prefix_computes_features_of_later_stages_in_one_pass(place, tmp_path):
     """Features of later, shorter prefixes are stored on the way, unless a stage changes them."""
-    recipe = dataclasses.replace(PLAIN, stages=(HEAD, LATE, dataclasses.replace(HEAD, name="x")))
+    recipe = place(PLAIN, stages=(HEAD, LATE, dataclasses.replace(HEAD, name="x")))
     assert passes(recipe, tmp_path / "run") == ["val", "train", "train", "val"]
 
 
 @pytest.mark.slow
-def test_linear_probe_and_next_stages_share_features(tmp_path):
+@pytest.mark.parametrize("place", [dataclasses.replace, on_devices], ids=["host", "devices"])
+def test_linear_probe_and_next_stages_share_features(place, tmp_path):
     probe = Stage("probe", {"fc": LinearProbe((0.1,))})
-    recipe = dataclasses.replace(PLAIN, stages=(probe, HEAD, LATE))
+    recipe = place(PLAIN, stages=(probe, HEAD, LATE))
     assert passes(recipe, tmp_path / "run") == ["val", "train"]
 
 
@@ -254,10 +299,33 @@ def compiled(recipe, index):
     return compile_stage(found[index], Snapshot(params, stats, state))
 
 
+@pytest.mark.parametrize(
+    ("fields", "place", "rows", "reason"),
+    [
+        # 600 images to train on and 900 to validate, in batches of 8; a row has 2 KiB.
+        ({"device_cache_mib": 3}, "device", 1504, ""),
+        ({"device_cache_mib": 2}, "host", 1500, ""),
+        ({"device_cache_mib": 2, "cache_mib": 2}, "device", 904, "is 2 (device_cache_mib: 2 a "),
+        ({"device_cache_mib": 1, "cache_mib": 2}, "host", 900, "is 2 (device_cache_mib: 1 a "),
+        ({"device_cache_mib": 0}, "host", 1500, ""),
+        ({"device_cache_mib": None}, "host", 1500, ""),  # on CPU
+    ],
+    ids=str,
+)
+def test_features_are_in_device_memory_if_they_fit(fields, place, rows, reason):
+    recipe = dataclasses.replace(PLAIN, batch_size=8, stages=(LATE,), **fields)
+    (program,), _ = programs(recipe, (600, 900))
+    prefix = program.prefix
+    assert (prefix.on_devices, prefix.mib * 512) == (place == "device", rows)
+    assert reason in prefix.reason
+    assert prefix.train == (not reason)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("place", [dataclasses.replace, on_devices], ids=["host", "devices"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_prefix_and_step_have_flops_of_undivided_step(index):
-    apart, together = (compiled(recipe, index) for recipe in (PLAIN, without(PLAIN)))
+def test_prefix_and_step_have_flops_of_undivided_step(index, place):
+    apart, together = (compiled(recipe, index) for recipe in (place(PLAIN), without(PLAIN)))
     assert apart.prefix_flops > 0
     assert together.prefix_flops == 0
     assert apart.flops + apart.prefix_flops == pytest.approx(together.flops, rel=0.02)
