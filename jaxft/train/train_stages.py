@@ -55,12 +55,17 @@ class InBackground(Generic[T]):
         self._thread = threading.Thread(target=work, name="jaxft-compile")
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the function has not ended yet."""
+        return self._thread.is_alive()
+
     def result(self, glance: Callable[[], None] = lambda: None) -> T:
         """Waits for the function; returns its result or raises its error.
 
         While it waits it calls `glance`, which may raise.
         """
-        while self._thread.is_alive():
+        while self.is_running:
             glance()
             self._thread.join(_POLL_SECONDS)
         if self._error is not None:
@@ -100,6 +105,8 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
     validated = 0.0
     while index < len(trainer.programs):
         program = trainer.programs[index]
+        if validated and ahead.is_running:  # after the first stage
+            trainer.console.say(f"Compiling stage {program.plan.stage.name!r} ...")
         with program.fitting_memory():
             compiled = ahead.result(partial(_glance, trainer))
             current = (
