@@ -17,6 +17,7 @@ from jaxft.divided_check import check_in_parts
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.multi_label_check import check_multi_label
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights
@@ -172,11 +173,6 @@ def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) 
     return model
 
 
-def start_shapes(model: Model) -> Start:
-    """Returns the shapes of a network's arrays, for a run that starts from a checkpoint."""
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
 def draw_start(
     recipe: Recipe, model: Model, source: Weights | None, classes: Sequence[str] | None = None
 ) -> Start:
@@ -213,7 +209,7 @@ def fit_start(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[s
             f"start must be (params, stats), as {model.name}'s init returns; it is a "
             f"{type(start).__name__}."
         )
-    expected = start_shapes(model)
+    expected = init_shapes(model)
     wanted = dict(zip(paths(expected), jax.tree.leaves(expected), strict=True))
     found = dict(zip(paths(tuple(start)), map(_array, jax.tree.leaves(start)), strict=True))
     wrong = _mismatches(wanted, found)

@@ -22,6 +22,7 @@ from jaxft.errors import ParallelError, RecipeError
 from jaxft.hlo_cost import HloCost, hlo_cost
 from jaxft.labels import Tree, partition
 from jaxft.models import Model
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.topology import Chip, Topology
@@ -185,7 +186,7 @@ class RunPlan:
             devices, chip = slices.devices(recipe.sharding), slices.chip
             cache_mib = recipe.device_cache_mib
             devices = devices.with_cache(cache_share(chip.hbm) if cache_mib is None else cache_mib)
-        return cls(recipe, model, open_recipe.start_shapes(model), splits, devices, chip)
+        return cls(recipe, model, init_shapes(model), splits, devices, chip)
 
     def programs(self, batch_size: int | None = None) -> tuple[StageProgram, ...]:
         """Returns the programs of the stages, for another batch size in all of them if given.

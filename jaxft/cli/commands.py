@@ -4,6 +4,7 @@ Importing this module imports no large package, so that the program handles sign
 imports jax.
 """
 
+import gc
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -83,7 +84,10 @@ def run_program(name: str, arguments: Sequence[str], program: str) -> None:
     """
     command = COMMANDS[name]
     exit_on_signal(command.stopped)
+    gc.disable()  # nothing that an import creates is garbage, and collections would walk over it
     module = import_module(f"jaxft.cli.{command.module}")
+    gc.freeze()
+    gc.enable()
     exit_process(module.run(arguments, program))
 
 

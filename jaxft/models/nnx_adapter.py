@@ -9,13 +9,14 @@ from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.models.context import Context
 from jaxft.models.layers import Rngs
-from jaxft.models.model import OPTIONS, Architecture, Norms, Tree
+from jaxft.models.model import OPTIONS, Architecture, Model, Norms, Tree
 from jaxft.models.norm_modes import layer_modes, norm_layers
 
 
@@ -161,3 +162,16 @@ def _split_shapes(model: NNXModel) -> tuple[nnx.GraphDef, Tree, Tree, frozenset[
     graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat)
     params, stats = map(nnx.to_pure_dict, states)
     return graph, params, stats, norm_layers(variables(module, nnx.BatchStat))
+
+
+def init_shapes(model: Model) -> tuple[Tree, Tree]:
+    """Returns the shapes of `model.init`; traces an `NNXModel` once in a process."""
+    if not isinstance(model, NNXModel):
+        shapes: tuple[Tree, Tree] = jax.eval_shape(model.init, jax.random.key(0))
+        return shapes
+    _, params, stats, _ = _split_shapes(model)
+    dtype = jnp.dtype(model.config.param_dtype)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        (_with_string_keys(params), _with_string_keys(stats)),
+    )

@@ -13,6 +13,7 @@ from torch import nn
 from jaxft.errors import RecipeError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.parity.jax_steps import jax_steps, network, programs
 from jaxft.parity.report import Report, compare_steps
@@ -85,7 +86,7 @@ def _num_classes(module: nn.Module, epoch: Sequence[NumpyBatch]) -> int:
 
 def _initial_trees(module: nn.Module, model: Model) -> tuple[Tree, Tree]:
     """Converts the module's weights to `(params, stats)` of the network."""
-    tensors = torch_tensors(*jax.eval_shape(model.init, jax.random.key(0)))
+    tensors = torch_tensors(*init_shapes(model))
     expected = {tensor.name: tensor for tensor in jax.tree.leaves(tensors)}
     actual = {n: x.numpy() for n, x in module.state_dict().items() if x.is_floating_point()}
     mismatched = sorted(

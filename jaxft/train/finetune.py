@@ -31,6 +31,7 @@ from jaxft.devices import Devices
 from jaxft.distributed import check_devices, is_main_process
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import (
     Start,
     check_image_size,
@@ -41,7 +42,6 @@ from jaxft.open_recipe import (
     open_network,
     open_splits,
     read_weights,
-    start_shapes,
     wanted_classes,
 )
 from jaxft.process_exchange import announced
@@ -196,7 +196,7 @@ def finetune(
             origin = "the arrays given"
         is_random = not (begun or forked or source) and start is None
         if begun or forked:
-            start = start_shapes(model)
+            start = init_shapes(model)
         elif start is None:
             start = draw_start(recipe, model, source, wanted_classes(recipe, classes))
         else:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxft.errors import WeightsError, first_of
 from jaxft.models.model import Model, Tree
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.weights.head import last_layer, subtree
 
 Order = tuple[int, ...]
@@ -76,7 +77,7 @@ def reordered(model: Model, tree: Tree, order: Order) -> Tree:
         optimizer's state. Leaves are found by path and shape, and stay on their devices.
       order: Index of the present output for each new one.
     """
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    params, _ = init_shapes(model)
     head = tuple(model.head.split("."))
     layer = (*head, *last_layer(model, subtree(params, head)))
     shapes = {(*layer, name): jnp.shape(leaf) for name, leaf in subtree(params, layer).items()}

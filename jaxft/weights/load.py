@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.weights.description import MARK, check_options
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import Start, with_head
@@ -92,7 +93,7 @@ def load_fitted(
     """
     key = jax.random.key(0) if key is None else key
     order = _class_order(weights, classes) if head == "keep" else None
-    abstract = jax.eval_shape(model.init, key)
+    abstract = init_shapes(model)
     targets, tensors = file_tensors(model, *abstract), weights.tensors
 
     def read_leaf(target: TorchTensor, leaf: jax.ShapeDtypeStruct) -> Any:
@@ -185,7 +186,7 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
         remarks.append(reordering(weights.network.classes, classes, source))
 
     head_prefix = f"{model.head}."
-    leaves = jax.tree.leaves(file_tensors(model, *jax.eval_shape(model.init, jax.random.key(0))))
+    leaves = jax.tree.leaves(file_tensors(model, *init_shapes(model)))
     body = {t.name: t for t in leaves if not t.name.startswith(head_prefix)}
     head_layers = {t.name: t for t in leaves if t.name.startswith(head_prefix)}
     expected = {**body, **head_layers} if keep else body

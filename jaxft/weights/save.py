@@ -12,6 +12,7 @@ from safetensors import numpy as safetensors
 from jaxft.checkpoint import atomic
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.weights import description
 from jaxft.weights.key_maps import file_tensors
 
@@ -45,7 +46,7 @@ def save(
       OSError: The folder cannot be written.
     """
     trees = (params, stats)
-    expected = jax.eval_shape(model.init, jax.random.key(0))
+    expected = init_shapes(model)
     if jax.tree.map(jnp.shape, trees) != jax.tree.map(jnp.shape, expected):
         raise WeightsError(
             f"cannot write {path}: these params and stats do not belong to a {model.name} "
