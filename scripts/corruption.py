@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
-from jaxft.cli.command_setup import keep_programs
+from jaxft.cli.program_cache import keep_programs
 from jaxft.report.console import Console
 from jaxft.train.signals import InterruptedRunError
 

@@ -5,18 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import jax
 
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.cli.process import EXIT_CODES, fail, handled_by
 from jaxft.data.validate import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
-from jaxft.weights.download import cache_folder
 
 
 def command_parser(
@@ -96,17 +92,3 @@ def count_argument(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
-
-
-def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has set a folder for it.
-
-    It lies under `programs` in the folder of downloaded weights. `JAX_COMPILATION_CACHE_DIR` names
-    another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Without a folder that can
-    be written, as without a home, nothing is cached.
-    """
-    folder = cache_folder() / "programs"
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -22,10 +22,10 @@ from jaxft.cli.command_setup import (
     check_writable,
     command_parser,
     count_argument,
-    keep_programs,
     report_errors,
 )
 from jaxft.cli.data_recipe import EPOCHS, LR, add_strategy_options, base_recipe
+from jaxft.cli.program_cache import keep_programs
 from jaxft.comparison import compare
 from jaxft.report.comparison_table import comparison_table, draw_comparison
 from jaxft.report.console import Console

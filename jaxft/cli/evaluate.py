@@ -17,8 +17,9 @@ from os import PathLike
 from pathlib import Path
 
 from jaxft.checkpoint import atomic
-from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
 from jaxft.cli.predict import add_classifier_options, load_classifier
+from jaxft.cli.program_cache import keep_programs
 from jaxft.data.open_source import open_collection
 from jaxft.data.select_splits import select, select_one
 from jaxft.data.source import Source

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxft.checkpoint.atomic import anywhere
-from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
+from jaxft.cli.program_cache import keep_programs
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.lr_finder import highest, named, ramp, range_test, trial
 from jaxft.recipe import Recipe

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxft import distributed, lost_process
-from jaxft.cli.command_setup import command_parser, keep_programs, report_errors
+from jaxft.cli.command_setup import command_parser, report_errors
 from jaxft.cli.data_recipe import (
     STRATEGY,
     add_strategy_options,
@@ -30,6 +30,7 @@ from jaxft.cli.data_recipe import (
     with_strategy,
 )
 from jaxft.cli.process import fail, handled_by
+from jaxft.cli.program_cache import keep_programs
 from jaxft.cli.recipe_options import print_recipe_options
 from jaxft.errors import RecipeError
 from jaxft.process_exchange import announced

@@ -26,9 +26,9 @@ from jaxft.cli.command_setup import (
     check_writable,
     command_parser,
     count_argument,
-    keep_programs,
     run_until_signal,
 )
+from jaxft.cli.program_cache import keep_programs
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.plan_cost import CPU, RunPlan, StagePlanCost, stage_cost
 from jaxft.report import plan_text

@@ -22,9 +22,9 @@ from jaxft.classifier import Classifier, Predictions
 from jaxft.cli.command_setup import (
     command_parser,
     count_argument,
-    keep_programs,
     run_until_signal,
 )
+from jaxft.cli.program_cache import keep_programs
 from jaxft.data.image_files import printable
 from jaxft.errors import DataError, first_of
 from jaxft.report.console import Console

@@ -12,7 +12,8 @@ loss much, not that the block is the best to train alone.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from jaxft.cli.command_setup import command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import command_parser, run_until_signal
+from jaxft.cli.program_cache import keep_programs
 from jaxft.cli.recipe_options import read_recipe
 from jaxft.lr_finder import trial
 from jaxft.report.block_table import block_table

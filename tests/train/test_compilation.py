@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.cli.command_setup import keep_programs
 from jaxft.train.compiled_stage import flops
 from jaxft.train.train_stages import InBackground
 
@@ -48,20 +47,3 @@ def test_flops_of_matrix_product():
     a = jnp.zeros((8, 16))
     compiled = jax.jit(lambda a, b: a @ b).lower(a, a.T).compile()
     assert flops(compiled) == 2 * 8 * 16 * 8
-
-
-def test_compilation_cache_folder(tmp_path, monkeypatch):
-    named = jax.config.jax_compilation_cache_dir
-    (tmp_path / "file").touch()
-    for cache, given, expected in (
-        (tmp_path, None, str(tmp_path / "programs")),
-        (tmp_path, "elsewhere", "elsewhere"),
-        (tmp_path / "file", None, None),
-    ):
-        monkeypatch.setenv("JAXFT_CACHE", str(cache))
-        try:
-            jax.config.update("jax_compilation_cache_dir", given)
-            keep_programs()
-            assert jax.config.jax_compilation_cache_dir == expected
-        finally:
-            jax.config.update("jax_compilation_cache_dir", named)
