@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.models import create
+from jaxft.models.nnx_adapter import init_shapes
 
 MODEL = create("cifar_resnet8", num_classes=5)
 NORMS = (
@@ -66,6 +67,10 @@ def test_nnx_model_init_traces_and_depends_on_the_key_alone(trees):
     assert_identical(MODEL.init(jax.random.key(0)), trees)
     other, _ = MODEL.init(jax.random.key(1))
     assert not np.array_equal(other["conv1"]["kernel"], trees[0]["conv1"]["kernel"])
+
+
+def test_init_shapes_are_those_of_init():
+    assert init_shapes(MODEL) == jax.eval_shape(MODEL.init, jax.random.key(0))
 
 
 def test_nnx_model_equality_and_hash():
