@@ -23,6 +23,7 @@ from jaxft.default_stages import default_stages, names
 from jaxft.errors import NonFiniteError, RecipeError
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Model
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import open_network, open_splits
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
@@ -207,7 +208,7 @@ def _discard(folder: Path) -> None:
 
 def _num_trained(model: Model, stages: Sequence[Stage]) -> int:
     """Returns the number of parameters that train in any of the stages."""
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    params, _ = init_shapes(model)
     labels = [leaf_labels(params, each.labels) for each in plan(stages, params)]
     trained = [any(label != FROZEN for label in leaf) for leaf in zip(*labels, strict=True)]
     leaves = jax.tree.leaves(params)
