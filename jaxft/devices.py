@@ -89,7 +89,9 @@ class Devices:
     def platform(self) -> str:
         """Platform of the devices: `cpu`, `tpu`, `cuda` or `rocm`."""
         device = self.mesh.devices.flat[0]
-        return "cuda" if device.platform == "gpu" else str(device.platform)
+        if device.platform == "gpu":
+            return "rocm" if "rocm" in device.client.platform_version else "cuda"
+        return str(device.platform)
 
     def with_cache(self, cache_mib: int | None) -> "Devices":
         """Returns the devices with this memory for cached features; None: a share of the memory.
@@ -220,8 +222,8 @@ class Devices:
 
         The devices may be those of a `jaxft.topology.Topology`, which are not in this machine.
         """
-        # Without a TPU, jax would lower for the CPU. Devices of this machine it knows best.
-        platforms = ("tpu",) if self.platform == "tpu" else None
+        # Without the devices, jax would lower for the CPU. Those of this machine it knows best.
+        platforms = (self.platform,) if self.platform in ("tpu", "cuda") else None
         return function.trace(*arguments).lower(lowering_platforms=platforms)
 
     def host(self, tree: Any) -> Any:

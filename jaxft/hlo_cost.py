@@ -6,32 +6,21 @@ can be compared and tested.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
-    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
-    **dict.fromkeys(("f32", "s32", "u32"), 4),
-    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
-}
-_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ((?:\([^=]*?\)|\S+)) ([\w\-]+)\((.*)$")
+from jaxft.hlo_products import Product, product
+from jaxft.hlo_text import Computations, Instruction, element_count, elements, parse, size_in_bytes
+
 _COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?"
 )
+_MOVES_NOTHING = re.compile(
+    r"bitcast|call|conditional|constant|get-tuple-element|parameter|tuple|while|.*-done"
+)
 
-
-class Instruction(NamedTuple):
-    """One line of an HLO program."""
-
-    name: str
-    type: str
-    """Such as `bf16[8,128]{1,0}`, or a tuple of types."""
-    op: str
-    rest: str
-    """Operands, attributes and metadata."""
+_SLICE = re.compile(r"slice|dynamic-slice|gather")
 
 
 @dataclass(frozen=True)
@@ -39,17 +28,20 @@ class HloCost:
     """Cost of one call of a compiled program on each device.
 
     Attributes:
-      flops: floating-point operations.
+      flops: floating-point operations; for a GPU that is not there, only those of convolutions and
+        matrix products. The body of a loop counts once per iteration.
       bytes_accessed: bytes that instructions read and write, before caches.
-      memory: bytes of arguments, results and temporary arrays, without those that alias.
+      memory: bytes of arguments, results and temporary arrays, without those that alias. The
+        working memory of cuDNN comes on top: it chooses its algorithms on the GPU.
       temporary: bytes of temporary arrays.
       cycles: XLA's estimate for TPUs, else 0. Counts the cheapest branch of a conditional: a norm
-        layer's other branch reads the batch again, if digits of its variance cancel. The body of a
-        loop counts once per iteration.
+        layer's other branch reads the batch again, if digits of its variance cancel.
       collectives: number of executed collectives by kind.
       collective_bytes: bytes of their results, by kind.
       convolutions: number of convolutions and dots, by `forward` and `backward`.
       operands: number of convolutions and dots by the types of their operands, `bf16 x bf16`.
+      layouts: number of cuDNN's convolutions by layout, see `jaxft.hlo_products.Product`.
+      transposes: number of instructions that only copy an array to another layout.
       aliases: number of arguments whose memory a result reuses.
     """
 
@@ -62,6 +54,8 @@ class HloCost:
     collective_bytes: dict[str, int]
     convolutions: dict[str, int]
     operands: dict[str, int]
+    layouts: dict[str, int]
+    transposes: int
     aliases: int
 
 
@@ -70,53 +64,31 @@ def hlo_cost(compiled: Any) -> HloCost:
     analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     text = compiled.as_text()
     computations, entry = parse(text)
-    types = {
-        instruction.name: instruction.type
-        for instructions in computations.values()
-        for instruction in instructions
-    }
-    convolutions, operands = Counter[str](), Counter[str]()
-    for instruction in (x for instructions in computations.values() for x in instructions):
-        if instruction.op in ("convolution", "dot"):
-            is_backward = "transpose(" in _op_name(instruction)
-            convolutions["backward" if is_backward else "forward"] += 1
-            names = re.findall(r"%?([\w.\-]+)", instruction.rest.partition(")")[0])
-            kinds = [found[0][0] for x in names if (found := _ARRAY.findall(types.get(x, "")))]
-            operands[" x ".join(kinds[:2])] += 1
-    cycles, exchanges = _executed(computations, entry)
+    program = _Program(computations)
+    products = program.products.values()
+    total, once = program.run(entry), program.run(entry, loops=False)
     counts, sizes = Counter[str](), Counter[str]()
-    for exchange in exchanges.values():
+    for exchange in total.exchanges.values():
         counts[exchange.kind] += exchange.times
         sizes[exchange.kind] += exchange.times * exchange.bytes
     return HloCost(
-        flops=float(analysis.get("flops", 0.0)),
-        bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
+        # XLA counts the body of a loop once, and nothing for a GPU that is not there.
+        flops=float(analysis.get("flops", once.flops)) + total.flops - once.flops,
+        bytes_accessed=float(analysis.get("bytes accessed", once.bytes)) + total.bytes - once.bytes,
         memory=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        cycles=cycles,
+        cycles=total.cycles,
         collectives=dict(counts),
         collective_bytes=dict(sizes),
-        convolutions=dict(convolutions),
-        operands=dict(operands),
+        convolutions=dict(Counter("backward" if x.is_backward else "forward" for x in products)),
+        operands=dict(Counter(x.operands for x in products)),
+        layouts=dict(Counter(x.layout for x in products if x.layout)),
+        transposes=sum(map(_is_transpose, computations[entry])),
         aliases=len(re.findall(r"(?:may|must)-alias", text.partition("\n")[0])),
     )
-
-
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Returns the instructions of each computation of an HLO program, and the entry's name."""
-    computations: dict[str, list[Instruction]] = {}
-    entry = name = ""
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        if not line.startswith(" ") and (match := _COMPUTATION.match(line)):
-            name = match[2]
-            computations[name] = []
-            entry = name if match[1] else entry
-        elif name and (match := _INSTRUCTION.match(line)):
-            computations[name].append(Instruction(*match.groups()))
-    return computations, entry
 
 
 class _Exchange(NamedTuple):
@@ -127,42 +99,107 @@ class _Exchange(NamedTuple):
     times: int
 
 
-def _executed(
-    computations: dict[str, list[Instruction]], name: str
-) -> tuple[int, dict[str, _Exchange]]:
-    """Returns the cycles of one run of a computation, and its collectives by channel.
+class _Run(NamedTuple):
+    """Cost of one run of a computation; collectives by their channel."""
 
-    A TPU starts a collective within one fusion and ends it within another: both contain it, with
-    the same channel.
-    """
-    cycles, exchanges = 0, dict[str, _Exchange]()
-    for instruction in computations.get(name, ()):
-        if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
-            cycles += int(estimate[1])
-        if collective := _COLLECTIVE.fullmatch(instruction.op):
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = channel[1] if channel else instruction.name
-            # The result of a start is `(operand, result, ...)`, except for an all-reduce.
-            is_pair = collective[2] and collective[1] != "all-reduce"
-            result = _elements(instruction.type)[1] if is_pair else instruction.type
-            kind = collective[1]
-            if name.startswith("all-reduce-scatter"):  # and then each device takes its slice
-                kind = "reduce-scatter"
-            exchanges[key] = _Exchange(kind, _bytes(result), 1)
-        for called, times in _calls(instruction, computations):
-            inner_cycles, inner = _executed(computations, called)
-            cycles += times * inner_cycles
-            exchanges |= {key: x._replace(times=times * x.times) for key, x in inner.items()}
-    return cycles, exchanges
+    cycles: int
+    flops: int
+    bytes: float
+    exchanges: dict[str, _Exchange]
 
 
-def _calls(
-    instruction: Instruction, computations: dict[str, list[Instruction]]
-) -> list[tuple[str, int]]:
+class _Program:
+    """A program, whose computations call each other."""
+
+    def __init__(self, computations: Computations):
+        self.computations = computations
+        every = [x for instructions in computations.values() for x in instructions]
+        self.types = {instruction.name: instruction.type for instruction in every}
+        found = {instruction.name: product(instruction, self.types) for instruction in every}
+        self.products: dict[str, Product] = {name: x for name, x in found.items() if x}
+
+    def run(self, name: str, *, loops: bool = True, fused: bool = False) -> _Run:
+        """Returns the cost of one run of a computation.
+
+        A TPU starts a collective within one fusion and ends it within another: both contain it,
+        with the same channel.
+
+        Args:
+          name: the computation.
+          loops: whether the body of a loop counts once per iteration.
+          fused: whether it is the computation of a fusion, whose arrays are not in memory.
+        """
+        cycles = flops = 0
+        moved = 0.0
+        exchanges: dict[str, _Exchange] = {}
+        for instruction in self.computations.get(name, ()):
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
+                cycles += int(estimate[1])
+            if each := self.products.get(instruction.name):
+                flops += each.flops
+            if not fused and not _MOVES_NOTHING.fullmatch(instruction.op):
+                moved += self._moved(instruction)
+            if collective := _COLLECTIVE.fullmatch(instruction.op):
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                key = channel[1] if channel else instruction.name
+                exchanges[key] = _exchange(instruction, collective, name)
+            fusion = instruction.op == "fusion"
+            for called, times in _calls(instruction, self):
+                inner = self.run(called, loops=loops, fused=fused or fusion)
+                times = times if loops else 1
+                cycles += times * inner.cycles
+                flops += times * inner.flops
+                moved += times * inner.bytes
+                exchanges |= {
+                    key: x._replace(times=times * x.times) for key, x in inner.exchanges.items()
+                }
+        return _Run(cycles, flops, moved, exchanges)
+
+    def _moved(self, instruction: Instruction) -> float:
+        """Returns the bytes that an instruction outside of fusions reads and writes."""
+        written = size_in_bytes(instruction.type)
+        if _SLICE.fullmatch(instruction.op):
+            return 2 * written
+        read = [size_in_bytes(self.types.get(name, "")) for name in instruction.operands]
+        called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+        fused = self.computations.get(called[1], ()) if called else ()
+        shares = {x.operands[0]: self._share(x.name, fused) for x in fused if x.op == "parameter"}
+        return written + sum(shares.get(str(i), 1) * size for i, size in enumerate(read))
+
+    def _share(self, name: str, fused: Sequence[Instruction]) -> float:
+        """Returns the part of an array that the instructions of a fusion read."""
+        share = 0.0
+        for user in (x for x in fused if name in x.operands):
+            if _SLICE.fullmatch(user.op):
+                share += element_count(user.type) / element_count(self.types[name])
+            elif user.op in ("bitcast", "convert"):
+                share += self._share(user.name, fused)
+            else:
+                return 1.0
+        return min(share, 1.0)
+
+
+def _exchange(instruction: Instruction, collective: re.Match[str], computation: str) -> _Exchange:
+    # The result of a start is `(operand, result, ...)`, except for an all-reduce.
+    is_pair = collective[2] and collective[1] != "all-reduce"
+    result = elements(instruction.type)[1] if is_pair else instruction.type
+    # An `all-reduce-scatter` reduces, and then each device takes its slice.
+    is_scatter = computation.startswith("all-reduce-scatter")
+    return _Exchange("reduce-scatter" if is_scatter else collective[1], size_in_bytes(result), 1)
+
+
+def _is_transpose(instruction: Instruction) -> bool:
+    """Returns whether an instruction, or the fusion that XLA names after its last, transposes."""
+    if instruction.op == "fusion":
+        return "transpose" in instruction.name
+    return instruction.op in ("copy", "transpose")
+
+
+def _calls(instruction: Instruction, program: _Program) -> list[tuple[str, int]]:
     """Returns the computations that an instruction runs, with the number of runs."""
     if instruction.op == "while":
         body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
-        return [(body[1], _trips(instruction, computations))] if body else []
+        return [(body[1], _trips(instruction, program.computations))] if body else []
     if instruction.op == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
         branches = (
@@ -172,15 +209,17 @@ def _calls(
         )
 
         def cost(branch: str) -> tuple[int, int]:
-            cycles, exchanges = _executed(computations, branch)
-            return cycles, sum(exchange.bytes for exchange in exchanges.values())
+            run = program.run(branch)
+            return run.cycles, sum(exchange.bytes for exchange in run.exchanges.values())
 
         return [(min(branches, key=cost), 1)]
     called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+    if instruction.op == "call":
+        called = re.search(r"to_apply=%?([\w.\-]+)", instruction.rest)
     return [(called[1], 1)] if called else []
 
 
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+def _trips(loop: Instruction, computations: Computations) -> int:
     """Returns how often a loop runs its body; 1 if the program does not fix it.
 
     If XLA does not state the number, it is the constant that the condition compares with: loops of
@@ -197,34 +236,5 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
     }
     for each in instructions:
         if each.op == "compare" and "direction=LT" in each.rest:
-            names = re.findall(r"%?([\w.\-]+)", each.rest.partition(")")[0])
-            return next((constants[name] for name in names if name in constants), 1)
+            return next((constants[x] for x in each.operands if x in constants), 1)
     return 1
-
-
-def _elements(type_text: str) -> list[str]:
-    """Splits the type of a tuple into the types of its elements."""
-    elements, depth = [""], 0
-    for character in type_text.strip()[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            elements.append("")
-        else:
-            elements[-1] += character
-    return elements
-
-
-def _op_name(instruction: Instruction) -> str:
-    match = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return match[1] if match else ""
-
-
-def _bytes(type_text: str) -> int:
-    """Returns the bytes of an array's or tuple's type."""
-    total = 0
-    for kind, dimensions in _ARRAY.findall(type_text):
-        count = 1
-        for size in filter(None, dimensions.split(",")):
-            count *= int(size)
-        total += count * _BYTES[kind]
-    return total

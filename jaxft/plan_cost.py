@@ -7,8 +7,8 @@ weights are read.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from jaxft.models.nnx_adapter import init_shapes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.topology import Chip, Topology
-from jaxft.train.compiled_stage import CompiledStage, compile_stage
+from jaxft.train.compiled_stage import CompiledStage, compile_image_evaluation, compile_stage
 from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.state import opt_state_shapes
 
@@ -46,8 +46,9 @@ class StagePlanCost:
     Attributes:
       program: the stage.
       trained: number of parameters that train.
-      programs: cost of one call of each compiled program: `step`, `gradient_norms`, `validation`,
-        and `features of BLOCK` for the parts of the frozen prefix. Empty if no batch fits.
+      programs: cost of one call of each compiled program: `step`, `gradient_norms`, `validation`
+        (from images or features), and `features of BLOCK` for the parts of the frozen prefix. Empty
+        if no batch fits.
       kept: bytes that stay beside the programs': the state at the best epoch.
       chip: the published numbers of the chips; None for a CPU.
       wanted: the stage's batch size in the recipe.
@@ -83,12 +84,12 @@ class StagePlanCost:
     @property
     def flops(self) -> float:
         """Operations of a step, or for a linear probe of the features of a batch."""
-        return self._total("flops")
+        return sum(cost.flops for cost in self._repeated)
 
     @property
     def bytes_accessed(self) -> float:
         """Bytes that a step moves, or for a linear probe the features of a batch."""
-        return self._total("bytes_accessed")
+        return sum(cost.bytes_accessed for cost in self._repeated)
 
     @property
     def seconds(self) -> tuple[float, float] | None:
@@ -99,7 +100,8 @@ class StagePlanCost:
         """
         if not (self.chip and self.programs):
             return None
-        compute = self.flops / self.chip.peak_flops
+        model, recipe = self.program.model, self.program.recipe
+        compute = self.flops / self.chip.peak(model.options.get("dtype"), recipe.matmul_precision)
         traffic = self.bytes_accessed / self.chip.bandwidth
         return max(compute, traffic), compute + traffic
 
@@ -138,11 +140,10 @@ class StagePlanCost:
             },
         }
 
-    def _total(self, quantity: str) -> float:
-        if step := self.programs.get("step"):
-            # XLA counts a loop's body once.
-            return getattr(step, quantity) * self.program.plan.stage.accumulate
-        return sum(getattr(cost, quantity) for cost in self.features)
+    @property
+    def _repeated(self) -> tuple[HloCost, ...]:
+        step = self.programs.get("step")
+        return (step,) if step else self.features
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class RunPlan:
       splits: stand for the images; nobody reads them.
       devices: where the run would run.
       chip: the published numbers of the devices; None for a CPU.
+      evaluations: cost of the evaluation from images by loss and batch size, once compiled.
     """
 
     recipe: Recipe
@@ -164,6 +166,7 @@ class RunPlan:
     splits: Splits
     devices: Devices
     chip: Chip | None
+    evaluations: dict[object, HloCost] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_recipe(
@@ -212,22 +215,25 @@ def stage_cost(plan: RunPlan, index: int) -> StagePlanCost:
     counts = [len(plan.devices) * stage.accumulate for stage in plan.recipe.stages]
     unit = math.lcm(*counts)
 
-    def attempt(units: int) -> StagePlanCost | None:
+    def attempt(units: int) -> StagePlanCost | Literal[False] | None:
         try:
             smaller = plan.programs(units * unit)
         except RecipeError:  # a batch may be too small, such as a single image to mix
-            return None
+            return False
         return _compiled_cost(plan, smaller, index, wanted)
 
     _, cost = largest(attempt, -(-wanted // unit))
     return cost or _cost(plan, programs[index], wanted, {}, 0)
 
 
-def largest(attempt: Callable[[int], T | None], limit: int) -> tuple[int, T | None]:
+def largest(
+    attempt: Callable[[int], T | Literal[False] | None], limit: int
+) -> tuple[int, T | None]:
     """Finds the largest number below `limit` with a result, by bisection; at most 3 % too low.
 
     Args:
-      attempt: returns a result for all positive numbers up to the wanted one, and None above it.
+      attempt: returns False for numbers that are too small, then results up to the wanted number,
+        and None above it.
       limit: a number without a result.
 
     Returns:
@@ -237,15 +243,18 @@ def largest(attempt: Callable[[int], T | None], limit: int) -> tuple[int, T | No
       >>> largest(lambda n: f"{n} fit" if n <= 5 else None, limit=64)
       (5, '5 fit')
     """
-    low, best = 0, None
+    low = 0
+    best: tuple[int, T | None] = (0, None)
     while limit - low > max(1, low // 32):
         middle = (low + limit) // 2
         result = attempt(middle)
         if result is None:
             limit = middle
-        else:
-            low, best = middle, result
-    return low, best
+            continue
+        low = middle
+        if result is not False:
+            best = middle, result
+    return best
 
 
 def _compiled_cost(
@@ -256,14 +265,25 @@ def _compiled_cost(
     snapshot = Snapshot(*plan.shapes, state)
     try:
         compiled = compile_stage(program, snapshot)
+        costs = {name: hlo_cost(each) for name, each in _named(compiled).items()}
+        if not compiled.score:
+            costs["validation"] = _evaluation_cost(plan, program, snapshot)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
-    costs = {name: hlo_cost(each) for name, each in _named(compiled).items()}
     kept = _bytes_per_device(plan.devices, program.state(snapshot)[0])
     cost = _cost(plan, program, wanted, costs, kept)
-    return None if plan.chip and cost.memory > plan.chip.hbm else cost
+    return None if plan.chip and cost.memory > plan.chip.usable else cost
+
+
+def _evaluation_cost(plan: RunPlan, program: StageProgram, shapes: Snapshot) -> HloCost:
+    """Compiles the evaluation from images, once for all stages with the same loss."""
+    key = program.loss.function, program.recipe.batch_size
+    if key not in plan.evaluations:
+        compiled = compile_image_evaluation(program, shapes, len(plan.splits.val))
+        plan.evaluations[key] = hlo_cost(compiled)
+    return plan.evaluations[key]
 
 
 def _cost(

@@ -11,7 +11,7 @@ PyTorch, in the faster of its two memory layouts, divided by the time of the row
 timed in a separate process. The run of jaxft includes compilation, the validation of the start and
 checkpoints; the PyTorch run is `scripts/plain_pytorch.py`. Without torch and torchvision only jaxft
 is measured. `--device gpu` runs everything in bfloat16. `--topology v5e-1` compares programs for
-TPUs that are not there with plain Flax instead, see `benchmark_tpu.py`.
+TPUs and GPUs that are not there with plain Flax instead, see `benchmark_topology.py`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import benchmark_tpu
+import benchmark_topology
 import jax
 import numpy as np
 import plain_pytorch
@@ -273,7 +273,7 @@ def table(*columns: str) -> None:
 
 def main(arguments: list[str]) -> None:
     if any(argument.startswith("--topology") for argument in arguments):
-        benchmark_tpu.main(arguments)
+        benchmark_topology.main(arguments)
         return
     parser = plain_pytorch.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of steps")

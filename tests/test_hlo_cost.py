@@ -13,7 +13,8 @@ HloModule jit_step, input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, m
 %fused (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0} parameter(0)
   %k = bf16[4,4]{1,0} parameter(1)
-  ROOT %d = bf16[8,4]{1,0} dot(%p, %k), metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
+  ROOT %d = bf16[8,4]{1,0} dot(%p, %k), lhs_contracting_dims={1}, \
+metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
 }
 
 %again (x: f32[8]) -> f32[8] {
@@ -80,7 +81,9 @@ class Compiled:
 
 def test_hlo_cost_of_tpu_program():
     cost = hlo_cost(Compiled())
-    assert (cost.flops, cost.bytes_accessed) == (12.0, 34.0)
+    # Two more iterations of one loop, with a product of [8 4] and [4 4], and four of another.
+    assert cost.flops == 12 + 2 * (2 * 8 * 4 * 4)
+    assert cost.bytes_accessed == 34 + 2 * (2 * 64) + 4 * 64
     assert (cost.memory, cost.temporary) == (100 + 50 - 40 + 7, 7)
     assert cost.cycles == 1000 + 3 * 10 + 5 * 100  # the conditional's cheaper branch has none
     assert cost.collectives == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 3}

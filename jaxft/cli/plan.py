@@ -3,8 +3,8 @@
     jaxft plan CONFIG --topology v5e-8 [--json FILE] [any field of the recipe as an option]
 
 CONFIG is a recipe as for `jaxft finetune`. Its programs are compiled for the topology: TPU slices,
-named as in gcloud (v5e-8, v4-32, 2xv5e-16; needs libtpu, extra `tpu`, but no TPU), or `cpu`, this
-machine's. GPUs are left out: XLA compiles for them only where they are.
+named as in gcloud (v5e-8, v4-32, 2xv5e-16; needs libtpu, extra `tpu`, but no TPU), NVIDIA GPUs
+(a100-8, h100-8, h200-1; needs the extra `cuda`, but no GPU), or `cpu`, this machine's.
 
 Prints for each stage how many parameters train, and per device the operations, memory traffic and
 communication of a step, its memory, and an estimate of its time from the published numbers of the
@@ -45,7 +45,9 @@ def run(arguments: Sequence[str], program: str = "jaxft plan") -> int:
 def _plan(arguments: Sequence[str], program: str) -> None:
     parser = command_parser(__doc__, "jaxft plan", program, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--topology", metavar="NAME", required=True, help="v5e-8, ..., or cpu")
+    parser.add_argument(
+        "--topology", metavar="NAME", required=True, help="v5e-8, h100-8, ..., or cpu"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     for option, default, text in (
         ("--train-images", 10_000, "number of images to train on; default: 10,000"),

@@ -24,7 +24,7 @@ _SLOW_COLUMNS = 2
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
     """Computes a convolution, grouped if `groups` is above 1."""
     if kernel.shape[0] == 1 and groups == 1:
-        return strided_conv(x, kernel, stride) if stride > 1 else pointwise_conv(x, kernel[0, 0])
+        return conv_1x1(x, kernel, stride)
     return dense_conv(x, kernel, stride) if groups == 1 else grouped_conv(x, kernel, stride, groups)
 
 
@@ -56,34 +56,44 @@ pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def strided_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Computes a 1x1 convolution of every `stride`-th pixel; its gradients are matrix products.
+def conv_1x1(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Computes a 1x1 convolution of every `stride`-th pixel.
 
-    A TPU would store `x` to take the slice for a product. A convolution is fused with what
-    computes `x`.
+    On CPU and TPU it is a matrix product, except that a TPU would store the slice of `x`: its
+    strided convolutions are fused with what computes `x`. On GPU it is one of cuDNN's convolutions:
+    XLA (jax 0.10.2) cannot compile some products of slices.
     """
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        tpu=partial(xla_conv, stride=stride, groups=1),
-        default=partial(_sliced_product, stride=stride),
+    conv = partial(xla_conv, stride=stride, groups=1)
+    product = partial(_sliced_product, stride=stride)
+    y: jax.Array = jax.lax.platform_dependent(
+        x, kernel, cuda=conv, rocm=conv, tpu=conv if stride > 1 else product, default=product
     )
+    return y
 
 
 def _sliced_product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
 
 
-def _strided_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
-    return strided_conv(x, kernel, stride), (x, kernel)
+def _1x1_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
+    return conv_1x1(x, kernel, stride), (x, kernel)
 
 
-def _strided_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
-    gradients: _Pair = jax.vjp(partial(_sliced_product, stride=stride), *residuals)[1](grad_y)
-    return gradients
+def _1x1_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
+    def product_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array) -> _Pair:
+        return jax.vjp(partial(_sliced_product, stride=stride), x, kernel)[1](grad_y)
+
+    conv_gradients = partial(_xla_gradients, stride=stride)
+    return jax.lax.platform_dependent(
+        *residuals,
+        grad_y,
+        cuda=conv_gradients,
+        rocm=conv_gradients,
+        default=product_gradients,
+    )
 
 
-strided_conv.defvjp(_strided_forward, _strided_backward)
+conv_1x1.defvjp(_1x1_forward, _1x1_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -110,14 +120,18 @@ def _dense_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Ar
 
 
 def _dense_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
-    def xla_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array) -> _Pair:
-        vjp = jax.vjp(partial(xla_conv, stride=stride, groups=1), x, kernel)[1]
-        gradients: _Pair = vjp(grad_y)
-        return gradients
-
     gradients: _Pair = jax.lax.platform_dependent(
-        *residuals, grad_y, cpu=partial(_cpu_gradients, stride=stride), default=xla_gradients
+        *residuals,
+        grad_y,
+        cpu=partial(_cpu_gradients, stride=stride),
+        default=partial(_xla_gradients, stride=stride),
     )
+    return gradients
+
+
+def _xla_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array, stride: int) -> _Pair:
+    """Computes the gradients of an ungrouped `xla_conv` as `jax.grad` does."""
+    gradients: _Pair = jax.vjp(partial(xla_conv, stride=stride, groups=1), x, kernel)[1](grad_y)
     return gradients
 
 

@@ -84,9 +84,13 @@ class Linear(nnx.Module):
 def relu(x: jax.Array) -> jax.Array:
     """Computes torch's ReLU, which keeps NaN, for any shape.
 
-    XLA on CPU turns NaN into zero where it fuses `jax.nn.relu`, a maximum, with a sum.
+    XLA on CPU turns NaN into zero where it fuses `jax.nn.relu`, a maximum, with a sum. On GPU only
+    the maximum is fused with the pooling after it.
     """
-    return jnp.where(x <= 0, 0, x)
+    y: jax.Array = jax.lax.platform_dependent(
+        x, cuda=jax.nn.relu, rocm=jax.nn.relu, default=lambda x: jnp.where(x <= 0, 0, x)
+    )
+    return y
 
 
 class Relu(nnx.Module):

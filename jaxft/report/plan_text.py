@@ -17,13 +17,14 @@ def heading(plan: RunPlan, topology: str) -> str:
     """Returns the lines before the stages: network, images and devices."""
     recipe, chip = plan.recipe, plan.chip
     train, val = plan.splits
+    dtype = plan.model.options.get("dtype")
     devices = f"{len(plan.devices)} device{'s' * (len(plan.devices) > 1)}"
     if chip:
+        precision = recipe.matmul_precision
         devices = (
-            f"{devices} of {_bytes(chip.hbm)}, {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16, "
-            f"{chip.bandwidth / 1e9:g} GB/s"
+            f"{devices} of {_bytes(chip.hbm)}, {chip.peak(dtype, precision) / 1e12:.4g} TFLOP/s in "
+            f"{dtype or 'float32'}, {chip.bandwidth / 1e9:g} GB/s"
         )
-    dtype = plan.model.options.get("dtype")
     lines = [
         f"{recipe.model}, {_parameters(plan):,} parameters" + (f", {dtype}" if dtype else ""),
         f"{len(train):,} images of {recipe.preprocessing.image_size} pixels to train on, "
@@ -44,12 +45,19 @@ def rows(plan: RunPlan, cost: StagePlanCost) -> Iterator[str]:
 
 
 def closing(chip: Chip) -> str:
-    """Returns the meaning of the estimated times."""
-    return (
+    """Returns the meaning of the estimated times and of the memory."""
+    text = (
         f"Times are estimates from the published numbers of {chip.name}: from the longer one of "
         "computation and memory traffic to their sum. Communication between the chips, the start "
-        "of each step and the input of images come on top."
+        f"of each step and the input of images come on top. Programs can use {_bytes(chip.usable)} "
+        "of a device's memory."
     )
+    if chip.gpu:
+        text += (
+            " Without a GPU, XLA takes the default algorithms of cuDNN and cuBLAS: their working "
+            "memory comes on top, and the programs of a run may differ."
+        )
+    return text
 
 
 def _cells(plan: RunPlan, cost: StagePlanCost) -> Iterator[tuple[str, str]]:
@@ -78,14 +86,14 @@ def _batch(plan: RunPlan, cost: StagePlanCost) -> str:
         return f"{cost.wanted:,} images" + f", {cost.wanted / count:g} a device" * (count > 1)
     text = f"{cost.wanted:,} images do not fit"
     if not cost.batch_size:
-        return f"{text}, and no smaller batch does"
+        return f"{text}, and no smaller batch that the stage can train with does"
     return f"{text}; {cost.batch_size:,} do, and all below is for these"
 
 
 def _memory(cost: StagePlanCost) -> str:
     text = f"{_bytes(cost.memory)} a device"
     if cost.chip:
-        text += f", {100 * cost.memory / cost.chip.hbm:.3g}%"
+        text += f", {100 * cost.memory / cost.chip.usable:.3g}%"
     fits = "fits: " if cost.chip and cost.fits else ""
     return f"{fits}{text} ({_bytes(cost.kept)} for the best epoch)"
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft.batch_sizes import batch_sizes
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
+from jaxft.hlo_cost import hlo_cost
 from jaxft.labels import Tree
 from jaxft.steps_per_execution import several_steps
-from jaxft.train.eval_step import eval_step
+from jaxft.train.eval_step import eval_step, image_eval_step
 from jaxft.train.feature_storage import DeviceStorage
 from jaxft.train.frozen_prefix import compile_prefix
 from jaxft.train.metrics import GradientNorms
@@ -93,14 +95,9 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     """Compiles the programs of a stage for arrays of these shapes at its start."""
     stage, recipe, devices = program.plan.stage, program.recipe, program.devices
     prefix, steps_per_call = program.prefix, recipe.steps_per_execution
-    state, frozen = devices.abstract(program.state(shapes))
     params, stats = devices.abstract((shapes.params, shapes.stats))
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    start = params if stage.anchor else None
     images = _batch_shapes(program, *_image_row(program))
-    features, example = list[Any](), _training_row(program)
-    if prefix.train and prefix.on_devices:
-        features, example = [_device_features(program, "train")], _INDEX
 
     def init_optimizer(params: Tree) -> optax.OptState:
         return devices.constrain(program.transform().init(params))
@@ -108,27 +105,30 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
     def copy(state: TrainState) -> TrainState:
         return devices.constrain(jax.tree.map(jnp.copy, state))
 
-    def compiled(function: Any, steps_per_call: int, *rest: Any) -> Any:
+    def compiled(function: Any, steps_per_call: int) -> Any:
         counts = {program.sizes.rows}
         if program.epoch_length(0) == program.steps_per_epoch:  # the stage reaches a last batch
             counts.add(program.sizes.last_rows)
         programs = {}
         for rows in sorted(counts, reverse=True):
-            batches = _batch_shapes(program, *example, rows=rows, steps_per_call=steps_per_call)
-            programs[rows] = devices.lower(function, state, frozen, batches, *rest).compile()
+            arguments = step_shapes(program, shapes, rows=rows, steps_per_call=steps_per_call)
+            if prefix.train and prefix.on_devices:
+                batch = _batch_shapes(program, *_INDEX, rows=rows, steps_per_call=steps_per_call)
+                features = _device_features(program, "train")
+                arguments = (*arguments[:2], batch, *arguments[3:], features)
+            programs[rows] = devices.lower(function, *arguments).compile()
         full = program.sizes.rows
         return programs[full] if len(programs) == 1 else ByRows(programs, full)
 
     step = norms = score = None
     if not stage.linear_probe:
-        function, numbers = _from_devices(program, program.train_step()), [number]
+        function = _from_devices(program, program.train_step())
         if steps_per_call > 1:
-            function, numbers = several_steps(function, devices), [number, number]
-        step = jax.jit(function, donate_argnums=0)
-        step = compiled(step, steps_per_call, *numbers, start, *features)
+            function = several_steps(function, devices)
+        step = compiled(jax.jit(function, donate_argnums=0), steps_per_call)
     if stage.auto_rgn:
         measure = _from_devices(program, program.gradient_norms(program.tensor_labels()))
-        norms = compiled(jax.jit(measure), 1, number, start, *features)
+        norms = compiled(jax.jit(measure), 1)
     through: dict[str, Any] = {}
     if prefix.row and prefix.val:
         like = (params, stats, images.image)
@@ -155,32 +155,63 @@ def compile_stage(program: StageProgram, shapes: Snapshot) -> CompiledStage:
         score = devices.lower(scoring, params, stats, batches, *rest).compile()
     return CompiledStage(
         devices.lower(jax.jit(init_optimizer), params).compile(),
-        devices.lower(jax.jit(copy), state).compile(),
+        devices.lower(jax.jit(copy), step_shapes(program, shapes)[0]).compile(),
         step,
         norms,
         through,
         score,
-        flops(step) * stage.accumulate if step else 0.0,  # XLA counts a loop's body once
+        _step_flops(step, stage.accumulate),
         sum(map(flops, through.values())),
     )
 
 
-def step_shapes(program: StageProgram, start: tuple[Tree, Tree]) -> tuple[Any, ...]:
-    """Returns the shapes `(state, frozen, batch, number, start)` of a stage's first step.
+def step_shapes(
+    program: StageProgram, shapes: Snapshot, *, rows: int | None = None, steps_per_call: int = 1
+) -> tuple[Any, ...]:
+    """Returns the shapes of the arguments of a stage's step, for arrays of these shapes.
 
-    They are the arguments of `StageProgram.train_step`, with a full batch.
+    They are `(state, frozen, batch, number, start)`, as for `StageProgram.train_step`. With
+    `steps_per_call` above 1, batches are stacked and their number follows them.
 
     Args:
       program: the stage.
-      start: parameters and statistics, or their shapes.
+      shapes: arrays at its start.
+      rows: rows of a batch; by default those of a full batch.
+      steps_per_call: number of batches.
     """
-    params, stats = start
-    opt_state = jax.eval_shape(program.transform().init, params)
-    snapshot = Snapshot(params, stats, opt_state)
-    state, frozen = program.devices.abstract(program.state(snapshot))
-    batch = _batch_shapes(program, *_training_row(program))
-    anchor = program.devices.abstract(params) if program.plan.stage.anchor else None
-    return state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32), anchor
+    state, frozen = program.devices.abstract(program.state(shapes))
+    row = _training_row(program)
+    batch = _batch_shapes(program, *row, rows=rows, steps_per_call=steps_per_call)
+    numbers = [jax.ShapeDtypeStruct((), jnp.int32)] * (2 if steps_per_call > 1 else 1)
+    anchor = program.devices.abstract(shapes.params) if program.plan.stage.anchor else None
+    return state, frozen, batch, *numbers, anchor
+
+
+def compile_image_evaluation(program: StageProgram, shapes: Snapshot, images: int) -> Any:
+    """Compiles the evaluation of a stage that does not cache the features of validation images.
+
+    Args:
+      program: the stage.
+      shapes: arrays at its start.
+      images: number of validation images.
+    """
+    recipe, devices = program.recipe, program.devices
+    sizes = batch_sizes(program.model, devices, images, recipe.batch_size)
+    steps_per_call = recipe.steps_per_execution
+    batch = _batch_shapes(
+        program, *_image_row(program), rows=sizes.rows, steps_per_call=steps_per_call
+    )
+    count = (jax.ShapeDtypeStruct((), jnp.int32),) if steps_per_call > 1 else ()
+    step = image_eval_step(recipe, program.model, sizes, program.loss.function)
+    weights = devices.abstract((shapes.params, shapes.stats))
+    return devices.lower(step, *weights, batch, *count).compile()
+
+
+def _step_flops(step: Any, accumulate: int) -> float:
+    if not step:
+        return 0.0
+    # XLA counts the body of a loop once.
+    return hlo_cost(step).flops if accumulate > 1 else flops(step)
 
 
 def _image_row(program: StageProgram) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -7,11 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxft.batch_sizes import BatchSizes
 from jaxft.data import Batch, Preprocessing
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice
 from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model
+from jaxft.recipe import Recipe
 from jaxft.steps_per_execution import one_by_one
 from jaxft.train.metrics import Metrics
 
@@ -96,3 +98,24 @@ def eval_step(
         return one_by_one(one, None, batches, count)[1]
 
     return jax.jit(with_precision(step if steps_per_call == 1 else steps, precision))
+
+
+def image_eval_step(recipe: Recipe, model: Model, sizes: BatchSizes, loss: LossChoice) -> Any:
+    """Returns the step that evaluates a recipe's images, not their features.
+
+    Args:
+      recipe: the run's recipe.
+      model: the network.
+      sizes: sizes of the batches.
+      loss: see `eval_step`.
+    """
+    return eval_step(
+        model,
+        recipe.preprocessing,
+        tta=recipe.tta,
+        steps_per_call=recipe.steps_per_execution,
+        examples=sizes.examples,
+        loss=loss,
+        metrics=recipe.metrics,
+        precision=recipe.matmul_precision,
+    )

@@ -52,7 +52,7 @@ from jaxft.report.console import Console
 from jaxft.report.device_advice import device_advice
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
-from jaxft.train.eval_step import eval_step
+from jaxft.train.eval_step import image_eval_step
 from jaxft.train.fork import (
     Fork,
     check_fork,
@@ -257,16 +257,7 @@ def _run(
             anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
         evaluators = {
-            loss: eval_step(
-                model,
-                recipe.preprocessing,
-                tta=recipe.tta,
-                steps_per_call=recipe.steps_per_execution,
-                examples=sizes.examples,
-                loss=loss,
-                metrics=recipe.metrics,
-                precision=recipe.matmul_precision,
-            )
+            loss: image_eval_step(recipe, model, sizes, loss)
             for loss in dict.fromkeys(program.loss.function for program in programs)
         }
         device_cache = ArrayCache(devices.cache_mib * len(devices) * 2**20)

@@ -102,34 +102,55 @@ def test_plan_of_unknown_recipe():
     assert done.stderr.startswith("RecipeError: nowhere.py: no such recipe.")
 
 
-@pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
-@pytest.mark.slow
-def test_plan_for_tpu_slice(config, tmp_path):
-    """Runs in a process of its own: libtpu aborts at the flags of XLA that the tests set."""
+def run_plan(config, out, topology):
+    """Runs in another process: libtpu aborts at the flags of XLA that the tests set."""
     stage = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=1, norms="eval")
     recipe = Recipe(
         model="cifar_resnet8", data="folder:nowhere", image_size=32, batch_size=64,
         dtype="bfloat16", cache_mib=0, stages=(stage,),
     )  # fmt: skip
     save(recipe, config)
-    out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "jaxft", "plan", config, "--topology", "v5e-4", "--json", out]
+    command = [sys.executable, "-m", "jaxft", "plan", config, "--topology", topology, "--json", out]
     quiet = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=quiet)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "  batch        64 images, 16 a device\n" in done.stdout
+    assert "  memory       fits: " in done.stdout
     plan = json.loads(out.read_text())
     (late,) = plan["stages"]
+    assert list(late["programs"]) == ["step", "validation"]  # no features are cached
+    assert 0 < late["memory"] < plan["chip"]["usable"]
+    assert 0 < late["seconds"][0] <= late["seconds"][1]
+    return plan, late
+
+
+# Each gradient travels once, those of convolutions in bfloat16, and so do six metrics.
+KERNELS = 9 * 32 * 64 + 9 * 64 * 64
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.slow
+def test_plan_for_tpu_slice(config, tmp_path):
+    plan, late = run_plan(config, tmp_path / "plan.json", "v5e-4")
     assert (plan["devices"], plan["chip"]["hbm"]) == (4, CHIPS["v5e"].hbm)
-    assert list(late["programs"]) == ["step"]  # no features are cached
     step = late["programs"]["step"]
     # No gradient passes through the frozen prefix, stem to layer2, nor into its output: one
     # product for the first convolution of layer3, and two for the second and for the head.
     assert step["convolutions"] == {"forward": 1 + 3 * 2 + 1, "backward": 1 + 2 + 2}
-    # Each gradient travels once, those of convolutions in bfloat16, and so do six metrics.
-    kernels = 9 * 32 * 64 + 9 * 64 * 64
-    others = late["trained_parameters"] - kernels
-    assert step["collective_bytes"] == {"all-reduce": 2 * kernels + 4 * others + 4 * 6}
-    assert 0 < late["memory"] < plan["chip"]["hbm"]
-    assert 0 < late["seconds"][0] <= late["seconds"][1]
-    assert "  batch        64 images, 16 a device\n" in done.stdout
-    assert "  memory       fits: " in done.stdout
+    others = late["trained_parameters"] - KERNELS
+    assert step["collective_bytes"] == {"all-reduce": 2 * KERNELS + 4 * others + 4 * 6}
+
+
+@pytest.mark.skipif(
+    not find_spec("jax_cuda13_plugin"), reason="jax's plugin for CUDA is not installed"
+)
+@pytest.mark.slow
+def test_plan_for_gpus(config, tmp_path):
+    plan, late = run_plan(config, tmp_path / "plan.json", "h100-4")
+    assert (plan["devices"], plan["chip"]["hbm"]) == (4, CHIPS["h100"].hbm)
+    step = late["programs"]["step"]
+    assert step["convolutions"] == {"forward": 1 + 3 * 2 + 1, "backward": 1 + 2 + 2}
+    assert step["layouts"] == {"b01f_o01i->b01f": 7 + 3}  # all but the head's
+    others = late["trained_parameters"] - KERNELS
+    assert step["collective_bytes"] == {"all-reduce": 2 * KERNELS + 4 * others + 4 * 6}
+    assert late["flops"] == step["flops"] > 0

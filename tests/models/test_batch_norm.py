@@ -16,11 +16,17 @@ X = np.random.default_rng(0).normal(2.0, 3.0, SHAPE)
 SCALE, BIAS, MEAN, VAR = np.random.default_rng(1).uniform(0.5, 2.0, (4, SHAPE[-1]))
 
 
-@pytest.fixture(params=["on CPU", "on TPU"])
+@pytest.fixture(params=["on CPU", "on TPU", "on GPU"])
 def passes(request, monkeypatch):
     """Reads the batch as on this platform."""
     if request.param == "on TPU":
         monkeypatch.setattr(batch_norm, "_statistics", batch_norm._one_pass)
+    elif request.param == "on GPU":
+
+        def shifted(x, mask, guess, eps):
+            return batch_norm._shifted_by_row(x, mask, guess)
+
+        monkeypatch.setattr(batch_norm, "_statistics", shifted)
 
 
 def norm(dtype=jnp.float32) -> BatchNorm:
@@ -274,3 +280,20 @@ def test_batch_norm_one_pass_keeps_nan():
     mean, var, _ = batch_norm._one_pass(x, jnp.ones((1, 4), bool), jnp.zeros(3), 1e-5)
     np.testing.assert_array_equal(np.isnan(mean[0]), [True, False, False])
     np.testing.assert_array_equal(np.isnan(var[0]), [True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "first", "rtol"),
+    [(0.0, 1.0, 0.0, 1e-5), (1e3, 0.03, 0.0, 1e-4), (1e3, 1.0, 50.0, 1e-4), (5.0, 0.0, 0.0, 0.0)],
+)
+def test_batch_norm_shifted_by_row_does_not_lose_digits(mean, std, first, rtol):
+    """Also where the first row is the only one that differs."""
+    x = np.random.default_rng(0).normal(mean, std, (2, 8, 6, 6, 3)).astype(np.float32)
+    x[:, 0] += first
+    mask = np.array([[True] * 8, [True] * 5 + [False] * 3])
+    means, variances, counts = jax.jit(batch_norm._shifted_by_row)(x, mask, jnp.zeros(3))
+    for part in range(2):
+        values = x[part][mask[part]].reshape(-1, 3).astype(np.float64)
+        assert counts[part] == len(values)
+        np.testing.assert_allclose(means[part], values.mean(0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(variances[part], values.var(0), rtol=rtol, atol=1e-9)
