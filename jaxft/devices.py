@@ -46,6 +46,10 @@ def _all_devices() -> Mesh:
     return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def _slice_index(device: Any) -> int:
+    return int(getattr(device, "slice_index", None) or 0)
+
+
 @dataclass(frozen=True)
 class Devices:
     """Devices of a run, and the placement of arrays on them.
@@ -71,12 +75,14 @@ class Devices:
     cache_mib: int = 0
 
     def __post_init__(self) -> None:
-        counts = Counter(device.process_index for device in self.mesh.devices.flat)
-        if len(set(counts.values())) > 1:
-            raise ParallelError(
-                "all processes must have the same number of devices, but they have "
-                f"{', '.join(str(counts[process]) for process in sorted(counts))}."
-            )
+        owners = {"processes": lambda device: device.process_index, "slices": _slice_index}
+        for name, owner in owners.items():
+            counts = Counter(map(owner, self.mesh.devices.flat))
+            if len(set(counts.values())) > 1:
+                raise ParallelError(
+                    f"all {name} must have the same number of devices, but they have "
+                    f"{', '.join(str(counts[index]) for index in sorted(counts))}."
+                )
 
     def __len__(self) -> int:
         return int(self.mesh.size)
@@ -104,9 +110,24 @@ class Devices:
         return replace(self, cache_mib=cache_mib)
 
     @property
+    def slices(self) -> int:
+        """Number of TPU slices; 1 for other devices. Communication between slices is slow."""
+        return len(set(map(_slice_index, self.mesh.devices.flat)))
+
+    @property
     def shard(self) -> tuple[int, int]:
         """`(index, count)`: this process reads part `index` of `count` equal parts of a batch."""
         return jax.process_index(), jax.process_count()
+
+    def replicas(self, count: int) -> int | Mesh:
+        """Returns `count` groups of consecutive devices as a mesh; see `jaxft.models.Model.apply`.
+
+        Returns `count` itself if it is 1, or if the devices cannot be divided into such groups.
+        """
+        if count == 1 or len(self) % count:
+            return count
+        groups = self.mesh.devices.reshape(count, -1)
+        return Mesh(groups, ("replica", BATCH_AXIS), axis_types=(AxisType.Auto,) * 2)
 
     def batch(self, part: T, *, stacked: bool = False) -> T:
         """Puts a batch on the devices, divided by rows.
@@ -171,11 +192,11 @@ class Devices:
         """Constrains arrays to `shardings`. Call it within a compiled function."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
-    def gather(self, tree: T) -> T:
+    def replicate(self, tree: T) -> T:
         """Copies whole arrays to every device. Call it within a compiled function."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def gathered(self, params: T, kernel_dtype: str | None = None) -> T:
+    def gather_params(self, params: T, kernel_dtype: str | None = None) -> T:
         """Gathers divided parameters before they are used. Call it within a compiled function.
 
         Left alone, the compiler divides the products instead, in loops that are slower.
@@ -189,25 +210,45 @@ class Devices:
             return params
 
         def gather(leaf: jax.Array) -> jax.Array:
-            return self.gather(leaf.astype(kernel_dtype or leaf.dtype) if leaf.ndim == 4 else leaf)
+            is_kernel = kernel_dtype and leaf.ndim == 4
+            return self.replicate(leaf.astype(kernel_dtype) if is_kernel else leaf)
 
         return jax.tree.map(gather, params)
 
-    def spread(self, parts: jax.Array) -> jax.Array:
-        """Divides each part of a batch among the devices. Call it within a compiled function.
+    def stack_parts(
+        self, batch: jax.Array, count: int, size: int, *, pad: bool = True
+    ) -> jax.Array:
+        """Splits a batch and divides each part among the devices.
+
+        Call it within a compiled function. If each device holds whole parts, or the rows of one
+        part only, it sends and receives its share once. Otherwise it receives the whole batch.
 
         Args:
-          parts: parts of a batch, stacked [n b ...].
+          batch: rows of a batch [b ...], divided among the devices.
+          count: number of parts.
+          size: rows of a part, which are consecutive.
+          pad: whether to zero-pad parts that cannot be divided equally. If False, each device
+            receives all of their rows.
 
         Returns:
-          The parts [n rows ...], zero-padded to `rows(b)` and divided along the second axis.
+          The parts [count rows ...], where `rows` is `self.rows(size)`, or `size` without padding.
         """
-        count = parts.shape[1]
-        padding = [(0, 0), (0, self.rows(count) - count), *[(0, 0)] * (parts.ndim - 2)]
-        # The compiler has no better way than whole copies, and warns unless they are explicit.
-        parts = self.gather(parts)
+        parts = batch[: count * size].reshape(count, size, *batch.shape[1:])
+        groups, larger = sorted((count, len(self)))
+        if count * size == len(batch) and size % len(self) == 0 and larger % groups == 0:
+            # The compiler would copy the whole batch, if it did not read where the rows lie.
+            mesh = Mesh(self.mesh.devices.reshape(groups, -1), ("part", BATCH_AXIS))
+            where = NamedSharding(mesh, PartitionSpec("part", BATCH_AXIS))
+            parts = jax.lax.with_sharding_constraint(parts, where)
+        else:
+            # The compiler has no better way, and warns unless the copies are explicit.
+            parts = self.replicate(parts)
+            if size % len(self) and not pad:
+                return parts
+            padding = [(0, 0), (0, self.rows(size) - size), *[(0, 0)] * (parts.ndim - 2)]
+            parts = jnp.pad(parts, padding)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXIS))
-        return jax.lax.with_sharding_constraint(jnp.pad(parts, padding), sharding)
+        return jax.lax.with_sharding_constraint(parts, sharding)
 
     def abstract(self, tree: Any) -> Any:
         """Returns shapes, types and shardings, for `jit(...).lower` and for Orbax to restore."""

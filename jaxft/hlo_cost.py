@@ -35,8 +35,10 @@ class HloCost:
         working memory of cuDNN comes on top: it chooses its algorithms on the GPU.
       temporary: bytes of temporary arrays.
       cycles: XLA's estimate for TPUs, else 0. Counts the cheapest branch of a conditional: a norm
-        layer's other branch reads the batch again, if digits of its variance cancel.
-      collectives: number of executed collectives by kind.
+        layer's other branch reads the batch again, if digits of its variance cancel. The body of a
+        loop counts once per iteration.
+      collectives: number of executed collectives by kind. `cross-slice` counts the transfers
+        between TPU slices, which XLA surrounds by collectives within each slice.
       collective_bytes: bytes of their results, by kind.
       convolutions: number of convolutions and dots, by `forward` and `backward`.
       operands: number of convolutions and dots by the types of their operands, `bf16 x bf16`.
@@ -143,6 +145,9 @@ class _Program:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 key = channel[1] if channel else instruction.name
                 exchanges[key] = _exchange(instruction, collective, name)
+            if instruction.op == "send" and "xla_megascale" in instruction.rest:
+                sent = size_in_bytes(elements(instruction.type)[0])
+                exchanges[instruction.name] = _Exchange("cross-slice", sent, 1)
             fusion = instruction.op == "fusion"
             for called, times in _calls(instruction, self):
                 inner = self.run(called, loops=loops, fused=fused or fusion)

@@ -50,10 +50,10 @@ def check_network(recipe: Recipe, given: Model | None) -> None:
 def _check_own(recipe: Recipe, model: Model) -> None:
     """Raises RecipeError where the recipe does not go with a user's network."""
     recipe.check_own_network()
-    if recipe.statistics == "replica" and isinstance(model, models.Linen | models.NNX):
+    if recipe.statistics != "global" and isinstance(model, models.Linen | models.NNX):
         raise RecipeError(
-            f"statistics='replica' needs norm layers of jaxft's: Flax's, as in {model.name}, "
-            "take the statistics of the whole batch. Leave it at 'global'."
+            f"statistics={recipe.statistics!r} needs norm layers of jaxft's: Flax's, as in "
+            f"{model.name}, take the statistics of the whole batch. Leave it at 'global'."
         )
     if recipe.remat and len(model.blocks) == 1:
         raise RecipeError(

@@ -171,9 +171,10 @@ class Recipe:
     remat: bool = False
     """Recompute each block in the backward pass (`jax.checkpoint`): less memory for one more
     forward pass. Has no effect on CPU, where XLA removes it. Changes results by rounding only."""
-    statistics: Literal["global", "replica"] = "global"
-    """Batch statistics of norm layers on several devices: over the whole batch, or over each
-    device's part, as in torch's DistributedDataParallel."""
+    statistics: Literal["global", "slice", "replica"] = "global"
+    """Batch statistics of norm layers on several devices: over the whole batch; over the part of
+    each TPU slice, so that slices exchange little more than gradients; or over each device's part,
+    as in torch's DistributedDataParallel."""
     sharding: Literal["replicated", "fsdp"] = "replicated"
     """Copy all parameters to each device, or divide large ones among the devices. Changes results
     by rounding only."""

@@ -58,6 +58,7 @@ SEVERAL: dict[str, Row] = {
     "all": ("all", "batch", {}, {}, {}),
     "fsdp": ("all", "batch", {}, {"sharding": "fsdp"}, {}),
     "replica": ("all", "batch", {}, {"statistics": "replica"}, {}),
+    "slice": ("all", "batch", {}, {"statistics": "slice"}, {}),
     "mixup": ("all", "batch", {}, {"mixup": 0.2}, {}),
     "accumulate": ("all", "batch", {"accumulate": 4}, {}, {}),
 }

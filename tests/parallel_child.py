@@ -7,8 +7,11 @@ Writes the trained parameters of each case to OUT.npz and observations to OUT.js
 
 import json
 import os
+import re
 import signal
 import sys
+from collections import Counter
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 
 import jaxft.devices
 from jaxft import SGD, Stage, distributed, models, partition, plan
-from jaxft.data import BatchConfig, Preprocessing, train_batches
+from jaxft.data import Batch, BatchConfig, Preprocessing, train_batches
 from jaxft.devices import Devices
 from jaxft.labels import combine
 from jaxft.train.train_step import StepConfig, TrainState, train_step
@@ -92,6 +95,57 @@ def train(devices):
     return np.hstack([*map(np.ravel, jax.tree.leaves(trained)), losses]), observed
 
 
+def train_replicas(devices, replicas):
+    """Returns parameters and statistics of a step with separate batch statistics; its collectives.
+
+    The last six of 16 rows are padding, so that some replicas have none but padding.
+    """
+    preprocessing = Preprocessing(image_size=8, resize_size=None)
+    params, stats = devices.put(MODEL.init(jax.random.key(0)))
+    transform = optax.sgd(0.1)
+    config = StepConfig(
+        model=MODEL, transform=transform, preprocessing=preprocessing, norms="batch",
+        replicas=replicas, devices=devices,
+    )  # fmt: skip
+    image = np.stack([np.asarray(Noise()[i][0]) // (1 + i // 4) for i in range(16)])
+    batch = devices.batch(Batch(image, np.arange(16, dtype=np.int32) % 5, np.arange(16) < 10))
+    arguments = (
+        TrainState(params, stats, transform.init(params)),
+        jax.tree.map(lambda _: None, params),
+    )
+    step = train_step(config)
+    text = step.lower(*arguments, batch, jax.random.key(1)).compile().as_text()
+    state, _ = step(*arguments, batch, jax.random.key(1))
+    trained = jax.tree.leaves(devices.host((state.trainable, state.stats)))
+    return np.hstack([*map(np.ravel, trained)]), collectives(text)
+
+
+def collectives(text):
+    """Returns the kinds of a program's collectives, and the groups of the all-gathers."""
+    kinds = re.findall(r" (all-\w+|collective-permute|reduce-scatter)\(", text)
+    return dict(Counter(kinds)), re.findall(r" all-gather\(.*replica_groups=(\S+)", text)
+
+
+def stack_parts(devices, count, size):
+    """Returns whether the parts of a batch hold its rows, their sharding, and the collectives."""
+    batch = np.zeros((devices.rows(count * size), 2), np.uint8)
+    batch[: count * size] = np.arange(count * size)[:, None]
+    expected = batch[: count * size].reshape(count, size, 2)
+    function, batch = (
+        jax.jit(partial(devices.stack_parts, count=count, size=size)),
+        devices.batch(batch),
+    )
+    parts = function(batch)
+    whole = devices.host(parts)
+    is_padded = not whole[:, size:].any()
+    return [
+        np.array_equal(whole[:, :size], expected) and is_padded,
+        list(whole.shape),
+        str(parts.sharding.spec),
+        collectives(function.lower(batch).compile().as_text())[0],
+    ]
+
+
 def layout(devices):
     """Returns the shardings of a tree, and whether it survives placing and fetching."""
     tree = {
@@ -133,7 +187,14 @@ def main(out, *joining):
         one = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
         cases["one"] = Devices(mesh=one)
     trained = {case: train(devices) for case, devices in cases.items()}
+    if jax.process_count() == 1:
+        for count in (1, 2, 8, 16):
+            for case in ("one", "replicated"):
+                trained[f"{case}, {count} replicas"] = train_replicas(cases[case], count)
     observed = {case: observed for case, (_, observed) in trained.items()}
+    if jax.process_count() == 1:
+        shapes = ((4, 16), (16, 8), (3, 8), (4, 6))
+        observed["parts"] = [stack_parts(cases["replicated"], *shape) for shape in shapes]
     observed["first"] = distributed.is_main_process()
     observed["any"] = [distributed.any_process(False), distributed.any_process(observed["first"])]
     observed["layout"] = {case: layout(devices) for case, devices in cases.items()}

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,40 @@ def test_shardings_divide_large_arrays_along_the_largest_divisible_axis(process,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("replicas", [2, 8, 16])
+def test_replicas_on_devices_equal_those_on_one(replicas, runs):
+    """Two groups of four devices, as with two slices; a replica on each device; and more."""
+    trained = runs["eight"][1]
+    one, several = (trained[f"{case}, {replicas} replicas"] for case in ("one", "replicated"))
+    np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-5)
+    assert np.abs(one - trained["one, 1 replicas"]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_replicas_exchange_statistics_within_their_group_only(runs):
+    observed, _ = runs["eight"]
+    norm_layers = 7
+    kinds, groups = observed["replicated, 2 replicas"]
+    assert kinds["all-gather"] == len(groups) == norm_layers
+    assert set(groups) <= {"{{0,1,2,3},{4,5,6,7}},", "[2,4]<=[8],"}
+    kinds, groups = observed["replicated, 8 replicas"]
+    assert groups == []
+    assert kinds["all-reduce"] < observed["replicated, 1 replicas"][0]["all-reduce"]
+
+
+@pytest.mark.slow
+def test_devices_stack_parts(runs):
+    """A batch of parts that fill the devices is exchanged once; others are copied."""
+    even, whole, odd, padded = runs["eight"][0]["parts"]
+    assert even[:3] == [True, [4, 16, 2], "P(None, 'batch')"]
+    assert "all-gather" not in even[3]
+    assert whole[:3] == [True, [16, 8, 2], "P(None, 'batch')"]
+    assert "all-gather" not in whole[3]
+    assert odd[:3] == [True, [3, 8, 2], "P(None, 'batch')"]
+    assert padded[:3] == [True, [4, 8, 2], "P(None, 'batch')"]
+
+
+@pytest.mark.slow
 def test_collectives_of_processes(runs):
     for process, first, shard in (
         ("eight", True, [0, 1]),
@@ -175,6 +210,33 @@ def test_devices_cache_features_in_a_quarter_of_their_memory(monkeypatch):
     assert devices.with_cache(None).cache_mib == 4096
     assert devices.with_cache(7).cache_mib == 7
     assert Devices().with_cache(None).cache_mib == 0  # on CPU
+
+
+def test_devices_group_by_slice():
+    """As `2xv5e-4` and its eight chips."""
+
+    @dataclass(frozen=True)
+    class Chip:
+        id: int
+        process_index: int
+        slice_index: int
+
+    chips = np.array([Chip(i, i // 4, i // 4) for i in range(8)])
+    devices = Devices(mesh=SimpleNamespace(devices=chips, size=8))
+    assert devices.slices == 2
+    assert (devices.replicas(1), devices.replicas(3), devices.replicas(16)) == (1, 3, 16)
+    groups = devices.replicas(devices.slices)
+    assert [[x.slice_index for x in group] for group in groups.devices] == [[0] * 4, [1] * 4]
+
+
+def test_devices_rejects_unequal_slices():
+    owners = [SimpleNamespace(process_index=i, slice_index=i // 2) for i in range(5)]
+    with pytest.raises(ParallelError, match="all slices must have the same number of devices"):
+        Devices(mesh=SimpleNamespace(devices=np.array(owners)))
+
+
+def test_devices_without_slices_are_one_slice():
+    assert Devices().slices == 1
 
 
 def test_devices_are_hashable():

@@ -56,6 +56,8 @@ ENTRY %main (a: bf16[8,4], /*index=1*/b: f32[8]) -> (bf16[8,4], f32[8]) {
   %h = f32[16]{0} all-gather-done(%g)
   %v = f32[8]{0} while(%h), condition=%until, body=%counted
   %w = f32[8]{0} while(%v), body=%body, config={"known_trip_count":{"n":"3"}}
+  %u = (f32[1,1,128]{2,1,0:T(1,128)}, u32[], token[]) send(%w), attributes={name="xla_megascale"}
+  %i = (f32[8]{0}, u32[], token[]) send(%w), is_host_transfer=true
   %c = f32[8]{0} conditional(%a, %w, %w), true_computation=%again, false_computation=%once
   ROOT %t = (bf16[8,4]{1,0}, f32[8]{0}) tuple(%a, %c)
 }
@@ -86,11 +88,17 @@ def test_hlo_cost_of_tpu_program():
     assert cost.bytes_accessed == 34 + 2 * (2 * 64) + 4 * 64
     assert (cost.memory, cost.temporary) == (100 + 50 - 40 + 7, 7)
     assert cost.cycles == 1000 + 3 * 10 + 5 * 100  # the conditional's cheaper branch has none
-    assert cost.collectives == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 3}
+    assert cost.collectives == {
+        "all-reduce": 1,
+        "all-gather": 1,
+        "reduce-scatter": 3,
+        "cross-slice": 1,
+    }
     assert cost.collective_bytes == {
         "all-reduce": 65 * 4,
         "all-gather": 16 * 4,
         "reduce-scatter": 3 * 24 * 4,  # in a loop of three
+        "cross-slice": 128 * 4,
     }
     assert cost.convolutions == {"backward": 1}
     assert cost.operands == {"bf16 x bf16": 1}

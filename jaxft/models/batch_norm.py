@@ -1,14 +1,19 @@
 """Batch normalisation with torch's formulas and a mask for padding rows."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxft.models.context import Context
+from jaxft.models.model import Replicas
+
+Arrays = tuple[jax.Array, ...]
 
 STATISTICS = "batch statistics"
 """Name of the statistics for policies of `jax.checkpoint`, so that rematerialisation can keep them:
@@ -36,7 +41,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Normalises `x` with the statistics that `context.mode` selects.
 
-        With `context.replicas` above 1, the batch is split into that number of equal parts. Each
+        With several `context.replicas`, the batch is split into that number of equal parts. Each
         part is normalised with its statistics, and the statistics of the first part update the
         running ones, as in torch's `DistributedDataParallel`.
 
@@ -58,21 +63,20 @@ class BatchNorm(nnx.Module):
         if mode == "running":
             factor = jax.lax.rsqrt(self.var[...] + self.eps) * scale
             return ((_at_least_float32(x) - self.mean[...]) * factor + bias).astype(x.dtype)
-        b, n = x.shape[0], context.replicas
-        if b % n:
+        b, (n, devices) = x.shape[0], _shape(context.replicas)
+        if b % (n * devices):
             raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
-        parts = x.reshape(n, b // n, *x.shape[1:])
-        if context.mask is None and math.prod(parts.shape[1:-1]) < 2:
+        if context.mask is None and b // n * math.prod(x.shape[1:-1]) < 2:
             raise ValueError(
                 f"batch statistics of {context.path} need more than one value per channel"
             )
         mask = jnp.ones(b, bool) if context.mask is None else jnp.asarray(context.mask)
         y, (mean, var, count) = _normalize(
-            parts, mask.reshape(n, -1), scale, bias, self.mean[...], self.eps
+            x, mask, scale, bias, self.mean[...], self.eps, context.replicas
         )
         if mode == "batch":
             self._update_running(mean[0], var[0], count[0])
-        return y.reshape(x.shape)
+        return y
 
     def _update_running(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
         """Updates the running statistics with the statistics of `count` values per channel."""
@@ -91,7 +95,7 @@ Statistics = tuple[jax.Array, jax.Array, jax.Array]
 """Mean `[n c]`, biased variance `[n c]` and number of values `[n 1]` of each part."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _normalize(
     x: jax.Array,
     mask: jax.Array,
@@ -99,14 +103,15 @@ def _normalize(
     bias: jax.Array,
     guess: jax.Array,
     eps: float,
+    replicas: Replicas,
 ) -> tuple[jax.Array, Statistics]:
-    """Normalises each part of `x` `[n b ... c]` with the statistics of its rows in `mask` `[n b]`.
+    """Normalises each part of `x` `[b ... c]` with the statistics of its rows in `mask` `[b]`.
 
     The gradient is written by hand, because it keeps only the input: the residuals that `jax.grad`
     would add are a third of the memory of a ResNet-50 step, and it reads the batch more often.
     `guess` `[c]` should be close to the mean, for speed; it changes the result by rounding only.
     """
-    return _forward(x, mask, scale, bias, guess, eps)[0]
+    return _forward(x, mask, scale, bias, guess, eps, replicas)[0]
 
 
 def _forward(
@@ -116,13 +121,78 @@ def _forward(
     bias: jax.Array,
     guess: jax.Array,
     eps: float,
+    replicas: Replicas,
 ) -> tuple[tuple[jax.Array, Statistics], tuple[jax.Array, ...]]:
-    mean, var, count = _statistics(x, mask, guess, eps)
+    def statistics(rows: Arrays, parts: Arrays) -> tuple[Arrays, Arrays]:
+        x, mask = rows
+        return (), _across_devices(_statistics(x, mask, parts[0][0], eps), replicas)
+
+    def normalize(rows: Arrays, parts: Arrays) -> tuple[Arrays, Arrays]:
+        (x,), (mean, factor, bias) = rows, (_broadcast(part, rows[0]) for part in parts)
+        return (((_at_least_float32(x) - mean) * factor + bias).astype(x.dtype),), ()
+
+    def repeat(values: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(values, (_shape(replicas)[0], *values.shape))
+
+    _, (mean, var, count) = _by_part(statistics, replicas, (x, mask), (repeat(guess),))
     mean, var = checkpoint_name(mean, STATISTICS), checkpoint_name(var, STATISTICS)
     inverse_std = jax.lax.rsqrt(var + eps)
-    centred = _at_least_float32(x) - _broadcast(mean, x)
-    y = centred * _broadcast(inverse_std * scale, x) + bias
-    return (y.astype(x.dtype), (mean, var, count)), (x, mask, scale, mean, inverse_std, count)
+    (y,), _ = _by_part(normalize, replicas, (x,), (mean, inverse_std * scale, repeat(bias)))
+    return (y, (mean, var, count)), (x, mask, scale, mean, inverse_std, count)
+
+
+def _shape(replicas: Replicas) -> tuple[int, int]:
+    """Returns the number of parts, and of devices that call `_by_part`'s function for each."""
+    return (replicas, 1) if isinstance(replicas, int) else replicas.devices.shape
+
+
+def _by_part(
+    function: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
+    replicas: Replicas,
+    rows: Arrays,
+    parts: Arrays,
+) -> tuple[Arrays, Arrays]:
+    """Calls `function(rows, parts) -> (rows, parts)` on a batch that is split into parts.
+
+    On a mesh, each device calls it on its rows, as a single part. If the compiler divided all parts
+    among the devices, it would not fuse their statistics with the convolution before them.
+
+    Args:
+      function: receives and returns rows `[n b ...]` and values of each part `[n c]`.
+      replicas: number of parts, or the devices of each.
+      rows: arrays `[b ...]`.
+      parts: arrays `[n c]`.
+
+    Returns:
+      Rows `[b ...]` and values of each part `[n c]`.
+    """
+    if isinstance(replicas, int):
+        split = tuple(x.reshape(replicas, -1, *x.shape[1:]) for x in rows)
+        rows, parts = function(split, parts)
+        return tuple(x.reshape(-1, *x.shape[2:]) for x in rows), parts
+
+    def local(rows: Arrays, parts: Arrays) -> tuple[Arrays, Arrays]:
+        rows, parts = function(tuple(x[None] for x in rows), parts)
+        return tuple(x[0] for x in rows), parts
+
+    specs = PartitionSpec(replicas.axis_names), PartitionSpec(replicas.axis_names[0])
+    mapped = jax.shard_map(local, mesh=replicas, in_specs=specs, out_specs=specs, check_vma=False)
+    return mapped(rows, parts)
+
+
+def _across_devices(statistics: Statistics, replicas: Replicas) -> Statistics:
+    """Combines the statistics of the devices of a part, in one exchange.
+
+    Reference: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
+    """
+    if isinstance(replicas, int) or _shape(replicas)[1] == 1:
+        return statistics
+    each = jax.lax.all_gather(jnp.concatenate(statistics, axis=1), replicas.axis_names[1])
+    means, variances, counts = jnp.split(each, (each.shape[2] // 2, each.shape[2] - 1), axis=2)
+    count = counts.sum(0)
+    share = counts / jnp.maximum(count, 1)
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + jnp.square(means - mean))).sum(0), count
 
 
 def _statistics(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
@@ -198,32 +268,39 @@ def _mean(values: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _backward(
-    eps: float, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, Statistics]
+    eps: float,
+    replicas: Replicas,
+    residuals: Arrays,
+    cotangents: tuple[jax.Array, Statistics],
 ) -> tuple[jax.Array | None, ...]:
     x, mask, scale, mean, inverse_std, count = residuals
     grad_y, (grad_mean, grad_var, _) = cotangents
-    wide, centred = _at_least_float32(grad_y), _at_least_float32(x) - _broadcast(mean, x)
-    sums, products = _row_sums(wide), _row_sums(wide * centred)
-    # All rows are normalised, so all contribute to the gradient of mean and variance, which flows
-    # back to the rows of the mask only.
-    grad_mean = grad_mean - sums.sum(1) * inverse_std * scale
-    grad_var = grad_var - products.sum(1) * inverse_std**3 * scale / 2
-    contributes = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
-    shift, slope = (
-        _broadcast(grad / jnp.maximum(count, 1), x) for grad in (grad_mean, 2 * grad_var)
-    )
-    grad_x = wide * _broadcast(inverse_std * scale, x) + contributes * (shift + centred * slope)
-    # Each row's sums are scaled before they are added up: for their total XLA would read the batch
-    # once more, after all other layers.
-    grad_scale = (products * inverse_std[:, None]).sum((0, 1))
-    grad_bias = sums.sum((0, 1))
-    return (
-        grad_x.astype(x.dtype),
-        None,
-        grad_scale.astype(scale.dtype),
-        grad_bias.astype(scale.dtype),
-        None,
-    )
+
+    def gradients(rows: Arrays, parts: Arrays) -> tuple[Arrays, Arrays]:
+        x, mask, grad_y = rows
+        mean, inverse_std, factor, count, grad_mean, grad_var = parts
+        wide, centred = _at_least_float32(grad_y), _at_least_float32(x) - _broadcast(mean, x)
+        sums, products = _row_sums(wide), _row_sums(wide * centred)
+        totals = sums.sum(1), products.sum(1)
+        if not isinstance(replicas, int) and _shape(replicas)[1] > 1:
+            totals = jax.lax.psum(totals, replicas.axis_names[1])
+        # All rows are normalised, so all contribute to the gradient of mean and variance, which
+        # flows back to the rows of the mask only.
+        grad_mean = grad_mean - totals[0] * factor
+        grad_var = grad_var - totals[1] * inverse_std**2 * factor / 2
+        contributes = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+        shift, slope = (
+            _broadcast(grad / jnp.maximum(count, 1), x) for grad in (grad_mean, 2 * grad_var)
+        )
+        grad_x = wide * _broadcast(factor, x) + contributes * (shift + centred * slope)
+        # Each row's sums are scaled before they are added up: for their total XLA would read the
+        # batch once more, after all other layers.
+        return (grad_x.astype(x.dtype), products * inverse_std[:, None], sums), ()
+
+    parts = (mean, inverse_std, inverse_std * scale, count, grad_mean, grad_var)
+    (grad_x, products, sums), _ = _by_part(gradients, replicas, (x, mask, grad_y), parts)
+    grad_scale, grad_bias = (rows.sum(0).astype(scale.dtype) for rows in (products, sums))
+    return grad_x, None, grad_scale, grad_bias, None
 
 
 _normalize.defvjp(_forward, _backward)

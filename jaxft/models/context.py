@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax.typing import ArrayLike
 
-from jaxft.models.model import NormMode, Norms
+from jaxft.models.model import NormMode, Norms, Replicas
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Context:
 
     norms: Norms
     mask: ArrayLike | None = None
-    replicas: int = 1
+    replicas: Replicas = 1
     key: jax.Array | None = None
     path: str = ""
 

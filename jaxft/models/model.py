@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
@@ -35,6 +36,11 @@ OPTIONS = (
 
 Norms = NormMode | Mapping[str, NormMode]
 """One mode for all norm layers, or a mode per norm layer by its path (`layer4.0.bn1`)."""
+
+
+Replicas = int | Mesh
+"""Equal parts of a batch with separate batch statistics: their number, or a mesh [parts, devices]
+of the devices that hold the rows of each part."""
 
 
 class Architecture(Protocol):
@@ -98,7 +104,7 @@ class Model(Architecture, Protocol):
         *,
         norms: Norms,
         mask: Bool[ArrayLike, " b"] | None = None,
-        replicas: int = 1,
+        replicas: Replicas = 1,
         key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,
@@ -111,7 +117,7 @@ class Model(Architecture, Protocol):
           inputs: normalised RGB images `[b h w c]`, or the output of the block before `first`.
           norms: the mode of each norm layer.
           mask: False for padding rows, which batch statistics leave out.
-          replicas: number of equal parts of the batch with separate batch statistics.
+          replicas: parts of the batch with separate batch statistics.
           key: random key for dropout and stochastic depth; None disables both.
           first: the first block to apply.
           last: the last block to apply.

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.models.context import Context
 from jaxft.models.layers import Rngs
-from jaxft.models.model import OPTIONS, Architecture, Model, Norms, Tree
+from jaxft.models.model import OPTIONS, Architecture, Model, Norms, Replicas, Tree
 from jaxft.models.norm_modes import layer_modes, norm_layers
 
 
@@ -116,7 +116,7 @@ class NNXModel:
         *,
         norms: Norms,
         mask: Bool[ArrayLike, " b"] | None = None,
-        replicas: int = 1,
+        replicas: Replicas = 1,
         key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,

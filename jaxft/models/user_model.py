@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.errors import ModelError
-from jaxft.models.model import NormMode, Norms, Tree
+from jaxft.models.model import NormMode, Norms, Replicas, Tree
 from jaxft.models.norm_modes import dotted, layer_modes, norm_layers
 
 Call = Callable[[Any, jax.Array, bool], jax.Array]
@@ -120,7 +120,7 @@ class UserModel(ABC):
         *,
         norms: Norms,
         mask: Bool[ArrayLike, " b"] | None = None,
-        replicas: int = 1,
+        replicas: Replicas = 1,
         key: PRNGKeyArray | None = None,
         first: str | None = None,
         last: str | None = None,

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxft.data.mixup import cutmix, mixup, mixup_or_cutmix, soft_targets
 from jaxft.data.random_erasing import erase, erasing_boxes
@@ -40,21 +40,27 @@ class Loss:
     cutmix: float = 0.0
     multi_label: bool = False
 
+    @property
+    def changes_images(self) -> bool:
+        """Whether it erases or mixes images."""
+        return bool(self.random_erasing or self.mixup or self.cutmix)
+
     def erase_and_mix(
         self,
-        images: Float[jax.Array, "b ..."],
+        images: Shaped[ArrayLike, "b ..."],
         target: Int[ArrayLike, " b"] | Int[ArrayLike, "b {num_classes}"],
         mask: Bool[ArrayLike, " b"],
         num_classes: int,
         key: PRNGKeyArray,
     ) -> tuple[
-        Float[jax.Array, "b ..."], Float[jax.Array, "b {num_classes}"] | Int[jax.Array, " b"]
+        Shaped[jax.Array, "b ..."], Float[jax.Array, "b {num_classes}"] | Int[jax.Array, " b"]
     ]:
         """Erases and mixes normalised images `[b h w c]`; returns them and their targets.
 
         Targets are probabilities, not yet smoothed, or `target` itself if the loss is plain cross
-        entropy. A loss that neither erases nor mixes also accepts features.
+        entropy. Unless `changes_images`, images of any type and features return as they are.
         """
+        images = jnp.asarray(images)
         if self.random_erasing:
             count, height, width, _ = images.shape
             drawn = _named(key, "erasing")

@@ -338,7 +338,8 @@ def with_prefixes(
 
 
 def _replicas(recipe: Recipe, devices: Devices) -> int:
-    return len(devices) if recipe.statistics == "replica" else 1
+    counts = {"global": 1, "slice": devices.slices, "replica": len(devices)}
+    return counts[recipe.statistics]
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class StepConfig:
         is zero. If False, it is applied, and `StepRecord.finite` is False.
       replicas: see `Model.apply`.
       devices: where the state lies before and after the step.
-      kernel_dtype: type in which the network convolves; see `Devices.gathered`.
+      kernel_dtype: type in which the network convolves; see `Devices.gather_params`.
       keep_gradients: the record holds the gradients.
       first: first block to run, if batches hold features of the blocks before it; None: images.
       remat: recompute each block in the backward pass to save memory.
@@ -114,12 +114,12 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
     def step(
         state: TrainState, frozen: Tree, batch: Batch, key: jax.Array, start: Tree = None
     ) -> tuple[TrainState, StepRecord]:
-        # Normalise, unless the batch holds features.
-        features = config.first is not None
-        images = batch.image if features else config.preprocessing.normalize(batch.image)
         # Augment.
+        images = batch.image
+        if criterion.changes_images:
+            images = config.preprocessing.normalize(images)
         images, targets = criterion.erase_and_mix(
-            jnp.asarray(images), batch.target, batch.mask, model.num_classes, key
+            images, batch.target, batch.mask, model.num_classes, key
         )
         weight = jnp.sum(criterion.weights(targets), where=batch.mask)
         rows = _Rows(images, targets, batch.target, batch.mask, key)
@@ -192,18 +192,22 @@ def _gradient(
     """Returns gradients, new statistics and metrics of a batch; its `loss` is the mean."""
     model, criterion = config.model, config.loss
     apply = partial(block_by_block, model) if config.remat else model.apply
+    replicas = config.devices.replicas(config.replicas) if config.devices else config.replicas
 
     def loss(trainable: Tree, stats: Tree, part: _Rows) -> tuple[jax.Array, tuple[Tree, Metrics]]:
+        images = part.images  # features are ready, and so are images that have been augmented
+        if config.first is None and not criterion.changes_images:
+            images = config.preprocessing.normalize(images)
         params = combine(trainable, frozen)
         if config.devices:
-            params = config.devices.gathered(params, config.kernel_dtype)
+            params = config.devices.gather_params(params, config.kernel_dtype)
         logits, stats = apply(
             params,
             stats,
-            part.images,
+            images,
             norms=config.norms,
             mask=None if config.examples else part.mask,
-            replicas=config.replicas,
+            replicas=replicas,
             key=part.key,
             first=config.first,
         )
@@ -229,11 +233,13 @@ def _gradient(
     if config.accumulate == 1 or count <= size:
         (grads, metrics), stats = gradient(state.stats, rows)
         return grads, stats, metrics
-    spread: Callable[[jax.Array], jax.Array] | None = None
-    if devices := config.devices:
-        # Without a mask a part cannot be padded to equal shares of the devices.
-        spread = devices.gather if config.examples and size % len(devices) else devices.spread
-    parts, rest = rows.split(config.accumulate, size, count, spread)
+
+    def stack(x: jax.Array, parts: int) -> jax.Array:
+        if config.devices:  # a network that takes no mask takes no padding
+            return config.devices.stack_parts(x, parts, size, pad=not config.examples)
+        return x[: parts * size].reshape(parts, size, *x.shape[1:])
+
+    parts, rest = rows.split(config.accumulate, size, count, stack)
     (grads, metrics), stats = gradients.accumulate_sums(gradient, state.stats, parts, rest)
     return grads, stats, metrics
 
@@ -257,18 +263,14 @@ class _Rows(NamedTuple):
         accumulate: int,
         size: int,
         count: int,
-        spread: Callable[[jax.Array], jax.Array] | None,
+        stack: Callable[[jax.Array, int], jax.Array],
     ) -> tuple["_Rows", "_Rows | None"]:
         """Returns the parts of `size` rows among the first `count` rows, and the rows left."""
         keys = jax.random.split(self.key, accumulate)
         whole, left = divmod(min(count, accumulate * size), size)
-
-        def stack_parts(x: jax.Array) -> jax.Array:
-            parts = jnp.reshape(x[: whole * size], (whole, size, *x.shape[1:]))
-            return spread(parts) if spread else parts
-
         rest = self.cut(whole * size, whole * size + left)._replace(key=keys[-1])
-        return self._map(stack_parts, keys[:whole]), rest if left else None
+        parts = self._map(lambda x: stack(x, whole), keys[:whole])
+        return parts, rest if left else None
 
     def _map(self, function: Callable[[jax.Array], jax.Array], key: jax.Array) -> "_Rows":
         images, targets, classes, mask = (function(jnp.asarray(x)) for x in self[:-1])

@@ -137,6 +137,12 @@ def test_plan_for_tpu_slice(config, tmp_path):
     # No gradient passes through the frozen prefix, stem to layer2, nor into its output: one
     # product for the first convolution of layer3, and two for the second and for the head.
     assert step["convolutions"] == {"forward": 1 + 3 * 2 + 1, "backward": 1 + 2 + 2}
+    assert step["operands"]["bf16 x bf16"] == (1 + 3 * 2) + (1 + 2)  # all convolutions
+    assert sum(step["operands"].values()) == sum(step["convolutions"].values())
+    # The whole state is donated: 8 arrays that train and their momenta, two counts of each group,
+    # and the statistics of 7 norm layers.
+    assert step["aliases"] == 8 + 8 + 2 * 2 + 2 * 7
+    assert step["collectives"] == {"all-reduce": 5}
     others = late["trained_parameters"] - KERNELS
     assert step["collective_bytes"] == {"all-reduce": 2 * KERNELS + 4 * others + 4 * 6}
 

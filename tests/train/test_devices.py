@@ -292,15 +292,16 @@ class Own(linen.Module):
         return linen.Dense(5, name="head")(images.mean((1, 2)))
 
 
-def test_replica_statistics_need_jaxft_norm_layers(tmp_path):
+@pytest.mark.parametrize("statistics", ["replica", "slice"])
+def test_separate_statistics_need_jaxft_norm_layers(statistics, tmp_path):
     model = models.Linen(Own(), shape=(8, 8, 3), head="head")
     recipe = dataclasses.replace(
         BRIEF,
         weights=None,
         dropout=0.0,
-        statistics="replica",
+        statistics=statistics,
         stages=(Stage("brief", {"head": 1e-2}, epochs=1),),
     )
-    with pytest.raises(RecipeError, match="statistics='replica' needs norm layers"):
+    with pytest.raises(RecipeError, match=f"statistics='{statistics}' needs norm layers"):
         finetune(recipe, tmp_path / "run", model=model, console=QUIET)
     assert not (tmp_path / "run").exists()

@@ -39,7 +39,7 @@ from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import Metrics, Score
-from jaxft.train.stage_program import build_program
+from jaxft.train.stage_program import _replicas, build_program
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
 
@@ -100,6 +100,19 @@ def test_stage_setting_applies_to_that_stage_only(field):
     steps = 3 if field == "batch_size" else 4
     assert (before.steps, own.steps, after.steps) == (4, steps, 4)
     assert (before.sizes.rows, own.sizes.rows) == (6, own.settings.batch_size)
+
+
+@pytest.mark.parametrize(("statistics", "count"), [("global", 1), ("slice", 2), ("replica", 8)])
+def test_statistics_choose_number_of_replicas(statistics, count):
+    class TwoSlices:
+        slices = 2
+
+        def __len__(self):
+            return 8
+
+    stage = Stage("all", {"*": 1e-3}, epochs=1)
+    recipe = Recipe(model="resnet18", data="digits", stages=stage, statistics=statistics)
+    assert _replicas(recipe, TwoSlices()) == count
 
 
 def test_stage_setting_overrides_recipe():

@@ -119,6 +119,21 @@ def test_skipped_step_changes_only_the_schedule():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("options", "dtype"), [({}, "uint8"), ({"mixup": 0.2}, "float32")])
+def test_accumulate_divides_images_before_they_are_normalised(options, dtype, monkeypatch):
+    """On several devices a quarter of the bytes travels; mixed images are normalised already."""
+    divided, stack_parts = [], Devices.stack_parts
+
+    def recorded(devices, rows, count, size, *, pad):
+        divided.append((rows.shape, str(rows.dtype), count, size))
+        return stack_parts(devices, rows, count, size, pad=pad)
+
+    monkeypatch.setattr(Devices, "stack_parts", recorded)
+    start_of(late(accumulate=2, **options))
+    assert divided[0] == ((8, 16, 16, 3), dtype, 2, 4)
+
+
+@pytest.mark.slow
 def test_step_options_add_no_frozen_backward_pass():
     everything = {
         "clip_norm": 1.0, "ema": 0.9, "anchor": L2SP(), "class_weights": WEIGHTS,
