@@ -124,10 +124,11 @@ class Devices:
 
         Returns `count` itself if it is 1, or if the devices cannot be divided into such groups.
         """
-        if count == 1 or len(self) % count:
-            return count
+        return count if count == 1 or len(self) % count else self._groups(count)
+
+    def _groups(self, count: int) -> Mesh:
         groups = self.mesh.devices.reshape(count, -1)
-        return Mesh(groups, ("replica", BATCH_AXIS), axis_types=(AxisType.Auto,) * 2)
+        return Mesh(groups, ("group", BATCH_AXIS), axis_types=(AxisType.Auto,) * 2)
 
     def batch(self, part: T, *, stacked: bool = False) -> T:
         """Puts a batch on the devices, divided by rows.
@@ -236,10 +237,9 @@ class Devices:
         parts = batch[: count * size].reshape(count, size, *batch.shape[1:])
         groups, larger = sorted((count, len(self)))
         if count * size == len(batch) and size % len(self) == 0 and larger % groups == 0:
-            # The compiler would copy the whole batch, if it did not read where the rows lie.
-            mesh = Mesh(self.mesh.devices.reshape(groups, -1), ("part", BATCH_AXIS))
-            where = NamedSharding(mesh, PartitionSpec("part", BATCH_AXIS))
-            parts = jax.lax.with_sharding_constraint(parts, where)
+            # The parts before any exchange; the compiler would copy the whole batch.
+            before = NamedSharding(self._groups(groups), PartitionSpec("group", BATCH_AXIS))
+            parts = jax.lax.with_sharding_constraint(parts, before)
         else:
             # The compiler has no better way, and warns unless the copies are explicit.
             parts = self.replicate(parts)
