@@ -58,10 +58,10 @@ SEVERAL: dict[str, Row] = {
     "all": ("all", "batch", {}, {}, {}),
     "fsdp": ("all", "batch", {}, {"sharding": "fsdp"}, {}),
     "replica": ("all", "batch", {}, {"statistics": "replica"}, {}),
-    "slice": ("all", "batch", {}, {"statistics": "slice"}, {}),
     "mixup": ("all", "batch", {}, {"mixup": 0.2}, {}),
     "accumulate": ("all", "batch", {"accumulate": 4}, {}, {}),
 }
+SLICES: dict[str, Row] = {"slice": ("all", "batch", {}, {"statistics": "slice"}, {})}
 
 
 TPU_COLUMNS: dict[str, Callable[[HloCost], str]] = {
@@ -138,6 +138,8 @@ def main(arguments: list[str]) -> None:
     topology = Topology.parse(args.topology)
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a chip
     rows = SINGLE if topology.chips == 1 else SEVERAL
+    if topology.slices > 1:
+        rows = rows | SLICES
     if unknown := set(args.rows or ()) - rows.keys():
         parser.error(f"unknown rows {sorted(unknown)}; {args.topology} has {', '.join(rows)}")
     batch_size = topology.chips * (args.images_per_chip or (256 if topology.chips == 1 else 128))
