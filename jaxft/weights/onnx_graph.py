@@ -35,7 +35,7 @@ _CALLS = {"jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call
 _FUNCTIONS = ("jaxpr", "call_jaxpr")
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """An operation that ONNX or the converter lacks."""
 
 
@@ -152,9 +152,9 @@ _DTYPES = {
 
 
 def check_dtype(dtype: np.dtype) -> None:
-    """Raises Unsupported for dtypes that ONNX Runtime does not compute in on CPU."""
+    """Raises UnsupportedError for dtypes that ONNX Runtime does not compute in on CPU."""
     if np.dtype(dtype).name not in _DTYPES:
-        raise Unsupported(f"values of {np.dtype(dtype).name}")
+        raise UnsupportedError(f"values of {np.dtype(dtype).name}")
 
 
 def depends_on_batch(size: int) -> bool:
@@ -162,12 +162,15 @@ def depends_on_batch(size: int) -> bool:
     return size > 0 and size % BATCH == 0
 
 
-def convert(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct) -> bytes:
+def convert(
+    function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct, name: str
+) -> bytes:
     """Converts a function to an ONNX model with the input `images` and the output `logits`.
 
     Args:
       function: maps images to logits; its first axis is the batch.
       images: shape and dtype of the images, for a batch of `BATCH`.
+      name: name of the network.
 
     Raises:
       ModelError: an operation is not supported; the message names it and the module.
@@ -176,7 +179,7 @@ def convert(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeSt
 
     closed, graph = jax.make_jaxpr(function)(images), Graph()
     graph.shapes["images"] = images.shape
-    (result,) = _inline(graph, closed.jaxpr, closed.consts, ["images"], "")
+    (result,) = _inline(graph, closed.jaxpr, closed.consts, ["images"], name)
     (logits,) = closed.out_avals
     graph.add("Identity", graph.expand(result, logits.shape), shape=logits.shape)
     graph.nodes[-1].output[0] = "logits"
@@ -192,7 +195,7 @@ def convert(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeSt
     model = helper.make_model(
         helper.make_graph(
             nodes,
-            "network",
+            name,
             [described("images", images.dtype, images.shape)],
             [described("logits", logits.dtype, logits.shape)],
             [numpy_helper.from_array(graph.constants[name], name) for name in constants],
@@ -220,9 +223,10 @@ def _inline(
     values: dict[core.Var, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     values.update(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
 
-    def read(variable: core.Var | core.Literal) -> Value:
+    def read(variable: Any) -> Value:
         if isinstance(variable, core.Literal):
-            return np.asarray(variable.val, variable.aval.dtype)
+            aval: Any = variable.aval
+            return np.asarray(variable.val, aval.dtype)
         return values[variable]
 
     for equation in jaxpr.eqns:
@@ -230,25 +234,22 @@ def _inline(
         place = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         try:
             results = _convert(graph, equation, operands, place)
-        except Unsupported as error:
-            module = f" in {place}" if place else ""
-            raise ModelError(f"ONNX export does not support {error}{module}.") from error
+        except UnsupportedError as error:
+            raise ModelError(f"{place} cannot be exported to ONNX: it uses {error}.") from error
         values.update(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
 
-def _convert(
-    graph: Graph, equation: core.JaxprEqn, operands: Sequence[Value], place: str
-) -> Sequence[Value]:
+def _convert(graph: Graph, equation: Any, operands: Sequence[Value], place: str) -> Sequence[Value]:
     from jaxft.weights.onnx_operations import ELEMENTWISE, OPERATIONS
 
     name, params = equation.primitive.name, equation.params
     if name == "platform_index":
         # The form for platforms that none of the branches names, usually XLA's operation.
         if None not in params["platforms"]:
-            raise Unsupported("platform_dependent without a default")
-        return [np.int32(params["platforms"].index(None))]
-    if name == "cond" and isinstance(operands[0], np.ndarray | np.generic):
+            raise UnsupportedError("platform_dependent without a default")
+        return [np.array(params["platforms"].index(None))]
+    if name == "cond" and isinstance(operands[0], np.ndarray):
         branches = params["branches"]
         function = branches[int(np.clip(operands[0], 0, len(branches) - 1))]
         return _inline(graph, function.jaxpr, function.consts, operands[1:], place)
@@ -257,20 +258,20 @@ def _convert(
         jaxpr, consts = getattr(function, "jaxpr", function), getattr(function, "consts", ())
         return _inline(graph, jaxpr, consts, operands, place)
     shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
-    if all(isinstance(value, np.ndarray | np.generic) for value in operands):
+    if all(isinstance(value, np.ndarray) for value in operands):
         if name in ELEMENTWISE:
             return _compute(equation, np.broadcast_arrays(*operands))
         if not any(map(depends_on_batch, (size for shape in shapes for size in shape))):
             pairs = zip(operands, shapes, strict=False)
             return _compute(equation, [np.broadcast_to(*pair) for pair in pairs])
     if name not in OPERATIONS:
-        raise Unsupported(f"the operation {name}")
+        raise UnsupportedError(f"the operation {name}")
     if name not in ELEMENTWISE and name != "broadcast_in_dim":
         operands = [graph.expand(*pair) for pair in zip(operands, shapes, strict=False)]
     return OPERATIONS[name](graph, equation, *operands)
 
 
-def _compute(equation: core.JaxprEqn, operands: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _compute(equation: Any, operands: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Computes an operation on constants."""
     results = equation.primitive.bind(*map(jax.numpy.asarray, operands), **equation.params)
     return [*map(np.asarray, results if equation.primitive.multiple_results else [results])]

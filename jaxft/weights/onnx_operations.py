@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.weights.onnx_graph import Graph, Unsupported, Value, check_dtype, depends_on_batch
+from jaxft.weights.onnx_graph import Graph, UnsupportedError, Value, check_dtype, depends_on_batch
 
 Operation = Callable[..., Sequence[Value]]
 
@@ -37,18 +37,19 @@ _REDUCTIONS = {
 def _elementwise(graph: Graph, operator: str, *values: Value, **attributes: Any) -> Value:
     """Adds an elementwise operator, on the values before a delayed transpose of an operand."""
     rank = max(len(graph.shape(value)) for value in values)
-    orders = [graph.stored(value)[1] for value in values if isinstance(value, str)]
-    order = next((order for order in orders if order != tuple(range(rank))), tuple(range(rank)))
-    if len(order) == rank:
-        inverse = np.argsort(order).tolist()
-        values = tuple(graph.transpose(x, inverse) if graph.shape(x) else x for x in values)
+    names = [
+        value for value in values if isinstance(value, str) and len(graph.shape(value)) == rank
+    ]
+    order = max((graph.stored(name)[1] for name in names), default=tuple(range(rank)))
+    inverse = np.argsort(order).tolist()
+    values = tuple(graph.transpose(x, inverse) if graph.shape(x) else x for x in values)
     shape = np.broadcast_shapes(*map(graph.shape, values))
     return graph.transpose(graph.add(operator, *values, shape=shape, **attributes), order)
 
 
 def _simple(operator: str, graph: Graph, equation: Any, *values: Value) -> list[Value]:
     if operator in ("Not", "And", "Or", "Xor") and equation.invars[0].aval.dtype != bool:
-        raise Unsupported(f"{equation.primitive.name} of integers")
+        raise UnsupportedError(f"{equation.primitive.name} of integers")
     return [_elementwise(graph, operator, *values)]
 
 
@@ -110,16 +111,22 @@ def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> li
 
 def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> list[Value]:
     if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
-        raise Unsupported("select_n of more than two cases")
+        raise UnsupportedError("select_n of more than two cases")
     otherwise, then = cases
-    # `where(x <= 0, 0, x)` is a ReLU, which ONNX Runtime fuses with a convolution.
-    if isinstance(which, str) and isinstance(otherwise, str) and _is_zero(then):
-        comparison, x = graph.stored(which)[0], graph.stored(otherwise)[0]
-        source = next((node for node in graph.nodes if node.output[0] == comparison), None)
-        if source is not None and source.op_type == "LessOrEqual" and source.input[0] == x:
-            if _is_zero(graph.constants.get(source.input[1], "")):
-                return [_elementwise(graph, "Relu", otherwise)]
+    if _is_relu(graph, which, then, otherwise):
+        return [_elementwise(graph, "Relu", otherwise)]
     return [_elementwise(graph, "Where", which, then, otherwise)]
+
+
+def _is_relu(graph: Graph, which: Value, then: Value, otherwise: Value) -> bool:
+    """Returns whether it is `where(x <= 0, 0, x)`; ONNX Runtime fuses a Relu with a convolution."""
+    if isinstance(which, np.ndarray) or isinstance(otherwise, np.ndarray) or not _is_zero(then):
+        return False
+    comparison, x = graph.stored(which)[0], graph.stored(otherwise)[0]
+    node = next((node for node in graph.nodes if node.output[0] == comparison), None)
+    if node is None or node.op_type != "LessOrEqual" or node.input[0] != x:
+        return False
+    return _is_zero(graph.constants.get(node.input[1], ""))
 
 
 def _cast(graph: Graph, equation: Any, x: Value) -> list[Value]:
@@ -179,19 +186,19 @@ def _slice(graph: Graph, equation: Any, x: Value) -> list[Value]:
 def _cut(
     graph: Graph, x: Value, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
 ) -> Value:
-    x, order = _stored(graph, x)
-    inverse, sizes = np.argsort(order).tolist(), graph.shape(x)
+    source, order = _stored(graph, x)
+    inverse, sizes = np.argsort(order).tolist(), graph.shape(source)
     starts, limits, strides = ([each[i] for i in inverse] for each in (starts, limits, strides))
     parts = [*zip(starts, limits, strides, sizes, strict=True)]
     axes = [axis for axis, part in enumerate(parts) if part != (0, part[3], 1, part[3])]
     if any(depends_on_batch(sizes[axis]) for axis in axes):
-        raise Unsupported("a slice of the batch")
+        raise UnsupportedError("a slice of the batch")
     if not axes:
-        return graph.transpose(x, order)
+        return x
     shape = [len(range(start, limit, step)) for start, limit, step, _ in parts]
     chosen = ([part[i] for axis, part in enumerate(parts) if axis in axes] for i in range(3))
     first, last, steps = (np.array(numbers, np.int64) for numbers in chosen)
-    y = graph.add("Slice", x, first, last, np.array(axes, np.int64), steps, shape=shape)
+    y = graph.add("Slice", source, first, last, np.array(axes, np.int64), steps, shape=shape)
     return graph.transpose(y, order)
 
 
@@ -208,7 +215,7 @@ def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
 def _reverse(graph: Graph, equation: Any, x: Value) -> list[Value]:
     axes = np.array(equation.params["dimensions"], np.int64)
     if any(depends_on_batch(graph.shape(x)[axis]) for axis in axes):
-        raise Unsupported("rev of the batch")
+        raise UnsupportedError("rev of the batch")
     ones = np.ones(len(axes), np.int64)
     lowest = np.full(len(axes), np.iinfo(np.int64).min)
     return [graph.add("Slice", x, -ones, lowest, axes, -ones, shape=graph.shape(x))]
@@ -217,7 +224,7 @@ def _reverse(graph: Graph, equation: Any, x: Value) -> list[Value]:
 def _concatenate(graph: Graph, equation: Any, *values: Value) -> list[Value]:
     axis, shape = equation.params["dimension"], equation.outvars[0].aval.shape
     if depends_on_batch(shape[axis]):
-        raise Unsupported("concatenate of batches")
+        raise UnsupportedError("concatenate of batches")
     return [graph.add("Concat", *values, shape=shape, axis=axis)]
 
 
@@ -227,7 +234,7 @@ def _pad(graph: Graph, equation: Any, x: Value, value: Value) -> list[Value]:
     config = [equation.params["padding_config"][axis] for axis in inverse]
     low, high, interior = zip(*config, strict=True)
     if any(interior):
-        raise Unsupported("pad between values")
+        raise UnsupportedError("pad between values")
     widths = np.array([*low, *high], np.int64)
     y = graph.add("Pad", source, widths, value, shape=[shape[axis] for axis in inverse])
     return [graph.transpose(y, order)]
@@ -237,6 +244,7 @@ def _dot(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
     result = equation.outvars[0].aval
     x_rank, y_rank = len(graph.shape(x)), len(graph.shape(y))
+    product: Value
     is_product = (x_summed, y_summed, y_rank) == ((x_rank - 1,), (0,), 2)
     if is_product and x_rank == 4:  # a 1x1 convolution
         kernel = graph.reshape(graph.transpose(y, (1, 0)), (*graph.shape(y)[::-1], 1, 1))
@@ -263,9 +271,9 @@ def _dot(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
 def _convolution(graph: Graph, equation: Any, x: Value, kernel: Value) -> list[Value]:
     params, result = equation.params, equation.outvars[0].aval
     if any(size != 1 for size in params["lhs_dilation"]):
-        raise Unsupported("transposed convolutions (lhs_dilation)")
+        raise UnsupportedError("transposed convolutions (lhs_dilation)")
     if params["batch_group_count"] != 1 or result.dtype != equation.invars[0].aval.dtype:
-        raise Unsupported("conv_general_dilated with batch groups or another result dtype")
+        raise UnsupportedError("conv_general_dilated with batch groups or another result dtype")
     numbers = params["dimension_numbers"]
     low, high = zip(*params["padding"], strict=True)
     shape = [result.shape[axis] for axis in numbers.out_spec]
@@ -294,7 +302,7 @@ def _pool(operator: str, graph: Graph, equation: Any, x: Value) -> list[Value]:
     ]  # fmt: skip
     outside = [axis for axis in range(len(window)) if axis not in inside]
     if len(outside) != 2 or any(size != 1 for size in params["base_dilation"]):
-        raise Unsupported(f"{equation.primitive.name} of this form")
+        raise UnsupportedError(f"{equation.primitive.name} of this form")
     low, high = zip(*(padding[axis] for axis in inside), strict=True)
     order = outside + inside
     attributes: dict[str, Any] = {
@@ -305,11 +313,11 @@ def _pool(operator: str, graph: Graph, equation: Any, x: Value) -> list[Value]:
     if operator == "AveragePool":
         attributes["count_include_pad"] = 1
         if any(dilations[axis] != 1 for axis in inside):
-            raise Unsupported("reduce_window_sum with dilation")
+            raise UnsupportedError("reduce_window_sum with dilation")
     else:
         attributes["dilations"] = [dilations[axis] for axis in inside]
     shape = [result.shape[axis] for axis in order]
-    y: Value = graph.add(operator, graph.transpose(x, order), shape=shape, **attributes)
+    y = graph.add(operator, graph.transpose(x, order), shape=shape, **attributes)
     if operator == "AveragePool":
         y = graph.add("Mul", y, _like(equation, math.prod(window)), shape=shape)
     return [graph.transpose(y, np.argsort(order).tolist())]
