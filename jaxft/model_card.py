@@ -105,8 +105,9 @@ def _metadata(recipe: Recipe, description: Mapping[str, Any], license_id: str) -
 
 
 def _data_name(recipe: Recipe) -> str:
-    """Returns the name of the images, without the folder in which they lie on this machine."""
-    return recipe.data.partition(":")[2].rstrip("/").rpartition("/")[2] or recipe.data
+    """Returns the name of the images; of a folder, without its place on this machine."""
+    scheme, _, place = recipe.data.partition(":")
+    return Path(place).name if scheme == "folder" and Path(place).name else recipe.data
 
 
 def _origin(recipe: Recipe) -> str:

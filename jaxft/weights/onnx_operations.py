@@ -21,7 +21,6 @@ _UNARY = {
     "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor",
     "log": "Log", "logistic": "Sigmoid", "neg": "Neg", "not": "Not", "sign": "Sign", "sin": "Sin",
     "sqrt": "Sqrt", "tanh": "Tanh", "copy": "Identity", "copy_p": "Identity", "name": "Identity",
-    "stop_gradient": "Identity", "reduce_precision": "Identity",
 }  # fmt: skip
 _BINARY = {
     "add": "Add", "add_any": "Add", "mul": "Mul", "div": "Div", "min": "Min",
@@ -60,7 +59,7 @@ def _like(equation: Any, number: float) -> np.ndarray:
 
 def _max(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
     for value, other in ((x, y), (y, x)):
-        if _is_zero(other) and isinstance(value, str):
+        if isinstance(value, str) and _is_zero(other) and np.asarray(other).dtype.kind == "f":
             return [_elementwise(graph, "Relu", value)]
     return [_elementwise(graph, "Max", x, y)]
 
