@@ -44,7 +44,9 @@ def run_gradient_stage(
     features = trainer.features(program, compiled, lambda: current.best)
 
     def train_features(view: int) -> np.ndarray:
-        if (rows := features.train(view)) is None:
+        with trainer.clock.measure("feature"):
+            rows = features.train(view)
+        if rows is None:
             raise trainer.stopped()
         return rows
 

@@ -101,7 +101,7 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
     while index < len(trainer.programs):
         program = trainer.programs[index]
         with program.fitting_memory():
-            compiled = ahead.result(partial(_glance, trainer))
+            compiled = _compiled(trainer, ahead)
             current = (
                 arrays
                 if isinstance(arrays, StageState)
@@ -148,7 +148,7 @@ def _begin(
     features = None
     if trainer.programs[index].prefix.val:  # what is made of the images now is kept
         features = trainer.features(
-            trainer.programs[index], ahead.result(partial(_glance, trainer)), lambda: at
+            trainer.programs[index], _compiled(trainer, ahead), lambda: at
         )
     score = _score_at_start(trainer, trainer.programs[index], at, features)
     if forked:
@@ -160,7 +160,8 @@ def _score_at_start(
     trainer: Trainer, program: StageProgram, at: Snapshot, features: StageFeatures | None
 ) -> Score:
     """Evaluates the start of a stage; raises what `_begin` raises."""
-    score = trainer.evaluate(program, at.params, at.stats, features)
+    with trainer.clock.measure("validation"):
+        score = trainer.evaluate(program, at.params, at.stats, features)
     if score is None:
         raise trainer.stopped()
     place = f"stage {program.plan.stage.name!r}, before the first step"
@@ -176,6 +177,12 @@ def _compile(trainer: Trainer, index: int, shapes: Start) -> InBackground[Compil
         return compile_stage(trainer.programs[index], Snapshot(*shapes, state))
 
     return InBackground(compiled)
+
+
+def _compiled(trainer: Trainer, ahead: InBackground[CompiledStage]) -> CompiledStage:
+    """Waits for a stage that compiles in the background."""
+    with trainer.clock.measure("compile"):
+        return ahead.result(partial(_glance, trainer))
 
 
 def _enter(
