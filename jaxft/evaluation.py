@@ -77,7 +77,7 @@ def evaluate(classifier: Classifier, source: Source) -> Evaluation:
 
 def labelled_logits(
     classifier: Classifier, source: Source
-) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n"] | Int[np.ndarray, "n k"]]:
+) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]]:
     """Returns the logits of labelled images, and their targets in the classifier's classes.
 
     Raises:
@@ -100,7 +100,7 @@ def labelled_logits(
 
 def score_logits(
     logits: Float[np.ndarray, "n k"],
-    targets: Int[np.ndarray, "n"] | Int[np.ndarray, "n k"],
+    targets: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"],
     classes: Sequence[str],
 ) -> Evaluation:
     """Returns `scores`, or `multi_label_scores` for targets of several labels."""

@@ -4,9 +4,9 @@
     jaxft report runs/ants runs/bees [--out comparison.html]
 
 For one run, ended or not, writes WORKDIR/report.html and its pictures as PNG files in
-WORKDIR/report/: curves, stages, confusion matrix, the worst mistakes, calibration, augmented images,
-time, recipe and versions. It evaluates the validation images once. A run writes its report at its
-end too.
+WORKDIR/report/: curves, stages, confusion matrix, the worst mistakes, calibration, augmented
+images, time, recipe and versions. It evaluates the validation images once. A run writes its report
+at its end too.
 
 For several runs, writes a page with their scores, their curves in one plot, and the differences of
 their recipes from the first one's.
@@ -18,6 +18,10 @@ from functools import partial
 from jaxft.checkpoint import atomic
 from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
 from jaxft.errors import RecipeError
+from jaxft.report.comparison_page import comparison_page
+from jaxft.report.run_record import read_record
+from jaxft.report.run_report import reopened_report
+from jaxft.report.write_report import write_report
 
 
 def run(arguments: Sequence[str], program: str = "jaxft report") -> int:
@@ -26,11 +30,6 @@ def run(arguments: Sequence[str], program: str = "jaxft report") -> int:
 
 
 def _report(arguments: Sequence[str], program: str) -> None:
-    from jaxft.report.comparison_page import comparison_page
-    from jaxft.report.run_record import read_record
-    from jaxft.report.run_report import reopened_report
-    from jaxft.report.write_report import write_report
-
     parser = command_parser(__doc__, "jaxft report", program)
     parser.add_argument("workdirs", metavar="WORKDIR", nargs="+")
     parser.add_argument(
@@ -50,7 +49,7 @@ def _report(arguments: Sequence[str], program: str) -> None:
         raise RecipeError("--out names the page of several runs; that of one is in its WORKDIR.")
     check_writable(workdirs[0])
     keep_programs()
-    report = reopened_report(records[0], known.workdirs[0])
+    report = reopened_report(records[0], workdirs[0])
     for problem in report.problems:
         print(f"{problem}\nThe report leaves out what needs it.")
     print(f"Report  {write_report(workdirs[0], report)}")

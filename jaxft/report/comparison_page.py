@@ -88,7 +88,11 @@ def _recipes(named: Mapping[str, RunRecord]) -> list[str]:
                     "so that their scores cannot be compared."
                 )
             )
-    return [*parts, html.heading(f"Recipe of {first}"), html.preformatted(recipe_text(start.recipe))]
+    return [
+        *parts,
+        html.heading(f"Recipe of {first}"),
+        html.preformatted(recipe_text(start.recipe)),
+    ]
 
 
 def _time(named: Mapping[str, RunRecord]) -> list[str]:

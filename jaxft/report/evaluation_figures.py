@@ -24,7 +24,9 @@ def confusion_figure(scores: Evaluation) -> tuple[str, bytes]:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap=_SHADES, vmin=0, vmax=1, interpolation="none")
-        axes.set_xticks(np.arange(size), names, rotation=90 if size * max(map(len, names)) > 36 else 0)
+        axes.set_xticks(
+            np.arange(size), names, rotation=90 if size * max(map(len, names)) > 36 else 0
+        )
         axes.set_yticks(np.arange(size), names)
         axes.tick_params(length=0, labelsize=8 if size <= 16 else 5.5)
         axes.set_xlabel("prediction")

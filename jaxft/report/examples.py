@@ -100,7 +100,7 @@ def judge(logits: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> Ju
 def gallery(
     source: Source, indices: Sequence[int], judged: Judgements, preprocessing: Preprocessing
 ) -> list[Example]:
-    """Returns the images with these indices as the network sees them; leaves out unreadable ones."""
+    """Returns the images with these indices as the network sees them, if readable."""
     examples = []
     for index in indices:
         try:
@@ -111,12 +111,19 @@ def gallery(
     return examples
 
 
-def augmented(source: Source, recipe: Recipe, stage: int, count: int = 4) -> list[Example]:
-    """Returns training images, each followed by its views in the first epochs of a stage."""
+def augmented(source: Source, recipe: Recipe, stage: int, count: int) -> list[Example]:
+    """Returns training images, each followed by its views in the first epochs of a stage.
+
+    Leaves out unreadable images.
+
+    Args:
+      source: training images.
+      recipe: the run's recipe.
+      stage: index of the stage.
+      count: number of training images.
+    """
     settings, preprocessing = recipe.settings(recipe.stages[stage]), recipe.preprocessing
-    load = train_view_loader(
-        source, preprocessing, settings.augment, seed=recipe.seed, stage=stage
-    )
+    load = train_view_loader(source, preprocessing, settings.augment, seed=recipe.seed, stage=stage)
     examples: list[Example] = []
     for index in np.random.default_rng(recipe.seed).permutation(len(source))[: 3 * count].tolist():
         if len(examples) == count * (VIEWS + 1):
@@ -162,13 +169,17 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 def _label_caption(
     predicted: np.ndarray, truth: np.ndarray, classes: Sequence[str]
 ) -> tuple[str, ...]:
-    named = [
-        (text, [classes[k] for k in np.flatnonzero(mask)])
-        for text, mask in (
-            ("", predicted & truth), ("missed: ", truth & ~predicted), ("wrong: ", predicted & ~truth)
-        )
-    ]  # fmt: skip
-    return tuple(text + ", ".join(names) for text, names in named if names) or ("no label",)
+    masks = {
+        "": predicted & truth,
+        "missed: ": truth & ~predicted,
+        "wrong: ": predicted & ~truth,
+    }
+    lines = [
+        text + ", ".join(classes[k] for k in np.flatnonzero(mask))
+        for text, mask in masks.items()
+        if mask.any()
+    ]
+    return tuple(lines) or ("no label",)
 
 
 def _file_name(source: Source, index: int) -> str:

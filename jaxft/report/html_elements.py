@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from jaxft.report.examples import Example
 
-_NUMBER = re.compile(r"[-+−\d.,%e: ]*\d[-+−\d.,%e: ]*|-?")
+_NUMBER = re.compile(r"[-+\d.,%e: ]*\d[-+\d.,%e: ]*|-?")
 
 
 def page(title: str, subtitle: Sequence[str], body: Sequence[str], names: Sequence[str]) -> str:

@@ -65,7 +65,11 @@ def recipe_text(recipe: Recipe) -> str:
     changed = {name: value for name, value in fields.items() if value != default[name]}
     optional = default["stages"][0]
     changed["stages"] = [
-        {name: value for name, value in stage.items() if value != optional[name] or name == "epochs"}
+        {
+            name: value
+            for name, value in stage.items()
+            if value != optional[name] or name == "epochs"
+        }
         for stage in fields["stages"]
     ]
     return str(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)).rstrip()
@@ -81,7 +85,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+    return (
+        f"{minutes // 60} h {minutes % 60:02} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02} s"
+    )
 
 
 def counted(count: int, noun: str) -> str:
@@ -244,25 +252,27 @@ def _time(record: RunRecord, pictures: dict[str, bytes]) -> list[str]:
     if not seconds:
         return []
     svg, pictures["time.png"] = seconds_figure(seconds)
-    phases = [name for name in PHASES if any(each.phases[name] for each in seconds.values())]
-    restarts = {name: each.restarts for name, each in seconds.items() if len(record.starts) > 1}
-    header = ["stage", *phases, *(["restarts"] if restarts else [])]
-    rows = [
-        [name, *(f"{each.phases[phase]:.1f}" for phase in phases),
-         *([f"{each.restarts:.1f}"] if restarts else [])]
-        for name, each in seconds.items()
-    ]  # fmt: skip
+    phases = {PHASES[name]: [each.phases[name] for each in seconds.values()] for name in PHASES}
+    rows = {name: times for name, times in phases.items() if any(times)}
+    is_restarted = len(record.starts) > 1
+    if is_restarted:
+        rows["restarts"] = [each.restarts for each in seconds.values()]
+    cells = [(name, *(f"{time:.1f}" for time in times)) for name, times in rows.items()]
     text = (
         "Seconds of the main program. Stages after the first compile, and checkpoints are written, "
         "while training continues. "
     )
-    if restarts:
+    if is_restarted:
         text += (
             f"The run was started {len(record.starts)} times. Restarts count from the last epoch "
             "recorded before a restart to the next, without that epoch's phases: work that was "
             "repeated, and the time in which nothing ran."
         )
-    return [html.figure(svg, "Seconds of each stage"), html.table(header, rows), html.note(text)]
+    return [
+        html.figure(svg, "Seconds of each stage"),
+        html.table(["", *seconds], cells),
+        html.note(text),
+    ]
 
 
 def _versions(record: RunRecord) -> list[str]:

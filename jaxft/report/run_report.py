@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jaxft import stage_plan
 from jaxft.classifier import Classifier
@@ -66,26 +67,19 @@ def report_of(record: RunRecord, classifier: Classifier, splits: Splits) -> RunR
     return RunReport(record, tables, image_report(record.recipe, classifier, splits))
 
 
-def reopened_report(record: RunRecord, workdir: str) -> RunReport:
+def reopened_report(record: RunRecord, workdir: Path) -> RunReport:
     """Returns the report of a run from its folder, without what can no longer be opened."""
-    recipe, problems = record.recipe, []
-    classifier = splits = None
+    recipe = record.recipe
     try:
-        classifier = Classifier.load(
-            workdir, batch_size=recipe.batch_size, workers=recipe.workers
-        )
+        classifier = Classifier.load(workdir, batch_size=recipe.batch_size, workers=recipe.workers)
     except JaxftError as error:
-        problems.append(f"The network cannot be opened: {error}")
-    try:
-        splits = open_images(record)
-    except (JaxftError, OSError) as error:
-        problems.append(f"The images cannot be opened: {error}")
-    if classifier is None:
-        return RunReport(record, problems=problems)
-    if splits is not None:
-        return report_of(record, classifier, splits)
+        return RunReport(record, problems=[f"The network cannot be opened: {error}"])
     tables = stage_tables(recipe, classifier.params, classifier.stats)
-    return RunReport(record, tables, problems=problems)
+    try:
+        images = image_report(recipe, classifier, open_images(record))
+    except (JaxftError, OSError) as error:
+        return RunReport(record, tables, problems=[f"The images cannot be opened: {error}"])
+    return RunReport(record, tables, images)
 
 
 def open_images(record: RunRecord) -> Splits:
@@ -140,9 +134,9 @@ def _views(recipe: Recipe, splits: Splits) -> dict[str, list[Example]]:
     for index, stage in enumerate(recipe.stages):
         if not stage.linear_probe:
             stages.setdefault(str(recipe.settings(stage).augment), []).append(index)
-    views = {}
+    views, count = {}, 4 if len(stages) == 1 else 2
     for augment, indices in stages.items():
         names = ", ".join(recipe.stages[index].name for index in indices)
         with suppress(Exception):  # a source of the user may raise anything
-            views[f"{augment}: stage {names}"] = augmented(splits.train, recipe, indices[0])
+            views[f"{augment}: stage {names}"] = augmented(splits.train, recipe, indices[0], count)
     return {name: examples for name, examples in views.items() if examples}

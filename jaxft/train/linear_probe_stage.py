@@ -87,7 +87,9 @@ def _solve(
     current.state = current.state._replace(trainable=trainer.devices.put(head))
     current.progress = current.progress.after_step()
     current.epoch_metrics = EpochMetrics(
-        metrics=trained[chosen], steps=1, seconds=time.perf_counter() - started,
+        metrics=trained[chosen],
+        steps=1,
+        seconds=time.perf_counter() - started,
         idle=computed - started,
     )
 

@@ -147,9 +147,7 @@ def _begin(
         at = Snapshot(*trainer.devices.put(start), None)
     features = None
     if trainer.programs[index].prefix.val:  # what is made of the images now is kept
-        features = trainer.features(
-            trainer.programs[index], _compiled(trainer, ahead), lambda: at
-        )
+        features = trainer.features(trainer.programs[index], _compiled(trainer, ahead), lambda: at)
     score = _score_at_start(trainer, trainer.programs[index], at, features)
     if forked:
         return save_first_checkpoint(trainer, forked, score, at), at

@@ -196,13 +196,16 @@ class Trainer:
         if improved:
             current.best = shown(compiled.copy(current.state), current.frozen)
         metrics = current.epoch_metrics
-        row = metrics.row(
-            plan.stage.name,
-            epoch=progress.epoch,
-            step=progress.step,
-            validated=validated,
-            seconds=metrics.seconds + time.perf_counter() - started,
-        ) | self.clock.take()
+        row = (
+            metrics.row(
+                plan.stage.name,
+                epoch=progress.epoch,
+                step=progress.step,
+                validated=validated,
+                seconds=metrics.seconds + time.perf_counter() - started,
+            )
+            | self.clock.take()
+        )
         skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
         self.console.epoch_row(
             progress.epoch,

@@ -18,7 +18,7 @@ from jaxft.report.run_report import ImageReport, RunReport
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
 
-SCORE = Score(0.5, 0.75, 0.9, {"mine": 0.25})
+SCORE = Score(0.5, 0.75, 0.9)
 RECIPE = Recipe(
     model="resnet18",
     data="folder:<i>cats</i>",
@@ -81,20 +81,20 @@ NAN_ROWS = [
     row("head", epoch, epoch, train_loss=None, val_loss=None, val_accuracy=0.0, lr={"fc": None})
     for epoch in (1, 2)
 ]
-LONG = "a class with a name that is much longer than any column of a table on a phone"
+NAMES = (
+    "<b>bold", "</svg><script>", "$x^2$", "\udce9t\u00e9", "\u8702",
+    "a class with a name that is much longer than any column of a table on a phone", "x" * 200,
+    *(f"class {k}" for k in range(8)),
+)  # fmt: skip
+RESTARTED = [{"time": f"2026-01-01T00:00:{second}+00:00"} for second in ("00", "35")]
 PAGES = {
-    "plain": report,
-    "markup": lambda: report(("<b>bold", "</svg><script>", "$x^2$", "\udce9t\u00e9", "\u8702")),
-    "long names": lambda: report((LONG, "x" * 200, "bees")),
+    "restarted": lambda: report(starts=RESTARTED),
+    "names": lambda: report(NAMES),  # some have no images
     "multi-label": lambda: report(("a", "b", "c"), multi_label=True),
     "thousand classes": lambda: report([f"n{k:08}" for k in range(1000)]),
-    "class without images": lambda: report([f"class {k}" for k in range(15)]),
     "diverged": lambda: report(nan=True, rows=NAN_ROWS),
-    "no mistakes": lambda: report(correct=True),
-    "one epoch": lambda: report(rows=[row("head", 1, 1)]),
-    "linear probe": lambda: report(rows=[row("head", 1, 1, lr={})]),
+    "linear probe": lambda: report(correct=True, rows=[row("head", 1, 1, lr={}, time=None)]),
     "no rows": lambda: RunReport(record(rows=[], starts=[]), problems=["The images are <gone>."]),
-    "no times": lambda: RunReport(record(rows=[row("head", 1, 1, time=None)])),
     "comparison": lambda: comparison_page(
         [record(), dataclasses.replace(record(), recipe=dataclasses.replace(RECIPE, mixup=0.0))]
     ),
@@ -105,8 +105,7 @@ PAGES = {
 def pages():
     reports = {name: build() for name, build in PAGES.items()}
     return {
-        name: each if isinstance(each, str) else run_page(each)[0]
-        for name, each in reports.items()
+        name: each if isinstance(each, str) else run_page(each)[0] for name, each in reports.items()
     }
 
 
@@ -132,8 +131,8 @@ def test_run_page_escapes_names(pages):
         body = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
         for markup in ("<b>bold", "<script", "<i>cats", "<0.10>", "<gone>", "all <b>"):
             assert markup not in body, name
-    assert "&lt;b&gt;bold" in pages["markup"]
-    assert "\\udce9t\u00e9" in pages["markup"]
+    assert "&lt;b&gt;bold" in pages["names"]
+    assert "\\udce9t\u00e9" in pages["names"]
     assert all(page.encode() for page in pages.values())
 
 
@@ -151,8 +150,8 @@ def test_run_page_leaves_out_sections_without_content(pages):
     assert titles["no rows"] == ["Stages", "Recipe"]
     assert "The images are &lt;gone&gt;." in pages["no rows"]
     assert "Calibration" not in titles["multi-label"]
-    assert "Time" not in titles["no times"]
-    assert "No validation image is classified wrongly." in pages["no mistakes"]
+    assert "Time" not in titles["linear probe"]
+    assert "No validation image is classified wrongly." in pages["linear probe"]
 
 
 @pytest.mark.slow
@@ -201,8 +200,7 @@ def test_stage_seconds_counts_each_second_once():
 
 
 def test_stage_seconds_attributes_gaps_to_restarts():
-    starts = [{"time": f"2026-01-01T00:00:{second}+00:00"} for second in ("00", "35")]
-    seconds = stage_seconds(record(starts=starts))
+    seconds = stage_seconds(record(starts=RESTARTED))
     assert seconds["head"].restarts == 0.0
     assert seconds["all <b>"].restarts == 5.25  # between 30 and 40 seconds
     assert seconds["all <b>"].phases["other"] == 10.5
