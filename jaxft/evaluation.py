@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import log_expit, log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -72,6 +72,17 @@ def evaluate(classifier: Classifier, source: Source) -> Evaluation:
     Raises:
       DataError: the images have a class that the classifier does not know.
     """
+    return score_logits(*labelled_logits(classifier, source), classifier.classes)
+
+
+def labelled_logits(
+    classifier: Classifier, source: Source
+) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]]:
+    """Returns the logits of labelled images, and their targets in the classifier's classes.
+
+    Raises:
+      DataError: as in `evaluate`.
+    """
     if is_multi_label(source) != classifier.multi_label:
         kinds = ("one class", "several labels")
         raise DataError(
@@ -83,8 +94,18 @@ def evaluate(classifier: Classifier, source: Source) -> Evaluation:
     if classifier.multi_label:
         targets = np.zeros(logits.shape, np.int32)
         targets[:, columns] = source.targets
-        return multi_label_scores(logits, targets, classifier.classes)
-    return scores(logits, columns[source.targets], classifier.classes)
+        return logits, targets
+    return logits, columns[source.targets]
+
+
+def score_logits(
+    logits: Float[np.ndarray, "n k"],
+    targets: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"],
+    classes: Sequence[str],
+) -> Evaluation:
+    """Returns `scores`, or `multi_label_scores` for targets of several labels."""
+    function = multi_label_scores if targets.ndim == 2 else scores
+    return function(logits, targets, classes)
 
 
 def scores(
@@ -161,9 +182,22 @@ def _wilson(hits: int, images: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def calibration_bins(
+    confidence: Float[np.ndarray, " n"], hits: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, "3 bins"]:
+    """Returns images, sum of confidences and number of hits, by bin of the confidence.
+
+    Args:
+      confidence: probability of the predicted class; NaN counts as 0.
+      hits: whether the prediction is right.
+    """
+    confidence = np.nan_to_num(confidence)
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    weights = (np.ones(len(hits)), confidence, hits)
+    return np.stack([np.bincount(bins, each, BINS) for each in weights])
+
+
 def _calibration_error(confidence: np.ndarray, hits: np.ndarray) -> float:
     """Returns the mean over the images of |accuracy - confidence| of their bin."""
-    confidence = np.nan_to_num(confidence)  # such a row is wrong, with no confidence
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, hits - confidence, BINS)
-    return float(np.abs(gaps).sum() / len(hits))
+    _, confidences, correct = calibration_bins(confidence, hits)
+    return float(np.abs(correct - confidences).sum() / len(hits))

@@ -29,9 +29,9 @@ from flax import linen as nn
 from jaxft import L2SP, Adam, JaxftError, Recipe, Stage, data, finetune, models
 from jaxft.cli.program_cache import keep_programs
 from jaxft.report.console import Console
+from jaxft.train.metrics import MEASURED
 from jaxft.train.signals import InterruptedRunError
 
-MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 SAME, REFUSED, WRONG, ERROR = OUTCOMES = (
     "identical end",
     "refused with the file's name",

@@ -13,10 +13,12 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -214,6 +216,19 @@ def golden(request):
 
     with np.load(request.module.GOLDEN) as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_end_reports(request):
+    """Leaves out the report at the end of runs, which takes longer than a short run.
+
+    Modules with `END_REPORTS = True` write it.
+    """
+    if "jaxft.train.finetune" not in sys.modules or getattr(request.module, "END_REPORTS", False):
+        yield
+        return
+    with mock.patch("jaxft.train.finetune.write_end_report", return_value=None):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

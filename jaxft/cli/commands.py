@@ -41,6 +41,7 @@ COMMANDS = {
     ),
     "predict": Command("predict", "Classify image files with the weights of a run."),
     "evaluate": Command("evaluate", "Score weights on labelled images, class by class."),
+    "report": Command("report", "Write the report of a run as a page, or compare runs."),
     "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
     "push": Command("push", "Upload an export to the Hugging Face hub."),

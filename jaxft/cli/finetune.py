@@ -115,6 +115,8 @@ def _show(result: Result) -> int:
     try:
         print(f"\nValidation accuracy {result.score.accuracy:.4f}, loss {result.score.loss:.4f}")
         print(f"Weights     {result.weights} (torch's names; model.json beside it)")
+        if result.report:
+            print(f"Report      {result.report}")
         print(f"Checkpoint  {result.checkpoint}", flush=True)
     except OSError as error:
         message = "All is done, but standard output cannot be written"

@@ -89,7 +89,7 @@ class Console:
           metrics: names of the recipe's metrics, which have a column each as far as there is room.
         """
         rows = [("group", "parameters", "share", "lr", "schedule", "norm layers")]
-        rows += _group_rows(plan, params, norms)
+        rows += group_rows(plan, params, norms)
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         line = "  {:{}}  {:>{}}  {:>{}}  {:>{}}  {:{}}  {:{}}"
         self.row(f"\n{title}", style="bold")
@@ -160,7 +160,7 @@ class Console:
         return "".join(f"  {texts[name]:>{width}}" for name, width in self._columns.items())
 
 
-def _group_rows(
+def group_rows(
     plan: StagePlan, params: Tree, norms: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str, str, str, str]]:
     """Yields the cells of a stage's table for each group; the frozen parameters come last."""

@@ -41,7 +41,7 @@ def current() -> dict[str, Any]:
     """Returns versions, devices, processes, time (UTC), command and git commit, None if unknown."""
     devices = jax.devices()
     return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **versions()},
         "git": _commit(Path(__file__).parent) or _commit(Path.cwd()),

@@ -52,6 +52,7 @@ from jaxft.report.console import Console
 from jaxft.report.device_advice import device_advice
 from jaxft.report.metrics_log import MetricsLog
 from jaxft.stage_plan import untrained_frozen_remarks
+from jaxft.train.end_report import write_end_report
 from jaxft.train.eval_step import image_eval_step
 from jaxft.train.fork import (
     Fork,
@@ -79,11 +80,13 @@ class Result:
       score: validation score of the exported weights.
       weights: safetensors file with torch's names; `model.json` lies beside it.
       checkpoint: folder of the last checkpoint.
+      report: page about the run; None if it could not be written.
     """
 
     score: Score
     weights: Path
     checkpoint: Path
+    report: Path | None = None
 
 
 @without_warnings()
@@ -135,7 +138,7 @@ def finetune(
         preprocessing, to use again instead of `data`.
 
     Returns:
-      The score and the paths of the exported weights and of the last checkpoint.
+      The score and the paths of the exported weights, the last checkpoint and the report.
 
     Raises:
       JaxftError: recipe, data, weights or folder are wrong. It is raised before training starts,
@@ -271,7 +274,7 @@ def _run(
             raise trainer.stopped()
         score = progress.restored_score(programs[-1].plan.stage)
         trees = devices.host((end.params, end.stats))
-        exported = workdir / "model.safetensors"
+        exported, report = workdir / "model.safetensors", None
         if is_main_process():
             classes = splits.train.classes
             export.write(
@@ -280,7 +283,8 @@ def _run(
             )  # fmt: skip
             if model.options.get(MARK):
                 console.say(f"\n{STRIDES}")
-    return Result(score, exported, workdir / "checkpoints" / str(progress.step))
+            report = write_end_report(trainer, progress, *trees, workdir)
+    return Result(score, exported, workdir / "checkpoints" / str(progress.step), report)
 
 
 def _prologue(recipe: Recipe, splits: Splits, params: Tree, origin: str) -> str:

@@ -47,7 +47,9 @@ def run_gradient_stage(
     features, prefix = trainer.features(program, compiled, lambda: current.best), program.prefix
 
     def train_features(view: int) -> Any:
-        if (rows := features.train(view)) is None:
+        with trainer.clock.measure("feature"):
+            rows = features.train(view)
+        if rows is None:
             raise trainer.stopped()
         return rows
 

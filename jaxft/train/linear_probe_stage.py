@@ -56,8 +56,10 @@ def _solve(
     started = current.began = time.perf_counter()
     probe = program.plan.stage.linear_probe
     assert probe is not None
-    train_rows = features.train()
-    val_rows = None if train_rows is None else features.val()
+    with trainer.clock.measure("feature"):
+        train_rows = features.train()
+        val_rows = None if train_rows is None else features.val()
+    computed = time.perf_counter()
     if train_rows is None or val_rows is None:
         raise trainer.stopped()
     prefix = program.prefix
@@ -92,7 +94,10 @@ def _solve(
     current.state = current.state._replace(trainable=trainer.devices.put(head))
     current.progress = current.progress.after_step()
     current.epoch_metrics = EpochMetrics(
-        metrics=trained[chosen], steps=1, seconds=time.perf_counter() - started
+        metrics=trained[chosen],
+        steps=1,
+        seconds=time.perf_counter() - started,
+        idle=computed - started,
     )
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,13 @@ from jaxtyping import Bool, Float, Int
 from jaxft import example_function
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice, example_losses
+
+MEASURED = (
+    "time", "seconds", "step_seconds", "input_wait_seconds", "validation_seconds",
+    "compile_seconds", "checkpoint_seconds", "feature_seconds", "images_per_second",
+    "peak_memory_mib",
+)  # fmt: skip
+"""Fields of a row that are measured, and differ between runs with equal results."""
 
 _MAX_THREADS = 8  # that help: each holds the GIL for more than a tenth of an image's time
 _SLOW_SHARE = 0.3  # of an epoch, from which on waiting for images is worth a remark
@@ -266,7 +274,9 @@ class EpochMetrics:
             "gradient_norms": self._mean(self.gradient_norms),
             "update_norms": self._mean(self.update_norms),
             "skipped_steps": self.skipped,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": seconds,
+            "step_seconds": self.seconds - self.idle,
             "images_per_second": self.metrics.examples / self.seconds if self.seconds else 0.0,
             "input_wait_seconds": self.idle,
             "peak_memory_mib": _peak_memory_mib(),

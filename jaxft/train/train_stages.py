@@ -108,7 +108,7 @@ def train_stages(trainer: Trainer, start: Start, forked: Fork | None) -> tuple[P
         if validated and ahead.is_running:  # after the first stage
             trainer.console.say(f"Compiling stage {program.plan.stage.name!r} ...")
         with program.fitting_memory():
-            compiled = ahead.result(partial(_glance, trainer))
+            compiled = _compiled(trainer, ahead)
             current = (
                 arrays
                 if isinstance(arrays, StageState)
@@ -156,9 +156,7 @@ def _begin(
         at = Snapshot(*trainer.devices.put(start), None)
     features = None
     if trainer.programs[index].prefix.val:  # what is made of the images now is kept
-        features = trainer.features(
-            trainer.programs[index], ahead.result(partial(_glance, trainer)), lambda: at
-        )
+        features = trainer.features(trainer.programs[index], _compiled(trainer, ahead), lambda: at)
     score = _score_at_start(trainer, trainer.programs[index], at, features)
     if forked:
         return save_first_checkpoint(trainer, forked, score, at), at
@@ -169,7 +167,8 @@ def _score_at_start(
     trainer: Trainer, program: StageProgram, at: Snapshot, features: StageFeatures | None
 ) -> Score:
     """Evaluates the start of a stage; raises what `_begin` raises."""
-    score = trainer.evaluate(program, at.params, at.stats, features)
+    with trainer.clock.measure("validation"):
+        score = trainer.evaluate(program, at.params, at.stats, features)
     if score is None:
         raise trainer.stopped()
     place = f"stage {program.plan.stage.name!r}, before the first step"
@@ -185,6 +184,12 @@ def _compile(trainer: Trainer, index: int, shapes: Start) -> InBackground[Compil
         return compile_stage(trainer.programs[index], Snapshot(*shapes, state))
 
     return InBackground(compiled)
+
+
+def _compiled(trainer: Trainer, ahead: InBackground[CompiledStage]) -> CompiledStage:
+    """Waits for a stage that compiles in the background."""
+    with trainer.clock.measure("compile"):
+        return ahead.result(partial(_glance, trainer))
 
 
 def _enter(

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Never, TypeVar
 
@@ -32,6 +32,7 @@ from jaxft.steps_per_execution import groups, sent
 from jaxft.train.compiled_stage import CompiledStage
 from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
+from jaxft.train.phase_clock import PhaseClock
 from jaxft.train.signals import Interruption
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress, StageState, header_of, shown
@@ -58,6 +59,7 @@ class Trainer:
       device_cache: those in device memory.
       batch_cache: validation batches; the same cache, unless features are on disk.
       on_epoch_end: receives the metrics row of each epoch.
+      clock: seconds outside of the steps.
     """
 
     recipe: Recipe
@@ -74,6 +76,7 @@ class Trainer:
     device_cache: ArrayCache
     batch_cache: ArrayCache
     on_epoch_end: Callable[[dict[str, Any]], object] | None
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     @cached_property
     def data(self) -> dict[str, object]:
@@ -96,7 +99,8 @@ class Trainer:
             recipe=recipes.fields(self.recipe),
             rows=self.metrics.rows,
         )
-        self.checkpoints.save(progress.step, header.to_json(), items, keep=keep)
+        with self.clock.measure("checkpoint"):
+            self.checkpoints.save(progress.step, header.to_json(), items, keep=keep)
 
     def stop_asked(self) -> bool:
         """Returns whether a signal came, to any process; all must ask at the same point."""
@@ -175,7 +179,8 @@ class Trainer:
           NonFiniteError: the validation loss is not finite, and the recipe stops then.
         """
         plan, started = program.plan, time.perf_counter()
-        validated = self.evaluate(program, *current.shown[:2], features)
+        with self.clock.measure("validation"):
+            validated = self.evaluate(program, *current.shown[:2], features)
         if validated is None:
             self.stop(program, current)
         current.validated = time.perf_counter()
@@ -200,12 +205,15 @@ class Trainer:
         if improved:
             current.best = shown(compiled.copy(current.state), current.frozen)
         metrics = current.epoch_metrics
-        row = metrics.row(
-            plan.stage.name,
-            epoch=progress.epoch,
-            step=progress.step,
-            validated=validated,
-            seconds=metrics.seconds + time.perf_counter() - started,
+        row = (
+            metrics.row(
+                plan.stage.name,
+                epoch=progress.epoch,
+                step=progress.step,
+                validated=validated,
+                seconds=metrics.seconds + time.perf_counter() - started,
+            )
+            | self.clock.take()
         )
         skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
         self.console.epoch_row(

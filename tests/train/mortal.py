@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from jaxft import Adam, Recipe, Stage, finetune
 from jaxft.recipe_file import save
 from jaxft.report.console import Console
+from jaxft.train.metrics import MEASURED
 
 QUIET = Console(quiet=True)
 # Stages end at steps 8, 18 (within an epoch) and 26; checkpoints also at each third step.
@@ -42,7 +43,6 @@ RECIPE = Recipe(
 )
 ONE_STAGE = dataclasses.replace(RECIPE, stages=RECIPE.stages[:1])  # 8 steps, 2 epochs
 CHILD = Path(__file__).with_name("mortal_child.py")
-MEASURED = ("seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib")
 
 
 def begin_until(point, at, workdir, recipe=RECIPE, *, signals="SIGKILL"):

@@ -38,7 +38,7 @@ from jaxft.recipe_file import read as read_recipe
 from jaxft.report.console import Console
 from jaxft.train.eval_step import eval_step
 from jaxft.train.loss import Loss
-from jaxft.train.metrics import Metrics, Score
+from jaxft.train.metrics import MEASURED, Metrics, Score
 from jaxft.train.stage_program import _replicas, build_program
 
 pytestmark = pytest.mark.usefixtures("stage_ends_only")
@@ -181,10 +181,11 @@ def test_metrics_row_of_one_step_worked_out_in_numpy(tmp_path):
         "skipped_steps": 0,
         **{f"val_{name}": value for name, value in result.score.values.items()},
     }
-    measured = {"seconds", "images_per_second", "input_wait_seconds", "peak_memory_mib"}
-    assert row.keys() == expected.keys() | measured
+    assert row.keys() == expected.keys() | {*MEASURED}
     assert {name: row[name] for name in expected} == expected
-    assert all(row[name] > 0 for name in measured - {"input_wait_seconds"})
+    waits = {"time", "input_wait_seconds", "feature_seconds", "checkpoint_seconds"}
+    assert all(row[name] > 0 for name in {*MEASURED} - waits)
+    assert row["seconds"] > row["step_seconds"] + row["input_wait_seconds"]
     # The rate of the steps alone: validation's time is in `seconds` only.
     assert row["images_per_second"] > 24 / row["seconds"]
     assert row["input_wait_seconds"] >= 0
