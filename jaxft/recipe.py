@@ -198,11 +198,11 @@ class Recipe:
     """Memory in MiB for decoded images; and the same again for cached features of frozen layers and
     for validation batches. Changes results by rounding only."""
     disk_cache_mib: int = 0
-    """Disk space in MiB for cached features that exceed the memory, as memory-mapped files in the
-    folder for temporary files (TMPDIR), deleted with the run; 0: cache in memory only."""
+    """Disk space in MiB for cached features that exceed the memory, in temporary files (TMPDIR); 0:
+    cache in memory only."""
     device_cache_mib: int | None = None
-    """Memory in MiB of each device for cached features, divided among the devices; none: a quarter
-    of the memory on TPU and GPU, 0 on CPU. Changes results by rounding only."""
+    """Memory in MiB of each device for cached features; none: a quarter on TPU and GPU, 0 on CPU.
+    Changes results by rounding only."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxft.checkpoint import atomic
-from jaxft.cli.command_setup import check_writable, command_parser, keep_programs, run_until_signal
+from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
+from jaxft.cli.program_cache import keep_programs
 from jaxft.errors import RecipeError
 from jaxft.report.comparison_page import comparison_page
 from jaxft.report.run_record import read_record

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxft.report.figure import COLORS, INK, render, shorten
 from jaxft.report.run_record import PHASES, Row, RunRecord, StageSeconds
@@ -94,8 +96,8 @@ def _lr(figure: Figure, record: RunRecord) -> None:
         width = 1.2 + max(0, min(len(groups), 4) - 1 - i)
         color, edges = COLORS[i % len(COLORS)], np.arange(len(rows) + 1) + 0.5
         axes.stairs(lrs, edges, baseline=None, color=color, label=label, linewidth=width)
-    lrs = [lr for row in rows for lr in row["lr"].values() if lr]
-    if lrs and max(lrs) > 20 * min(lrs):
+    positive = [lr for row in rows for lr in row["lr"].values() if lr]
+    if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     axes.set_ylabel("learning rate")
     _stages(axes, record)
@@ -103,7 +105,7 @@ def _lr(figure: Figure, record: RunRecord) -> None:
     axes.legend(ncols=2 if len(groups) > 4 else 1)
 
 
-def _line(axes: Axes, values: np.ndarray, color: str, **options: object) -> None:
+def _line(axes: Axes, values: np.ndarray, color: str, **options: Any) -> None:
     """Draws a curve over the epochs; those that are not finite are marked at the bottom."""
     epochs = np.arange(1, len(values) + 1)
     marker = "o" if len(values) <= 12 else None
@@ -131,7 +133,7 @@ def _stages(axes: Axes, record: RunRecord) -> None:
 def _finish(axes: Axes, epochs: int) -> None:
     axes.set_xlim(0.5, epochs + 0.5)
     axes.set_xlabel("epoch, over all stages" if epochs > 1 else "epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, color=INK, linewidth=0.5)
 
 

@@ -175,7 +175,7 @@ def _label_caption(
         "wrong: ": predicted & ~truth,
     }
     lines = [
-        text + ", ".join(classes[k] for k in np.flatnonzero(mask))
+        text + ", ".join(classes[k] for k in np.flatnonzero(mask).tolist())
         for text, mask in masks.items()
         if mask.any()
     ]

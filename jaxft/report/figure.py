@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ INK = "#1d2330"
 # Colours of about equal lightness that are legible on white and on black.
 COLORS = ("#3b82c4", "#d9772b", "#2a9d6f", "#b558a0", "#c94f4f", "#8a7f2e", "#5f7fd8", "#7d8794")
 ACCENT = COLORS[0]
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.parse_math": False,  # a class may be named $

@@ -106,7 +106,7 @@ def stage_tables(recipe: Recipe, params: Tree, stats: Tree) -> dict[str, GroupTa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run has printed them
         plans = stage_plan.plan(recipe.stages, params)
-    tables = {}
+    tables: dict[str, GroupTable] = {}
     for plan in plans:
         norms = norm_modes(params, stats, plan.labels, plan.stage.norm_choices)
         tables[plan.stage.name] = list(group_rows(plan, params, norms))

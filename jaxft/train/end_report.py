@@ -11,7 +11,7 @@ from jaxft.train.trainer import Trainer
 
 
 def write_end_report(
-    trainer: Trainer, progress: Progress, params: Tree, stats: Tree, workdir: Path
+    workdir: Path, trainer: Trainer, progress: Progress, params: Tree, stats: Tree
 ) -> Path | None:
     """Writes `report.html` and its pictures; returns the path of the page.
 
@@ -20,10 +20,10 @@ def write_end_report(
     the report leaves the images out: an evaluation would need all processes.
 
     Args:
+      workdir: folder of the run.
       trainer: the trainer, after the last stage.
       progress: counters and scores.
       params, stats: the weights on the host.
-      workdir: folder of the run.
     """
     try:
         # Matplotlib is slow to import, and a run can do without.

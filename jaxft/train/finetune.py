@@ -180,6 +180,7 @@ def finetune(
             check_apart(folder, recipe.data)
 
         # Open images, network, weights and devices.
+        is_alone = caches is None  # not one of several runs that are compared
         if caches is None:
             caches = RunCaches.of_recipe(recipe, open_splits(recipe, data))
             stack.callback(close_splits, caches.splits)
@@ -228,8 +229,9 @@ def finetune(
         interruption.wait()
         with claim(folder, recipe, extend=extend):
             return _run(
-                programs, caches, start, forked, recipe, folder, console, interruption, on_epoch_end
-            )
+                programs, caches, start, forked, recipe, folder, console, interruption,
+                on_epoch_end, reports=is_alone,
+            )  # fmt: skip
 
 
 def _run(
@@ -242,6 +244,8 @@ def _run(
     console: Console,
     interruption: Interruption,
     on_epoch_end: Callable[[dict[str, Any]], object] | None,
+    *,
+    reports: bool,
 ) -> Result:
     """Trains the stages of opened programs in a folder and exports the result."""
     devices, model, splits = programs[0].devices, programs[0].model, caches.splits
@@ -283,7 +287,8 @@ def _run(
             )  # fmt: skip
             if model.options.get(MARK):
                 console.say(f"\n{STRIDES}")
-            report = write_end_report(trainer, progress, *trees, workdir)
+            if reports:
+                report = write_end_report(workdir, trainer, progress, *trees)
     return Result(score, exported, workdir / "checkpoints" / str(progress.step), report)
 
 
