@@ -172,12 +172,10 @@ class Recipe:
     """Recompute each block in the backward pass (`jax.checkpoint`): less memory for one more
     forward pass. Has no effect on CPU, where XLA removes it. Changes results by rounding only."""
     statistics: Literal["global", "slice", "replica"] = "global"
-    """Batch statistics of norm layers on several devices: over the whole batch; over the part of
-    each TPU slice, so that slices exchange little more than gradients; or over each device's part,
-    as in torch's DistributedDataParallel."""
+    """Batch statistics of norm layers on several devices: over the whole batch, over the part of
+    each TPU slice, or over each device's part, as in torch's DistributedDataParallel."""
     sharding: Literal["replicated", "fsdp"] = "replicated"
-    """Copy all parameters to each device, or divide large ones among the devices. Changes results
-    by rounding only."""
+    """Copy all parameters to each device, or divide large ones. Rounding may differ."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite loss, gradient or validation score. stop: end the run; skip: leave out and count
     such steps, and never choose such an epoch as the best."""
@@ -186,14 +184,12 @@ class Recipe:
     sync_steps: int = 10
     """Steps between two transfers of losses from the device to the host."""
     steps_per_execution: int = 1
-    """Batches per call of the compiled program. Raise it where a step is shorter than Python's
-    overhead. Changes results by rounding only. On CPU, convolutions of networks other than jaxft's
-    are slow in this loop."""
+    """Batches per call of the compiled program, for steps shorter than Python's overhead. On CPU,
+    convolutions of networks other than jaxft's are slow in this loop. Rounding may differ."""
     workers: int = 2
     """Number of threads that read images; 0: read in the main thread."""
     worker_processes: int = 0
-    """Number of processes that read images in place of the threads, for hosts with more than about
-    8 cores; 0: threads."""
+    """Number of processes that read images in place of the threads, from about 8 cores on."""
     cache_mib: int = 512
     """Memory in MiB for decoded images; and the same again for cached features of frozen layers and
     for validation batches. Changes results by rounding only."""

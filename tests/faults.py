@@ -55,7 +55,7 @@ POINTS = {
     # A stage is compiled, in the background; its number, from 1.
     "compile": Point(train_stages, "compile_stage", lambda program, _: program.index + 1),
     # The program that validates a run is about to be defined; it compiles at its first call.
-    "evaluator": Point(finetune, "eval_step"),
+    "evaluator": Point(finetune, "image_eval_step"),
     # The run begins to wait for the programs of a stage.
     "compiled": Point(InBackground, "result"),
     # The learning rate finder compiles its stage.

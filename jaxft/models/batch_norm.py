@@ -215,9 +215,9 @@ def _statistics(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> 
 def _shifted_by_row(x: jax.Array, mask: jax.Array, guess: jax.Array) -> Statistics:
     """Returns the statistics, reading the batch once and without a condition.
 
-    A GPU would wait for the host at a condition. The variance is E[d^2] - E[d]^2.
-    Here d = x - row, the mean of the part's first row, so that E[d]^2 is at most the
-    variance times the number of rows. If that row is padding, `guess` replaces it.
+    A GPU would wait for the host at a condition. With d = x - (mean of the part's first row), the
+    variance is E[d^2] - E[d]^2, and E[d]^2 is at most the variance times the number of rows. If
+    that row is padding, `guess` replaces it.
 
     Reference: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
     """

@@ -338,8 +338,7 @@ def with_prefixes(
 
 
 def _replicas(recipe: Recipe, devices: Devices) -> int:
-    counts = {"global": 1, "slice": devices.slices, "replica": len(devices)}
-    return counts[recipe.statistics]
+    return {"global": 1, "slice": devices.slices, "replica": len(devices)}[recipe.statistics]
 
 
 @contextmanager
