@@ -93,9 +93,7 @@ def test_report_command_without_the_images_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", ["run_report.labelled_logits", "write_report.run_page", "write_report.atomic.write"]
-)
+@pytest.mark.parametrize("target", ["run_report.labelled_logits", "write_report.run_page"])
 def test_error_in_report_leaves_the_results(target, run, tmp_path, capsys):
     """The run has ended; the same call hands its result back and writes the report again."""
     folder = shutil.copytree(run[0], tmp_path / "run")
@@ -105,8 +103,9 @@ def test_error_in_report_leaves_the_results(target, run, tmp_path, capsys):
     assert again.report is None
     assert again.score == run[1].score
     assert again.weights.read_bytes() == run[1].weights.read_bytes()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "report" in line]
-    assert lines == ["The report is not written: OSError: [Errno 28] No space left on device:"]
+    text = " ".join(capsys.readouterr().out.split())
+    message = "The report is not written: OSError: [Errno 28] No space left on device: 'report.html'"
+    assert text.endswith(message)
 
 
 @pytest.mark.parametrize(
