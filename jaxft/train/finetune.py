@@ -184,6 +184,7 @@ def finetune(
         if caches is None:
             caches = RunCaches.of_recipe(recipe, open_splits(recipe, data))
             stack.callback(close_splits, caches.splits)
+            stack.callback(caches.clear)  # at once, and not when Python collects cycles
         splits = caches.splits
         classes = splits.train.classes
         model = open_network(recipe, model, classes)

@@ -32,3 +32,8 @@ class RunCaches:
         if recipe.disk_cache_mib:
             features = ArrayCache(recipe.disk_cache_mib * 2**20)
         return cls(splits, features, batches)
+
+    def clear(self) -> None:
+        """Evicts all features and batches."""
+        self.features.clear()
+        self.batches.clear()
