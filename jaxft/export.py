@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jaxft import model_card, weights
+from jaxft import weights
 from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Header
@@ -18,12 +18,8 @@ from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
 from jaxft.train.workdir import saved
-from jaxft.weights import jax_export, onnx_export
 from jaxft.weights.description import fields
-from jaxft.weights.jax_export import PLATFORMS
-
-FORMATS = {"jax": "model.jaxexport", "onnx": "model.onnx"}
-"""Formats of the evaluation program, and their files."""
+from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
 
 
 def write(
@@ -37,7 +33,7 @@ def write(
     score: Score,
     pixels: str = "uint8",
     multi_label: bool = False,
-    programs: Mapping[str, Any] | None = None,
+    program: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
 
@@ -51,8 +47,7 @@ def write(
       pixels: `float32` if images are normalised already, so that `mean` and `std` do not apply.
       multi_label: whether an image may have several labels: a sigmoid of each logit is the
         probability of its class.
-      programs: descriptions of the programs that are written too: `program`, of
-        `model.jaxexport`; `onnx`, of `model.onnx`.
+      program: description of `model.jaxexport`, if that is written too; see `lifetime`.
     """
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
@@ -67,7 +62,8 @@ def write(
     }
     if multi_label:
         description["multi_label"] = True
-    description |= programs or {}
+    if program:
+        description["program"] = dict(program)
     atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
     return path
 
@@ -77,23 +73,18 @@ def export(
     folder: Path | None = None,
     *,
     model: Model | None = None,
-    formats: tuple[str, ...] = ("jax",),
     platforms: tuple[str, ...] = PLATFORMS,
-    license_id: str | None = None,
 ) -> tuple[Path, Score]:
     """Exports the newest checkpoint of a run, whether the run has ended or not.
 
-    Writes `model.safetensors` and `model.json`, as a run does at its end, a model card
-    (`README.md`), and the evaluation as a program in each of `formats`.
+    Writes `model.safetensors` and `model.json`, as a run does at its end, and `model.jaxexport`;
+    see `jaxft.weights.jax_export.serialize`.
 
     Args:
       workdir: folder of the run.
       folder: where to write; by default the workdir.
       model: the network, if `finetune` received one.
-      formats: `jax` writes `model.jaxexport`, see `jaxft.weights.jax_export`; `onnx` writes
-        `model.onnx`, see `jaxft.weights.onnx_export`.
-      platforms: platforms of `model.jaxexport`.
-      license_id: license in the model card, see `model_card.write`.
+      platforms: platforms of the compiled program.
 
     Returns:
       The path of the weights and their validation score: the best of the stage so far.
@@ -101,7 +92,6 @@ def export(
     Raises:
       CheckpointError: the workdir holds no run with a whole checkpoint.
       RecipeError, WeightsError: the run was given its network, and `model` is missing.
-      ModelError: the network cannot be exported in a format.
     """
     recipe, checkpoints = saved(workdir), workdir / "checkpoints"
     if recipe is None:
@@ -123,32 +113,16 @@ def export(
             f"{error}\nA run that was given its network, finetune(model=...), is exported with it: "
             "jaxft.export.export(workdir, model=...)."
         ) from error
-    programs, files = dict[str, Any](), dict[str, bytes]()
-    arguments = params, stats, recipe.preprocessing
-    if "jax" in formats:
-        files[FORMATS["jax"]] = jax_export.serialize(
-            network, *arguments, pixels=pixels, platforms=platforms
-        )
-        programs["program"] = jax_export.lifetime()
-    if "onnx" in formats:
-        float32 = network
-        if model is None and network.options.get("dtype", "float32") != "float32":
-            float32 = dataclasses.replace(recipe, dtype="float32").network(len(classes))
-        files[FORMATS["onnx"]], programs["onnx"] = onnx_export.serialize(
-            float32, *arguments, pixels=pixels
-        )
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        atomic.write(folder / name, content)
+    expected = recipe.preprocessing
+    program = serialize(network, params, stats, expected, pixels=pixels, platforms=platforms)
+    atomic.write(folder / "model.jaxexport", program)
     facts: Any = {
         "classes": classes,
         "score": score,
         "pixels": pixels,
         "multi_label": header.data.get("multi_label", False),
-        "programs": programs,
+        "program": lifetime(),
     }
-    path = write(folder, recipe, network, params, stats, **facts)
-    description = json.loads(path.with_name("model.json").read_text())
-    model_card.write(folder, recipe, network, description, license_id)
-    return path, score
+    return write(folder, recipe, network, params, stats, **facts), score
