@@ -440,7 +440,7 @@ def test_launcher_imports_no_package():
     assert (done.returncode, "scripts/tpu.py collect NAME" in done.stdout) == (0, True), done.stderr
 
 
-@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("name", [name for name in CHIPS if name.startswith("v")])  # no GPUs
 def test_slices_are_those_of_the_plan_command(name):
     chip, planned = tpu_slices.CHIPS[name], CHIPS[name]
     assert (chip.cores, chip.shapes) == (planned.cores, planned.shapes)

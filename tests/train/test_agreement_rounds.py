@@ -119,7 +119,7 @@ def agreement_error(monkeypatch, tmp_path, here, there, **values):
             super().key_value_set(key, value)
             self.values.setdefault(f"{key[:-1]}1", value)
 
-    facts = agreement._facts(RECIPE, there)
+    facts = {**agreement._facts(RECIPE, there), "device_cache_mib": 0}
     values = {name.replace("_", " "): value for name, value in values.items()}
     client = Twin(facts=facts, **values)
     connect(monkeypatch, client)
