@@ -209,7 +209,7 @@ WRONG = [
     ("mixup", "mask", ints(4)),
     ("cutmix", "images", floats(4, 8, 8)),
     ("mixup_or_cutmix", "targets", ints(4)),
-    ("erase_and_mix", "images", floats(3, 8, 8, 3)),
+    ("erase_and_mix", "images", floats()),
     ("erase_and_mix", "target", ints(4, 1)),
     ("erase_and_mix", "mask", bools(3)),
     ("erase_and_mix labels", "target", ints(4, 6)),
