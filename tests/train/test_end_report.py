@@ -104,7 +104,9 @@ def test_error_in_report_leaves_the_results(target, run, tmp_path, capsys):
     assert again.score == run[1].score
     assert again.weights.read_bytes() == run[1].weights.read_bytes()
     text = " ".join(capsys.readouterr().out.split())
-    message = "The report is not written: OSError: [Errno 28] No space left on device: 'report.html'"
+    message = (
+        "The report is not written: OSError: [Errno 28] No space left on device: 'report.html'"
+    )
     assert text.endswith(message)
 
 
