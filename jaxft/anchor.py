@@ -3,6 +3,7 @@
 Reference: Li et al. 2018, arXiv:1802.01483.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from jaxft.labels import Tree, paths, unflatten
 
 
 @dataclass(frozen=True)
-class _Anchor:
+class _Anchor(ABC):
     """A penalty on the distance from the weights w0 at the start of the run, not of the stage.
 
     The head is new and has no pretrained values, so it is pulled to zero by head/2·‖w‖². Reported
@@ -35,9 +36,9 @@ class _Anchor:
         if not (self.body >= 0 and self.head >= 0):
             raise RecipeError(f"{self} has a negative strength.")
 
+    @abstractmethod
     def _body_gradient(self, distance: jax.Array) -> jax.Array:
         """Returns the gradient of the penalty at a distance w - w0, for strength 1."""
-        raise NotImplementedError
 
     def pull(self, gradients: Tree, trainable: Tree, start: Tree, head: str) -> Tree:
         """Adds the gradient of the penalty.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
+from scipy.special import expit, softmax
 
 from jaxft import data, models, weights
 from jaxft.batch_sizes import batch_sizes
@@ -165,14 +166,9 @@ class Classifier:
           DataError: there are no images, or one is unreadable.
         """
         source = self._source(images, on_bad_image)
-        logits = self.logits(source)
         # In float64, so that the probabilities of an image sum to 1 to all digits.
-        logits = logits.astype(np.float64)
-        if self.multi_label:
-            probabilities = np.asarray(1 / (1 + np.exp(-logits)))
-        else:
-            powers = np.exp(logits - logits.max(-1, keepdims=True))
-            probabilities = powers / powers.sum(-1, keepdims=True)
+        logits = self.logits(source).astype(np.float64)
+        probabilities = expit(logits) if self.multi_label else softmax(logits, -1)
         problems = dict(sorted(getattr(source, "problems", {}).items()))
         probabilities[list(problems)] = np.nan
         names = getattr(source, "files", range(len(source)))

@@ -30,6 +30,11 @@ def add_strategy_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def data_spec(place: str) -> str:
+    """Returns `folder:PATH` for a folder; data as in a recipe otherwise, as it is."""
+    return f"folder:{place}" if os.path.isdir(place) else place
+
+
 def is_recipe_file(place: str) -> bool:
     """Returns whether the first argument of a command names a recipe file, not images."""
     return Path(place).suffix in (".py", ".yaml", ".yml")
@@ -52,11 +57,8 @@ def base_recipe(place: str, options: Sequence[str], program: str) -> Recipe:
     """
     if is_recipe_file(place):
         return read_recipe(place, options, program)
-    if os.path.isdir(place):
-        data = f"folder:{place}"
-    elif ":" in place or place == "digits":
-        data = place
-    else:
+    data = data_spec(place)
+    if ":" not in data and data != "digits":
         raise RecipeError(
             f"{place} is neither a recipe (a .py or .yaml file), nor a folder of images, nor data "
             f"such as tfds:NAME (looked from {Path.cwd()})."

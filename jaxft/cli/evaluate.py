@@ -18,6 +18,7 @@ from pathlib import Path
 
 from jaxft.checkpoint import atomic
 from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
+from jaxft.cli.data_recipe import data_spec
 from jaxft.cli.predict import add_classifier_options, load_classifier
 from jaxft.cli.program_cache import keep_programs
 from jaxft.data.open_source import open_collection
@@ -78,8 +79,7 @@ def open_images(
     """
     on_bad_image: OnBadImage = "error"
     if data is not None:
-        spec = f"folder:{data}" if Path(data).is_dir() else data
-        images = select_one(open_collection(spec), split)
+        images = select_one(open_collection(data_spec(data)), split)
     else:
         recipe = saved(source) if Path(source).is_dir() else None
         if recipe is None:
