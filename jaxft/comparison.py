@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -169,16 +169,17 @@ def compare(
     del fields["stages"]
     log = _Log(folder / "comparison.json", {"recipe": fields, "lr": lr, "epochs": epochs})
     caches = RunCaches.of_recipe(recipe, splits)
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        for name in chosen:
-            place = folder / f"{name}-{seed}"
-            if (name, seed) not in log:
-                console.row(f"Running {name}, seed {seed} ...")
-                run = dataclasses.replace(recipe, stages=stages[name], seed=seed)
-                outcome = _run(name, run, place, caches, network, given=model)
-                log.add(outcome)
-                console.row(f"  accuracy {outcome.accuracy:.4f}, loss {outcome.loss:.4f}")
-            _discard(place)
+    with closing(caches):
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            for name in chosen:
+                place = folder / f"{name}-{seed}"
+                if (name, seed) not in log:
+                    console.row(f"Running {name}, seed {seed} ...")
+                    run = dataclasses.replace(recipe, stages=stages[name], seed=seed)
+                    outcome = _run(name, run, place, caches, network, given=model)
+                    log.add(outcome)
+                    console.row(f"  accuracy {outcome.accuracy:.4f}, loss {outcome.loss:.4f}")
+                _discard(place)
     wanted = {(name, seed) for name in chosen for seed in range(recipe.seed, recipe.seed + seeds)}
     ranks = ranked([each for each in log.outcomes if (each.strategy, each.seed) in wanted])
     best = dataclasses.replace(recipe, stages=stages[ranks[0].strategy])

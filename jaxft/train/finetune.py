@@ -36,7 +36,6 @@ from jaxft.open_recipe import (
     Start,
     check_image_size,
     check_network,
-    close_splits,
     draw_start,
     fit_start,
     open_network,
@@ -182,9 +181,8 @@ def finetune(
         # Open images, network, weights and devices.
         is_alone = caches is None  # not one of several runs that are compared
         if caches is None:
-            caches = RunCaches.of_recipe(recipe, open_splits(recipe, data))
-            stack.callback(close_splits, caches.splits)
-            stack.callback(caches.clear)  # at once, and not when Python collects cycles
+            opened = RunCaches.of_recipe(recipe, open_splits(recipe, data))
+            caches = stack.enter_context(closing(opened))
         splits = caches.splits
         classes = splits.train.classes
         model = open_network(recipe, model, classes)

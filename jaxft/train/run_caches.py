@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jaxft.array_cache import ArrayCache
 from jaxft.data import Splits
+from jaxft.open_recipe import close_splits
 from jaxft.recipe import Recipe
 
 
@@ -33,7 +34,11 @@ class RunCaches:
             features = ArrayCache(recipe.disk_cache_mib * 2**20)
         return cls(splits, features, batches)
 
-    def clear(self) -> None:
-        """Evicts all features and batches."""
+    def close(self) -> None:
+        """Evicts all features and batches, and ends the worker processes of the images.
+
+        Without it, they would stay until Python collects cycles.
+        """
         self.features.clear()
         self.batches.clear()
+        close_splits(self.splits)
