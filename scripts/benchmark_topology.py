@@ -54,8 +54,7 @@ SINGLE: dict[str, Row] = {
     "late, cached": ("late", "frozen_eval", {}, {"augment": "none"}, {}),
     "float32": ("all", "batch", {}, {"dtype": "float32"}, {"dtype": "float32"}),
 }
-SEVERAL: dict[str, Row] = {
-    "all": ("all", "batch", {}, {}, {}),
+SEVERAL: dict[str, Row] = SINGLE | {
     "fsdp": ("all", "batch", {}, {"sharding": "fsdp"}, {}),
     "replica": ("all", "batch", {}, {"statistics": "replica"}, {}),
     "mixup": ("all", "batch", {}, {"mixup": 0.2}, {}),

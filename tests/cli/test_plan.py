@@ -107,7 +107,7 @@ def run_plan(config, out, topology):
     stage = Stage("late", {"fc": 1e-3, "layer3": 1e-3}, epochs=1, norms="eval")
     recipe = Recipe(
         model="cifar_resnet8", data="folder:nowhere", image_size=32, batch_size=64,
-        dtype="bfloat16", cache_mib=0, stages=(stage,),
+        dtype="bfloat16", cache_mib=0, device_cache_mib=0, stages=(stage,),
     )  # fmt: skip
     save(recipe, config)
     command = [sys.executable, "-m", "jaxft", "plan", config, "--topology", topology, "--json", out]
