@@ -233,19 +233,21 @@ def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> St
     """Returns the statistics, reading the batch once, which a TPU fuses with the convolution.
 
     With d = x - guess, the variance is E[d^2] - E[d]^2. If one is so much smaller than E[d]^2 that
-    digits cancel, the batch is read again.
+    digits cancel, the batch is read again. So is a batch with padding, the last one of an epoch: a
+    mask over the sums would cost every step of training the head of a ResNet-50 4 %.
     """
-    count = _count(x, mask)
-    wide = _at_least_float32(x)
+    wide, axes = _at_least_float32(x), tuple(range(1, x.ndim - 1))
     guess = guess.astype(wide.dtype)
     shifted = wide - guess
-    offset, square = (_mean(values, mask, count) for values in (shifted, jnp.square(shifted)))
+    offset, square = (values.mean(axes) for values in (shifted, jnp.square(shifted)))
     mean, var = offset + guess, square - jnp.square(offset)
     cancels = jnp.any(jnp.square(offset) > _CANCELLATION * (var + eps))
     mean, var = jax.lax.cond(
-        cancels, lambda: _two_passes(x, mask)[:2], lambda: (mean, jnp.maximum(var, 0))
+        cancels | ~mask.all(),
+        lambda: _two_passes(x, mask)[:2],
+        lambda: (mean, jnp.maximum(var, 0)),
     )
-    return mean, var, count
+    return mean, var, _count(x, mask)
 
 
 def _two_passes(x: jax.Array, mask: jax.Array) -> Statistics:

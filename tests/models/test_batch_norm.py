@@ -246,11 +246,12 @@ def test_batch_norm_errors(x, context, message):
         (5.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_batch_norm_one_pass_does_not_lose_digits(mean, std, guess, rtol, jit):
+@pytest.mark.parametrize("padding", [0, 3])
+def test_batch_norm_one_pass_does_not_lose_digits(mean, std, guess, rtol, jit, padding):
     """Also where the running mean is far away, as in a new network."""
     x = np.random.default_rng(0).normal(mean, std, (2, 8, 6, 6, 3)).astype(np.float32)
     x[1] += 10 * std  # the parts have their own statistics
-    mask = np.array([[True] * 8, [True] * 5 + [False] * 3])
+    mask = np.array([[True] * 8, [True] * (8 - padding) + [False] * padding])
     read_once = partial(batch_norm._one_pass, eps=1e-5)
     read_once = jax.jit(read_once) if jit else read_once
     means, variances, counts = read_once(x, mask, jnp.full(3, guess, jnp.float32))
