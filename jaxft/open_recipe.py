@@ -95,6 +95,7 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         shots=recipe.shots,
         seed=recipe.seed,
         on_bad_image=recipe.on_bad_image,
+        sample_above={"all": None, "sample": 0, None: recipe.cache_mib * 2**20}[recipe.check],
         divide=check_in_parts,
     )
     present = np.unique(splits.train.targets)

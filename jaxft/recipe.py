@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from jaxft import losses
-from jaxft.data import OnBadImage, Preprocessing
+from jaxft.data import Check, OnBadImage, Preprocessing
 from jaxft.data.geometry import Interpolation
 from jaxft.data.split_expressions import parse
 from jaxft.dataclass_checks import checked
@@ -25,7 +25,7 @@ from jaxft.stages import Stage, check_stages
 # Fields that affect speed, rounding and the work that a crash loses. A run may change them.
 RESULT_NEUTRAL_FIELDS = (
     "workers", "worker_processes", "cache_mib", "disk_cache_mib", "device_cache_mib", "sharding",
-    "checkpoint_steps", "sync_steps", "steps_per_execution", "remat", "on_nonfinite",
+    "checkpoint_steps", "sync_steps", "steps_per_execution", "remat", "on_nonfinite", "check",
 )  # fmt: skip
 
 
@@ -99,7 +99,11 @@ class Recipe:
     """Validation split; none: val or validation if there is one, else the images that train_split
     leaves, or a fifth of train."""
     on_bad_image: OnBadImage = "error"
-    """Unreadable images. error: stop before training; skip: leave them out and list them."""
+    """Unreadable images. error: end the run, before it trains if they are checked; skip: leave them
+    out and list them."""
+    check: Check | None = None
+    """Images that are decoded once before the run to find unreadable ones: all, or a sample of
+    1,000 per split. none: all if they fit into cache_mib or are to be skipped, else a sample."""
     drop_last: bool = False
     """Drop the last batch of an epoch if it is incomplete; otherwise it is padded and masked."""
     balance: Balance = "none"
@@ -217,6 +221,11 @@ class Recipe:
             raise RecipeError(
                 f"resize_size {self.resize_size} is below image_size {self.image_size}: the scaled "
                 "image is smaller than its crop."
+            )
+        if self.on_bad_image == "skip" and self.check == "sample":
+            raise RecipeError(
+                "on_bad_image='skip' needs check='all': the images to leave out must be known "
+                "before the run, because each batch depends on the list of images."
             )
         if self.head == "keep" and self.weights is None:
             raise RecipeError("head='keep' keeps the head of the weights, but weights is None.")

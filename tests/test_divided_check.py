@@ -12,7 +12,7 @@ CHILD = """
 import json, sys
 import numpy as np
 from jaxft import DataError, JaxftError, distributed
-from jaxft.data import Splits, open_source
+from jaxft.data import Splits, check_sample, open_source
 from jaxft.data.validate import problem
 from jaxft.divided_check import check_in_parts
 from jaxft.process_exchange import announced
@@ -35,10 +35,12 @@ class Pictures:
         return f"{self.name}/{index}.jpg: not an image" if index in self.bad else None
 
 results = {}
+check_sample.SAMPLE_SIZE = 4
 for case, train, on_bad_image in (
     ("readable", Pictures("train"), "error"),
     ("error", Pictures("train", bad=(2, 3, 7)), "error"),
     ("skip", Pictures("train", bad=(2, 3, 7)), "skip"),
+    ("sample", Pictures("train", bad=(3, 5)), "error"),
     ("bug", Pictures("train", failing=4), "error"),
     ("other count", Pictures("train", bad=(0, 1), count=10 + 2 * process), "skip"),
 ):
@@ -46,7 +48,8 @@ for case, train, on_bad_image in (
     try:
         with announced():
             splits = open_source(
-                Splits(train, val), on_bad_image=on_bad_image, divide=check_in_parts
+                Splits(train, val), on_bad_image=on_bad_image, divide=check_in_parts,
+                sample_above=0 if case == "sample" else None,
             )
         kept = [[each.identity(k) for k in range(len(each))] for each in splits]
         found = {"kept": kept, "remarks": splits.remarks}
@@ -97,6 +100,14 @@ def test_check_in_parts_lists_the_images_of_both_processes(results):
     skipped = results[0]["skip"]
     assert skipped["remarks"] == [f"Left out 4 of 20 images, which cannot be read:{listing}"]
     assert skipped["kept"][0] == [f"train{k}" for k in (0, 1, 4, 5, 6, 8, 9)]
+
+
+@pytest.mark.slow
+def test_check_in_parts_divides_a_sample(results):
+    assert [each["sample"]["checked"] for each in results] == [[[0, 6]] * 2, [[3, 9]] * 2]
+    for each in results:
+        assert each["sample"]["error"].startswith("DataError: 1 of 8 images cannot be read")
+        assert "train/3.jpg: not an image" in each["sample"]["error"]
 
 
 @pytest.mark.slow

@@ -251,6 +251,7 @@ def test_read_rejects_wrong_files(name, text, message, tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 0, "resize_size": 0}, "batch_size, resize_size must be at least 1"),
         ({"workers": -1, "cache_mib": -1}, "workers, cache_mib must be at least 0"),
+        ({"on_bad_image": "skip", "check": "sample"}, "on_bad_image='skip' needs check='all'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "it must be at least 0 and below"),
         ({"std": (1.0, 0.0, 1.0)}, "std is"),

@@ -8,7 +8,7 @@ from jaxft.data.image_cache import Cached
 from jaxft.data.open_source import open_source
 from jaxft.data.preprocessing import Preprocessing
 from jaxft.data.source import Source, Splits
-from jaxft.data.validate import OnBadImage
+from jaxft.data.validate import Check, OnBadImage
 from jaxft.stage_options import Augment, Balance
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "BatchConfig",
     "Cached",
+    "Check",
     "OnBadImage",
     "Preprocessing",
     "Source",

@@ -59,7 +59,7 @@ class FolderSource:
         """Returns the RGB image and its target.
 
         Raises:
-          DataError: the file has become unreadable.
+          DataError: the file cannot be read.
         """
         try:
             return decode(content(self.files[index])), int(self.targets[index])
@@ -94,8 +94,8 @@ class FolderSource:
 
     def _unreadable(self, index: int, reason: object) -> DataError:
         return DataError(
-            f"{printable(self.files[index])} can no longer be read: {reason}. It was readable when "
-            "the run began: bring it back and start the run again."
+            f"{printable(self.files[index])} cannot be read: {reason}. Restore it, or start a new "
+            "run without it; check='all' (--check all) lists all such images before a run."
         )
 
 

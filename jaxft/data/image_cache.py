@@ -11,7 +11,7 @@ from jaxft.data.concat import take
 from jaxft.data.fingerprint import identity
 from jaxft.data.source import Source, Target, pixel_type, target_at
 
-_BYTES_PER_PIXEL = 4  # Pillow pads RGB
+BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
 
 class Cached:
@@ -68,7 +68,7 @@ class Cached:
         if cached is not None:
             return cached, target_at(self.source.targets, index)
         image, target = self.source[index]
-        size = _BYTES_PER_PIXEL * image.width * image.height
+        size = BYTES_PER_PIXEL * image.width * image.height
         if size <= self._free_bytes:
             # A copy does not hold the file's metadata, such as EXIF and colour profiles.
             copy = image.copy()

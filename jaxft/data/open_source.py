@@ -33,9 +33,10 @@ def open_source(
     shots: int | None = None,
     seed: int = 0,
     on_bad_image: OnBadImage = "error",
+    sample_above: int | None = None,
     divide: Divide | None = None,
 ) -> Splits:
-    """Opens a data set, selects the splits of a run, and checks that all their images are readable.
+    """Opens a data set, selects the splits of a run, and checks that their images are readable.
 
     A spec is one of:
 
@@ -60,6 +61,8 @@ def open_source(
       seed: determines all random selections. With the same seed, fewer shots are a subset of more.
       on_bad_image: "error" raises an error for unreadable images, "skip" leaves them out and lists
         them in the remarks.
+      sample_above: check a sample if all decoded images take more than this number of bytes; with
+        "error" only. None: check all.
       divide: divides the check among the processes of a run (`jaxft.data.validate`).
 
     Raises:
@@ -69,7 +72,7 @@ def open_source(
         raise DataError(f"shots={shots}: give at least 1 image per class, or None to use them all.")
     splits = select(open_collection(spec), train=train, val=val, shots=shots, seed=seed)
     sources = {"train": splits.train, "val": splits.val}
-    readable, remarks = check_images(sources, on_bad_image, divide)
+    readable, remarks = check_images(sources, on_bad_image, divide, sample_above=sample_above)
     return Splits(readable["train"], readable["val"], (*splits.remarks, *remarks))
 
 

@@ -72,7 +72,7 @@ class TfdsSource:
         """Returns the RGB image and its target.
 
         Raises:
-          DataError: the record has become unreadable.
+          DataError: the record cannot be read.
         """
         example = self._parse(index)
         try:

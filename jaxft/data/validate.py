@@ -1,6 +1,7 @@
-"""Decodes every image once before a run, so that an unreadable image cannot end the run later.
+"""Decodes images once before a run, so that an unreadable image cannot end the run later.
 
-If a run has several processes, each decodes its part of the images, and all report the same ones.
+`jaxft.data.check_sample` chooses the images. If a run has several processes, each decodes its part
+of them, and all report the same ones.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 from PIL import Image
 
+from jaxft.data.check_sample import images_to_check
 from jaxft.data.class_names import join_names
 from jaxft.data.concat import take
 from jaxft.data.decode import decode
@@ -23,7 +25,9 @@ from jaxft.errors import DataError, first_of
 
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
-"""Treatment of unreadable images: raise an error before the run, or leave them out."""
+"""Treatment of unreadable images: raise an error, or leave them out of the run."""
+Check = Literal["all", "sample"]
+"""Images that are decoded before a run."""
 
 
 class Findings(NamedTuple):
@@ -71,14 +75,21 @@ def without_warnings() -> Iterator[None]:
 
 
 def check_images(
-    sources: Mapping[str, S], on_bad_image: OnBadImage, divide: Divide | None = None
+    sources: Mapping[str, S],
+    on_bad_image: OnBadImage,
+    divide: Divide | None = None,
+    *,
+    sample_above: int | None = None,
 ) -> tuple[dict[str, S], tuple[str, ...]]:
-    """Decodes all images of the sources.
+    """Decodes the images of the sources, or a sample of them.
 
     Args:
       sources: sources by split name.
-      on_bad_image: treatment of unreadable images.
+      on_bad_image: treatment of unreadable images. "skip" decodes all images: a batch is a function
+        of its index only if the images are known before the run.
       divide: divides the images among the processes of a run; None: this process decodes all.
+      sample_above: decodes a sample if all decoded images take more than this number of bytes;
+        None: all.
 
     Returns:
       The sources without unreadable images, and remarks that list these images and the images with
@@ -90,10 +101,14 @@ def check_images(
     """
     if on_bad_image not in get_args(OnBadImage):
         raise DataError(f"unknown on_bad_image '{on_bad_image}': use error or skip.")
+    indices = images_to_check(sources, sample_above if on_bad_image == "error" else None)
 
     def check(part: int, parts: int) -> Findings:
         with _collect_warnings() as found_warnings:
-            found = [_find_problems(source, part, parts) for source in sources.values()]
+            found = [
+                _find_problems(source, indices[name][part::parts])
+                for name, source in sources.items()
+            ]
         return Findings(found, found_warnings)
 
     findings = divide(check, sources) if divide else [check(0, 1)]
@@ -105,8 +120,13 @@ def check_images(
             by_index.update(found)
     # The splits may share images.
     lines = sorted({line for by_index in problems.values() for line in by_index.values()})
-    total = sum(map(len, sources.values()))
+    total, images = sum(map(len, indices.values())), sum(map(len, sources.values()))
     remarks = []
+    if total < images:
+        remarks.append(
+            f"{total:,} of {images:,} images have been checked, evenly spread. An unreadable one "
+            "among the others would end the run; check='all' (--check all) checks all."
+        )
     if image_warnings:
         warning_lines = [f"{place}: {text}" for place, text in sorted(image_warnings.items())]
         remarks.append(
@@ -166,15 +186,15 @@ def _drop(source: S, problems: dict[int, str]) -> S:
     return take(source, np.setdiff1d(np.arange(len(source)), list(problems)))
 
 
-def _find_problems(source: Source, part: int, parts: int) -> list[tuple[int, str]]:
-    """Returns index and problem of the unreadable images among every `parts`-th image."""
+def _find_problems(source: Source, indices: np.ndarray) -> list[tuple[int, str]]:
+    """Returns index and problem of the unreadable images among those with these indices."""
     if not isinstance(source, Checkable):
         return []
     check, stop = source.problem, threading.Event()
 
-    def check_slice(indices: range) -> list[tuple[int, str]]:
+    def check_slice(indices: np.ndarray) -> list[tuple[int, str]]:
         problems = []
-        for k in indices:
+        for k in indices.tolist():
             if stop.is_set():
                 break
             if (problem := check(k)) is not None:
@@ -184,7 +204,6 @@ def _find_problems(source: Source, part: int, parts: int) -> list[tuple[int, str
     # One task per thread: one future per image would take more memory than the file list.
     threads = min(32, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads) as pool:
-        indices = range(part, len(source), parts)
         results = pool.map(check_slice, [indices[k::threads] for k in range(threads)])
         try:
             return [problem for result in results for problem in result]

@@ -141,7 +141,7 @@ def finetune(
 
     Raises:
       JaxftError: recipe, data, weights or folder are wrong. It is raised before training starts,
-        except for later events such as a full disk.
+        except for later events such as a full disk or an image that becomes unreadable.
       InterruptedRunError: a signal stopped the run.
       NonFiniteError: the loss has become NaN or infinite.
     """

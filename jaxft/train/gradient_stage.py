@@ -16,6 +16,7 @@ from jaxft.data import Batch, Cached
 from jaxft.data.batches import view_of_epoch
 from jaxft.data.process_source import ProcessSource
 from jaxft.distributed import any_process
+from jaxft.errors import DataError
 from jaxft.report.nonfinite import step_error
 from jaxft.stages import Stage
 from jaxft.steps_per_execution import apart, sent
@@ -118,7 +119,11 @@ def _train_epoch(
             asked = time.perf_counter()
             to_save = every - current.progress.step % every if every else steps_per_call
             same_shape = program.steps_of_one_shape(epoch, current.progress.position)
-            taken = list(islice(batches, min(steps_per_call, to_save, same_shape)))
+            try:
+                taken = list(islice(batches, min(steps_per_call, to_save, same_shape)))
+            except DataError as error:
+                look()
+                raise trainer.saved_before(error, program, current) from error
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked

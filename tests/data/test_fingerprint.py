@@ -117,7 +117,7 @@ def test_fingerprint_of_minimal_source_depends_on_targets():
 def test_fingerprint_of_missing_file_is_an_error(root):
     train, _ = open_source(f"folder:{root}")
     train.files[0].unlink()
-    with pytest.raises(DataError, match=r"0\.bmp can no longer be read: No such file"):
+    with pytest.raises(DataError, match=r"0\.bmp cannot be read: No such file"):
         fingerprint(train)
 
 

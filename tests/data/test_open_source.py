@@ -487,7 +487,7 @@ def test_open_source_refuses_images_above_max_pixels(root, monkeypatch):
 def test_folder_file_that_becomes_unreadable(root):
     train, _ = open_source(f"folder:{root}")
     train.files[2].unlink()
-    with pytest.raises(DataError, match=re.escape(f"{train.files[2]} can no longer be read: No")):
+    with pytest.raises(DataError, match=re.escape(f"{train.files[2]} cannot be read: No")):
         train[2]
 
 

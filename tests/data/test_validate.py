@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft.data import BatchConfig, Preprocessing, open_source, train_batches
+from jaxft.data import (
+    BatchConfig,
+    Preprocessing,
+    check_sample,
+    folder,
+    open_source,
+    train_batches,
+)
 from jaxft.data.validate import without_warnings
 from jaxft.errors import DataError
 
@@ -92,3 +99,48 @@ def test_check_images_reports_images_too_large_for_pillow(root, monkeypatch):
         DataError, match=r"train/ant/0\.jpg: the image exceeds the size that is safe"
     ):
         open_folder(root)
+
+
+DECODED = 12 * 4 * 12 * 10  # bytes of all images
+
+
+@pytest.mark.parametrize(
+    ("sample_above", "on_bad_image", "checked"),
+    [
+        (None, "error", 12),
+        (DECODED, "error", 12),
+        (DECODED - 1, "error", 4),
+        (0, "error", 4),
+        (0, "skip", 12),
+    ],
+)
+def test_check_images_checks_a_sample_of_large_sets(
+    sample_above, on_bad_image, checked, root, monkeypatch
+):
+    monkeypatch.setattr(check_sample, "SAMPLE_SIZE", 2)
+    decoded = []
+    monkeypatch.setattr(folder.validate, "problem", lambda content, place: decoded.append(place))
+    splits = open_folder(root, sample_above=sample_above, on_bad_image=on_bad_image)
+    assert len(decoded) == checked
+    if checked == 12:
+        assert splits.remarks == ()
+    else:
+        ends = [
+            f"{root}/{split}/{name}" for split in ("train", "val") for name in ("ant/0", "bee/2")
+        ]
+        assert sorted(decoded) == [f"{end}.jpg" for end in ends]
+        assert splits.remarks[0].startswith("4 of 12 images have been checked, evenly spread.")
+
+
+@pytest.mark.parametrize("name", ["train/ant/0.jpg", "val/bee/2.jpg"])
+def test_check_images_reports_a_bad_image_of_the_sample(name, root, monkeypatch):
+    monkeypatch.setattr(check_sample, "SAMPLE_SIZE", 2)
+    (root / name).write_text("no image")
+    with pytest.raises(DataError, match=rf"1 of 4 images(.|\n)*{name}: not an image"):
+        open_folder(root, sample_above=0)
+
+
+def test_check_images_checks_all_images_of_small_sets(root):
+    (root / "train/ant/1.jpg").write_text("no image")
+    with pytest.raises(DataError, match="1 of 12 images"):
+        open_folder(root, sample_above=0)

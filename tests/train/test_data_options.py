@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from jaxft import DataError, Recipe, Stage, data, finetune
-from jaxft.data import prefetch
+from jaxft.data import check_sample, prefetch
 from jaxft.export import export
 from jaxft.open_recipe import open_splits
 from jaxft.report.console import Console
@@ -216,6 +216,34 @@ def test_bad_images_are_skipped_and_listed(tmp_path, capsys):
     assert all(any(part in line for line in listed) for part in expected), listed
     assert lines.count(lines[start]) == 1
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps_per_execution", "step"), [(1, 5), (2, 4)])
+def test_unchecked_bad_image_ends_the_run_which_resumes_once_it_is_restored(
+    steps_per_execution, step, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(check_sample, "SAMPLE_SIZE", 2)  # the first and the last of each split
+    root = image_folder(tmp_path / "images", count=6)
+    recipe = from_folder(
+        root, batch_size=2, cache_mib=0, workers=0, steps_per_execution=steps_per_execution
+    )
+    whole = finetune(recipe, tmp_path / "whole", console=QUIET)
+
+    file = root / "train/bees/2.jpg"
+    content = file.read_bytes()
+    file.write_bytes(content[:300].ljust(len(content)))  # the run compares sizes on resume
+    with pytest.raises(DataError, match=rf"bees/2\.jpg cannot be read(.|\n)*Step {step} is saved"):
+        finetune(recipe, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    file.write_bytes(content)
+    resumed = finetune(recipe, tmp_path / "run", console=QUIET)
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
+    assert resumed.score == whole.score
+
+    file.write_bytes(content[:300])
+    with pytest.raises(DataError, match="1 of 24 images cannot be read"):
+        finetune(dataclasses.replace(recipe, check="all"), tmp_path / "other", console=QUIET)
 
 
 def no_images(images):
