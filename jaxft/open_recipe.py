@@ -90,6 +90,7 @@ def open_splits(recipe: Recipe, given: Source | Splits | None) -> Splits:
         check_multi_label(recipe, train)
     splits = data.open_source(
         recipe.data if given is None else given,
+        split_by=recipe.split_by,
         train=recipe.train_split,
         val=recipe.val_split,
         shots=recipe.shots,

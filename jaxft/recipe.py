@@ -73,7 +73,7 @@ class Recipe:
     that builds a network for a number of classes."""
     data: str
     """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg; also gs://),
-    tfds:NAME, tfds_dir:PATH (prepared) or digits[:5-9]."""
+    csv:FILE (path, label, split), tfds:NAME, tfds_dir:PATH (prepared) or digits[:5-9]."""
     stages: tuple[Stage, ...]
     """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None
@@ -93,6 +93,8 @@ class Recipe:
     """Seed of the head, the order of the images, the augmentation and the choice of `shots`."""
     shots: int | None = None
     """Number of training images per class; none: all."""
+    split_by: str | None = None
+    """CSV file with the columns path and split, which assigns the image files of data to splits."""
     train_split: str | None = None
     """Training split, e.g. train[:80%], train+test, train[10/class]; none: train."""
     val_split: str | None = None

@@ -2,9 +2,9 @@
 
     jaxft compare DATA --workdir DIR [--strategies lp-ft full probe] [any field of the recipe]
 
-DATA is a folder of class folders or data as in a recipe; or a recipe file, whose stages are not
-used. By default all strategies run that the network allows, each with three seeds; all options of
-`jaxft finetune DATA` apply. The same command resumes an interrupted comparison.
+DATA is a folder of class folders, a CSV file or data as in a recipe; or a recipe file, whose stages
+are not used. By default all strategies run that the network allows, each with three seeds; all
+options of `jaxft finetune DATA` apply. The same command resumes an interrupted comparison.
 
 Prints the strategies with mean and range of their accuracy, the 95 % confidence interval of the
 difference to the best over the same seeds, seconds per run, and the number of parameters that

@@ -31,8 +31,10 @@ def add_strategy_options(parser: argparse._ActionsContainer) -> None:
 
 
 def data_spec(place: str) -> str:
-    """Returns `folder:PATH` for a folder; data as in a recipe otherwise, as it is."""
-    return f"folder:{place}" if os.path.isdir(place) else place
+    """Returns `folder:PATH` for a folder, `csv:FILE` for a CSV file, other data as it is."""
+    if os.path.isdir(place):
+        return f"folder:{place}"
+    return f"csv:{place}" if place.endswith(".csv") and os.path.isfile(place) else place
 
 
 def is_recipe_file(place: str) -> bool:
@@ -47,7 +49,7 @@ def base_recipe(place: str, options: Sequence[str], program: str) -> Recipe:
     are torchvision's, or those that `--weights` names.
 
     Args:
-      place: a recipe file; or a folder of class folders, or data as in a recipe.
+      place: a recipe file; or a folder of class folders, a CSV file, or data as in a recipe.
       options: fields of the recipe, such as `["--batch-size", "64"]`.
       program: the command as the user typed it, for messages.
 

@@ -3,8 +3,8 @@
     jaxft evaluate runs/ants folder:new_photos [--split test] [--json FILE]
 
 SOURCE is the folder of a run, ended or not, or weights as in a recipe: a file, hf:OWNER/REPO, ...
-DATA is a folder of class folders or data as in a recipe; default: the images that the run validates
-with. Classes are matched by name.
+DATA is a folder of class folders, a CSV file, or data as in a recipe; default: the images that the
+run validates with. Classes are matched by name.
 
 Prints accuracy with its 95 % confidence interval, top-5 accuracy, cross entropy, calibration error,
 precision, recall and F1 of each class, and the confusion matrix.
@@ -84,7 +84,7 @@ def open_images(
         recipe = saved(source) if Path(source).is_dir() else None
         if recipe is None:
             raise DataError(f"{source} is not the folder of a run: name the DATA to evaluate on.")
-        collection = open_collection(recipe.data)
+        collection = open_collection(recipe.data, recipe.split_by)
         on_bad_image = recipe.on_bad_image
         if split is not None:
             images = select_one(collection, split, seed=recipe.seed)

@@ -6,9 +6,10 @@
 CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run. With
 `CONFIG --help` its fields are listed. DIR may be in a bucket (gs://...).
 
-DATA is a folder of class folders, or data as in a recipe. Then the network is a ResNet-50 with
-torchvision's weights, unless --model and --weights name others, and the stages are a strategy's:
-by default the head is solved on the frozen features, and everything trains for five epochs (lp-ft).
+DATA is a folder of class folders, a CSV file, or data as in a recipe. Then the network is a
+ResNet-50 with torchvision's weights, unless --model and --weights name others, and the stages are a
+strategy's: by default the head is solved on the frozen features, and everything trains for five
+epochs (lp-ft).
 DIR/recipe.yaml is the recipe.
 
 SIGTERM or Ctrl-C during training saves a checkpoint and exits with code 75 or 130; the same

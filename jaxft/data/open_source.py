@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxft.data import digits, folder, tfds
+from jaxft.data import csv_listing, digits, folder, tfds
 from jaxft.data.bucket_folder import SCHEME
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[Callable[[str], Collection], str]] = {
     "digits": (digits.find, "digits, or some of them: digits:5-9"),
     "folder": (folder.find, "folder:PATH with PATH/train/<class>/ and PATH/val/<class>/, or with "
                "PATH/<class>/"),
+    "csv": (csv_listing.find, "csv:FILE with the columns path, label and perhaps split"),
     "tfds": (tfds.find, "tfds:NAME, a set of TensorFlow Datasets such as tfds:oxford_flowers102"),
     "tfds_dir": (tfds.find_prepared, "tfds_dir:PATH, a folder that TFDS prepared as array_record"),
 }  # fmt: skip
@@ -28,6 +29,7 @@ _KINDS: dict[str, tuple[Callable[[str], Collection], str]] = {
 def open_source(
     spec: str | Source | Splits,
     *,
+    split_by: str | None = None,
     train: str | None = None,
     val: str | None = None,
     shots: int | None = None,
@@ -44,6 +46,7 @@ def open_source(
     - `folder:PATH`: image files in PATH/train/<class>/, PATH/val/<class>/ and splits of other
       names; or in PATH/<class>/, as one split named train. Images may lie in folders below the
       class folder; see `jaxft.data.image_files` for the image formats. PATH may be gs://BUCKET/...
+    - `csv:FILE`: image files that a CSV file lists, see `jaxft.data.csv_listing`.
     - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
       ~/tensorflow_datasets; downloaded and prepared if necessary.
     - `tfds_dir:PATH`: a folder that TFDS prepared in array_record format.
@@ -51,6 +54,7 @@ def open_source(
 
     Args:
       spec: the data set.
+      split_by: CSV file with the columns path and split, which assigns image files to splits.
       train: split expression (`jaxft.data.split_expressions`) of the training images, such as
         `train[:80%]`, `train+test` or `train[10/class]`. By default the split train, or the only
         split.
@@ -70,18 +74,27 @@ def open_source(
     """
     if shots is not None and shots < 1:
         raise DataError(f"shots={shots}: give at least 1 image per class, or None to use them all.")
-    splits = select(open_collection(spec), train=train, val=val, shots=shots, seed=seed)
+    splits = select(open_collection(spec, split_by), train=train, val=val, shots=shots, seed=seed)
     sources = {"train": splits.train, "val": splits.val}
     readable, remarks = check_images(sources, on_bad_image, divide, sample_above=sample_above)
     return Splits(readable["train"], readable["val"], (*splits.remarks, *remarks))
 
 
-def open_collection(spec: str | Source | Splits) -> Collection:
+def open_collection(spec: str | Source | Splits, split_by: str | None = None) -> Collection:
     """Returns all splits of a data set; `open_source` selects among them.
+
+    Args:
+      spec: the data set.
+      split_by: as in `open_source`.
 
     Raises:
       DataError: the spec is wrong, or there is no such data.
     """
+    collection = _open(spec)
+    return collection if split_by is None else csv_listing.split_by(collection, split_by)
+
+
+def _open(spec: str | Source | Splits) -> Collection:
     if isinstance(spec, Splits):
         sources = {"train": spec.train, "val": spec.val}
         for name, source in sources.items():
@@ -100,6 +113,8 @@ def open_collection(spec: str | Source | Splits) -> Collection:
     similar = difflib.get_close_matches(kind.lower(), _KINDS, n=1)
     if spec.startswith(SCHEME) or (spec and Path(spec).is_dir()):
         hint = f" Did you mean 'folder:{spec}'?"
+    elif spec.endswith(".csv"):
+        hint = f" Did you mean 'csv:{spec}'?"
     else:
         hint = f" Did you mean '{similar[0]}{colon}{place}'?" if similar else ""
     kinds = "".join(f"\n  {usage}" for _, usage in _KINDS.values())

@@ -91,8 +91,8 @@ def open_images(record: RunRecord) -> Splits:
     """
     recipe = record.recipe
     splits = select(
-        open_collection(recipe.data), train=recipe.train_split, val=recipe.val_split,
-        shots=recipe.shots, seed=recipe.seed,
+        open_collection(recipe.data, recipe.split_by),
+        train=recipe.train_split, val=recipe.val_split, shots=recipe.shots, seed=recipe.seed,
     )  # fmt: skip
     val = check_images({"val": splits.val}, recipe.on_bad_image)[0]["val"]
     digest = record.data.get("fingerprint", {}).get("val")
