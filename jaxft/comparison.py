@@ -25,6 +25,7 @@ from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Model
 from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import open_network, open_splits
+from jaxft.progress import shown_on
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.stage_plan import plan
@@ -159,7 +160,8 @@ def compare(
         raise RecipeError(f"seeds is {seeds}; it must be at least 1.")
     console = console or Console()
     folder = atomic.anywhere(workdir)
-    splits = open_splits(recipe, data)
+    with shown_on(console.terminal):
+        splits = open_splits(recipe, data)
     network = open_network(recipe, model, splits.train.classes)
     chosen = tuple(dict.fromkeys(strategies)) or names(network.block_patterns)
     stages = {

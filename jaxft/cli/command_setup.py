@@ -9,10 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich.console import Console as Terminal
+
 from jaxft.checkpoint.atomic import in_bucket
 from jaxft.cli.process import EXIT_CODES, fail, handled_by
 from jaxft.data.validate import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
+from jaxft.progress import shown_on
 
 
 def command_parser(
@@ -62,7 +65,7 @@ def run_until_signal(main: Callable[[], None]) -> int:
         raise KeyboardInterrupt
 
     def work() -> int:
-        with without_warnings():
+        with without_warnings(), shown_on(Terminal(stderr=True)):
             main()
         if sys.stdout is not None:
             sys.stdout.flush()  # reports a full disk as an error of the command

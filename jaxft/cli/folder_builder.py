@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from jaxft.data.folder import FolderSource
 from jaxft.data.image_files import printable
 from jaxft.errors import DataError
+from jaxft.progress import tracked
 
 
 class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -35,14 +36,16 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
-        return {name: self._generate_examples(source) for name, source in self._splits.items()}
+        return {name: self._generate_examples(name, each) for name, each in self._splits.items()}
 
-    def _generate_examples(self, source: FolderSource) -> Iterator[tuple[str, dict]]:
-        for path, target in zip(source.files, source.targets, strict=True):
-            file_name = printable(PurePosixPath(path).relative_to(source.root))
-            # TFDS stores bytes as they are, and shuffles examples by the hash of their key.
-            example = {"image": path.read_bytes(), "label": int(target), "file_name": file_name}
-            yield file_name, example
+    def _generate_examples(self, name: str, source: FolderSource) -> Iterator[tuple[str, dict]]:
+        with tracked(f"Writing {name}", len(source)) as work:
+            for path, target in zip(source.files, source.targets, strict=True):
+                file_name = printable(PurePosixPath(path).relative_to(source.root))
+                # TFDS stores bytes as they are, and shuffles examples by the hash of their key.
+                example = {"image": path.read_bytes(), "label": int(target), "file_name": file_name}
+                yield file_name, example
+                work.advance()
 
 
 def write(splits: Mapping[str, FolderSource], out: Path, name: str) -> None:
@@ -63,5 +66,6 @@ def write(splits: Mapping[str, FolderSource], out: Path, name: str) -> None:
     # A sibling of `out`, so that the final rename is atomic.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         builder = _FolderBuilder(name, splits, data_dir=scratch)
+        tfds.disable_progress_bar()  # prints carriage returns into logs
         builder.download_and_prepare()
         builder.data_path.rename(out)

@@ -6,6 +6,7 @@ TFDS is imported inside the functions because it takes long to load.
 import difflib
 import os
 import socket
+import sys
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -123,6 +124,8 @@ def find(name: str) -> Collection:
       DataError: there is no such data set, it cannot be prepared, its format is not array_record,
         or it has no images and labels.
     """
+    import tensorflow_datasets as tfds
+
     if not name:
         raise DataError("data 'tfds:' names no set: write tfds:NAME, such as tfds:cifar10.")
     builder = _load(name)
@@ -140,6 +143,8 @@ def find(name: str) -> Collection:
         )
         if _is_offline():
             raise DataError(f"{instructions}\nIt cannot be downloaded: this machine is offline.")
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()  # prints carriage returns into logs
         try:
             builder.download_and_prepare()
         except Exception as error:  # downloading, unpacking and parsing raise many types

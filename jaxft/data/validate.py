@@ -22,6 +22,7 @@ from jaxft.data.concat import take
 from jaxft.data.decode import decode
 from jaxft.data.source import Checkable, Source, emptied_classes
 from jaxft.errors import DataError, first_of
+from jaxft.progress import Work, tracked
 
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
@@ -104,11 +105,12 @@ def check_images(
     indices = images_to_check(sources, sample_above if on_bad_image == "error" else None)
 
     def check(part: int, parts: int) -> Findings:
-        with _collect_warnings() as found_warnings:
-            found = [
-                _find_problems(source, indices[name][part::parts])
-                for name, source in sources.items()
-            ]
+        mine = {name: each[part::parts] for name, each in indices.items()}
+        with (
+            _collect_warnings() as found_warnings,
+            tracked("Checking images", sum(map(len, mine.values()))) as work,
+        ):
+            found = [_find_problems(each, mine[name], work) for name, each in sources.items()]
         return Findings(found, found_warnings)
 
     findings = divide(check, sources) if divide else [check(0, 1)]
@@ -186,7 +188,7 @@ def _drop(source: S, problems: dict[int, str]) -> S:
     return take(source, np.setdiff1d(np.arange(len(source)), list(problems)))
 
 
-def _find_problems(source: Source, indices: np.ndarray) -> list[tuple[int, str]]:
+def _find_problems(source: Source, indices: np.ndarray, work: Work) -> list[tuple[int, str]]:
     """Returns index and problem of the unreadable images among those with these indices."""
     if not isinstance(source, Checkable):
         return []
@@ -199,6 +201,7 @@ def _find_problems(source: Source, indices: np.ndarray) -> list[tuple[int, str]]
                 break
             if (problem := check(k)) is not None:
                 problems.append((k, problem))
+            work.advance()
         return problems
 
     # One task per thread: one future per image would take more memory than the file list.

@@ -51,6 +51,11 @@ class Console:
         self._out = _Output(quiet=quiet, highlight=False, markup=False, emoji=False)
         self._columns: dict[str, int] = {}  # width of each metric in the table of epochs, by name
 
+    @property
+    def terminal(self) -> Terminal | None:
+        """Where it prints; None if it prints nothing."""
+        return None if self._out.quiet else self._out
+
     def say(self, text: str, style: str | None = None) -> None:
         """Prints text, wrapped at the width of the terminal except for indented lines."""
         for line in text.split("\n"):

@@ -67,6 +67,7 @@ class EachBatch(Protocol):
         *,
         batch_size: int,
         load: Callable[[int], tuple[np.ndarray, Target]] | None,
+        title: str,
     ) -> list[None] | None: ...
 
 
@@ -163,7 +164,8 @@ class StageFeatures:
                 ),
                 view=view,
             )
-        if self.each_batch(source, enqueue, batch_size=size, load=load_view) is None:
+        title = f"Features of {split} images"
+        if self.each_batch(source, enqueue, batch_size=size, load=load_view, title=title) is None:
             return None
         return writer.finish()
 

@@ -24,6 +24,7 @@ from jaxft.distributed import any_process
 from jaxft.errors import DataError, InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice
+from jaxft.progress import tracked
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog, to_json
@@ -278,7 +279,7 @@ class Trainer:
             return error
         step = self._save_step(program, current)
         return DataError(
-            f"{error}\nStep {step} is saved: with the same images, the same command resumes from it."
+            f"{error}\nStep {step} is saved: with the same images, the same command resumes there."
         )
 
     def stop(self, program: StageProgram, current: StageState) -> Never:
@@ -297,6 +298,7 @@ class Trainer:
         batch_size: int | None = None,
         steps_per_call: int = 1,
         replayed: bool = False,
+        title: str = "Validation",
         **instead: Any,
     ) -> list[T] | None:
         """Calls a compiled step for the source's images in their order, each seen once.
@@ -307,6 +309,7 @@ class Trainer:
           batch_size: the recipe's by default.
           steps_per_call: number of batches that `step` receives at once.
           replayed: whether batches may come from memory, as those to validate may.
+          title: name of the work in its progress bar.
           instead: arguments of `jaxft.data.eval_batches` that replace the evaluation view.
 
         Returns:
@@ -324,14 +327,15 @@ class Trainer:
             shard=self.devices.shard,
             **instead,
         )
+        count = data.steps_per_epoch(source, size)
         if replayed:
-            count = data.steps_per_epoch(source, size)
             batches = self.batch_cache.replayed(("images", size), batches, count)
         results: list[T] = []
-        with closing(batches):
+        with closing(batches), tracked(title, count, "batches") as work:
             for index, group in enumerate(groups(batches, steps_per_call)):
                 results.append(step(*sent(self.devices, group, steps_per_call)))
                 jax.block_until_ready(results[-2:-1])  # or the host fills the device ahead
+                work.advance(len(group))
                 if (
                     index * steps_per_call % recipe.sync_steps < steps_per_call
                     and self.stop_asked()

@@ -5,24 +5,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
 from rich.console import Console as Terminal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from jaxft.errors import WeightsError
+from jaxft.progress import tracked
 from jaxft.weights.http import (
     TransferError,
     is_secure,
@@ -122,8 +114,9 @@ def _download_locked(path: Path, part: Path, file: IO[bytes], url: str, sha256: 
         if sha256 is None:  # whether another process's bytes belong to this version is unknown
             _truncate(file)
         if not (sha256 is not None and _is_valid(part, sha256)):
-            with _progress_bar(urlsplit(url).path.rpartition("/")[2]) as report:
-                _transfer_verified(url, file, part, sha256, report)
+            name, terminal = urlsplit(url).path.rpartition("/")[2], Terminal(stderr=True)
+            with tracked(name, None, "bytes", terminal=terminal) as work:
+                _transfer_verified(url, file, part, sha256, work.update)
         part.replace(path)
     except Exception:  # not KeyboardInterrupt: the next call resumes from the partial file
         part.unlink(missing_ok=True)
@@ -209,23 +202,6 @@ def _check_disk_space(url: str, start: int, total: int | None) -> None:
             f"it needs {(total - start) / 1e6:,.0f} MB and {cache_folder()} has {free / 1e6:,.0f} "
             "MB left. JAXFT_CACHE can name another folder",
         )
-
-
-@contextmanager
-def _progress_bar(name: str) -> Iterator[_ReportProgress]:
-    """Shows a progress bar on a terminal, and removes it at the end."""
-    terminal = Terminal(stderr=True)
-    columns = (
-        TextColumn("  {task.description}", markup=False),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    disable = not terminal.is_terminal
-    with Progress(*columns, console=terminal, transient=True, disable=disable) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _download_error(url: str, cause: str) -> WeightsError:

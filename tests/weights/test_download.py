@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from server import Answer, Server, serve
 
+from jaxft import progress
 from jaxft.errors import WeightsError
 from jaxft.weights import download as download_module
 from jaxft.weights import http
@@ -258,6 +259,7 @@ def test_download_refuses_unencrypted_urls(url):
 
 def test_download_shows_a_progress_bar_on_a_terminal(server, monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(progress, "_BAR_SECONDS", 0)
     download(put(server, Answer(CONTENT)))
     out, err = capsys.readouterr()
     assert out == ""
@@ -275,11 +277,12 @@ def start_python(code: str, *args: str) -> subprocess.Popen:
 
 
 KILL_HALF_WAY = """
-import contextlib, os, signal
-def kill(done, total):
+import os, signal
+from jaxft.progress import Work
+def kill(self, done, total):
     if done >= total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
-module._progress_bar = lambda name: contextlib.nullcontext(kill)
+Work.update = kill
 module.download(url, sha256=sha256)
 """
 
