@@ -73,7 +73,8 @@ class Recipe:
     that builds a network for a number of classes."""
     data: str
     """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg; also gs://),
-    csv:FILE (path, label, split), tfds:NAME, tfds_dir:PATH (prepared) or digits[:5-9]."""
+    csv:FILE (path, label, split), tfds:NAME, tfds_dir:PATH (prepared), hf_dataset:PATH
+    (save_to_disk, parquet) or digits[:5-9]."""
     stages: tuple[Stage, ...]
     """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None

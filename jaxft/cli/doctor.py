@@ -27,6 +27,7 @@ _EXTRAS = {  # a module of each extra, and its purpose
     "cuda": ("jax_cuda13_plugin", "NVIDIA GPUs"),
     "tpu": ("libtpu", "TPUs, and jaxft plan for them"),
     "gcs": ("gcsfs", "gs:// folders"),
+    "hf-datasets": ("datasets", "hf_dataset: folders"),
     "torch": ("torch", "comparison with PyTorch"),
 }
 
@@ -44,19 +45,19 @@ def _doctor(arguments: Sequence[str], program: str) -> None:
     console.say(", ".join(f"{name} {number}" for name, number in versions().items()))
     console.row("")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    console.row(f"cores    {cores}")
+    console.row(f"{'cores':12}{cores}")
     for name, folder in {"cache": cache_folder(), "here": Path.cwd()}.items():
-        console.row(f"{name:9}{folder}: {_size(folder)}{_free(folder)}")
+        console.row(f"{name:12}{folder}: {_size(folder)}{_free(folder)}")
     for name, (module, purpose) in _EXTRAS.items():
         state = "installed" if find_spec(module) else f"missing: pip install 'jaxft[{name}]'"
-        console.row(f"{name:9}{state} ({purpose})")
+        console.row(f"{name:12}{state} ({purpose})")
     console.row("")
     try:
         devices = jax.devices()
     except RuntimeError as error:  # such as a TPU that another process holds
         raise ParallelError(f"JAX finds no device: {error}") from error
     kind = devices[0].device_kind
-    console.row(f"devices  {len(devices)} {devices[0].platform} ({kind}){_memory(devices[0])}")
+    console.row(f"{'devices':12}{len(devices)} {devices[0].platform} ({kind}){_memory(devices[0])}")
     for remark in idle_accelerator():
         console.say(remark)
 

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxft.data import csv_listing, digits, folder, tfds
+from jaxft.data import csv_listing, digits, folder, hf_dataset, tfds
 from jaxft.data.bucket_folder import SCHEME
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
@@ -23,6 +23,8 @@ _KINDS: dict[str, tuple[Callable[[str], Collection], str]] = {
     "csv": (csv_listing.find, "csv:FILE with the columns path, label and perhaps split"),
     "tfds": (tfds.find, "tfds:NAME, a set of TensorFlow Datasets such as tfds:oxford_flowers102"),
     "tfds_dir": (tfds.find_prepared, "tfds_dir:PATH, a folder that TFDS prepared as array_record"),
+    "hf_dataset": (hf_dataset.find, "hf_dataset:PATH, a folder of datasets' save_to_disk or of "
+                   "parquet files"),
 }  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def open_source(
     - `tfds:NAME`: an image classification set of TensorFlow Datasets, in TFDS_DATA_DIR or
       ~/tensorflow_datasets; downloaded and prepared if necessary.
     - `tfds_dir:PATH`: a folder that TFDS prepared in array_record format.
+    - `hf_dataset:PATH`: a Hugging Face data set, saved with `save_to_disk` or as parquet files.
     - a `Source`, such as `arrays(...)`, as one split named train; or a `Splits`.
 
     Args:

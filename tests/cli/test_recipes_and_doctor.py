@@ -37,5 +37,5 @@ def test_doctor_reports_the_installation():
     done = call("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^jaxft \S+ in ", done.stdout)
-    assert re.search(r"devices  \d+ cpu", done.stdout)
+    assert re.search(r"devices +\d+ cpu", done.stdout)
     assert re.search(r"gcs      (installed|missing: pip install 'jaxft\[gcs\]')", done.stdout)
