@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-Unit = Literal["images", "batches", "bytes"]
+Unit = Literal["images", "batches", "files", "bytes"]
 
 _BAR_SECONDS = 1.0  # before a bar appears, so that short work does not flicker
 _LINE_SECONDS = 10.0  # before the line in a log

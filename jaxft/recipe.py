@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from jaxft import losses
@@ -20,7 +19,7 @@ from jaxft.models import Model, create, user_factory
 from jaxft.models.model import OPTIONS
 from jaxft.optim.optimizers import SGD, Optimizer
 from jaxft.stage_options import Augment, Balance
-from jaxft.stages import Stage, check_stages
+from jaxft.stages import Stage, check_shared_schedules, check_stages
 
 # Fields that affect speed, rounding and the work that a crash loses. A run may change them.
 RESULT_NEUTRAL_FIELDS = (
@@ -73,8 +72,7 @@ class Recipe:
     that builds a network for a number of classes."""
     data: str
     """Images: folder:PATH (train/<class>/*.jpg, val/<class>/*.jpg, or <class>/*.jpg; also gs://),
-    csv:FILE (path, label, split), tfds:NAME, tfds_dir:PATH (prepared), hf_dataset:PATH
-    (save_to_disk, parquet) or digits[:5-9]."""
+    csv:FILE, tfds:NAME, tfds_dir:PATH, hf_dataset:PATH, webdataset:PATH or digits[:5-9]."""
     stages: tuple[Stage, ...]
     """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None
@@ -246,16 +244,7 @@ class Recipe:
             for monitor in stage.monitors:
                 check_monitor(monitor, metrics, f"stage {stage.name!r}")
             self.during(stage)
-        self._check_shared_schedules()
-
-    def _check_shared_schedules(self) -> None:
-        for earlier, stage in pairwise(self.stages):
-            sizes = [each.batch_size or self.batch_size for each in (stage, earlier)]
-            if stage.schedule_time == "continue" and sizes[0] != sizes[1]:
-                raise RecipeError(
-                    f"stage {stage.name!r} continues the schedule of {earlier.name!r}, but their "
-                    f"batch sizes are {sizes[0]} and {sizes[1]}. Give both the same batch_size."
-                )
+        check_shared_schedules(self.stages, self.batch_size)
 
     def _check_splits(self) -> None:
         for field in ("train_split", "val_split"):

@@ -7,6 +7,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import optax
@@ -320,3 +321,22 @@ def check_stages(stages: "Stage | Sequence[Stage]") -> tuple[Stage, ...]:
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise RecipeError(f"stage names must be unique; {repeated} occur more than once.")
     return stages
+
+
+def check_shared_schedules(stages: Sequence[Stage], batch_size: int) -> None:
+    """Checks that a stage which continues a schedule has the batch size of the stage before.
+
+    Args:
+      stages: the stages.
+      batch_size: batch size of stages that set none.
+
+    Raises:
+      RecipeError: it has another one.
+    """
+    for earlier, stage in pairwise(stages):
+        sizes = [each.batch_size or batch_size for each in (stage, earlier)]
+        if stage.schedule_time == "continue" and sizes[0] != sizes[1]:
+            raise RecipeError(
+                f"stage {stage.name!r} continues the schedule of {earlier.name!r}, but their "
+                f"batch sizes are {sizes[0]} and {sizes[1]}. Give both the same batch_size."
+            )

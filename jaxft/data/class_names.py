@@ -2,9 +2,20 @@
 
 import difflib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _MAX_CLASSES = 10  # class names in one list
+
+
+def sorted_classes(labels: Iterable[str]) -> tuple[str, ...]:
+    """Returns the different labels, sorted by name, or by value if all are integers.
+
+    >>> sorted_classes(["10", "9", "10"])
+    ('9', '10')
+    """
+    names = set(labels)
+    is_number = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if is_number else 0, name)))
 
 
 def describe_differences(classes: Mapping[str, Sequence[str]]) -> str:

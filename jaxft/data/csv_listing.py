@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.data.bucket_folder import BucketPath
+from jaxft.data.class_names import sorted_classes
 from jaxft.data.csv_table import read_table
 from jaxft.data.folder import FolderSource
 from jaxft.data.image_files import printable
@@ -29,12 +30,11 @@ def find(place: str) -> Collection:
     table = read_table("csv:", place, ("path", "label"), "split")
     files = table.image_files()
     labels = [printable(label) for label in table.columns["label"]]
-    is_number = all(label.isdecimal() for label in labels)
-    classes = sorted(set(labels), key=lambda label: (int(label) if is_number else 0, label))
+    classes = sorted_classes(labels)
     number = {name: k for k, name in enumerate(classes)}
     source = FolderSource(
         root=Path(os.path.commonpath([file.parent for file in files])),
-        classes=tuple(classes),
+        classes=classes,
         files=tuple(files),
         targets=np.array([number[label] for label in labels], np.int32),
     )

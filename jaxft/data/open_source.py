@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxft.data import csv_listing, digits, folder, hf_dataset, tfds
+from jaxft.data import csv_listing, digits, folder, hf_dataset, tfds, webdataset
 from jaxft.data.bucket_folder import SCHEME
 from jaxft.data.select_splits import select
 from jaxft.data.source import Collection, Source, Splits
@@ -25,6 +25,7 @@ _KINDS: dict[str, tuple[Callable[[str], Collection], str]] = {
     "tfds_dir": (tfds.find_prepared, "tfds_dir:PATH, a folder that TFDS prepared as array_record"),
     "hf_dataset": (hf_dataset.find, "hf_dataset:PATH, a folder of datasets' save_to_disk or of "
                    "parquet files"),
+    "webdataset": (webdataset.find, "webdataset:PATH/shard-{000..012}.tar, or a folder of shards"),
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def open_source(
       ~/tensorflow_datasets; downloaded and prepared if necessary.
     - `tfds_dir:PATH`: a folder that TFDS prepared in array_record format.
     - `hf_dataset:PATH`: a Hugging Face data set, saved with `save_to_disk` or as parquet files.
+    - `webdataset:PATTERN`: WebDataset shards, see `jaxft.data.webdataset`.
     - a `Source`, such as `arrays(...)`, as one split named train; or a `Splits`.
 
     Args:

@@ -38,4 +38,4 @@ def test_doctor_reports_the_installation():
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^jaxft \S+ in ", done.stdout)
     assert re.search(r"devices +\d+ cpu", done.stdout)
-    assert re.search(r"gcs      (installed|missing: pip install 'jaxft\[gcs\]')", done.stdout)
+    assert re.search(r"gcs +(installed|missing: pip install 'jaxft\[gcs\]')", done.stdout)
