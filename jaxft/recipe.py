@@ -225,8 +225,7 @@ class Recipe:
             )
         if self.on_bad_image == "skip" and self.check == "sample":
             raise RecipeError(
-                "on_bad_image='skip' needs check='all': the images to leave out must be known "
-                "before the run, because each batch depends on the list of images."
+                "on_bad_image='skip' needs check='all': each batch depends on the list of images."
             )
         if self.head == "keep" and self.weights is None:
             raise RecipeError("head='keep' keeps the head of the weights, but weights is None.")
