@@ -27,6 +27,7 @@ _EXTRAS = {  # a module of each extra, and its purpose
     "cuda": ("jax_cuda13_plugin", "NVIDIA GPUs"),
     "tpu": ("libtpu", "TPUs, and jaxft plan for them"),
     "gcs": ("gcsfs", "gs:// folders"),
+    "onnx": ("onnxruntime", "export as ONNX"),
     "torch": ("torch", "comparison with PyTorch"),
 }
 
