@@ -1,6 +1,8 @@
 """Uploads an export to the Hugging Face hub with its client, `huggingface_hub`."""
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jaxft.errors import WeightsError
 from jaxft.model_card import NAME, REPOSITORY
@@ -10,6 +12,7 @@ FILES = (NAME, "model.safetensors", "model.json", "model.onnx", "model.jaxexport
 """Files of an export that are uploaded, where they exist."""
 
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
+_RETRY = "Run again later."
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:
@@ -42,11 +45,6 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
     if hub.get_token() is None:
         raise WeightsError(f"hf:{repo} needs a token with write access. {_LOGIN}.")
     api = hub.HfApi()
-    operations = [
-        hub.CommitOperationAdd(name, _content(folder / name, repo))
-        for name in FILES
-        if (folder / name).is_file()
-    ]
     # Any exception, because the client also raises errors of its HTTP library.
     try:
         try:
@@ -59,6 +57,12 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
                 f"hf:{repo} exists and holds something else than an export of jaxft "
                 f"({', '.join(sorted(files)[:5])}). Choose another name."
             )
+        card = _complete(hub.ModelCard.load(folder / NAME), repo, api)
+        operations = [
+            hub.CommitOperationAdd(name, card if name == NAME else folder / name)
+            for name in FILES
+            if (folder / name).is_file()
+        ]
         message = "Upload with jaxft push"
         return str(api.create_commit(repo, operations, commit_message=message).commit_url)
     except WeightsError:
@@ -67,33 +71,29 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         raise WeightsError(f"hf:{repo} cannot be uploaded: {_explain(error)}") from error
 
 
-def _content(path: Path, repo: str) -> bytes | Path:
-    """Returns a file's content; in the model card, the repository's name is filled in."""
-    if path.name != NAME:
-        return path
-    return path.read_text().replace(REPOSITORY, f"hf:{repo}").encode()
+def _complete(card: Any, repo: str, api: Any) -> bytes:
+    """Fills in the repository's name and, if it is unknown, the license of the base model."""
+    if card.data.license == "unknown" and card.data.base_model:
+        with suppress(Exception):  # the base model may have disappeared, or have no card
+            card.data.license = api.model_info(card.data.base_model).card_data.license or "unknown"
+    return str(card).replace(REPOSITORY, f"hf:{repo}").encode()
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     from huggingface_hub import constants, errors
 
-    endpoint = constants.ENDPOINT
+    while isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading ..."
+        error = error.__cause__
     if isinstance(error, errors.HFValidationError):
         return " ".join(str(error).split())
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it."
-    if isinstance(error, errors.HfHubHTTPError):
-        response = error.response
-        status = f"HTTP {response.status_code} {response.reason_phrase}"
-        reason = f": {error.server_message}" if error.server_message else ""
-        if response.status_code in (401, 403):
-            return (
-                f"{endpoint} refuses it ({status}{reason}). The token needs write access to this "
-                f"owner. {_LOGIN}."
-            )
-        remedy = "Run again later." if response.status_code >= 500 else "Check the name."
-        return f"{endpoint} refuses it ({status}{reason}). {remedy}"
-    return (
-        f"{endpoint} did not answer ({type(error).__name__}: {' '.join(str(error).split())}). "
-        "Run again later."
-    )
+    if not isinstance(error, errors.HfHubHTTPError):
+        reason = " ".join(str(error).split())
+        return f"{constants.ENDPOINT} did not answer ({type(error).__name__}: {reason}). " + _RETRY
+    status = error.response.status_code
+    reason = f": {error.server_message}" if error.server_message else ""
+    refusal = f"{constants.ENDPOINT} refuses it (HTTP {status}{reason}). "
+    if status in (401, 403):
+        return f"{refusal}The token needs write access to this owner. {_LOGIN}."
+    return refusal + (_RETRY if status >= 500 else "Check the name.")

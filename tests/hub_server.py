@@ -20,11 +20,13 @@ class Repository:
       visibility: as in the request that created it.
       files: content by name.
       commits: messages of the commits.
+      license: in the metadata of the card.
     """
 
     visibility: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
+    license: str | None = None
 
     @property
     def sha(self) -> str:
@@ -97,7 +99,8 @@ def run_hub() -> Iterator[Hub]:
         def of_repository(self, repo, repository, action, body):
             if action[:1] in ([], ["revision"]):
                 siblings = [{"rfilename": name} for name in repository.files]
-                return self.answer({"id": repo, "sha": repository.sha, "siblings": siblings})
+                fields = {"id": repo, "sha": repository.sha, "siblings": siblings}
+                return self.answer({**fields, "cardData": {"license": repository.license}})
             if action[0] == "preupload":
                 files = json.loads(body)["files"]
                 modes = [

@@ -1,6 +1,7 @@
 """The model card of an export; `jaxft push`, after which the hub's copy predicts alike."""
 
 import json
+import re
 from contextlib import contextmanager
 
 import jax
@@ -11,6 +12,7 @@ from commands import call
 from hub_server import TOKEN, Repository, run_hub
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
+from PIL import Image
 
 from jaxft import Adam, Classifier, Recipe, Stage, WeightsError, data, finetune
 from jaxft.export import export
@@ -99,7 +101,8 @@ def test_export_keeps_license_and_cards_of_people(run, tmp_path):
 
 
 def card_of(model, *, weights=None, **options):
-    recipe = Recipe(model=model, data="digits:5-9", weights=weights, stages=(Stage("a", {"*": 1}),))
+    stages = (Stage("all", {"*": 1}, 1),)
+    recipe = Recipe(model=model, data="digits:5-9", weights=weights, stages=stages)
     network = create(model, num_classes=3, **options)
     description = {
         "score": {"accuracy": 0.5}, "classes": CLASSES, "pixels": "uint8", "program": lifetime(),
@@ -133,22 +136,44 @@ def test_model_card_names_the_base_model():
     assert "started from pretrained weights" in card_of("resnet18", weights="/home/me/w.pth")
 
 
-def test_pushed_weights_predict_alike(run, hub):
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+def test_pushed_weights_predict_alike(run, hub, tmp_path, monkeypatch, capsys):
     done = call("push", run, f"hf:{REPO}")
     assert done.returncode == 0, done.stderr
     assert f'jaxft.Classifier.load("hf:{REPO}")' in done.stdout
     repository = hub.repositories[REPO]
     assert repository.visibility == "private"
     assert sorted(repository.files) == ["README.md", "model.json", "model.safetensors"]
-    assert f'Classifier.load("hf:{REPO}")' in repository.files["README.md"].decode()
+    card = repository.files["README.md"].decode()
     images = np.random.default_rng(3).integers(0, 256, (5, 8, 8, 3), np.uint8)
     pushed, local = (Classifier.load(place).predict(images) for place in (f"hf:{REPO}", run))
     np.testing.assert_array_equal(pushed.probabilities, local.probabilities)
     assert pushed.classes == CLASSES
 
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "photos" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(snippet, {})
+    assert capsys.readouterr().out == f"['{local.labels[0]}']\n"
+
     assert call("push", run, f"hf:{REPO}").returncode == 0  # again: the same files
     assert "Uploaded" in call("push", run, "hf:me/public", "--public").stdout
     assert hub.repositories["me/public"].visibility != "private"
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"), [("me/base", "bsd-3-clause"), ("me/missing", "unknown")]
+)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+def test_pushed_card_states_the_license_of_the_base_model(hub, tmp_path, base, expected):
+    hub.repositories["me/base"] = Repository(license="bsd-3-clause")
+    (tmp_path / "README.md").write_text(card_of("resnet18", weights=f"hf:{base}"))
+    for name in ("model.safetensors", "model.json"):
+        (tmp_path / name).write_text("{}")
+    push(tmp_path, f"hf:{REPO}")
+    card = ModelCard(hub.repositories[REPO].files["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == (expected, base)
 
 
 def test_push_refuses_a_repository_with_something_else(run, hub):
@@ -165,7 +190,7 @@ def test_push_refuses_a_repository_with_something_else(run, hub):
     [
         ("/api/repos", (403, "You don't have the rights"), REPO, "HTTP 403.*rights.*write access"),
         ("/api/repos", (400, "Invalid repo name"), REPO, "HTTP 400.*Invalid repo name.*the name"),
-        ("", None, "me/a--b", "cannot be uploaded: .*'--'"),
+        ("", None, "me/a--b", "cannot be uploaded: .*repo_id: 'me/a--b'"),
         ("", None, "me", r"hf:me is not of the form hf:OWNER/NAME"),
         ("", None, "me/a@main", "is not of the form"),
         ("", None, "me/a/file.bin", "is not of the form"),

@@ -64,9 +64,9 @@ def serialize(
     def evaluate(images: jax.Array) -> jax.Array:
         return model.apply(params, stats, preprocessing.normalize(images), norms="running")[0]
 
-    images = jax.ShapeDtypeStruct((BATCH, size, size, 3), dtype)
     # TPUs and GPUs round the factors of products otherwise.
     with jax.default_matmul_precision("highest"):
+        images = jax.ShapeDtypeStruct((BATCH, size, size, 3), dtype)
         content = convert(evaluate, images, model.name)
         batches = [_draw_images(count, size, dtype) for count in _CHECKED_BATCHES]
         expected = [np.asarray(jax.jit(evaluate)(batch)) for batch in batches]
@@ -78,10 +78,9 @@ def serialize(
             f"{model.name} cannot be exported to ONNX: ONNX Runtime cannot run it "
             f"({' '.join(str(error).split())})."
         ) from error
-    difference = max(
-        np.abs(each - right).max() / np.abs(right).max()
-        for each, right in zip(logits, expected, strict=True)
-    )
+    largest = max(np.abs(each).max() for each in expected)
+    pairs = zip(logits, expected, strict=True)
+    difference = max(np.abs(x - y).max() for x, y in pairs) / largest
     if not difference <= TOLERANCE:
         raise ModelError(
             f"{model.name} cannot be exported to ONNX: ONNX Runtime's logits differ from jax's by "

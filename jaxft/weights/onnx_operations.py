@@ -1,9 +1,4 @@
-"""ONNX operators of jax's operations; `jaxft.weights.onnx_graph` calls the tables below.
-
-Each function receives the graph, jax's equation and the operands, and returns the results. jax
-repeats values explicitly before elementwise operations; ONNX's elementwise operators do so
-themselves, so `broadcast_in_dim` only adds axes of size 1.
-"""
+"""ONNX operators of jax's operations, as tables that `jaxft.weights.onnx_graph` reads."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,337 +6,243 @@ from functools import partial
 from string import ascii_lowercase
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxft.weights.onnx_graph import Graph, UnsupportedError, Value, check_dtype, depends_on_batch
+from jaxft.weights.onnx_graph import Graph, UnsupportedError, Value, depends_on_batch
 
-Operation = Callable[..., Sequence[Value]]
+Converter = Callable[..., Value | Sequence[Value]]
+"""Receives the graph, jax's equation and the operands; returns the result, or several."""
 
-_UNARY = {
-    "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor",
-    "log": "Log", "logistic": "Sigmoid", "neg": "Neg", "not": "Not", "sign": "Sign", "sin": "Sin",
-    "sqrt": "Sqrt", "tanh": "Tanh", "copy": "Identity", "copy_p": "Identity", "name": "Identity",
+_SAME = {
+    "abs": "Abs", "acos": "Acos", "add": "Add", "add_any": "Add", "and": "And", "asin": "Asin",
+    "atan": "Atan", "ceil": "Ceil", "copy": "Identity", "cos": "Cos", "div": "Div", "eq": "Equal",
+    "erf": "Erf", "exp": "Exp", "floor": "Floor", "ge": "GreaterOrEqual", "gt": "Greater",
+    "le": "LessOrEqual", "log": "Log", "logistic": "Sigmoid", "lt": "Less", "min": "Min",
+    "mul": "Mul", "name": "Identity", "neg": "Neg", "not": "Not", "or": "Or", "pow": "Pow",
+    "sign": "Sign", "sin": "Sin", "sqrt": "Sqrt", "stop_gradient": "Identity", "tan": "Tan",
+    "tanh": "Tanh", "xor": "Xor",
 }  # fmt: skip
-_BINARY = {
-    "add": "Add", "add_any": "Add", "mul": "Mul", "div": "Div", "min": "Min",
-    "pow": "Pow", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
-    "ge": "GreaterOrEqual", "and": "And", "or": "Or", "xor": "Xor",
-}  # fmt: skip
-_REDUCTIONS = {
-    "reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
-    "reduce_prod": "ReduceProd",
-}  # fmt: skip
+"""Operators with the same operands."""
+
+COMPOSED: dict[str, Callable[..., jax.Array]] = {
+    "clamp": lambda low, x, high: jnp.minimum(jnp.maximum(low, x), high),
+    "erfc": lambda x: 1 - jax.lax.erf(x),
+    "exp2": lambda x: jnp.exp(x * math.log(2)),
+    "expm1": lambda x: jnp.exp(x) - 1,
+    "log1p": lambda x: jnp.log(x + 1),
+    "ne": lambda x, y: ~(x == y),
+    "rsqrt": lambda x: 1 / jnp.sqrt(x),
+    "square": lambda x: x * x,
+}
+"""Operations that ONNX lacks, in terms of others."""
 
 
-def _elementwise(graph: Graph, operator: str, *values: Value, **attributes: Any) -> Value:
-    """Adds an elementwise operator, on the values before a delayed transpose of an operand."""
-    rank = max(len(graph.shape(value)) for value in values)
-    names = [
-        value for value in values if isinstance(value, str) and len(graph.shape(value)) == rank
-    ]
-    order = max((graph.stored(name)[1] for name in names), default=tuple(range(rank)))
-    inverse = np.argsort(order).tolist()
-    values = tuple(graph.transpose(x, inverse) if graph.shape(x) else x for x in values)
-    shape = np.broadcast_shapes(*map(graph.shape, values))
-    return graph.transpose(graph.add(operator, *values, shape=shape, **attributes), order)
+# ONNX Runtime fuses convolutions with Add and Relu, but not with Sub and Max.
+def _sub(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
+    if isinstance(y, np.ndarray) and y.dtype.kind == "f":
+        return graph.add("Add", x, -y)
+    return graph.add("Sub", x, y)
 
 
-def _simple(operator: str, graph: Graph, equation: Any, *values: Value) -> list[Value]:
-    if operator in ("Not", "And", "Or", "Xor") and equation.invars[0].aval.dtype != bool:
-        raise UnsupportedError(f"{equation.primitive.name} of integers")
-    return [_elementwise(graph, operator, *values)]
+def _max(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
+    if isinstance(y, np.ndarray) and y.dtype.kind == "f" and not y.any():
+        return graph.add("Relu", x)
+    return graph.add("Max", x, y)
 
 
-def _like(equation: Any, number: float) -> np.ndarray:
-    """Returns a scalar of the dtype of the operand."""
-    return np.asarray(number, equation.invars[0].aval.dtype)
+def _integer_pow(graph: Graph, equation: Any, x: Value) -> Value:
+    return graph.add("Pow", x, np.array(equation.params["y"], equation.invars[0].aval.dtype))
 
 
-def _max(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
-    for value, other in ((x, y), (y, x)):
-        if isinstance(value, str) and _is_zero(other) and np.asarray(other).dtype.kind == "f":
-            return [_elementwise(graph, "Relu", value)]
-    return [_elementwise(graph, "Max", x, y)]
+def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
+    if equation.invars[0].aval.dtype != bool:
+        raise UnsupportedError("select_n with an integer")
+    return graph.add("Where", which, *reversed(cases))
 
 
-def _is_zero(value: Value) -> bool:
-    return isinstance(value, np.ndarray | np.generic) and not np.any(value)
-
-
-def _not_equal(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
-    return [_elementwise(graph, "Not", _elementwise(graph, "Equal", x, y))]
-
-
-def _sub(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
-    if isinstance(y, str) or equation.invars[0].aval.dtype.kind == "u":
-        return [_elementwise(graph, "Sub", x, y)]
-    return [_elementwise(graph, "Add", x, np.negative(y))]  # fused with a convolution
-
-
-def _rsqrt(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [_elementwise(graph, "Reciprocal", _elementwise(graph, "Sqrt", x))]
-
-
-def _square(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [_elementwise(graph, "Mul", x, x)]
-
-
-def _erfc(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    erf = _elementwise(graph, "Erf", x)
-    return [_elementwise(graph, "Sub", _like(equation, 1), erf)]
-
-
-def _expm1(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    power = _elementwise(graph, "Exp", x)
-    return [_elementwise(graph, "Sub", power, _like(equation, 1))]
-
-
-def _log1p(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [_elementwise(graph, "Log", _elementwise(graph, "Add", x, _like(equation, 1)))]
-
-
-def _integer_pow(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [_elementwise(graph, "Pow", x, _like(equation, equation.params["y"]))]
-
-
-def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> list[Value]:
-    return [_elementwise(graph, "Min", _elementwise(graph, "Max", low, x), high)]
-
-
-def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> list[Value]:
-    if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
-        raise UnsupportedError("select_n of more than two cases")
-    otherwise, then = cases
-    if _is_relu(graph, which, then, otherwise):
-        return [_elementwise(graph, "Relu", otherwise)]
-    return [_elementwise(graph, "Where", which, then, otherwise)]
-
-
-def _is_relu(graph: Graph, which: Value, then: Value, otherwise: Value) -> bool:
-    """Returns whether it is `where(x <= 0, 0, x)`; ONNX Runtime fuses a Relu with a convolution."""
-    if isinstance(which, np.ndarray) or isinstance(otherwise, np.ndarray) or not _is_zero(then):
-        return False
-    comparison, x = graph.stored(which)[0], graph.stored(otherwise)[0]
-    node = next((node for node in graph.nodes if node.output[0] == comparison), None)
-    if node is None or node.op_type != "LessOrEqual" or node.input[0] != x:
-        return False
-    return _is_zero(graph.constants.get(node.input[1], ""))
-
-
-def _cast(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [_to_dtype(graph, x, equation.outvars[0].aval.dtype)]
-
-
-def _to_dtype(graph: Graph, x: Value, dtype: Any) -> Value:
+def _cast(graph: Graph, equation: Any, x: Value) -> Value:
     from onnx import helper
 
-    check_dtype(dtype)
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return _elementwise(graph, "Cast", x, to=kind)
+    dtype = np.dtype(equation.outvars[0].aval.dtype)
+    return graph.add("Cast", x, to=helper.np_dtype_to_tensor_dtype(dtype))
 
 
-def _broadcast(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    rank, axes = len(equation.params["shape"]), equation.params["broadcast_dimensions"]
-    shape = [1] * rank
-    for axis, size in zip(axes, graph.shape(x), strict=True):
-        shape[axis] = size
-    return [graph.reshape(x, shape)]
+def _broadcast(graph: Graph, equation: Any, x: Value) -> Value:
+    shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
+    new = np.array([axis for axis in range(len(shape)) if axis not in axes], np.int64)
+    if len(new):
+        x = graph.add("Unsqueeze", x, new)
+    is_wider = math.prod(shape) != math.prod(equation.invars[0].aval.shape)
+    return graph.add("Expand", x, graph.shape(shape)) if is_wider else x
 
 
-def _reshape(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [graph.reshape(x, equation.outvars[0].aval.shape)]
+def _reshape(graph: Graph, equation: Any, x: Value) -> Value:
+    shape = equation.outvars[0].aval.shape
+    if sum(map(depends_on_batch, shape)) == 1:
+        shape = [-1 if depends_on_batch(size) else size for size in shape]
+    return graph.add("Reshape", x, graph.shape(shape))
 
 
-def _transpose(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    return [graph.transpose(x, equation.params["permutation"])]
+def _transpose(graph: Graph, equation: Any, x: Value) -> Value:
+    return graph.transpose(x, equation.params["permutation"])
 
 
-def _reduce(operator: str, graph: Graph, equation: Any, x: Value) -> list[Value]:
-    source, order = _stored(graph, x)
-    axes = [order[axis] for axis in equation.params["axes"]]
-    kept = [axis for axis in order if axis not in axes]
-    shape = [graph.shape(source)[axis] for axis in sorted(kept)]
-    y = graph.add(operator, source, np.array(axes, np.int64), shape=shape, keepdims=0)
-    return [graph.transpose(y, [sorted(kept).index(axis) for axis in kept])]
+def _tile(graph: Graph, equation: Any, x: Value) -> Value:
+    return graph.add("Tile", x, np.array(equation.params["reps"], np.int64))
 
 
-def _stored(graph: Graph, x: Value) -> tuple[str, tuple[int, ...]]:
-    return graph.stored(x if isinstance(x, str) else graph.name(x))
+def _reduce(operator: str, graph: Graph, equation: Any, x: Value) -> Value:
+    return graph.add(operator, x, np.array(equation.params["axes"], np.int64), keepdims=0)
 
 
-def _arg(operator: str, graph: Graph, equation: Any, x: Value) -> list[Value]:
+def _arg(operator: str, graph: Graph, equation: Any, x: Value) -> Value:
     (axis,) = equation.params["axes"]
-    result = equation.outvars[0].aval
-    index = graph.add(operator, x, shape=result.shape, axis=axis, keepdims=0)
-    return [_to_dtype(graph, index, result.dtype)]
+    return _cast(graph, equation, graph.add(operator, x, axis=axis, keepdims=0))
 
 
-def _slice(graph: Graph, equation: Any, x: Value) -> list[Value]:
+def _slice(graph: Graph, equation: Any, x: Value) -> Value:
     params = equation.params
     starts, limits = params["start_indices"], params["limit_indices"]
-    return [_cut(graph, x, starts, limits, params["strides"] or [1] * len(starts))]
-
-
-def _cut(
-    graph: Graph, x: Value, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
-) -> Value:
-    source, order = _stored(graph, x)
-    inverse, sizes = np.argsort(order).tolist(), graph.shape(source)
-    starts, limits, strides = ([each[i] for i in inverse] for each in (starts, limits, strides))
-    parts = [*zip(starts, limits, strides, sizes, strict=True)]
+    strides = params["strides"] or [1] * len(starts)
+    parts = zip(starts, limits, strides, equation.invars[0].aval.shape, strict=True)
     axes = [axis for axis, part in enumerate(parts) if part != (0, part[3], 1, part[3])]
-    if any(depends_on_batch(sizes[axis]) for axis in axes):
-        raise UnsupportedError("a slice of the batch")
-    if not axes:
-        return x
-    shape = [len(range(start, limit, step)) for start, limit, step, _ in parts]
-    chosen = ([part[i] for axis, part in enumerate(parts) if axis in axes] for i in range(3))
-    first, last, steps = (np.array(numbers, np.int64) for numbers in chosen)
-    y = graph.add("Slice", source, first, last, np.array(axes, np.int64), steps, shape=shape)
-    return graph.transpose(y, order)
+    arguments = (np.array([numbers[a] for a in axes]) for numbers in (starts, limits, strides))
+    start, end, step = arguments
+    return graph.add("Slice", x, start, end, np.array(axes), step)
 
 
-def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
-    axis, shape, ends = equation.params["axis"], graph.shape(x), np.cumsum(equation.params["sizes"])
-    results = []
-    for size, end in zip(equation.params["sizes"], ends.tolist(), strict=True):
-        starts, limits = [0] * len(shape), list(shape)
-        starts[axis], limits[axis] = end - size, end
-        results.append(_cut(graph, x, starts, limits, [1] * len(shape)))
-    return results
+def _split(graph: Graph, equation: Any, x: Value) -> Sequence[Value]:
+    sizes, axis = equation.params["sizes"], equation.params["axis"]
+    return graph.add_split("Split", x, graph.shape(sizes), count=len(sizes), axis=axis)
 
 
-def _reverse(graph: Graph, equation: Any, x: Value) -> list[Value]:
+def _reverse(graph: Graph, equation: Any, x: Value) -> Value:
     axes = np.array(equation.params["dimensions"], np.int64)
-    if any(depends_on_batch(graph.shape(x)[axis]) for axis in axes):
-        raise UnsupportedError("rev of the batch")
-    ones = np.ones(len(axes), np.int64)
-    lowest = np.full(len(axes), np.iinfo(np.int64).min)
-    return [graph.add("Slice", x, -ones, lowest, axes, -ones, shape=graph.shape(x))]
+    last, step = np.full_like(axes, np.iinfo(np.int64).min), np.full_like(axes, -1)
+    return graph.add("Slice", x, step, last, axes, step)
 
 
-def _concatenate(graph: Graph, equation: Any, *values: Value) -> list[Value]:
-    axis, shape = equation.params["dimension"], equation.outvars[0].aval.shape
-    if depends_on_batch(shape[axis]):
-        raise UnsupportedError("concatenate of batches")
-    return [graph.add("Concat", *values, shape=shape, axis=axis)]
+def _gather(graph: Graph, equation: Any, x: Value, indices: Value) -> Value:
+    numbers, aval = equation.params["dimension_numbers"], equation.invars[0].aval
+    axes = numbers.collapsed_slice_dims
+    others = tuple(axis for axis in range(aval.ndim) if axis not in axes)
+    kept = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    if len(axes) != 1 or kept != (others, others):
+        raise UnsupportedError("gather other than take_along_axis")
+    elements = graph.add("Squeeze", indices, np.array([aval.ndim]))
+    return graph.add("GatherElements", x, elements, axis=axes[0])
 
 
-def _pad(graph: Graph, equation: Any, x: Value, value: Value) -> list[Value]:
-    source, order = _stored(graph, x)
-    inverse, shape = np.argsort(order).tolist(), equation.outvars[0].aval.shape
-    config = [equation.params["padding_config"][axis] for axis in inverse]
-    low, high, interior = zip(*config, strict=True)
+def _concatenate(graph: Graph, equation: Any, *values: Value) -> Value:
+    axis = equation.params["dimension"]
+    # `jnp.pad` concatenates values of size 0, to which ONNX Runtime cannot broadcast.
+    pairs = zip(values, equation.invars, strict=True)
+    parts = [value for value, variable in pairs if variable.aval.shape[axis]]
+    return graph.add("Concat", *parts, axis=axis)
+
+
+def _pad(graph: Graph, equation: Any, x: Value, value: Value) -> Value:
+    low, high, interior = zip(*equation.params["padding_config"], strict=True)
     if any(interior):
         raise UnsupportedError("pad between values")
-    widths = np.array([*low, *high], np.int64)
-    y = graph.add("Pad", source, widths, value, shape=[shape[axis] for axis in inverse])
-    return [graph.transpose(y, order)]
+    return graph.add("Pad", x, np.array([*low, *high], np.int64), value)
 
 
-def _dot(graph: Graph, equation: Any, x: Value, y: Value) -> list[Value]:
+def _dot(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
-    result = equation.outvars[0].aval
-    x_rank, y_rank = len(graph.shape(x)), len(graph.shape(y))
-    product: Value
-    is_product = (x_summed, y_summed, y_rank) == ((x_rank - 1,), (0,), 2)
-    if is_product and x_rank == 4:  # a 1x1 convolution
-        kernel = graph.reshape(graph.transpose(y, (1, 0)), (*graph.shape(y)[::-1], 1, 1))
-        b, h, w, c = result.shape
-        product = graph.add("Conv", graph.transpose(x, (0, 3, 1, 2)), kernel, shape=(b, c, h, w))
-        product = graph.transpose(product, (0, 2, 3, 1))
-    elif is_product:
-        product = graph.add("MatMul", x, y, shape=result.shape)
-    else:
-        letters = iter(ascii_lowercase)
-        x_axes = [next(letters) for _ in range(x_rank)]
-        y_axes = [next(letters) for _ in range(y_rank)]
-        for i, j in zip((*x_batch, *x_summed), (*y_batch, *y_summed), strict=True):
-            y_axes[j] = x_axes[i]
-        batch = [x_axes[axis] for axis in x_batch]
-        x_free = [axis for i, axis in enumerate(x_axes) if i not in (*x_batch, *x_summed)]
-        y_free = [axis for j, axis in enumerate(y_axes) if j not in (*y_batch, *y_summed)]
-        subscripts = "{},{}->{}".format(*map("".join, (x_axes, y_axes, batch + x_free + y_free)))
-        product = graph.add("Einsum", x, y, shape=result.shape, equation=subscripts)
-    same = equation.invars[0].aval.dtype == result.dtype
-    return [product if same else _to_dtype(graph, product, result.dtype)]
+    x_rank, y_rank = (variable.aval.ndim for variable in equation.invars)
+    if (x_summed, y_summed, y_rank) == ((x_rank - 1,), (0,), 2):
+        return graph.add("MatMul", x, y)
+    letters = iter(ascii_lowercase)
+    x_axes = [next(letters) for _ in range(x_rank)]
+    y_axes = [next(letters) for _ in range(y_rank)]
+    for i, j in zip((*x_batch, *x_summed), (*y_batch, *y_summed), strict=True):
+        y_axes[j] = x_axes[i]
+    batch = [x_axes[axis] for axis in x_batch]
+    free = [axis for axis in x_axes + y_axes if (axis in x_axes) != (axis in y_axes)]
+    subscripts = "{},{}->{}".format(*map("".join, (x_axes, y_axes, batch + free)))
+    return graph.add("Einsum", x, y, equation=subscripts)
 
 
-def _convolution(graph: Graph, equation: Any, x: Value, kernel: Value) -> list[Value]:
-    params, result = equation.params, equation.outvars[0].aval
-    if any(size != 1 for size in params["lhs_dilation"]):
-        raise UnsupportedError("transposed convolutions (lhs_dilation)")
-    if params["batch_group_count"] != 1 or result.dtype != equation.invars[0].aval.dtype:
-        raise UnsupportedError("conv_general_dilated with batch groups or another result dtype")
-    numbers = params["dimension_numbers"]
-    low, high = zip(*params["padding"], strict=True)
-    shape = [result.shape[axis] for axis in numbers.out_spec]
+def _convolution(graph: Graph, equation: Any, x: Value, kernel: Value) -> Value:
+    params = equation.params
+    if any(size != 1 for size in params["lhs_dilation"]) or params["batch_group_count"] != 1:
+        raise UnsupportedError("a transposed convolution or batch groups")
+    x_axes, kernel_axes, y_axes = params["dimension_numbers"]
     y = graph.add(
         "Conv",
-        graph.transpose(x, numbers.lhs_spec),
-        graph.transpose(kernel, numbers.rhs_spec),
-        shape=shape,
-        strides=list(params["window_strides"]),
-        pads=[*low, *high],
-        dilations=list(params["rhs_dilation"]),
+        graph.transpose(x, x_axes),
+        graph.transpose(kernel, kernel_axes),
+        strides=params["window_strides"],
+        pads=[*(low for low, _ in params["padding"]), *(high for _, high in params["padding"])],
+        dilations=params["rhs_dilation"],
         group=params["feature_group_count"],
     )
-    return [graph.transpose(y, np.argsort(numbers.out_spec).tolist())]
+    return graph.transpose(y, np.argsort(y_axes).tolist())
 
 
-def _pool(operator: str, graph: Graph, equation: Any, x: Value) -> list[Value]:
-    params, result = equation.params, equation.outvars[0].aval
-    window, strides, padding = (
-        params[name] for name in ("window_dimensions", "window_strides", "padding")
+def _pool(operator: str, graph: Graph, equation: Any, x: Value) -> Value:
+    window, strides, padding, dilations = (
+        equation.params[name]
+        for name in ("window_dimensions", "window_strides", "padding", "window_dilation")
     )
-    dilations = params["window_dilation"]
-    inside = [
-        axis for axis, parts in enumerate(zip(window, strides, padding, strict=True))
-        if parts != (1, 1, (0, 0))
-    ]  # fmt: skip
-    outside = [axis for axis in range(len(window)) if axis not in inside]
-    if len(outside) != 2 or any(size != 1 for size in params["base_dilation"]):
+    parts = [*zip(window, strides, padding, strict=True)]
+    outer = [axis for axis, part in enumerate(parts) if part == (1, 1, (0, 0))]
+    is_dilated = any(size != 1 for size in equation.params["base_dilation"])
+    is_average = operator == "AveragePool"
+    if len(outer) < 2 or is_dilated or (is_average and any(size != 1 for size in dilations)):
         raise UnsupportedError(f"{equation.primitive.name} of this form")
-    low, high = zip(*(padding[axis] for axis in inside), strict=True)
-    order = outside + inside
-    attributes: dict[str, Any] = {
-        "kernel_shape": [window[axis] for axis in inside],
-        "strides": [strides[axis] for axis in inside],
-        "pads": [*low, *high],
-    }
-    if operator == "AveragePool":
-        attributes["count_include_pad"] = 1
-        if any(dilations[axis] != 1 for axis in inside):
-            raise UnsupportedError("reduce_window_sum with dilation")
-    else:
-        attributes["dilations"] = [dilations[axis] for axis in inside]
-    shape = [result.shape[axis] for axis in order]
-    y = graph.add(operator, graph.transpose(x, order), shape=shape, **attributes)
-    if operator == "AveragePool":
-        y = graph.add("Mul", y, _like(equation, math.prod(window)), shape=shape)
-    return [graph.transpose(y, np.argsort(order).tolist())]
+    outer = [outer[0], outer[-1]]  # usually batch and channels, which ONNX has first
+    inner = [axis for axis in range(len(window)) if axis not in outer]
+    y = graph.add(
+        operator,
+        graph.transpose(x, outer + inner),
+        kernel_shape=[window[axis] for axis in inner],
+        strides=[strides[axis] for axis in inner],
+        pads=[padding[axis][side] for side in (0, 1) for axis in inner],
+        **{"count_include_pad": 1} if is_average else {"dilations": [dilations[a] for a in inner]},
+    )
+    if is_average:
+        size = np.array(math.prod(window), equation.invars[0].aval.dtype)
+        y = graph.add("Mul", y, size)
+    return graph.transpose(y, np.argsort(outer + inner).tolist())
 
 
-def _several(graph: Graph, equation: Any, *values: Value) -> Sequence[Value]:
-    return values
+def _same(operator: str, graph: Graph, equation: Any, *operands: Value, **attributes: int) -> Value:
+    return graph.add(operator, *operands, **attributes)
 
 
-ELEMENTWISE: dict[str, Operation] = {
-    **{name: partial(_simple, operator) for name, operator in (_UNARY | _BINARY).items()},
-    "max": _max, "ne": _not_equal, "sub": _sub, "rsqrt": _rsqrt, "square": _square, "erfc": _erfc,
-    "expm1": _expm1, "log1p": _log1p, "integer_pow": _integer_pow, "clamp": _clamp,
-    "select_n": _select, "convert_element_type": _cast,
-}  # fmt: skip
-"""Operations whose operands may have size 1 along an axis."""
-
-OPERATIONS: dict[str, Operation] = {
-    **ELEMENTWISE,
-    **{name: partial(_reduce, operator) for name, operator in _REDUCTIONS.items()},
-    "argmax": partial(_arg, "ArgMax"), "argmin": partial(_arg, "ArgMin"),
-    "broadcast_in_dim": _broadcast, "reshape": _reshape, "squeeze": _reshape,
-    "transpose": _transpose, "slice": _slice, "split": _split, "rev": _reverse,
-    "concatenate": _concatenate, "pad": _pad, "dot_general": _dot,
-    "conv_general_dilated": _convolution, "reduce_window_max": partial(_pool, "MaxPool"),
-    "reduce_window_sum": partial(_pool, "AveragePool"), "optimization_barrier": _several,
-}  # fmt: skip
-"""All operations, by the name of jax's primitive."""
+CONVERTERS: dict[str, Converter] = {
+    **{name: partial(_same, operator) for name, operator in _SAME.items()},
+    "argmax": partial(_arg, "ArgMax"),
+    "argmin": partial(_arg, "ArgMin"),
+    "broadcast_in_dim": _broadcast,
+    "concatenate": _concatenate,
+    "conv_general_dilated": _convolution,
+    "convert_element_type": _cast,
+    "dot_general": _dot,
+    "gather": _gather,
+    "integer_pow": _integer_pow,
+    "max": _max,
+    "optimization_barrier": lambda graph, equation, *values: values,
+    "pad": _pad,
+    "reduce_max": partial(_reduce, "ReduceMax"),
+    "reduce_min": partial(_reduce, "ReduceMin"),
+    "reduce_prod": partial(_reduce, "ReduceProd"),
+    "reduce_sum": partial(_reduce, "ReduceSum"),
+    "reduce_window_max": partial(_pool, "MaxPool"),
+    "reduce_window_sum": partial(_pool, "AveragePool"),
+    "rem": partial(_same, "Mod", fmod=1),
+    "reshape": _reshape,
+    "rev": _reverse,
+    "select_n": _select,
+    "slice": _slice,
+    "split": _split,
+    "squeeze": _reshape,
+    "sub": _sub,
+    "tile": _tile,
+    "transpose": _transpose,
+}
+"""All other operations, by the name of jax's primitive."""

@@ -1,6 +1,7 @@
 """ONNX models in ONNX Runtime: the same logits as in jax, for any batch size."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -41,7 +42,7 @@ class CNN(nn.Module):
         x = nn.avg_pool(x, (2, 2), (2, 2), padding="SAME", count_include_pad=False)
         x = nn.max_pool(x, (3, 3), (1, 1), "SAME")
         scale = nn.sigmoid(nn.Dense(8)(x.mean((1, 2), keepdims=True)))
-        x = (x * scale).reshape(len(x), -1)
+        x = (x * scale).reshape(x.shape[0], -1)
         x = nn.Dropout(0.5, deterministic=not train)(nn.softmax(nn.Dense(16)(x)))
         return nn.Dense(3, name="head")(x)
 
@@ -125,14 +126,18 @@ def test_serialized_graph_has_the_pinned_versions_and_names():
     assert description["normalizes"] is True
 
 
-def test_serialized_graph_has_channels_first_throughout():
-    """Otherwise ONNX Runtime does not fuse convolutions with norm and activation layers."""
-    model = NETWORKS["grouped"]
+def test_onnx_runtime_fuses_convolutions_with_norm_and_activation_layers(tmp_path):
+    model, options = NETWORKS["grouped"], onnxruntime.SessionOptions()
     content, _ = serialize(model, *draw(model), PREPROCESSING)
-    operators = [node.op_type for node in onnx.load_from_string(content).graph.node]
-    assert operators.count("Transpose") == 1
-    assert operators.count("Relu") == 7
-    assert not {"Where", "LessOrEqual", "Sub"} & set(operators)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(options.optimized_model_filepath).graph
+    counts = Counter(node.op_type for node in graph.node)
+    assert counts["Conv"] + counts["FusedConv"] == 9
+    assert counts["Transpose"] <= 3
+    assert counts["Mul"] <= 2
+    assert not {"Sub", "Max", "Where"} & set(counts)
 
 
 def test_serialized_network_takes_normalised_images():
@@ -142,8 +147,8 @@ def test_serialized_network_takes_normalised_images():
     assert description["images"].startswith("float32")
     assert description["normalizes"] is False
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
-    expected = model.apply(params, stats, images, norms="running")[0]
-    np.testing.assert_allclose(run(content, images), expected, atol=1e-6)
+    expected = jax.jit(lambda x: model.apply(params, stats, x, norms="running")[0])(images)
+    np.testing.assert_allclose(run(content, images), expected, atol=1e-5)
 
 
 # Functions of images [b 6 5 3] and integers of the same shape.
@@ -159,10 +164,13 @@ OPERATIONS = {
     "integers": lambda x, n: (n.astype(jnp.int32) - 7) // 2 * 1.5 + x,
     "casts": lambda x, n: (x > 0).astype(jnp.int32) + n.astype(jnp.float32),
     "reductions": lambda x, _: x.max(1).sum(-1) + x.min((1, 2)).prod(-1)[:, None] + x.var((1, 3)),
-    "argmax": lambda x, _: jnp.argmax(x, 2) + jnp.argmin(x, -1).sum(-1)[:, None, None],
+    "argmax": lambda x, _: jnp.argmax(x, 2) + jnp.argmin(x, -1).sum(2)[:, :, None],
     "slices": lambda x, _: x[:, 1:5:2, -2:] + x[:, :2, :1] + x[..., 0][:, :2, :2, None],
+    "take": lambda x, _: jnp.take_along_axis(x, x.argmax(2, keepdims=True), 2),
+    "indices": lambda x, _: x[:, 2] + x[:, -1, ::2][:, :1] + jnp.roll(x, 1, 2)[:, 0],
     "split": lambda x, _: jnp.concatenate(jnp.split(x, 3, axis=1)[::-1], 2),
     "pad": lambda x, _: jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=0.5),
+    "pad_edge": lambda x, _: jnp.pad(x, ((0, 0), (0, 0), (1, 0), (0, 0)), mode="edge"),
     "reflect": lambda x, _: jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect"),
     "transpose": lambda x, _: x.transpose(0, 3, 2, 1) + x.swapaxes(1, 2).mean(3)[:, None],
     "views": lambda x, _: (x.transpose(0, 3, 1, 2) + 1).sum(2).transpose(0, 2, 1) * x[:, 0],
@@ -172,21 +180,22 @@ OPERATIONS = {
     "resize": lambda x, _: jax.image.resize(x, (x.shape[0], 9, 9, 3), "bilinear"),
     "sum_pool": lambda x, _: nn.avg_pool(x, (3, 2), (2, 1), "SAME"),
     "max_pool": lambda x, _: nn.max_pool(x, (3, 2), (2, 1), ((1, 1), (0, 1))),
+    "batch": lambda x, _: x[:1] + x[::-1] - x.sum(0) * jnp.ones((len(x), 1, 1, 3)),
     "calls": lambda x, _: jax.checkpoint(lambda y: y * 2)(jax.jit(lambda y: y + 1)(x)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS)
 def test_converted_operations(function):
+    @jax.jit
     def normalised(images):
         return function(images.astype(jnp.float32) / 64 - 2.1, images)
 
     content = convert(normalised, jax.ShapeDtypeStruct((BATCH, 6, 5, 3), jnp.uint8), "function")
     for count in (1, 3):
         images = np.random.default_rng(count).integers(0, 256, (count, 6, 5, 3), np.uint8)
-        expected = np.asarray(normalised(images))
-        result = run(content, images)
-        assert result.dtype == expected.dtype
+        expected, result = normalised(images), run(content, images)
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
@@ -206,15 +215,15 @@ class Small(nn.Module):
     ("function", "message"),
     [
         (lambda x: jnp.sort(x, 1), r"Small/.*odd_layer cannot be exported .* operation sort\.$"),
-        (lambda x: x.astype(jnp.bfloat16), r"odd_layer cannot .* values of bfloat16\.$"),
+        (lambda x: x[:, jnp.array([2, 0])], "it uses gather other than take_along_axis"),
         (lambda x: x - x.mean(0), "differ from jax's .* across the images of a batch"),
-        (lambda x: x[:1] + 0 * x, r"it uses a slice of the batch\.$"),
+        (lambda x: x[:-1].sum(0) + x, "differ from jax's .* across the images of a batch"),
         (
             lambda x: jax.lax.scan(lambda c, _: (c + 1, None), x, length=3)[0],
             r"odd_layer cannot .* operation scan\.$",
         ),
     ],
-    ids=["sort", "bfloat16", "batch_mean", "batch_slice", "scan"],
+    ids=["sort", "gather", "batch_mean", "batch_slice", "scan"],
 )
 def test_unsupported_operation_is_named(function, message):
     model = Linen(Small(function), shape=(8, 8, 3), head="head")
