@@ -186,8 +186,8 @@ def _convert(graph: Graph, equation: Any, operands: Sequence[Value]) -> Sequence
         return _inline(graph, closed.jaxpr, closed.consts, operands, graph.place)
     if name not in CONVERTERS:
         raise UnsupportedError(f"the operation {name}")
-    results: Any = CONVERTERS[name](graph, equation, *operands)
-    return results if isinstance(results, list | tuple) else [results]
+    converted: Any = CONVERTERS[name](graph, equation, *operands)
+    return converted if isinstance(converted, list | tuple) else [converted]
 
 
 def _is_constant(equation: Any, operands: Sequence[Value]) -> bool:
