@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jaxft import weights
+from jaxft import model_card, weights
 from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Header
@@ -18,8 +18,12 @@ from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
 from jaxft.train.workdir import saved
+from jaxft.weights import jax_export, onnx_export
 from jaxft.weights.description import fields
-from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
+from jaxft.weights.jax_export import PLATFORMS
+
+FORMATS = {"jax": "model.jaxexport", "onnx": "model.onnx"}
+"""Formats of the evaluation program, and their files."""
 
 
 def write(
@@ -33,7 +37,7 @@ def write(
     score: Score,
     pixels: str = "uint8",
     multi_label: bool = False,
-    program: Mapping[str, str] | None = None,
+    programs: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
 
@@ -47,7 +51,8 @@ def write(
       pixels: `float32` if images are normalised already, so that `mean` and `std` do not apply.
       multi_label: whether an image may have several labels: a sigmoid of each logit is the
         probability of its class.
-      program: description of `model.jaxexport`, if that is written too; see `lifetime`.
+      programs: descriptions of the programs that are written too: `program`, of
+        `model.jaxexport`; `onnx`, of `model.onnx`.
     """
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
@@ -62,8 +67,7 @@ def write(
     }
     if multi_label:
         description["multi_label"] = True
-    if program:
-        description["program"] = dict(program)
+    description |= programs or {}
     atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
     return path
 
@@ -73,18 +77,23 @@ def export(
     folder: Path | None = None,
     *,
     model: Model | None = None,
+    formats: tuple[str, ...] = ("jax",),
     platforms: tuple[str, ...] = PLATFORMS,
+    license_id: str | None = None,
 ) -> tuple[Path, Score]:
     """Exports the newest checkpoint of a run, whether the run has ended or not.
 
-    Writes `model.safetensors` and `model.json`, as a run does at its end, and `model.jaxexport`;
-    see `jaxft.weights.jax_export.serialize`.
+    Writes `model.safetensors` and `model.json`, as a run does at its end, a model card
+    (`README.md`), and the evaluation as a program in each of `formats`.
 
     Args:
       workdir: folder of the run.
       folder: where to write; by default the workdir.
       model: the network, if `finetune` received one.
-      platforms: platforms of the compiled program.
+      formats: `jax` writes `model.jaxexport`, see `jaxft.weights.jax_export`; `onnx` writes
+        `model.onnx`, see `jaxft.weights.onnx_export`.
+      platforms: platforms of `model.jaxexport`.
+      license_id: license in the model card, see `model_card.write`.
 
     Returns:
       The path of the weights and their validation score: the best of the stage so far.
@@ -92,6 +101,7 @@ def export(
     Raises:
       CheckpointError: the workdir holds no run with a whole checkpoint.
       RecipeError, WeightsError: the run was given its network, and `model` is missing.
+      ModelError: the network cannot be exported in a format.
     """
     recipe, checkpoints = saved(workdir), workdir / "checkpoints"
     if recipe is None:
@@ -113,16 +123,32 @@ def export(
             f"{error}\nA run that was given its network, finetune(model=...), is exported with it: "
             "jaxft.export.export(workdir, model=...)."
         ) from error
+    programs, files = dict[str, Any](), dict[str, bytes]()
+    arguments = params, stats, recipe.preprocessing
+    if "jax" in formats:
+        files[FORMATS["jax"]] = jax_export.serialize(
+            network, *arguments, pixels=pixels, platforms=platforms
+        )
+        programs["program"] = jax_export.lifetime()
+    if "onnx" in formats:
+        float32 = network
+        if model is None and network.options.get("dtype", "float32") != "float32":
+            float32 = dataclasses.replace(recipe, dtype="float32").network(len(classes))
+        files[FORMATS["onnx"]], programs["onnx"] = onnx_export.serialize(
+            float32, *arguments, pixels=pixels
+        )
     folder = folder or workdir
     folder.mkdir(parents=True, exist_ok=True)
-    expected = recipe.preprocessing
-    program = serialize(network, params, stats, expected, pixels=pixels, platforms=platforms)
-    atomic.write(folder / "model.jaxexport", program)
+    for name, content in files.items():
+        atomic.write(folder / name, content)
     facts: Any = {
         "classes": classes,
         "score": score,
         "pixels": pixels,
         "multi_label": header.data.get("multi_label", False),
-        "program": lifetime(),
+        "programs": programs,
     }
-    return write(folder, recipe, network, params, stats, **facts), score
+    path = write(folder, recipe, network, params, stats, **facts)
+    description = json.loads(path.with_name("model.json").read_text())
+    model_card.write(folder, recipe, network, description, license_id)
+    return path, score

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import optax
 import pytest
 from flax import linen as nn
@@ -411,9 +412,11 @@ def test_images_in_memory_train_and_export(tmp_path, monkeypatch):
     names = run("jaxft/data/README.md", "Several labels per image", names)
     assert (tmp_path / "runs/labels/model.safetensors").samefile(names["result"].weights)
 
-    export(tmp_path / "runs/noise", tmp_path / "runs/ants", platforms=("cpu",))
+    formats = ("jax", "onnx")
+    export(tmp_path / "runs/noise", tmp_path / "runs/ants", formats=formats, platforms=("cpu",))
     images = np.zeros((2, 8, 8, 3), np.uint8)
-    names = run("jaxft/weights/README.md", "Export", libraries() | {"images": images})
+    names = libraries() | {"images": images, "onnxruntime": onnxruntime}
+    names = run("jaxft/weights/README.md", "Export", names)
     assert names["logits"].shape == (2, 3)
     (tmp_path / "photos").mkdir()
     Image.fromarray(images[0]).save("photos/a.png")

@@ -44,6 +44,7 @@ COMMANDS = {
     "report": Command("report", "Write the report of a run as a page, or compare runs."),
     "plan": Command("plan", "Estimate time and memory of each stage without data or a TPU."),
     "export": Command("export", "Export the weights and the evaluation program of a run."),
+    "push": Command("push", "Upload an export to the Hugging Face hub."),
     "recipes": Command("recipes", "List the recipes that come with jaxft, or copy one."),
     "convert": Command("convert", "Convert weights between PyTorch and JAX."),
     "find-lr": Command("find_lr", "Find a learning rate with a range test."),

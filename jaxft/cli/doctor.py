@@ -28,6 +28,7 @@ _EXTRAS = {  # a module of each extra, and its purpose
     "tpu": ("libtpu", "TPUs, and jaxft plan for them"),
     "gcs": ("gcsfs", "gs:// folders"),
     "hf-datasets": ("datasets", "hf_dataset: folders"),
+    "onnx": ("onnxruntime", "export as ONNX"),
     "torch": ("torch", "comparison with PyTorch"),
 }
 

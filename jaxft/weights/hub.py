@@ -80,6 +80,19 @@ def _parse(reference: str) -> Reference:
     return Reference(match["repo"], unquote(match["revision"] or "main"), match["file"])
 
 
+def parse_repository(reference: str) -> str:
+    """Returns `OWNER/NAME` of `hf:OWNER/NAME`, without a revision or a file.
+
+    Raises:
+      WeightsError: the reference has another form.
+    """
+    scheme, _, rest = reference.partition(":")
+    match = _REFERENCE.fullmatch(rest.removeprefix("//")) if scheme == "hf" else None
+    if match is None or match["revision"] or match["file"]:
+        raise WeightsError(f"{reference} is not of the form hf:OWNER/NAME, such as hf:me/ants.")
+    return match["repo"]
+
+
 def _find_cached(reference: Reference) -> Path | None:
     import huggingface_hub as hub
 
