@@ -15,6 +15,7 @@ import numpy as np
 from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
+from jaxft.data.device_augment import augmented
 from jaxft.devices import Devices
 from jaxft.distributed import check_devices
 from jaxft.errors import RecipeError
@@ -64,7 +65,7 @@ class Trial:
         batches = program.batches(self.source, stop_epoch=-(-count // program.steps_per_epoch))
         with closing(batches):
             for _, batch in zip(range(count), batches, strict=False):
-                yield program.devices.batch(batch)
+                yield augmented(program.devices.batch(batch), program.settings.augment)
 
 
 def named(recipe: Recipe, stage: str | None) -> Stage:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxft import data, models, weights
 from jaxft.data import Cached, Preprocessing, Source, Splits
 from jaxft.data.arrays import ArraySource
+from jaxft.data.augment import VIEWS
 from jaxft.data.process_source import ProcessSource, in_processes
 from jaxft.data.source import is_multi_label
 from jaxft.divided_check import check_in_parts
@@ -60,6 +61,21 @@ def _check_own(recipe: Recipe, model: Model) -> None:
             f"remat computes a network again block by block, and {model.name} is one block: it "
             "would cost a forward pass and save no memory. Leave it out; within the module "
             "flax.linen.remat and flax.nnx.remat do the same for its layers."
+        )
+
+
+def check_augment(recipe: Recipe) -> None:
+    """Checks that `augment_on_device` has an effect on a stage.
+
+    Raises:
+      RecipeError: it has none.
+    """
+    augments = dict.fromkeys(recipe.settings(stage).augment for stage in recipe.stages)
+    if recipe.augment_on_device and not any(VIEWS[name].runs_on_device for name in augments):
+        moving = ", ".join(name for name, view in VIEWS.items() if view.runs_on_device)
+        raise RecipeError(
+            f"augment_on_device has nothing to do: augment={' and '.join(augments)} leaves no step "
+            f"to the device. Use one of {moving}, or leave augment_on_device out."
         )
 
 

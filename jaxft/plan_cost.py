@@ -26,11 +26,18 @@ from jaxft.models.nnx_adapter import init_shapes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.topology import Chip, Topology
-from jaxft.train.compiled_stage import CompiledStage, compile_image_evaluation, compile_stage
+from jaxft.train.compiled_stage import (
+    CompiledStage,
+    compile_augmentation,
+    compile_image_evaluation,
+    compile_stage,
+)
 from jaxft.train.stage_program import StageProgram, build_programs
 from jaxft.train.state import opt_state_shapes
 
 T = TypeVar("T")
+
+_EACH_STEP = "augmentation", "step"  # programs that run in each step
 
 CPU = "cpu"
 """Name of the topology of this machine's CPU, whose speed and memory are not published."""
@@ -46,9 +53,9 @@ class StagePlanCost:
     Attributes:
       program: the stage.
       trained: number of parameters that train.
-      programs: cost of one call of each compiled program: `step`, `gradient_norms`, `validation`
-        (from images or features), and `features of BLOCK` for the parts of the frozen prefix. Empty
-        if no batch fits.
+      programs: cost of one call of each compiled program: `step`, `augmentation` (on the device),
+        `gradient_norms`, `validation` (from images or features), and `features of BLOCK` for the
+        parts of the frozen prefix. Empty if no batch fits.
       kept: bytes that stay beside the programs': the state at the best epoch.
       chip: the published numbers of the chips; None for a CPU.
       wanted: the stage's batch size in the recipe.
@@ -142,8 +149,8 @@ class StagePlanCost:
 
     @property
     def _repeated(self) -> tuple[HloCost, ...]:
-        step = self.programs.get("step")
-        return (step,) if step else self.features
+        steps = tuple(self.programs[name] for name in _EACH_STEP if name in self.programs)
+        return steps or self.features
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ class RunPlan:
         """
         recipe = resolve(recipe)
         open_recipe.check_network(recipe, None)
+        open_recipe.check_augment(recipe)
         splits = Splits(_images(train_images, classes), _images(val_images, classes))
         model = open_recipe.open_network(recipe, None, splits.train.classes)
         open_recipe.check_image_size(recipe, model)
@@ -265,7 +273,8 @@ def _compiled_cost(
     snapshot = Snapshot(*plan.shapes, state)
     try:
         compiled = compile_stage(program, snapshot)
-        costs = {name: hlo_cost(each) for name, each in _named(compiled).items()}
+        named = _named(compiled, program)
+        costs = {name: hlo_cost(each) for name, each in named.items() if each is not None}
         if not compiled.score:
             costs["validation"] = _evaluation_cost(plan, program, snapshot)
     except jax.errors.JaxRuntimeError as error:
@@ -294,14 +303,14 @@ def _cost(
     return StagePlanCost(program, trained, costs, kept, plan.chip, wanted)
 
 
-def _named(compiled: CompiledStage) -> dict[str, Any]:
-    named = {
+def _named(compiled: CompiledStage, program: StageProgram) -> dict[str, Any]:
+    return {
         "step": compiled.step,
         "gradient_norms": compiled.gradient_norms,
         **{f"features of {block}": each for block, each in compiled.prefix.items()},
         "validation": compiled.score,
+        "augmentation": compile_augmentation(program),
     }
-    return {name: program for name, program in named.items() if program is not None}
 
 
 def _bytes_per_device(devices: Devices, tree: Tree) -> int:

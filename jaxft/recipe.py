@@ -25,6 +25,7 @@ from jaxft.stages import Stage, check_shared_schedules, check_stages
 RESULT_NEUTRAL_FIELDS = (
     "workers", "worker_processes", "cache_mib", "disk_cache_mib", "device_cache_mib", "sharding",
     "checkpoint_steps", "sync_steps", "steps_per_execution", "remat", "on_nonfinite", "check",
+    "augment_on_device",
 )  # fmt: skip
 
 
@@ -112,6 +113,8 @@ class Recipe:
     augment: Augment = "crop_flip"
     """Training augmentation: random resized crop and flip, alone or with color jitter, RandAugment
     or TrivialAugment; small shifts; flips; or none (the evaluation view)."""
+    augment_on_device: bool = False
+    """Apply flips, shifts and color jitter on the device, to save time of the host. Same pixels."""
     num_views: int = 0
     """Number of augmented views per image, one per epoch in turn, so that the features of frozen
     layers can be cached; 0: a new view in each epoch."""
@@ -135,16 +138,14 @@ class Recipe:
     """Gradients of the mean or of the sum of a batch's losses (d2l's recipes use the sum). Reported
     losses are means."""
     tta: Literal["none", "flip"] = "none"
-    """Test-time augmentation for validation. flip: average the logits of an image and its mirror
-    image."""
+    """Test-time augmentation for validation. flip: average the logits of image and mirror image."""
     image_size: int | None = None
     """Side of the network's input images in pixels; none: as for the weights, or 224."""
     resize_size: int | None = None
     """Short side in pixels before the central crop of evaluation; none: in the same proportion to
     image_size as for the weights, or as 256 to 224."""
     resize_mode: Literal["short_side", "squash"] | None = None
-    """Scale the short side to resize_size, or both sides; none: as for the weights, or
-    short_side."""
+    """Scale the short side to resize_size, or both; none: as for the weights, or short_side."""
     interpolation: Interpolation | None = None
     """Interpolation for scaling; none: as for the weights, or bilinear."""
     mean: tuple[float, float, float] | None = None
@@ -157,8 +158,7 @@ class Recipe:
     concat_pool: bool = False
     """Use fastai's head: maximum and mean of each channel, then two linear layers."""
     head_layers: tuple[int | Literal["relu"], ...] = ()
-    """Layers of the head before the last linear layer: widths of linear layers, and relu; e.g.
-    256 relu 32."""
+    """Layers of the head before the last: widths of linear layers, and relu; e.g. 256 relu 32."""
     binary: bool = False
     """Use a single logit for two classes, with the loss of torch's BCEWithLogitsLoss. A function
     of yours as the loss receives the logits [0 z]."""

@@ -10,8 +10,9 @@ varies less than images per second if other programs use the machine too. "main"
 time of the main process for an image, in milliseconds. With worker processes, one main process
 cannot yield more than 1000 / main images per second.
 
-jaxft's pipelines are threads, worker processes, both with decoded images in memory, and cached
-features of a ResNet-50. The others are torch's DataLoader (float32, normalised on the host, and
+jaxft's pipelines are threads, worker processes, both with decoded images in memory, processes with
+colour jitter on the host and on the device (without the device's time), and cached features of a
+ResNet-50. The others are torch's DataLoader (float32, normalised on the host, and
 uint8), Grain with jaxft's views, and tf.data, as far as they are installed.
 
 With `--plan FILE ...`, files that `plan.py --json FILE` has written, the second table shows the
@@ -28,25 +29,33 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import psutil
 from plain_loaders import Epochs, Setting, grain_loaders, tf_loaders, torch_loaders
 
-from jaxft.data import BatchConfig, Preprocessing, Source, open_source, train_batches
+from jaxft.data import Augment, BatchConfig, Preprocessing, Source, open_source, train_batches
 from jaxft.data.image_cache import Cached
 from jaxft.data.process_source import in_processes
 
 FEATURES = {"head": (2048,), "late": (14, 14, 1024)}  # of an image, in bfloat16
 
 
-def ours(source: Source, setting: Setting, features: np.ndarray | None = None) -> Iterator[int]:
-    """Yields the sizes of jaxft's batches."""
+def ours(
+    source: Source,
+    setting: Setting,
+    features: np.ndarray | None = None,
+    *,
+    augment: Augment = "crop_flip",
+    on_device: bool = False,
+) -> Iterator[int]:
+    """Yields the sizes of jaxft's batches; a device's share of the augmentation is left out."""
     config = BatchConfig(
         preprocessing=Preprocessing(image_size=setting.size),
-        augment="crop_flip",
+        augment=augment,
+        augment_on_device=on_device,
         batch_size=setting.batch_size,
         seed=0,
         stage=0,
@@ -63,10 +72,10 @@ def ours_cached(source: Source, setting: Setting) -> Iterator[int]:
     return ours(Cached(source, 2**34), setting)
 
 
-def ours_in_processes(source: Source, setting: Setting) -> Iterator[int]:
+def ours_in_processes(source: Source, setting: Setting, **view: Any) -> Iterator[int]:
     """Yields the sizes of jaxft's batches, read by worker processes."""
     (pooled,) = in_processes([source], setting.workers)
-    yield from ours(pooled, setting)
+    yield from ours(pooled, setting, **view)
     pooled.workers.close()
 
 
@@ -78,6 +87,13 @@ def our_pipelines(source: Source, setting: Setting) -> dict[str, Epochs]:
         "threads, decoded": partial(ours_cached, source, setting),
         "processes, decoded": partial(ours_in_processes, Cached(source, 2**34), setting),
     }
+    for name, read in (("jitter", source), ("decoded, jitter", Cached(source, 2**34))):
+        images |= {
+            f"processes, {name}{place}": partial(
+                ours_in_processes, read, setting, augment="jitter", on_device=bool(place)
+            )
+            for place in ("", " on device")
+        }
     rows = {
         stage: np.zeros((len(source), *shape), ml_dtypes.bfloat16)
         for stage, shape in FEATURES.items()

@@ -38,6 +38,8 @@ def test_benchmark_data_measures_all_loaders(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([a-z][^|]*) \| [\d,]+ \| [\d,]+ \|", done.stdout, re.MULTILINE)
     expected = ["threads", "processes", "threads, decoded", "processes, decoded"]
+    for name in ("processes, jitter", "processes, decoded, jitter"):
+        expected += [name, f"{name} on device"]
     expected += ["features of head", "features of late"]
     expected += ["torch, float32", "torch, uint8"] if find_spec("torchvision") else []
     expected += ["grain, threads", "grain, processes"] if find_spec("grain") else []

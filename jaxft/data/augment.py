@@ -1,15 +1,21 @@
 """Named augmentations, each defined as a `View`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
 from jaxft.data import autoaugment, color, geometry
 from jaxft.data.source import Source, pixel_type
 from jaxft.errors import DataError
 from jaxft.stage_options import Augment
+
+CHANNELS: tuple[color.Channel, ...] = ("brightness", "contrast", "saturation")
+"""Colour changes that can run on the device."""
+ENCODED_SIZE = 3 + 2 * len(CHANNELS)
+"""Length of `DrawnSteps.encoded`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,17 @@ class View:
     vflip: float = 0.0
     color_jitter: color.ColorJitter | None = None
     policy: autoaugment.RandAugment | autoaugment.TrivialAugmentWide | None = None
+
+    @property
+    def runs_on_device(self) -> bool:
+        """Whether the device can apply all steps after the crop, of which there is at least one.
+
+        Vertical flips, hue and policies run on the host only.
+        """
+        jitter = self.color_jitter
+        if self.vflip or self.policy or (jitter and jitter.hue):
+            return False
+        return self.crop == "shift" or bool(self.hflip or jitter)
 
 
 VIEWS: dict[str, View] = {
@@ -79,17 +96,62 @@ def check_view(source: Source, augment: Augment | View) -> None:
         )
 
 
-def apply_view(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
-    """Applies all steps of a view except the crop."""
-    # Inactive steps draw no random numbers, so that new fields leave existing views unchanged.
-    if view.hflip and rng.random() < view.hflip:
+class DrawnSteps(NamedTuple):
+    """Drawn steps of a view that follow its crop; see `View`.
+
+    Attributes:
+      offset: shift (down, right) in pixels.
+      hflip, vflip: whether the image is flipped.
+      colors: arguments of `color.adjust`.
+      operations: operations of the policy.
+    """
+
+    offset: tuple[int, int]
+    hflip: bool
+    vflip: bool
+    colors: tuple[tuple[color.Channel, float], ...]
+    operations: tuple[autoaugment.Operation, ...]
+
+    def encoded(self) -> Float32[np.ndarray, "9"]:
+        """Returns the steps as an array for the device: offset, hflip, 3 channels, 3 factors."""
+        unused: tuple[color.Channel, float] = ("brightness", 1.0)  # leaves the image as it is
+        colors = (*self.colors, *[unused] * (len(CHANNELS) - len(self.colors)))
+        channels = [CHANNELS.index(channel) for channel, _ in colors]
+        factors = [factor for _, factor in colors]
+        return np.array([*self.offset, self.hflip, *channels, *factors], np.float32)
+
+
+def draw_steps(view: View, image_size: int, rng: np.random.Generator) -> DrawnSteps:
+    """Draws all steps of a view except the crop.
+
+    Args:
+      view: the view.
+      image_size: height and width of the crop.
+      rng: source of the random numbers.
+    """
+    # In the order of the fields. Inactive steps draw no random numbers, so that new fields leave
+    # existing views unchanged.
+    shifts = view.crop == "shift"
+    return DrawnSteps(
+        offset=geometry.random_offset(max(1, image_size // 8), rng) if shifts else (0, 0),
+        hflip=bool(view.hflip) and rng.random() < view.hflip,
+        vflip=bool(view.vflip) and rng.random() < view.vflip,
+        colors=view.color_jitter.draw(rng) if view.color_jitter else (),
+        operations=view.policy.draw(image_size, image_size, rng) if view.policy else (),
+    )
+
+
+def apply_steps(image: Image.Image, steps: DrawnSteps, view: View) -> Image.Image:
+    """Applies drawn steps of a view to a crop."""
+    if view.crop == "shift":
+        image = geometry.shift(image, steps.offset)
+    if steps.hflip:
         image = geometry.hflip(image)
-    if view.vflip and rng.random() < view.vflip:
+    if steps.vflip:
         image = geometry.vflip(image)
-    if view.color_jitter is not None:
-        for channel, factor in view.color_jitter.draw(rng):
-            image = color.adjust(image, channel, factor)
-    if view.policy is not None:
-        for operation in view.policy.draw(image.height, image.width, rng):
-            image = autoaugment.apply(image, operation, view.policy.interpolation)
+    for channel, factor in steps.colors:
+        image = color.adjust(image, channel, factor)
+    for operation in steps.operations:
+        assert view.policy
+        image = autoaugment.apply(image, operation, view.policy.interpolation)
     return image

@@ -5,21 +5,22 @@ neither on the number of threads or processes nor on where a run was resumed, so
 only the position.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 
-from jaxft.data.augment import View, check_view
+from jaxft.data.augment import ENCODED_SIZE, View, check_view, resolve_view
 from jaxft.data.class_balance import balanced_draws
 from jaxft.data.prefetch import prefetch
-from jaxft.data.preprocessing import Preprocessing, eval_view, train_view
+from jaxft.data.preprocessing import Preprocessing, draw_view, eval_view, train_view
 from jaxft.data.process_source import ProcessSource
 from jaxft.data.source import Source, Target, pixel_type
+from jaxft.data.worker import write_row
 from jaxft.data.worker_processes import Rows
 from jaxft.errors import DataError
 from jaxft.stage_options import Augment
@@ -29,6 +30,13 @@ from jaxft.stage_options import Augment
 _AUGMENTATION = 1
 
 
+class Crops(NamedTuple):
+    """In place of images: their crops, and the steps that `device_augment.augmented` applies."""
+
+    images: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b h w 3"]
+    steps: Float32[np.ndarray | jax.Array, "b 9"]
+
+
 class Batch(NamedTuple):
     """A batch: NumPy arrays on the host, jax arrays on a device.
 
@@ -36,7 +44,7 @@ class Batch(NamedTuple):
     """
 
     image: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b ..."]
-    """uint8 images, float images that are already normalised, or features."""
+    """uint8 images, float images that are already normalised, or features; or `Crops`."""
     target: Int32[np.ndarray | jax.Array, " b"] | Int32[np.ndarray | jax.Array, "b k"]
     """Classes; or 0 or 1 for each class."""
     mask: Bool[np.ndarray | jax.Array, " b"]
@@ -74,6 +82,7 @@ class BatchConfig:
       balanced: draw an epoch's examples with replacement, all classes equally often
         (`jaxft.data.class_balance`). Repeated examples are augmented differently.
       num_views: repeat the views of an example after this many epochs; 0 never repeats them.
+      augment_on_device: if `View.runs_on_device`, only crop the images: batches hold `Crops`.
       rows: rows of the arrays, `batch_size` by default; surplus rows are padding.
       last_rows: rows of an epoch's last batch if it is not full, `rows` by default.
       shard: (index, count) of this process. Each process prepares an equal part of the rows and
@@ -88,6 +97,7 @@ class BatchConfig:
     drop_last: bool = False
     balanced: bool = False
     num_views: int = 0
+    augment_on_device: bool = False
     rows: int | None = None
     last_rows: int | None = None
     shard: tuple[int, int] = (0, 1)
@@ -159,10 +169,10 @@ def train_batches(
     remaining_steps = range(first_epoch * steps + first_step, epochs * steps)
     if features:
         return prefetch(feature_batch, remaining_steps, 0)
-    load = train_view_loader(source, config.preprocessing, config.augment, seed=seed, stage=stage)
-    return _image_batches(
-        source, load, select_rows, remaining_steps, config.preprocessing.image_size, workers
-    )
+    on_device = config.augment_on_device and resolve_view(config.augment).runs_on_device
+    load = _TrainViews(source, config.preprocessing, config.augment, seed, stage, on_device)
+    size = config.preprocessing.image_size
+    return _image_batches(source, load, select_rows, remaining_steps, size, workers, on_device)
 
 
 @dataclass(frozen=True)
@@ -174,11 +184,15 @@ class _TrainViews:
     augment: Augment | View
     seed: int
     stage: int
+    on_device: bool = False
 
-    def __call__(self, example: int, view: int, *position: int) -> tuple[np.ndarray, Target]:
+    def __call__(self, example: int, view: int, *position: int) -> tuple[Any, ...]:
         seed = [self.seed, self.stage, view, example, _AUGMENTATION, *position]
         image, target = self.source[example]
         rng = np.random.default_rng(seed)
+        if self.on_device:
+            crop, steps = draw_view(image, self.preprocessing, resolve_view(self.augment), rng)
+            return np.asarray(crop), target, steps.encoded()
         return train_view(image, self.preprocessing, self.augment, rng), target
 
 
@@ -292,26 +306,32 @@ def _shard_rows(batch_size: int, rows: int | None, shard: tuple[int, int]) -> sl
 
 def _image_batches(
     source: Source,
-    load: Callable[..., tuple[np.ndarray, Target]],
+    load: Callable[..., tuple[Any, ...]],
     rows: Callable[[int], Rows],
     steps: range,
     image_size: int,
     workers: int,
+    on_device: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yields the batch of each step, prepared by the source's worker processes or by threads."""
+    side, target_shape = image_size, source.targets.shape[1:]
+    row_types = [(pixel_type(source).str, (side, side, 3)), ("<i4", target_shape)]
+    if on_device:
+        row_types.append(("<f4", (ENCODED_SIZE,)))
+
+    def batch(arrays: Sequence[np.ndarray], mask: np.ndarray) -> Batch:
+        images, targets, *steps = arrays
+        return Batch(Crops(images, *steps) if steps else images, targets, mask)  # type: ignore
+
     if isinstance(source, ProcessSource):
-        return (
-            Batch(*arrays)
-            for arrays in source.workers.prefetch(source, load, rows, steps, image_size)
-        )
+        return (batch(*each) for each in source.workers.prefetch(load, rows, steps, row_types))
 
     def make_batch(step: int) -> Batch:
         arguments, num_rows = rows(step)
-        images = np.zeros((num_rows, image_size, image_size, 3), pixel_type(source))
-        targets = np.zeros((num_rows, *source.targets.shape[1:]), np.int32)
+        arrays = [np.zeros((num_rows, *shape), dtype) for dtype, shape in row_types]
         for row, each in enumerate(arguments):
-            images[row], targets[row] = load(*each)
-        return Batch(images, targets, np.arange(num_rows) < len(arguments))
+            write_row(arrays, row, load(*each))
+        return batch(arrays, np.arange(num_rows) < len(arguments))
 
     return prefetch(make_batch, steps, workers)
 

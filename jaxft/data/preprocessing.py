@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from jaxft.data import geometry
-from jaxft.data.augment import View, apply_view, resolve_view
+from jaxft.data.augment import DrawnSteps, View, apply_steps, draw_steps, resolve_view
 from jaxft.errors import DataError
 from jaxft.stage_options import Augment
 
@@ -73,15 +73,25 @@ def train_view(
       DataError: `augment` is unknown, or as in `eval_view`.
     """
     view = resolve_view(augment)
+    crop, steps = draw_view(image, preprocessing, view, rng)
+    return np.asarray(apply_steps(crop, steps, view))
+
+
+def draw_view(
+    image: Image.Image, preprocessing: Preprocessing, view: View, rng: np.random.Generator
+) -> tuple[Image.Image, DrawnSteps]:
+    """Draws a random training view; returns its crop and the steps that follow it.
+
+    Raises:
+      DataError: as in `eval_view`.
+    """
     size = preprocessing.image_size
     if view.crop == "random_resized":
         box = geometry.random_crop_box(image.height, image.width, rng)
-        cropped = geometry.resized_crop(image, box, size, preprocessing.interpolation)
+        crop = geometry.resized_crop(image, box, size, preprocessing.interpolation)
     else:
-        cropped = _resize_and_crop(image, preprocessing)
-        if view.crop == "shift":
-            cropped = geometry.shift(cropped, geometry.random_offset(max(1, size // 8), rng))
-    return np.asarray(apply_view(cropped, view, rng))
+        crop = _resize_and_crop(image, preprocessing)
+    return crop, draw_steps(view, size, rng)
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

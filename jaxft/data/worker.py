@@ -1,7 +1,7 @@
 """The program of a worker process; see `jaxft.data.worker_processes`.
 
-A worker receives its share of the sources, then tasks. It writes the images and targets of a task
-into shared memory and replies with None or the error of an image. It ends when the other end of its
+A worker receives its share of the sources, then tasks. It writes the rows of a task into shared
+memory and replies with None or the error of an image. It ends when the other end of its
 socket is closed, which the kernel does even for a process that is killed.
 """
 
@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -27,19 +28,17 @@ class Task(NamedTuple):
     """Rows of a batch that one worker prepares.
 
     Attributes:
-      load: pickled function from its arguments to an image [h w 3] and its target.
+      load: pickled function from its arguments to a row of each array.
       offset: start of the batch in the shared memory, in bytes.
       size: bytes of the batch.
-      pixels: dtype and shape [b h w 3] of the images; the targets follow them.
-      target_shape: shape of the targets, int32 [b] or [b k].
+      arrays: dtype and shape [b ...] of each array, such as images and targets.
       rows: rows of the batch, with the arguments of `load` for each.
     """
 
     load: bytes
     offset: int
     size: int
-    pixels: tuple[str, tuple[int, ...]]
-    target_shape: tuple[int, ...]
+    arrays: Sequence[tuple[str, tuple[int, ...]]]
     rows: list[tuple[int, tuple[int, ...]]]
 
 
@@ -60,11 +59,13 @@ def share(number: int) -> Share:
     return _sources[number]
 
 
-def arrays(memory: Any, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images and targets of a task's batch as views of shared memory."""
-    dtype, shape = task.pixels
-    images = np.ndarray(shape, dtype, memory)
-    return images, np.ndarray(task.target_shape, np.int32, memory, aligned(images.nbytes))
+def arrays(memory: Any, task: Task) -> list[np.ndarray]:
+    """Returns the arrays of a task's batch as views of shared memory."""
+    views, offset = list[np.ndarray](), 0
+    for dtype, shape in task.arrays:
+        views.append(np.ndarray(shape, dtype, memory, offset))
+        offset += aligned(views[-1].nbytes)
+    return views
 
 
 def aligned(size: int) -> int:
@@ -105,14 +106,20 @@ def _receive_sources(connection: Connection) -> Exception | None:
 
 def _run(task: Task, memory: mmap.mmap) -> tuple[int, Exception] | bool:
     """Prepares a task; returns whether all images are in memory, or a row and its error."""
-    images, targets = arrays(memory, task)
+    views = arrays(memory, task)
     load = pickle.loads(task.load)
     for row, arguments in task.rows:
         try:
-            images[row], targets[row] = load(*arguments)
+            write_row(views, row, load(*arguments))
         except Exception as error:
             return row, _portable(error)
     return all(getattr(source.examples, "complete", True) for source in _sources)
+
+
+def write_row(arrays: Sequence[np.ndarray], row: int, values: Iterable[Any]) -> None:
+    """Writes a row of each array."""
+    for array, value in zip(arrays, values, strict=True):
+        array[row] = value
 
 
 def _portable(error: Exception) -> Exception:

@@ -35,7 +35,7 @@ import numpy as np
 
 from jaxft.data.concat import take
 from jaxft.data.image_cache import Cached
-from jaxft.data.source import Source, Target, pixel_type
+from jaxft.data.source import Source
 from jaxft.data.worker import Share, Task, aligned, arrays
 from jaxft.errors import DataError
 
@@ -78,15 +78,13 @@ class _Batch:
     """A batch in work.
 
     Attributes:
-      images: images [b h w 3] in shared memory.
-      targets: targets in shared memory.
+      arrays: arrays [b ...] in shared memory, such as images and targets.
       mask: False for the rows that are padding [b].
       waiting: number of workers that have not replied.
       errors: errors of images, by row.
     """
 
-    images: np.ndarray
-    targets: np.ndarray
+    arrays: list[np.ndarray]
     mask: np.ndarray
     waiting: int = 0
     errors: dict[int, Exception] = field(default_factory=dict)
@@ -129,20 +127,18 @@ class WorkerProcesses:
 
     def prefetch(
         self,
-        source: Source,
-        load: Callable[..., tuple[np.ndarray, Target]],
+        load: Callable[..., tuple[Any, ...]],
         rows: Callable[[int], Rows],
         steps: range,
-        image_size: int,
-    ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
-        """Yields images [b h w 3], targets and mask [b] of each step in order, prepared ahead.
+        row_types: Sequence[tuple[str, tuple[int, ...]]],
+    ) -> Generator[tuple[list[np.ndarray], np.ndarray], None, None]:
+        """Yields the arrays [b ...] and the mask [b] of each step in order, prepared ahead.
 
         Args:
-          source: the source of the images.
-          load: function from an example and further arguments to an image and its target.
+          load: function from an example of a source and further arguments to a row of each array.
           rows: returns the images of a step.
           steps: arguments of `rows`.
-          image_size: height and width of the images.
+          row_types: dtype and shape of a row of each array.
 
         Raises:
           DataError: a source cannot be sent to the workers, or a worker has died.
@@ -153,7 +149,7 @@ class WorkerProcesses:
         pending: deque[_Batch] = deque()
         for step in steps:
             rows_of_step = rows(step)
-            pending.append(self._send(source, content, rows_of_step, image_size))
+            pending.append(self._send(content, rows_of_step, row_types))
             images_ahead = _IMAGES_AHEAD * self._count
             if len(pending) > max(_BATCHES_AHEAD, images_ahead // rows_of_step.num_rows):
                 yield self._result(pending.popleft())
@@ -190,24 +186,25 @@ class WorkerProcesses:
         for worker, content in zip(self._workers, shares, strict=True):
             self._write(worker, content)
 
-    def _send(self, source: Source, load: bytes, rows: Rows, image_size: int) -> _Batch:
+    def _send(
+        self, load: bytes, rows: Rows, row_types: Sequence[tuple[str, tuple[int, ...]]]
+    ) -> _Batch:
         """Sends the rows of a batch to the workers."""
         if not self._workers:
             raise _ended()
-        pixels = pixel_type(source).str, (rows.num_rows, image_size, image_size, 3)
-        target_shape = (rows.num_rows, *source.targets.shape[1:])
-        image_bytes = np.dtype(pixels[0]).itemsize * math.prod(pixels[1])
-        slot = self._slot(aligned(image_bytes) + 4 * math.prod(target_shape))
+        types = [(dtype, (rows.num_rows, *shape)) for dtype, shape in row_types]
+        sizes = [np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in types]
+        slot = self._slot(sum(map(aligned, sizes)))
         memory = np.frombuffer(slot.memory, np.uint8)
         # Views keep `memory` alive: arrays of jax that share it with a batch, too.
         weakref.finalize(memory, self._free.append, slot).atexit = False
         tasks: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in self._workers]
         for row, arguments in enumerate(rows.arguments):
             tasks[arguments[0] % self._count].append((row, arguments))
-        task = Task(load, slot.offset, len(memory), pixels, target_shape, [])
-        images, targets = arrays(memory, task)
-        batch = _Batch(images, targets, np.arange(rows.num_rows) < len(rows.arguments))
-        images[~batch.mask], targets[~batch.mask] = 0, 0
+        task = Task(load, slot.offset, len(memory), types, [])
+        batch = _Batch(arrays(memory, task), np.arange(rows.num_rows) < len(rows.arguments))
+        for array in batch.arrays:
+            array[~batch.mask] = 0
         for worker, task_rows in zip(self._workers, tasks, strict=True):
             if task_rows:
                 self._write(worker, pickle.dumps((*task[:-1], task_rows)))
@@ -227,7 +224,7 @@ class WorkerProcesses:
         os.ftruncate(self._memory, self._size)
         return _Slot(mmap.mmap(self._memory, size, offset=offset), offset)
 
-    def _result(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _result(self, batch: _Batch) -> tuple[list[np.ndarray], np.ndarray]:
         """Waits for a batch and returns its arrays, or raises the error of its first bad image."""
         while batch.waiting:
             worker = next((each for each in self._workers if batch in each.pending), None)
@@ -236,7 +233,7 @@ class WorkerProcesses:
             self._receive(worker)
         if batch.errors:
             raise batch.errors[min(batch.errors)]
-        return batch.images, batch.targets, batch.mask
+        return batch.arrays, batch.mask
 
     def _receive(self, worker: _Worker) -> None:
         """Receives a worker's next reply, which may be for another batch than the caller's."""

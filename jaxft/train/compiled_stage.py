@@ -13,6 +13,8 @@ import optax
 from jaxft.batch_sizes import batch_sizes
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch
+from jaxft.data.augment import ENCODED_SIZE, resolve_view
+from jaxft.data.device_augment import augmentation_program
 from jaxft.hlo_cost import hlo_cost
 from jaxft.labels import Tree
 from jaxft.steps_per_execution import several_steps
@@ -185,6 +187,17 @@ def step_shapes(
     numbers = [jax.ShapeDtypeStruct((), jnp.int32)] * (2 if steps_per_call > 1 else 1)
     anchor = program.devices.abstract(shapes.params) if program.plan.stage.anchor else None
     return state, frozen, batch, *numbers, anchor
+
+
+def compile_augmentation(program: StageProgram) -> Any | None:
+    """Compiles the augmentation of a batch on the devices; None if they have none to apply."""
+    devices, view = program.devices, resolve_view(program.settings.augment)
+    if not program.recipe.augment_on_device or program.prefix.train or not view.runs_on_device:
+        return None
+    images: Any = _batch_shapes(program, *_image_row(program)).image
+    encoded = jax.ShapeDtypeStruct((images.shape[0], ENCODED_SIZE), jnp.float32)
+    function = augmentation_program(view, images.ndim, images.sharding)
+    return devices.lower(function, images, devices.abstract_batch(encoded)).compile()
 
 
 def compile_image_evaluation(program: StageProgram, shapes: Snapshot, images: int) -> Any:

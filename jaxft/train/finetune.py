@@ -34,6 +34,7 @@ from jaxft.labels import Tree
 from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import (
     Start,
+    check_augment,
     check_image_size,
     check_network,
     draw_start,
@@ -166,6 +167,7 @@ def finetune(
                 f"stage {stage!r} is to be forked, but fork_from names no run to fork."
             )
         check_network(recipe, model)
+        check_augment(recipe)
 
         # Find the run's start, and check the folder.
         begun, source, forked = saved(folder), None, None

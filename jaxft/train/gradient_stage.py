@@ -14,6 +14,7 @@ import numpy as np
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.data.batches import view_of_epoch
+from jaxft.data.device_augment import augmented
 from jaxft.data.process_source import ProcessSource
 from jaxft.distributed import any_process
 from jaxft.errors import DataError
@@ -127,10 +128,11 @@ def _train_epoch(
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
-            sending = sent(trainer.devices, taken, steps_per_call)
+            batch, *count = sent(trainer.devices, taken, steps_per_call)
+            batch = augmented(batch, program.settings.augment)
             number = np.int32(current.progress.step)
             current.state, record = compiled.step(
-                current.state, current.frozen, *sending, number, *rest
+                current.state, current.frozen, batch, *count, number, *rest
             )
             current.began = current.began or time.perf_counter()
             for _ in taken:
@@ -174,7 +176,7 @@ def _begin_epoch(
             trainer.devices,
             current.state,
             current.frozen,
-            map(trainer.devices.batch, first),
+            [augmented(trainer.devices.batch(each), program.settings.augment) for each in first],
             step=current.progress.step,
             rest=rest,
         )

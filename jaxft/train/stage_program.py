@@ -55,8 +55,7 @@ class StageProgram:
       steps_per_epoch: batches per epoch; with `drop_last`, whole batches only.
       sizes: number of examples and of array rows of a full batch and of an epoch's last batch.
         `BatchSizes` defines `batch_size`, `rows`, `last_rows` and `examples`.
-      prefix: the leading blocks of the network that the stage leaves unchanged; empty before
-        `with_prefixes`.
+      prefix: the leading blocks that the stage leaves unchanged; empty before `with_prefixes`.
       pixels: dtype of the images, uint8 or float32.
     """
 
@@ -147,6 +146,7 @@ class StageProgram:
                 drop_last=recipe.drop_last,
                 balanced=settings.balance == "sampling",
                 num_views=settings.num_views,
+                augment_on_device=recipe.augment_on_device,
                 rows=self.sizes.rows,
                 last_rows=self.sizes.last_rows,
                 shard=self.devices.shard,

@@ -10,6 +10,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,7 +34,8 @@ SIZE = Preprocessing(image_size=8, resize_size=10)
 def digests(batches):
     """Digests of the batches, read after all of them are made."""
     batches = list(batches)
-    return [hashlib.sha256(b"".join(a.tobytes() for a in batch)).hexdigest() for batch in batches]
+    leaves = map(jax.tree.leaves, batches)
+    return [hashlib.sha256(b"".join(a.tobytes() for a in batch)).hexdigest() for batch in leaves]
 
 
 def config(**changes):
@@ -107,6 +109,7 @@ def sources(tmp_path_factory):
         ("folder", {"augment": "shift", "num_views": 2, "drop_last": True}),
         ("folder", {"rows": 12, "last_rows": 6, "shard": (1, 2)}),
         ("folder", {"batch_size": 1}),
+        ("folder", {"augment": "jitter", "augment_on_device": True, "rows": 12, "last_rows": 6}),
         ("cached", {}),
         ("partly cached", {}),
         ("floats", {"augment": "flip"}),
