@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Never, TypeVar
 
@@ -35,7 +35,7 @@ from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.phase_clock import PhaseClock
 from jaxft.train.signals import Interruption
 from jaxft.train.stage_program import StageProgram
-from jaxft.train.state import Progress, StageState, header_of, shown
+from jaxft.train.state import Averaged, Progress, StageState, header_of, shown
 
 T = TypeVar("T")
 
@@ -162,6 +162,7 @@ class Trainer:
         current: StageState,
         *,
         done: Callable[[], str],
+        finish: Callable[[Snapshot, Score], Averaged] | None = None,
     ) -> Snapshot | None:
         """Validates, writes the metrics row, saves a checkpoint and calls `on_epoch_end`.
 
@@ -170,6 +171,8 @@ class Trainer:
           features: cached features of the stage.
           current: state of the stage, which moves to the end of the epoch.
           done: returns why the stage has no further epoch; empty if it has one.
+          finish: averages the arrays at the end of the stage, which have this score, with those at
+            its start; None: no averages.
 
         Returns:
           The arrays that the next stage starts from; None if the stage has not ended.
@@ -195,15 +198,14 @@ class Trainer:
         opt_state = plan.after_epoch(
             current.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
         )
-        current.state = current.state._replace(opt_state=self.devices.put(opt_state))
+        state = current.state._replace(opt_state=self.devices.put(opt_state))
         current.tick()
         progress = current.progress.after_epoch(
             plan.stage, validated, done=done(), reductions=plan.reductions(opt_state)
         )
-        current.progress = progress
-        improved = progress.best_epoch == progress.epoch
+        improved, best = progress.best_epoch == progress.epoch, current.best
         if improved:
-            current.best = shown(compiled.copy(current.state), current.frozen)
+            best = shown(compiled.copy(state), current.frozen)
         metrics = current.epoch_metrics
         row = (
             metrics.row(
@@ -223,10 +225,16 @@ class Trainer:
             row["seconds"],
             ", ".join(filter(None, ("best" if improved else "", skipped))),
         )
-        self.metrics.write(row)
         end = None
         if progress.ended:
-            end = current.best if plan.stage.restore == "best" else current.shown
+            end = best if plan.stage.restore == "best" else shown(state, current.frozen)
+            if finish and progress.restored_epoch(plan.stage):  # otherwise it ends as it started
+                averaged = finish(end, progress.restored_score(plan.stage))
+                progress = replace(progress, averaged=averaged.score)
+                end, row["wise"] = averaged.arrays, averaged.curve
+        current.state, current.best, current.progress = state, best, progress
+        self.metrics.write(row)
+        if end:
             current.tick()
             self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
         else:
