@@ -115,7 +115,7 @@ def _averages(figure: Figure, record: RunRecord) -> None:
         color, values = COLORS[i % len(COLORS)], curve["val_accuracy"]
         label = f"{shorten(stage, 20)}, alpha {curve['alpha']:g}"
         axes.plot(list(map(float, values)), list(values.values()), color=color, label=label)
-        chosen = values[f"{curve['alpha']:g}"]
+        chosen = values[str(curve["alpha"])]
         axes.plot(curve["alpha"], chosen, "o", color=color)
     axes.set_xlabel("alpha: share of the stage's end in the average with its start")
     axes.set_ylabel("validation accuracy")

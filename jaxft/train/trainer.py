@@ -207,6 +207,21 @@ class Trainer:
         if improved:
             best = shown(compiled.copy(state), current.frozen)
         metrics = current.epoch_metrics
+        skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
+        self.console.epoch_row(
+            progress.epoch,
+            metrics.metrics.score.loss,
+            validated,
+            metrics.seconds + time.perf_counter() - started,
+            ", ".join(filter(None, ("best" if improved else "", skipped))),
+        )
+        end, curve = None, dict[str, Any]()
+        if progress.ended:
+            end = best if plan.stage.restore == "best" else shown(state, current.frozen)
+            if finish and progress.restored_epoch(plan.stage):  # otherwise it ends as it started
+                averaged = finish(end, progress.restored_score(plan.stage))
+                progress = replace(progress, averaged=averaged.score)
+                end, curve = averaged.arrays, {"wise": averaged.curve}
         row = (
             metrics.row(
                 plan.stage.name,
@@ -216,22 +231,8 @@ class Trainer:
                 seconds=metrics.seconds + time.perf_counter() - started,
             )
             | self.clock.take()
+            | curve
         )
-        skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
-        self.console.epoch_row(
-            progress.epoch,
-            row["train_loss"],
-            validated,
-            row["seconds"],
-            ", ".join(filter(None, ("best" if improved else "", skipped))),
-        )
-        end = None
-        if progress.ended:
-            end = best if plan.stage.restore == "best" else shown(state, current.frozen)
-            if finish and progress.restored_epoch(plan.stage):  # otherwise it ends as it started
-                averaged = finish(end, progress.restored_score(plan.stage))
-                progress = replace(progress, averaged=averaged.score)
-                end, row["wise"] = averaged.arrays, averaged.curve
         current.state, current.best, current.progress = state, best, progress
         self.metrics.write(row)
         if end:

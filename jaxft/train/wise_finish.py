@@ -89,7 +89,7 @@ def _curve(scores: Mapping[float, Score], chosen: float) -> dict[str, Any]:
     curve: dict[str, Any] = {"alpha": chosen}
     for alpha in sorted(scores):
         for name, value in scores[alpha].values.items():
-            curve.setdefault(f"val_{name}", {})[f"{alpha:g}"] = value
+            curve.setdefault(f"val_{name}", {})[str(alpha)] = value
     return curve
 
 

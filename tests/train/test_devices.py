@@ -66,7 +66,7 @@ CACHED = dataclasses.replace(
     RECIPE,
     num_views=2,
     tta="flip",
-    stages=(Stage("late", {"fc": 1e-2, "layer3": 1e-2}, epochs=3),),
+    stages=(Stage("late", {"fc": 1e-2, "layer3": 1e-2}, epochs=3, finish=WiSE((0.5,))),),
 )
 FSDP = ("--sharding", "fsdp")
 ON_DEVICES = ("--device-cache-mib", "1", "--cache-mib", "0")

@@ -113,7 +113,7 @@ def test_wise_averages_start_and_end_of_the_stage(alpha, plain, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found[name], start[name])
     jax.tree.map(np.testing.assert_array_equal, found_stats, stats)
     assert curve(tmp_path / "run", "late")["alpha"] == alpha
-    assert result.score.accuracy == curve(tmp_path / "run", "late")["val_accuracy"][f"{alpha:g}"]
+    assert result.score.accuracy == curve(tmp_path / "run", "late")["val_accuracy"][str(alpha)]
 
 
 @pytest.mark.slow
@@ -127,13 +127,13 @@ def test_wise_keeps_the_best_of_its_averages(whole):
         best = max(accuracies.values())
         assert found["alpha"] == max(alpha for alpha, x in accuracies.items() if x == best)
     end = [row for row in rows(whole) if row["stage"] == "late"][-1]
-    assert curve(whole, "late")["val_accuracy"]["1"] == end["val_accuracy"]
-    chosen = f"{curve(whole, 'more')['alpha']:g}"
+    assert curve(whole, "late")["val_accuracy"]["1.0"] == end["val_accuracy"]
+    chosen = str(curve(whole, "more")["alpha"])
     for name in ("loss", "accuracy"):
         assert described["score"][name] == curve(whole, "more")[f"val_{name}"][chosen]
     late = curve(whole, "late")
-    more_start = curve(whole, "more")["val_loss"]["0"]
-    assert more_start == late["val_loss"][f"{late['alpha']:g}"]
+    more_start = curve(whole, "more")["val_loss"]["0.0"]
+    assert more_start == late["val_loss"][str(late["alpha"])]
 
 
 @pytest.mark.slow
