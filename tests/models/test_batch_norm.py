@@ -91,6 +91,15 @@ def test_batch_norm_batch_fixed_mode_keeps_statistics():
     assert fixed.var[...] is before[1]
 
 
+def test_batch_norm_batch_replace_mode_forgets_the_old_statistics():
+    updating, replacing, x = norm(), norm(), jnp.asarray(X, jnp.float32)
+    y = replacing(x, Context("batch_replace"))
+    np.testing.assert_array_equal(y, updating(x, Context("batch")))
+    values = X.reshape(-1, SHAPE[-1])
+    np.testing.assert_allclose(replacing.mean[...], values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(replacing.var[...], values.var(0, ddof=1), rtol=1e-5)
+
+
 def test_batch_norm_of_vectors_equals_batch_norm_1d():
     layer, x = norm(), X[:, 0, 0]
     y = layer(jnp.asarray(x, jnp.float32), Context("batch"))
