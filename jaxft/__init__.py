@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from jaxft.evaluation import Evaluation, evaluate
+    from jaxft.greedy_soup import Soup, soup
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
     from jaxft.losses import Focal
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from jaxft.state_shapes import abstract_state
     from jaxft.train.finetune import Result, finetune
     from jaxft.update import Update
+    from jaxft.weight_averaging import WiSE
 
     __version__: str
 
@@ -69,6 +71,8 @@ _MODULES = {
         "stages": ["Stage"],
         "update": ["Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
+        "weight_averaging": ["WiSE"],
+        "greedy_soup": ["Soup", "soup"],
         "early_stopping": ["EarlyStop", "PlateauStop"],
         "anchor": ["L1SP", "L2SP"],
         "ema": ["EMA"],
@@ -131,10 +135,12 @@ __all__ = [  # in the order of the documentation
     "RecipeError",
     "ReduceLROnPlateau",
     "Result",
+    "Soup",
     "Stage",
     "StagePlan",
     "Update",
     "WeightsError",
+    "WiSE",
     "abstract_state",
     "carry",
     "combine",
@@ -151,6 +157,7 @@ __all__ = [  # in the order of the documentation
     "paths",
     "plan",
     "schedules",
+    "soup",
     "stack",
     "strategies",
     "summary",

@@ -25,6 +25,7 @@ from jaxft.optim.schedules import ClosedForm, Constant, Schedule
 from jaxft.patterns import Pattern, PatternKey, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 from jaxft.update import Resolved, Update, is_finite_number
+from jaxft.weight_averaging import WiSE
 
 _LR = "each pattern in train has its learning rate, train={'fc': 1e-3}"
 
@@ -97,6 +98,7 @@ class Stage:
         cutmix by the number of images, as torch does for probabilities. Other losses than the cross
         entropy are multiplied by the weight of the image's class. The validation loss is
         unweighted.
+      finish: `WiSE()` ends the stage with the best average of its start and its end.
       auto_rgn: at the start of each epoch, scale each tensor's learning rate by its relative
         gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
         `jaxft.train.auto_rgn`).
@@ -137,6 +139,7 @@ class Stage:
     ema: float | EMA | None = None
     anchor: Anchor | None = None
     class_weights: tuple[float, ...] | None = None
+    finish: WiSE | None = None
     auto_rgn: bool = False
     batch_size: int | None = None
     augment: Augment | None = None

@@ -37,6 +37,7 @@ from jaxft.optim.schedules import (
 from jaxft.patterns import Pattern, pattern_text
 from jaxft.stage_options import Augment, Balance, NormChoice
 from jaxft.stages import Stage
+from jaxft.weight_averaging import WiSE
 
 
 class Fields(TypedDict, total=False):
@@ -58,6 +59,7 @@ class Fields(TypedDict, total=False):
     ema: float | EMA | None
     anchor: Anchor | None
     class_weights: tuple[float, ...] | None
+    finish: WiSE | None
     auto_rgn: bool
     batch_size: int | None
     augment: Augment | None

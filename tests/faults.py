@@ -17,7 +17,7 @@ from jaxft import data, lr_finder
 from jaxft.array_cache import ArrayCache
 from jaxft.checkpoint import atomic, checksums, weights_only
 from jaxft.checkpoint.checkpoints import Checkpoints
-from jaxft.train import finetune, gradient_stage, train_stages, workdir
+from jaxft.train import finetune, gradient_stage, train_stages, wise_finish, workdir
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import Progress
 from jaxft.train.train_stages import InBackground
@@ -78,6 +78,8 @@ POINTS = {
     "stop asked": Point(Trainer, "stop_asked"),
     # Validation begins, the run's start included.
     "evaluate": Point(Trainer, "evaluate"),
+    # The start and the end of a stage are about to be averaged; the alpha.
+    "average": Point(wise_finish, "interpolate", lambda start, end, alpha: alpha),
     # A checkpoint is about to be written; its step.
     "save": Point(Checkpoints, "save", lambda _, step, *__, **___: step),
     # The arrays of a checkpoint are written, but it is not yet renamed; its step.

@@ -28,6 +28,7 @@ from jaxft import (
     RMSprop,
     Stage,
     Update,
+    WiSE,
     models,
 )
 from jaxft.cli.recipe_options import read_recipe
@@ -89,6 +90,7 @@ RECIPE = Recipe(
             carry="keep",
             schedule_time="continue",
             ema=EMA(0.9998, every=32, warmup=True),
+            finish=WiSE((0.0, 0.5)),
         ),
         Stage("probe", train={"fc": LinearProbe((0.1, 2.0))}, restore="last"),
         Stage(

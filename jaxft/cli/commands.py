@@ -39,6 +39,7 @@ COMMANDS = {
         "Compare fine-tuning strategies on your images.",
         "came before training; the same command starts or resumes the comparison.",
     ),
+    "soup": Command("soup", "Average the weights of several runs."),
     "predict": Command("predict", "Classify image files with the weights of a run."),
     "evaluate": Command("evaluate", "Score weights on labelled images, class by class."),
     "report": Command("report", "Write the report of a run as a page, or compare runs."),

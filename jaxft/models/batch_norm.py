@@ -11,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxft.models.context import Context
-from jaxft.models.model import Replicas
+from jaxft.models.model import UPDATING, Replicas
+from jaxft.models.norm_modes import check_mode
 
 Arrays = tuple[jax.Array, ...]
 
@@ -57,8 +58,7 @@ class BatchNorm(nnx.Module):
             mask, if there is only one value per channel.
         """
         mode = context.mode
-        if mode not in ("running", "batch", "batch_fixed"):
-            raise ValueError(f"a norm's mode is 'running', 'batch' or 'batch_fixed', not {mode!r}")
+        check_mode(mode)
         scale, bias = self.scale[...], self.bias[...]
         if mode == "running":
             factor = jax.lax.rsqrt(self.var[...] + self.eps) * scale
@@ -74,15 +74,18 @@ class BatchNorm(nnx.Module):
         y, (mean, var, count) = _normalize(
             x, mask, scale, bias, self.mean[...], self.eps, context.replicas
         )
-        if mode == "batch":
-            self._update_running(mean[0], var[0], count[0])
+        if mode in UPDATING:
+            momentum = 1.0 if mode == "batch_replace" else self.momentum
+            self._update_running(mean[0], var[0], count[0], momentum)
         return y
 
-    def _update_running(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> None:
-        """Updates the running statistics with the statistics of `count` values per channel."""
+    def _update_running(
+        self, mean: jax.Array, var: jax.Array, count: jax.Array, weight: float
+    ) -> None:
+        """Moves the running statistics to the statistics of `count` values, by a weight."""
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         # A batch of padding has no statistics, and a single value has no variance.
-        momentum = jnp.where(count > 1, self.momentum, 0.0).astype(mean.dtype)
+        momentum = jnp.where(count > 1, weight, 0.0).astype(mean.dtype)
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             old = running[...]
             running[...] = ((1 - momentum) * old + momentum * new).astype(old.dtype)

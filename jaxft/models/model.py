@@ -11,12 +11,14 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
 
-NormMode = Literal["running", "batch", "batch_fixed"]
+NormMode = Literal["running", "batch", "batch_fixed", "batch_replace"]
 """The statistics that a norm layer uses.
 
 `running`: normalises with the running statistics and leaves them unchanged.
 `batch`: normalises with batch statistics and updates the running statistics.
 `batch_fixed`: normalises with batch statistics and leaves the running statistics unchanged.
+`batch_replace`: normalises with batch statistics and replaces the running statistics by them; for
+`jaxft.train.norm_statistics`, not for training.
 
 A layer's label, not its mode, decides whether its scale and bias train. Five combinations are used:
 
@@ -28,6 +30,9 @@ A layer's label, not its mode, decides whether its scale and bias train. Five co
 | frozen      | `batch_fixed` | Lightning with `train_bn=False` (`frozen_batch`)              |
 | trained     | `running`     | linear probing then fine-tuning, surgical fine-tuning (`eval`)|
 """
+
+UPDATING: frozenset[NormMode] = frozenset({"batch", "batch_replace"})
+"""Modes that change the running statistics."""
 
 OPTIONS = (
     "stride_in_1x1", "concat_pool", "head_layers", "binary", "dropout", "drop_path", "dtype",
@@ -124,6 +129,6 @@ class Model(Architecture, Protocol):
 
         Returns:
           `(output, stats)`. The output is logits `[b k]` after the head, and features `[b d]` after
-          the block before it. Statistics of layers whose mode is not `batch` are unchanged.
+          the block before it. Statistics change in layers with one of the `UPDATING` modes.
         """
         ...

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.models.context import Context
 from jaxft.models.layers import Rngs
-from jaxft.models.model import OPTIONS, Architecture, Model, Norms, Replicas, Tree
+from jaxft.models.model import OPTIONS, UPDATING, Architecture, Model, Norms, Replicas, Tree
 from jaxft.models.norm_modes import layer_modes, norm_layers
 
 
@@ -136,7 +136,8 @@ class NNXModel:
             graph, with_nnx_keys(params, param_template), with_nnx_keys(stats, stat_template)
         )
         output = module(inputs, Context(modes, mask, replicas, key), blocks)
-        return output, variables(module, nnx.BatchStat) if "batch" in modes.values() else stats
+        is_updated = not UPDATING.isdisjoint(modes.values())
+        return output, variables(module, nnx.BatchStat) if is_updated else stats
 
     def _build(self, key: jax.Array) -> nnx.Module:
         return self.module(self.config, rngs=Rngs(key))  # type: ignore[call-arg]

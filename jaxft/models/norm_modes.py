@@ -42,11 +42,17 @@ def layer_modes(name: str, layers: frozenset[str], norms: Norms) -> Mapping[str,
             f"norms must name each norm layer of {name} once; "
             f"missing or unknown: {', '.join(mismatched)}"
         )
-    if unknown := {*modes.values()} - {*get_args(NormMode)}:
-        raise ValueError(
-            f"a norm's mode is 'running', 'batch' or 'batch_fixed', not {unknown.pop()!r}"
-        )
+    for mode in {*modes.values()}:
+        check_mode(mode)
     return modes
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError unless this is a norm mode."""
+    if mode not in get_args(NormMode):
+        raise ValueError(
+            f"a norm's mode is {', '.join(map(repr, get_args(NormMode)))}, not {mode!r}"
+        )
 
 
 def norm_modes(

@@ -129,6 +129,8 @@ class _Interceptor:
             # The layer's field must not contradict the argument. The layer is bound to this one
             # call, so nothing else sees the change.
             object.__setattr__(layer, "use_running_average", None)
+            if self.modes.get(path) == "batch_replace":
+                object.__setattr__(layer, "momentum", 0.0)  # Flax's weight of the old statistics
             return self._batch_norm(path, method, *args, **kwargs)
         if isinstance(layer, nn.Dropout) and "deterministic" in parameters and self.key is None:
             object.__setattr__(layer, "deterministic", None)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.errors import ModelError
-from jaxft.models.model import NormMode, Norms, Replicas, Tree
+from jaxft.models.model import UPDATING, NormMode, Norms, Replicas, Tree
 from jaxft.models.norm_modes import dotted, layer_modes, norm_layers
 
 Call = Callable[[Any, jax.Array, bool], jax.Array]
@@ -154,11 +154,11 @@ class UserModel(ABC):
         modes = layer_modes(self.name, self._norm_layers, norms)
         logits, updated = self._run(params, stats, inputs, modes, mask, key)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if "batch" not in modes.values():
+        if UPDATING.isdisjoint(modes.values()):
             return logits, stats
 
         def select(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:
-            return new.astype(old.dtype) if modes[dotted(path[:-1])] == "batch" else old
+            return new.astype(old.dtype) if modes[dotted(path[:-1])] in UPDATING else old
 
         return logits, jax.tree_util.tree_map_with_path(select, stats, updated)
 

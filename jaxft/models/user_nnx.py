@@ -95,6 +95,8 @@ class NNX(UserModel):
         for path, layer in _batch_norm_layers(module).items():
             object.__setattr__(layer, "__class__", _controlled(layer.__class__))
             layer.jaxft_path, layer.jaxft_mode, layer.jaxft_mask = path, modes[path], mask
+            if modes[path] == "batch_replace":
+                layer.momentum = 0.0  # Flax's weight of the old statistics
         logits = self.call(module, images, key is not None)
         return logits, variables(module, nnx.BatchStat)
 

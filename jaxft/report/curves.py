@@ -20,7 +20,7 @@ _MAX_NAMED_STAGES = 4  # more are numbered
 def curves(record: RunRecord) -> dict[str, tuple[str, bytes]]:
     """Returns the figures of a run by name, as SVG and PNG; none without epochs.
 
-    All figures have the same axis: the epochs of all stages.
+    The axis is the epochs of all stages; of the figure `wise`, the share of a stage's end.
     """
     rows = record.rows
     if not rows:
@@ -29,6 +29,8 @@ def curves(record: RunRecord) -> dict[str, tuple[str, bytes]]:
     figures = {name: _metric(record, name) for name in names}
     if any(row["lr"] for row in rows):
         figures["lr"] = render(*_SIZE, lambda figure: _lr(figure, record))
+    if any("wise" in row for row in rows):
+        figures["wise"] = render(*_SIZE, lambda figure: _averages(figure, record))
     return figures
 
 
@@ -103,6 +105,22 @@ def _lr(figure: Figure, record: RunRecord) -> None:
     _stages(axes, record)
     _finish(axes, len(rows))
     axes.legend(ncols=2 if len(groups) > 4 else 1)
+
+
+def _averages(figure: Figure, record: RunRecord) -> None:
+    """Draws the accuracy of the averages of each stage's start and end; the chosen is marked."""
+    axes = figure.add_subplot()
+    curves = {row["stage"]: row["wise"] for row in record.rows if "wise" in row}
+    for i, (stage, curve) in enumerate(curves.items()):
+        color, values = COLORS[i % len(COLORS)], curve["val_accuracy"]
+        label = f"{shorten(stage, 20)}, alpha {curve['alpha']:g}"
+        axes.plot(list(map(float, values)), list(values.values()), color=color, label=label)
+        chosen = values[str(curve["alpha"])]
+        axes.plot(curve["alpha"], chosen, "o", color=color)
+    axes.set_xlabel("alpha: share of the stage's end in the average with its start")
+    axes.set_ylabel("validation accuracy")
+    axes.grid(alpha=0.25, color=INK, linewidth=0.5)
+    axes.legend()
 
 
 def _line(axes: Axes, values: np.ndarray, color: str, **options: Any) -> None:

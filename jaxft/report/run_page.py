@@ -18,7 +18,7 @@ from jaxft.report.evaluation_figures import (
     reliability_figure,
 )
 from jaxft.report.examples import VIEWS, contact_sheet
-from jaxft.report.run_record import PHASES, RunRecord, stage_seconds
+from jaxft.report.run_record import PHASES, Row, RunRecord, stage_seconds
 from jaxft.report.run_report import ImageReport, RunReport
 from jaxft.stages import Stage
 
@@ -143,6 +143,7 @@ def _stages(report: RunReport) -> list[str]:
                     f"{rows[-1]['images_per_second']:,.0f} images a second in the last epoch. "
                     f"Best accuracy {number(rows[best]['val_accuracy'])} in epoch "
                     f"{rows[best]['epoch']}, last {number(rows[-1]['val_accuracy'])}."
+                    + _average_text(rows[-1])
                 )
             )
         else:
@@ -153,6 +154,14 @@ def _stages(report: RunReport) -> list[str]:
             patterns = ", ".join(map(str, stage.train))
             parts.append(html.paragraph(f"Trains {patterns}; all other parameters are frozen."))
     return parts
+
+
+def _average_text(row: Row) -> str:
+    """Returns a sentence on the average of the stage's start and end, if it ends with one."""
+    if not (curve := row.get("wise")):
+        return ""
+    accuracy = number(curve["val_accuracy"][str(curve["alpha"])])
+    return f" Averaged with its start, alpha {curve['alpha']:g}: accuracy {accuracy}."
 
 
 def _step_before(record: RunRecord, name: str) -> int:

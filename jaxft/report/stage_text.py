@@ -84,8 +84,13 @@ def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
     `keep`: whether the next stage keeps the optimizer state.
     """
     sentence = f"Stage {plan.stage.name!r} ended: {progress.ended}. "
+    averaged = ""
+    if progress.averaged:
+        averaged = f" Averaged with its start, accuracy {progress.averaged.accuracy:.4f}."
     if plan.stage.restore == "last":
-        return sentence + f"Its last epoch is kept (accuracy {progress.score.accuracy:.4f})."
+        return (
+            sentence + f"Its last epoch is kept (accuracy {progress.score.accuracy:.4f}).{averaged}"
+        )
     monitor, _ = plan.stage.best_by
     values = [f"{name} {progress.best.values[name]:.4f}" for name in (monitor, "accuracy")]
     values = list(dict.fromkeys(values))
@@ -93,7 +98,7 @@ def epilogue(plan: StagePlan, progress: Progress, *, keep: bool = False) -> str:
         sentence += f"No epoch improved on the {monitor} of its start, which is kept"
     else:
         sentence += f"Epoch {progress.best_epoch} was its best by {monitor} and is kept"
-    sentence += f" ({', '.join(values)})."
+    sentence += f" ({', '.join(values)}).{averaged}"
     if keep and progress.best_epoch < progress.epoch:
         then = f"after epoch {progress.best_epoch}" if progress.best_epoch else "at its start"
         sentence += f" The optimizer state {then} is kept with it (carry='keep')."

@@ -259,11 +259,13 @@ def _run(
         if is_main_process():
             environment.append(workdir)
         anchor_params = None
-        if any(program.plan.stage.anchor for program in programs):
-            if checkpoints.latest_step() is None:
-                pretrained = start_weights(forked, model) if forked else start
-                # A run that died before its first checkpoint may have left another recipe's.
-                weights_only.save_weights(workdir / "start", *pretrained, replace=True)
+        has_anchor = any(program.plan.stage.anchor for program in programs)
+        needs_start = has_anchor or programs[0].plan.stage.finish
+        if needs_start and checkpoints.latest_step() is None:
+            pretrained = start_weights(forked, model) if forked else start
+            # A run that died before its first checkpoint may have left another recipe's.
+            weights_only.save_weights(workdir / "start", *pretrained, replace=True)
+        if has_anchor:
             anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
         evaluators = {

@@ -177,7 +177,8 @@ def _shapes_to_read(
 def start_weights(fork: Fork, model: Model) -> tuple[Tree, Tree]:
     """Returns the weights that the other run started from; without them, those of the checkpoint.
 
-    A run stores the weights it started from only if one of its stages has an anchor.
+    A run stores the weights it started from only if one of its stages has an anchor, or its first
+    stage a `finish`.
     """
     start = fork.workdir / "start"
     trees = weights_only.read_weights(start if start.exists() else fork.checkpoint)

@@ -27,6 +27,7 @@ from jaxft.train.metrics import EpochMetrics, StepRecord
 from jaxft.train.stage_program import StageProgram
 from jaxft.train.state import StageState
 from jaxft.train.trainer import Trainer
+from jaxft.train.wise_finish import average_with_start
 
 
 def run_gradient_stage(
@@ -43,6 +44,7 @@ def run_gradient_stage(
       The arrays that the next stage starts from.
 
     Raises:
+      CheckpointError: the stage ends with `WiSE`, and the weights at its start cannot be read.
       InterruptedRunError: a signal asked the run to stop; a checkpoint is saved.
       NonFiniteError: a step or the validation loss is not finite, and the recipe stops then.
     """
@@ -67,6 +69,9 @@ def run_gradient_stage(
         first_step=current.progress.position,
         features=on_host if prefix.train else None,
     )
+    finish = None
+    if program.plan.stage.finish:
+        finish = partial(average_with_start, trainer, program, features, current)
     advised = False
     with closing(batches):
         while True:
@@ -75,7 +80,7 @@ def run_gradient_stage(
                 rest.append(train_features(view_of_epoch(current.progress.epoch, views)))
             _train_epoch(trainer, program, compiled, current, batches, rest)
             done = partial(_done, program, current)
-            end = trainer.end_epoch(program, compiled, features, current, done=done)
+            end = trainer.end_epoch(program, compiled, features, current, done=done, finish=finish)
             if not advised and (advice := _input_advice(trainer, current)):
                 trainer.console.say(advice)
                 advised = True  # once a stage: it does not get better

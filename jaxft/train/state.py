@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -38,6 +38,7 @@ class Progress:
       seconds: time spent on the stage.
       ended: why the stage ended; empty before its end.
       reached_length: whether it ended because its epochs, steps or minutes were over.
+      averaged: score of the average of the stage's start and end, if it ends with one.
     """
 
     stage: int
@@ -52,11 +53,13 @@ class Progress:
     seconds: float = 0.0
     ended: str = ""
     reached_length: bool = False
+    averaged: Score | None = None
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Progress":
         """Inverts `dataclasses.asdict`, also after a detour through JSON."""
-        scores = {name: Score(**fields[name]) for name in ("score", "best", "bar")}
+        names = ("score", "best", "bar", "averaged")
+        scores = {name: Score(**fields[name]) for name in names if fields.get(name)}
         return cls(**{**fields, **scores})
 
     @classmethod
@@ -101,9 +104,13 @@ class Progress:
             reached_length=bool(done and not by_rule),
         )
 
+    def restored_epoch(self, stage: Stage) -> int:
+        """Returns the epoch that an ended stage restores; 0 is its start."""
+        return self.best_epoch if stage.restore == "best" else self.epoch
+
     def restored_score(self, stage: Stage) -> Score:
         """Returns the score of the arrays that the next stage starts from."""
-        return self.best if stage.restore == "best" else self.score
+        return self.averaged or (self.best if stage.restore == "best" else self.score)
 
     def steps_taken_if_reopening(
         self, before: Stage, now: Stage, steps_per_epoch: int
@@ -136,8 +143,23 @@ class Progress:
         if stage.restore == "last":  # the arrays of its best epoch are not known
             progress = dataclasses.replace(progress, best=score, best_epoch=epoch)
         return dataclasses.replace(
-            progress, epoch=epoch, position=position, score=score, ended="", reached_length=False
-        )
+            progress, epoch=epoch, position=position, score=score, ended="", reached_length=False,
+            averaged=None,
+        )  # fmt: skip
+
+
+class Averaged(NamedTuple):
+    """The average with which a stage ends.
+
+    Attributes:
+      arrays: its weights, with the optimizer state of the end.
+      score: its validation score.
+      curve: entry of the metrics row: the chosen alpha, and each metric by alpha.
+    """
+
+    arrays: Snapshot
+    score: Score
+    curve: Mapping[str, Any]
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Never, TypeVar
 
@@ -36,7 +36,7 @@ from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.phase_clock import PhaseClock
 from jaxft.train.signals import Interruption
 from jaxft.train.stage_program import StageProgram
-from jaxft.train.state import Progress, StageState, header_of, shown
+from jaxft.train.state import Averaged, Progress, StageState, header_of, shown
 
 T = TypeVar("T")
 
@@ -163,6 +163,7 @@ class Trainer:
         current: StageState,
         *,
         done: Callable[[], str],
+        finish: Callable[[Snapshot, Score], Averaged] | None = None,
     ) -> Snapshot | None:
         """Validates, writes the metrics row, saves a checkpoint and calls `on_epoch_end`.
 
@@ -171,6 +172,8 @@ class Trainer:
           features: cached features of the stage.
           current: state of the stage, which moves to the end of the epoch.
           done: returns why the stage has no further epoch; empty if it has one.
+          finish: averages the arrays at the end of the stage, which have this score, with those at
+            its start; None: no averages.
 
         Returns:
           The arrays that the next stage starts from; None if the stage has not ended.
@@ -196,16 +199,30 @@ class Trainer:
         opt_state = plan.after_epoch(
             current.state.opt_state, loss=validated.loss, accuracy=validated.accuracy
         )
-        current.state = current.state._replace(opt_state=self.devices.put(opt_state))
+        state = current.state._replace(opt_state=self.devices.put(opt_state))
         current.tick()
         progress = current.progress.after_epoch(
             plan.stage, validated, done=done(), reductions=plan.reductions(opt_state)
         )
-        current.progress = progress
-        improved = progress.best_epoch == progress.epoch
+        improved, best = progress.best_epoch == progress.epoch, current.best
         if improved:
-            current.best = shown(compiled.copy(current.state), current.frozen)
+            best = shown(compiled.copy(state), current.frozen)
         metrics = current.epoch_metrics
+        skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
+        self.console.epoch_row(
+            progress.epoch,
+            metrics.metrics.score.loss,
+            validated,
+            metrics.seconds + time.perf_counter() - started,
+            ", ".join(filter(None, ("best" if improved else "", skipped))),
+        )
+        end, curve = None, dict[str, Any]()
+        if progress.ended:
+            end = best if plan.stage.restore == "best" else shown(state, current.frozen)
+            if finish and progress.restored_epoch(plan.stage):  # otherwise it ends as it started
+                averaged = finish(end, progress.restored_score(plan.stage))
+                progress = replace(progress, averaged=averaged.score)
+                end, curve = averaged.arrays, {"wise": averaged.curve}
         row = (
             metrics.row(
                 plan.stage.name,
@@ -215,19 +232,11 @@ class Trainer:
                 seconds=metrics.seconds + time.perf_counter() - started,
             )
             | self.clock.take()
+            | curve
         )
-        skipped = f"{metrics.skipped} steps skipped" if metrics.skipped else ""
-        self.console.epoch_row(
-            progress.epoch,
-            row["train_loss"],
-            validated,
-            row["seconds"],
-            ", ".join(filter(None, ("best" if improved else "", skipped))),
-        )
+        current.state, current.best, current.progress = state, best, progress
         self.metrics.write(row)
-        end = None
-        if progress.ended:
-            end = current.best if plan.stage.restore == "best" else current.shown
+        if end:
             current.tick()
             self.save(current.progress, metrics, Arrays(end).to_items(), keep=True)
         else:

@@ -91,6 +91,15 @@ def test_batch_norm_batch_fixed_mode_keeps_statistics():
     assert fixed.var[...] is before[1]
 
 
+def test_batch_norm_batch_replace_mode_forgets_the_old_statistics():
+    updating, replacing, x = norm(), norm(), jnp.asarray(X, jnp.float32)
+    y = replacing(x, Context("batch_replace"))
+    np.testing.assert_array_equal(y, updating(x, Context("batch")))
+    values = X.reshape(-1, SHAPE[-1])
+    np.testing.assert_allclose(replacing.mean[...], values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(replacing.var[...], values.var(0, ddof=1), rtol=1e-5)
+
+
 def test_batch_norm_of_vectors_equals_batch_norm_1d():
     layer, x = norm(), X[:, 0, 0]
     y = layer(jnp.asarray(x, jnp.float32), Context("batch"))
@@ -220,7 +229,7 @@ def test_batch_norm_float64():
 
 
 ERRORS = {
-    "unknown mode": (X, Context("eval"), "'running', 'batch' or 'batch_fixed', not 'eval'"),
+    "unknown mode": (X, Context("eval"), "'running', 'batch', .*, not 'eval'"),
     "one value per channel": (X[:1, :1, :1], Context("batch"), "more than one value"),
     "one in each replica": (X[:, :1, :1], Context("batch", replicas=4), "more than one value"),
     "uneven replicas": (X, Context("batch", replicas=3), "a batch of 4 .* among 3 replicas"),

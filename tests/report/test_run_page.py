@@ -87,8 +87,11 @@ NAMES = (
     *(f"class {k}" for k in range(8)),
 )  # fmt: skip
 RESTARTED = [{"time": f"2026-01-01T00:00:{second}+00:00"} for second in ("00", "35")]
+CURVE = {"alpha": 1.0, "val_accuracy": {"0.0": 0.5, "0.5": 0.75, "1.0": 0.75}}
+AVERAGED = [row(stage, 1, step, wise=CURVE) for step, stage in enumerate(("head", "all <b>"), 1)]
 PAGES = {
     "restarted": lambda: report(starts=RESTARTED),
+    "averaged": lambda: report(rows=AVERAGED),
     "names": lambda: report(NAMES),  # some have no images
     "multi-label": lambda: report(("a", "b", "c"), multi_label=True),
     "thousand classes": lambda: report([f"n{k:08}" for k in range(1000)]),

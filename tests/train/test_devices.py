@@ -16,7 +16,7 @@ import pytest
 from flax import linen
 from safetensors.numpy import load_file
 
-from jaxft import EMA, LinearProbe, Recipe, RecipeError, Stage, finetune, models
+from jaxft import EMA, LinearProbe, Recipe, RecipeError, Stage, WiSE, finetune, models
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.labels import paths
 from jaxft.recipe_file import save
@@ -54,6 +54,7 @@ RECIPE = Recipe(
             clip_norm=1.0,
             accumulate=2,
             ema=EMA(0.5, every=2),
+            finish=WiSE((0.5,)),
         ),
         Stage("probe", {"fc": LinearProbe((0.1,))}, restore="last"),
     ),
@@ -65,7 +66,7 @@ CACHED = dataclasses.replace(
     RECIPE,
     num_views=2,
     tta="flip",
-    stages=(Stage("late", {"fc": 1e-2, "layer3": 1e-2}, epochs=3),),
+    stages=(Stage("late", {"fc": 1e-2, "layer3": 1e-2}, epochs=3, finish=WiSE((0.5,))),),
 )
 FSDP = ("--sharding", "fsdp")
 ON_DEVICES = ("--device-cache-mib", "1", "--cache-mib", "0")
