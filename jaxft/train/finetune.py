@@ -264,7 +264,7 @@ def _run(
         if needs_start and checkpoints.latest_step() is None:
             pretrained = start_weights(forked, model) if forked else start
             # A run that died before its first checkpoint may have left another recipe's.
-            weights_only.save_weights(workdir / "start", *pretrained, replace=True)
+            weights_only.save_weights(workdir / "start", *devices.put(pretrained), replace=True)
         if has_anchor:
             anchor_params = devices.put(weights_only.read_weights(workdir / "start")[0])
         sizes = batch_sizes(model, devices, len(splits.val), recipe.batch_size)
