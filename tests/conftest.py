@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -24,6 +25,8 @@ import hypothesis
 import pytest
 from _pytest.doctest import DoctestModule
 
+# A shell's background job ignores Ctrl-C, and so would the runs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000, 50, 100)  # collections walk over everything that jax has traced
 CACHE_BYTES = 2**30  # of compiled programs, before they are deleted
 
