@@ -40,7 +40,7 @@ class _Output(Terminal):
         """Prints nothing from now on, and explains this on standard error."""
         self.quiet = True
         with suppress(OSError, AttributeError):  # standard error may be closed too
-            sys.stderr.write(f"Output stops: {reason}. The run continues.\n")
+            sys.stderr.write(f"Output stops: {reason}. The command continues.\n")
 
 
 class Console:
