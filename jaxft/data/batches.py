@@ -321,7 +321,7 @@ def _image_batches(
 
     def batch(arrays: Sequence[np.ndarray], mask: np.ndarray) -> Batch:
         images, targets, *steps = arrays
-        return Batch(Crops(images, *steps) if steps else images, targets, mask)  # type: ignore
+        return Batch(Crops(images, *steps) if steps else images, targets, mask)  # type: ignore[arg-type]
 
     if isinstance(source, ProcessSource):
         return (batch(*each) for each in source.workers.prefetch(load, rows, steps, row_types))

@@ -1,8 +1,8 @@
 """The program of a worker process; see `jaxft.data.worker_processes`.
 
 A worker receives its share of the sources, then tasks. It writes the rows of a task into shared
-memory and replies with None or the error of an image. It ends when the other end of its
-socket is closed, which the kernel does even for a process that is killed.
+memory and replies with None or the error of an image. It ends when the other end of its socket is
+closed, which the kernel does even for a process that is killed.
 """
 
 import mmap

@@ -129,7 +129,7 @@ def _train_epoch(
                 taken = list(islice(batches, min(steps_per_call, to_save, same_shape)))
             except DataError as error:
                 look()
-                raise trainer.saved_before(error, program, current) from error
+                raise _saved_before(error, trainer, program, current) from error
             # While the step before is at work, nobody waits; and this batch travels meanwhile.
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
@@ -162,6 +162,22 @@ def _train_epoch(
             if every and current.progress.step % every == 0:
                 look()
                 trainer.save_within(program, current)
+
+
+def _saved_before(
+    error: DataError, trainer: Trainer, program: StageProgram, current: StageState
+) -> DataError:
+    """Saves a checkpoint before the error of an image ends the run; returns the error to raise.
+
+    Saves nothing on several processes, since a save needs all of them and the others have not met
+    the error; nor before the first step, so that the corrected recipe can use the folder.
+    """
+    if jax.process_count() > 1 or not current.progress.step:
+        return error
+    step = trainer.save_step(program, current)
+    return DataError(
+        f"{error}\nStep {step} is saved: with the same images, the same command resumes there."
+    )
 
 
 def _begin_epoch(

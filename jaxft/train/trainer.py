@@ -21,7 +21,7 @@ from jaxft.data import Batch, Source, Splits
 from jaxft.data.fingerprint import record
 from jaxft.devices import Devices
 from jaxft.distributed import any_process
-from jaxft.errors import DataError, InterruptedRunError
+from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice
 from jaxft.progress import tracked
@@ -269,31 +269,16 @@ class Trainer:
         current.tick()
         self.save(current.progress, current.epoch_metrics, current.items(program))
 
-    def _save_step(self, program: StageProgram, current: StageState) -> int:
+    def save_step(self, program: StageProgram, current: StageState) -> int:
         """Saves a checkpoint, unless this step has one; returns the step."""
         step = current.progress.step
         if self.checkpoints.latest_step() != step:
             self.save_within(program, current)
         return step
 
-    def saved_before(
-        self, error: DataError, program: StageProgram, current: StageState
-    ) -> DataError:
-        """Saves a checkpoint before the error of an image ends the run; returns the error to raise.
-
-        Saves nothing on several processes, since a save needs all of them and the others have not
-        met the error; nor before the first step, so that the corrected recipe can use the folder.
-        """
-        if jax.process_count() > 1 or not current.progress.step:
-            return error
-        step = self._save_step(program, current)
-        return DataError(
-            f"{error}\nStep {step} is saved: with the same images, the same command resumes there."
-        )
-
     def stop(self, program: StageProgram, current: StageState) -> Never:
         """Saves a checkpoint, unless this step has one, and raises InterruptedRunError."""
-        step = self._save_step(program, current)
+        step = self.save_step(program, current)
         raise self.interruption.error(
             f"came in stage {program.plan.stage.name!r}, and step {step} is saved. The same "
             "command resumes from there"

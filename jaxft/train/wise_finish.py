@@ -48,9 +48,8 @@ def average_with_start(
     """
     stage = program.plan.stage
     assert stage.finish
-    if trainer.checkpoints.latest_step() != current.progress.step:
-        # A restart repeats no step; and this waits until the start of the stage is written.
-        trainer.save_within(program, current)
+    # A restart repeats no step; and this waits until the start of the stage is written.
+    trainer.save_step(program, current)
     start = Snapshot(*trainer.devices.put(_start_weights(trainer, program)), end.opt_state)
     first, last = (partition(x.params, program.plan.labels) for x in (start, end))
     reestimate = _reestimation(trainer, program)
