@@ -290,14 +290,16 @@ def _backward(
         if not isinstance(replicas, int) and _shape(replicas)[1] > 1:
             totals = jax.lax.psum(totals, replicas.axis_names[1])
         # All rows are normalised, so all contribute to the gradient of mean and variance, which
-        # flows back to the rows of the mask only.
+        # flows back to the rows of the mask only. The mask multiplies these coefficients and not
+        # each pixel, which XLA would write to memory on TPU v4 and v5p.
         grad_mean = grad_mean - totals[0] * factor
         grad_var = grad_var - totals[1] * inverse_std**2 * factor / 2
-        contributes = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+        pixels = tuple(range(2, x.ndim - 1))
         shift, slope = (
-            _broadcast(grad / jnp.maximum(count, 1), x) for grad in (grad_mean, 2 * grad_var)
+            jnp.expand_dims((grad / jnp.maximum(count, 1))[:, None] * mask[..., None], pixels)
+            for grad in (grad_mean, 2 * grad_var)
         )
-        grad_x = wide * _broadcast(factor, x) + contributes * (shift + centred * slope)
+        grad_x = wide * _broadcast(factor, x) + shift + centred * slope
         # Each row's sums are scaled before they are added up: for their total XLA would read the
         # batch once more, after all other layers.
         return (grad_x.astype(x.dtype), products * inverse_std[:, None], sums), ()
