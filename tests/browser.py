@@ -27,6 +27,12 @@ window.onload = () => {
         say(`${part.tagName} is empty`);
       }
     }
+    for (const part of page.querySelectorAll(".scroll")) {
+      const columns = part.querySelectorAll("th").length;  // a table of many has to scroll
+      if (columns < 8 && part.scrollWidth > part.clientWidth) {
+        say(`a table is cut off: ${part.textContent.slice(0, 40)}`);
+      }
+    }
     for (const part of page.querySelectorAll("section")) {
       if (part.children.length < 2) say(`${part.id} has only a heading`);
     }

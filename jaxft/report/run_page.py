@@ -143,6 +143,7 @@ def _stages(report: RunReport) -> list[str]:
                     f"{rows[-1]['images_per_second']:,.0f} images a second in the last epoch. "
                     f"Best accuracy {number(rows[best]['val_accuracy'])} in epoch "
                     f"{rows[best]['epoch']}, last {number(rows[-1]['val_accuracy'])}."
+                    + _kept_start(record, stage)
                     + _average_text(rows[-1])
                 )
             )
@@ -154,6 +155,16 @@ def _stages(report: RunReport) -> list[str]:
             patterns = ", ".join(map(str, stage.train))
             parts.append(html.paragraph(f"Trains {patterns}; all other parameters are frozen."))
     return parts
+
+
+def _kept_start(record: RunRecord, stage: Stage) -> str:
+    """Returns a sentence if the run's last stage ended with the weights at its start."""
+    progress = record.progress
+    is_last = record.has_ended and stage == record.recipe.stages[-1]
+    if not is_last or stage.restore == "last" or progress.best_epoch:
+        return ""
+    accuracy = number(progress.best.accuracy)
+    return f" No epoch improved on the start of the stage, which is kept: accuracy {accuracy}."
 
 
 def _average_text(row: Row) -> str:

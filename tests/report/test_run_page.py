@@ -25,7 +25,10 @@ RECIPE = Recipe(
     mixup=0.2,
     stages=(Stage("head", {"fc": 1e-3}, 2), Stage("all <b>", {"*": 1e-4}, 3)),
 )
-GROUPS = [("fc", "513", "0.1%", "0.001", "Constant", "-"), ("frozen", "9", "99.9%", "-", "-", "-")]
+GROUPS = [
+    ("fc", "23,508,032", "0.1%", "0.001", "CosineAnnealingLR", "running (53)"),
+    ("frozen", "9", "99.9%", "-", "-", "-"),
+]
 
 
 def row(stage, epoch, step, **changes):
@@ -51,6 +54,7 @@ def record(classes=("ants", "bees"), **changes):
     steps = [(names[0], 1), (names[0], 2), (names[1], 1), (names[1], 2), (names[1], 3)]
     rows = [row(name, epoch, step) for step, (name, epoch) in enumerate(steps, 1)]
     start = {"time": "2026-01-01T00:00:00.000+00:00", "versions": {"jax": "<0.10>"}, "command": []}
+    start["git"] = {"commit": "0123456789abcdef" * 3, "dirty": True}
     progress = Progress(1, 3, 5, SCORE, SCORE, SCORE, best_epoch=3, ended="3 of 3 epochs done")
     data = {"classes": list(classes), "train": 20, "val": 12}
     values = {"rows": rows, "starts": [start], "progress": progress, "data": data, **changes}
@@ -92,6 +96,9 @@ AVERAGED = [row(stage, 1, step, wise=CURVE) for step, stage in enumerate(("head"
 PAGES = {
     "restarted": lambda: report(starts=RESTARTED),
     "averaged": lambda: report(rows=AVERAGED),
+    "start kept": lambda: report(
+        progress=Progress(1, 3, 5, SCORE, SCORE, SCORE, best_epoch=0, ended="3 of 3 epochs done")
+    ),
     "names": lambda: report(NAMES),  # some have no images
     "multi-label": lambda: report(("a", "b", "c"), multi_label=True),
     "thousand classes": lambda: report([f"n{k:08}" for k in range(1000)]),
@@ -126,6 +133,11 @@ def test_browser_finds_planted_problems(tmp_path):
     found = "\n".join(browser.problems({"bad": page}, tmp_path))
     for expected in ("a has only a heading", "pixels wide", "it is no image", "loads http", "oh"):
         assert expected in found
+
+
+def test_run_page_states_that_the_start_of_the_last_stage_is_kept(pages):
+    sentence = "No epoch improved on the start of the stage, which is kept: accuracy 0.7500."
+    assert [name for name, page in pages.items() if sentence in page] == ["start kept"]
 
 
 @pytest.mark.slow
