@@ -6,40 +6,45 @@ in which parameters train, when and at which learning rate, and in nothing else.
 trains a new head by gradient steps, its learning rate is ten times that of the body.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxft import strategies
 from jaxft.anchor import L1SP, L2SP
 from jaxft.block_order import block_tuples, decayed_lrs
 from jaxft.errors import RecipeError, suggestion
 from jaxft.linear_probe import LinearProbe
+from jaxft.models.model import Architecture
 from jaxft.optim.optimizers import Adam
 from jaxft.optim.schedules import CosineAnnealingLR
-from jaxft.patterns import Pattern, pattern_text
+from jaxft.patterns import Pattern
 from jaxft.stages import Stage
 from jaxft.strategies import Fields
 
-BlockTuples = Sequence[tuple[Pattern, ...]]
+Blocks = Mapping[str, tuple[Pattern, ...]]
+"""Patterns of each block by name, from input to output."""
 
 _HEAD_FACTOR = 10.0  # of a new head's learning rate to the body's
 _FIELDS = Fields(optimizer=Adam(), schedule=CosineAnnealingLR(), norms="eval")
 
 
-def names(blocks: BlockTuples) -> tuple[str, ...]:
-    """Returns the names of all strategies for a network with these blocks.
+def names(network: Architecture) -> tuple[str, ...]:
+    """Returns the names of all strategies for a network.
 
     Example:
-      >>> names([("stem",), ("body",), ("fc",)])[-3:]
-      ('norms', 'surgical-stem', 'surgical-body')
+      >>> from jaxft import models
+      >>> names(models.create("cifar_resnet8", num_classes=5))[-3:]
+      ('surgical-layer1', 'surgical-layer2', 'surgical-layer3')
     """
-    return (*_STRATEGIES, *(f"surgical-{pattern_text(block[-1])}" for block in blocks[:-1]))
+    return (*_FUNCTIONS, *(f"surgical-{block}" for block in network.blocks[:-1]))
 
 
-def default_stages(name: str, blocks: BlockTuples, *, lr: float, epochs: int) -> tuple[Stage, ...]:
+def default_stages(
+    name: str, network: Architecture, *, lr: float, epochs: int
+) -> tuple[Stage, ...]:
     """Returns the stages of a strategy.
 
     Args:
-      name: one of `names(blocks)`:
+      name: one of `names(network)`:
 
         - `probe`: logistic regression on the features before the head (`LinearProbe`).
         - `full`: all parameters at once.
@@ -53,95 +58,100 @@ def default_stages(name: str, blocks: BlockTuples, *, lr: float, epochs: int) ->
         - `auto-rgn`: all tensors, learning rates by relative gradient norm (Lee et al. 2022).
         - `norms`: the head, and all scales and biases (BitFit, Ben Zaken et al. 2021).
         - `surgical-BLOCK`: the head and one block (Lee et al. 2022).
-      blocks: blocks of the network from input to output, see `Architecture.block_patterns`.
+      network: the network, for its blocks.
       lr: learning rate of the body.
       epochs: total length of the stages that take gradient steps.
 
     Raises:
       RecipeError: there is no such strategy, or the network has a single block.
     """
-    order = block_tuples(name, blocks)
-    if name.startswith("surgical-"):
-        block = {pattern_text(each[-1]): each for each in order[:-1]}.get(name[9:])
-        if block is not None:
-            return (_one_stage(order, dict.fromkeys(block, lr), lr, epochs),)
-    if name not in _STRATEGIES:
-        known = names(order)
+    order = block_tuples(name, network.block_patterns)
+    blocks = dict(zip(network.blocks, order, strict=True))
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name](blocks, lr, epochs)
+    known = names(network)
+    if name not in known:
         raise RecipeError(
             f"no strategy is called {name!r}.{suggestion(name, known)} Strategies: "
             f"{', '.join(known)}."
         )
-    return _STRATEGIES[name](order, lr, epochs)
+    block = blocks[name.removeprefix("surgical-")]
+    return (_one_stage(blocks, dict.fromkeys(block, lr), lr, epochs),)
+
+
+def _head(blocks: Blocks) -> tuple[Pattern, ...]:
+    return list(blocks.values())[-1]
 
 
 def _one_stage(
-    blocks: BlockTuples, train: dict[Pattern, float], lr: float, epochs: int, **fields: object
+    blocks: Blocks, train: dict[Pattern, float], lr: float, epochs: int, **fields: object
 ) -> Stage:
     """Returns a stage that trains the head and these patterns."""
-    head = dict.fromkeys(blocks[-1], _HEAD_FACTOR * lr)
+    head = dict.fromkeys(_head(blocks), _HEAD_FACTOR * lr)
     settings: Fields = _FIELDS | fields  # type: ignore[assignment]
     return Stage("all", head | train, epochs, **settings)
 
 
-def _probe(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    return (Stage("probe", dict.fromkeys(blocks[-1], LinearProbe())),)
+def _probe(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
+    return (Stage("probe", dict.fromkeys(_head(blocks), LinearProbe())),)
 
 
-def _full(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
+def _full(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
     return (_one_stage(blocks, {"*": lr}, lr, epochs),)
 
 
-def _gradual(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    return _in_order(blocks, blocks[-2::-1], lr, epochs)
+def _gradual(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
+    return _in_order(blocks, list(blocks)[-2::-1], lr, epochs)
 
 
-def _gradual_first(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    return _in_order(blocks, blocks[:-1], lr, epochs)
+def _gradual_first(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
+    return _in_order(blocks, list(blocks)[:-1], lr, epochs)
 
 
-def _in_order(blocks: BlockTuples, body: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    """Returns stages that unfreeze the blocks of the body in an order; the head trains in all."""
+def _in_order(blocks: Blocks, body: Sequence[str], lr: float, epochs: int) -> tuple[Stage, ...]:
+    """Returns stages that unfreeze the blocks in `body`, in that order; the head trains in all."""
     count = min(len(body), epochs)
     ends = [len(body) * (k + 1) // count for k in range(count)]
     lengths = [epochs * (k + 1) // count - epochs * k // count for k in range(count)]
-    head = dict.fromkeys(blocks[-1], _HEAD_FACTOR * lr)
+    head = dict.fromkeys(_head(blocks), _HEAD_FACTOR * lr)
     fields = _FIELDS | Fields(carry="keep")
     stages = []
     for end, length in zip(ends, lengths, strict=True):
-        train = {pattern: lr for block in body[:end] for pattern in block}
+        train = {pattern: lr for block in body[:end] for pattern in blocks[block]}
         # A first block "*" stands for all other parameters, and the first matching pattern wins.
         train = dict(sorted(train.items(), key=lambda item: item[0] == "*"))
-        name = f"to-{pattern_text(body[end - 1][-1])}"
-        stages.append(Stage(name, head | train, length, **fields))
+        stages.append(Stage(f"to-{body[end - 1]}", head | train, length, **fields))
     return tuple(stages)
 
 
-def _lp_ft(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    return strategies.linear_probe_then_finetune(blocks, lr, epochs=epochs, **_FIELDS)
+def _lp_ft(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
+    return strategies.linear_probe_then_finetune(
+        list(blocks.values()), lr, epochs=epochs, **_FIELDS
+    )
 
 
-def _l2_sp(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
+def _l2_sp(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
     return (_one_stage(blocks, {"*": lr}, lr, epochs, anchor=L2SP()),)
 
 
-def _l1_sp(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
+def _l1_sp(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
     return (_one_stage(blocks, {"*": lr}, lr, epochs, anchor=L1SP(body=1e-3)),)
 
 
-def _layer_decay(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
-    return (_one_stage(blocks, decayed_lrs(blocks[:-1], lr, 0.75), lr, epochs),)
+def _layer_decay(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
+    return (_one_stage(blocks, decayed_lrs(list(blocks.values())[:-1], lr, 0.75), lr, epochs),)
 
 
-def _auto_rgn(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
+def _auto_rgn(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
     return (_one_stage(blocks, {"*": _HEAD_FACTOR * lr}, lr, epochs, auto_rgn=True),)
 
 
-def _norms(blocks: BlockTuples, lr: float, epochs: int) -> tuple[Stage, ...]:
+def _norms(blocks: Blocks, lr: float, epochs: int) -> tuple[Stage, ...]:
     vectors: dict[Pattern, float] = dict.fromkeys(("**.scale", "**.bias"), _HEAD_FACTOR * lr)
     return (_one_stage(blocks, vectors, lr, epochs),)
 
 
-_STRATEGIES: dict[str, Callable[[BlockTuples, float, int], tuple[Stage, ...]]] = {
+_FUNCTIONS: dict[str, Callable[[Blocks, float, int], tuple[Stage, ...]]] = {
     "probe": _probe,
     "full": _full,
     "gradual": _gradual,
@@ -153,3 +163,6 @@ _STRATEGIES: dict[str, Callable[[BlockTuples, float, int], tuple[Stage, ...]]] =
     "auto-rgn": _auto_rgn,
     "norms": _norms,
 }
+
+STRATEGIES = (*_FUNCTIONS, "surgical-BLOCK")
+"""Names of all strategies, for help texts."""

@@ -1,5 +1,7 @@
 """Stages of each strategy by name."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -7,7 +9,10 @@ from jaxft import L1SP, Adam, LinearProbe, RecipeError, Stage, models, plan
 from jaxft.default_stages import default_stages, names
 from jaxft.optim.schedules import CosineAnnealingLR
 
-BLOCKS = (("conv1", "bn1"), ("layer1",), ("layer2",), ("fc",))
+NETWORK = SimpleNamespace(
+    blocks=("stem", "layer1", "layer2", "head"),
+    block_patterns=(("conv1", "bn1"), ("layer1",), ("layer2",), ("fc",)),
+)
 FIELDS = {"optimizer": Adam(), "schedule": CosineAnnealingLR(), "norms": "eval"}
 HEAD = {"fc": 1e-3}
 
@@ -22,7 +27,7 @@ def stage(name, train, epochs, **fields):
         ("probe", (Stage("probe", {"fc": LinearProbe()}),)),
         ("full", (stage("all", {"*": 1e-4}, 5),)),
         ("l1-sp", (stage("all", {"*": 1e-4}, 5, anchor=L1SP(body=1e-3)),)),
-        ("surgical-bn1", (stage("all", {"conv1": 1e-4, "bn1": 1e-4}, 5),)),
+        ("surgical-stem", (stage("all", {"conv1": 1e-4, "bn1": 1e-4}, 5),)),
         ("norms", (stage("all", {"**.scale": 1e-3, "**.bias": 1e-3}, 5),)),
         (
             "gradual",
@@ -30,7 +35,7 @@ def stage(name, train, epochs, **fields):
                 stage("to-layer2", {"layer2": 1e-4}, 1, carry="keep"),
                 stage("to-layer1", dict.fromkeys(("layer2", "layer1"), 1e-4), 2, carry="keep"),
                 stage(
-                    "to-bn1", dict.fromkeys(("layer2", "layer1", "conv1", "bn1"), 1e-4), 2,
+                    "to-stem", dict.fromkeys(("layer2", "layer1", "conv1", "bn1"), 1e-4), 2,
                     carry="keep",
                 ),
             ),
@@ -38,17 +43,17 @@ def stage(name, train, epochs, **fields):
     ],
 )  # fmt: skip
 def test_default_stages(name, stages):
-    assert default_stages(name, BLOCKS, lr=1e-4, epochs=5) == stages
+    assert default_stages(name, NETWORK, lr=1e-4, epochs=5) == stages
 
 
 def test_gradual_first_begins_at_the_input():
-    first, last = default_stages("gradual-first", BLOCKS, lr=1e-4, epochs=2)
+    first, last = default_stages("gradual-first", NETWORK, lr=1e-4, epochs=2)
     assert (list(first.train), first.epochs) == (["fc", "conv1", "bn1"], 1)
     assert list(last.train) == ["fc", "conv1", "bn1", "layer1", "layer2"]
 
 
 def test_layer_decay_of_the_body():
-    (only,) = default_stages("layer-decay", BLOCKS, lr=1.0, epochs=2)
+    (only,) = default_stages("layer-decay", NETWORK, lr=1.0, epochs=2)
     assert only.train == {"fc": 10, "layer2": 1, "layer1": 0.75, "conv1": 0.5625, "bn1": 0.5625}
 
 
@@ -56,9 +61,8 @@ def test_layer_decay_of_the_body():
 def test_every_strategy_plans_a_network(model):
     network = models.create(model, num_classes=3)
     params, _ = jax.eval_shape(network.init, jax.random.key(0))
-    blocks = network.block_patterns
-    for name in names(blocks):
-        stages = default_stages(name, blocks, lr=1e-4, epochs=3)
+    for name in names(network):
+        stages = default_stages(name, network, lr=1e-4, epochs=3)
         assert sum(each.epochs for each in stages if not each.linear_probe) in (0, 3)
         for each in stages:
             plan(each, params)
@@ -66,4 +70,4 @@ def test_every_strategy_plans_a_network(model):
 
 def test_unknown_strategy():
     with pytest.raises(RecipeError, match=r"no strategy is called 'lpft'. Did you mean 'lp-ft'\?"):
-        default_stages("lpft", BLOCKS, lr=1e-4, epochs=2)
+        default_stages("lpft", NETWORK, lr=1e-4, epochs=2)

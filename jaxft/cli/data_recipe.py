@@ -14,7 +14,7 @@ from jaxft.recipe import Recipe
 from jaxft.stages import Stage
 from jaxft.weights.torchvision import default_weights
 
-MODEL, STRATEGY, LR, EPOCHS = "resnet50", "lp-ft", 1e-4, 5
+MODEL, STRATEGY, LR, EPOCHS = "resnet50", "lp-ft", 3e-5, 5
 
 
 def add_strategy_options(parser: argparse._ActionsContainer) -> None:
@@ -23,10 +23,13 @@ def add_strategy_options(parser: argparse._ActionsContainer) -> None:
         "--epochs",
         type=count_argument,
         metavar="N",
-        help=f"length of the stages; default: {EPOCHS}",
+        help=f"epochs of all stages together; default: {EPOCHS}",
     )
     parser.add_argument(
-        "--lr", type=float, metavar="X", help=f"learning rate of the body; default: {LR:g}"
+        "--lr",
+        type=float,
+        metavar="X",
+        help=f"learning rate of the body (norms, auto-rgn: times 10); default: {LR:g}",
     )
 
 
@@ -66,7 +69,12 @@ def base_recipe(place: str, options: Sequence[str], program: str) -> Recipe:
             f"such as tfds:NAME (looked from {Path.cwd()})."
         )
     default = Recipe(model=MODEL, data=data, stages=(Stage("all", {"*": LR}, 1),))
-    recipe = override(default, options, f"{program} {place}")
+    recipe = override(
+        default,
+        options,
+        f"{program} {place}",
+        fixed=("stages", "optimizer"),  # a strategy sets them
+    )
     if any(option.partition("=")[0] == "--weights" for option in options):
         return recipe
     weights = default_weights(recipe.model)
@@ -85,8 +93,8 @@ def with_strategy(recipe: Recipe, name: str | None, lr: float | None, epochs: in
     Raises:
       RecipeError: there is no such strategy, or the network is a single block.
     """
-    blocks = recipe.network(num_classes=2).block_patterns
+    network = recipe.network(num_classes=2)
     stages = default_stages(
-        name or STRATEGY, blocks, lr=LR if lr is None else lr, epochs=epochs or EPOCHS
+        name or STRATEGY, network, lr=LR if lr is None else lr, epochs=epochs or EPOCHS
     )
     return dataclasses.replace(recipe, stages=stages)
