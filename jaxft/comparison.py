@@ -19,13 +19,14 @@ from scipy.stats import t as student_t
 from jaxft import recipe_file
 from jaxft.checkpoint import atomic
 from jaxft.data import Source, Splits
+from jaxft.data.fingerprint import changes, record
 from jaxft.default_stages import default_stages, names
-from jaxft.errors import NonFiniteError, RecipeError
+from jaxft.errors import DataError, NonFiniteError, RecipeError
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Model
 from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import open_network, open_splits
-from jaxft.progress import shown_on
+from jaxft.progress import show_progress_on
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.stage_plan import plan
@@ -43,7 +44,7 @@ class Outcome:
     Attributes:
       strategy: name of the strategy.
       seed: seed of the run.
-      accuracy, loss: validation score.
+      accuracy, loss: validation score; NaN if the run diverged.
       seconds: duration of the run; None if it was interrupted and resumed.
       trained: number of parameters that train in any of its stages.
     """
@@ -99,19 +100,11 @@ def ranked(outcomes: Sequence[Outcome]) -> tuple[Rank, ...]:
     best = runs[order[0]]
     ranks = []
     for name in order:
-        by_seed = runs[name]
-        differences = [by_seed[seed].accuracy - best[seed].accuracy for seed in sorted(by_seed)]
+        outcomes = tuple(runs[name][seed] for seed in sorted(runs[name]))
+        differences = [each.accuracy - best[each.seed].accuracy for each in outcomes]
         interval = None if name == order[0] else _interval(differences)
-        ranks.append(
-            Rank(
-                name,
-                tuple(by_seed[seed] for seed in sorted(by_seed)),
-                mean(name, "accuracy"),
-                mean(name, "loss"),
-                float(np.mean(differences)),
-                interval,
-            )
-        )
+        means = mean(name, "accuracy"), mean(name, "loss")
+        ranks.append(Rank(name, outcomes, *means, float(np.mean(differences)), interval))
     return tuple(ranks)
 
 
@@ -121,7 +114,7 @@ def compare(
     *,
     strategies: Sequence[str] = (),
     seeds: int = 3,
-    lr: float = 1e-4,
+    lr: float = 3e-5,
     epochs: int = 5,
     data: Source | Splits | None = None,
     model: Model | None = None,
@@ -143,7 +136,7 @@ def compare(
       strategies: names, see `jaxft.default_stages.default_stages`; by default all of the network's.
       seeds: number of seeds: `recipe.seed` and those after it.
       lr: learning rate of the body in all strategies.
-      epochs: total length of the stages of each strategy that take gradient steps.
+      epochs: total length of the stages of each strategy; a linear probe does not count.
       data: images to use instead of the recipe's.
       model: network to use instead of the recipe's.
       console: where to print.
@@ -152,7 +145,8 @@ def compare(
       The strategies, the best first.
 
     Raises:
-      JaxftError: as `jaxft.finetune`; or the folder holds a comparison of another recipe.
+      JaxftError: as `jaxft.finetune`; or the folder holds a comparison of another recipe or on
+        other images.
     """
     if jax.process_count() > 1:
         raise RecipeError("a comparison runs in a single process; it has been started in several.")
@@ -160,30 +154,29 @@ def compare(
         raise RecipeError(f"seeds is {seeds}; it must be at least 1.")
     console = console or Console()
     folder = atomic.anywhere(workdir)
-    with shown_on(console.terminal):
+    with show_progress_on(console.terminal):
         splits = open_splits(recipe, data)
-    network = open_network(recipe, model, splits.train.classes)
-    chosen = tuple(dict.fromkeys(strategies)) or names(network.block_patterns)
-    stages = {
-        name: default_stages(name, network.block_patterns, lr=lr, epochs=epochs) for name in chosen
-    }
-    fields = recipe_file.decisive(recipe)
-    del fields["stages"]
-    log = _Log(folder / "comparison.json", {"recipe": fields, "lr": lr, "epochs": epochs})
-    caches = RunCaches.of_recipe(recipe, splits)
-    with closing(caches):
-        for seed in range(recipe.seed, recipe.seed + seeds):
-            for name in chosen:
-                place = folder / f"{name}-{seed}"
-                if (name, seed) not in log:
-                    console.row(f"Running {name}, seed {seed} ...")
-                    run = dataclasses.replace(recipe, stages=stages[name], seed=seed)
-                    outcome = _run(name, run, place, caches, network, given=model)
-                    log.add(outcome)
-                    console.row(f"  accuracy {outcome.accuracy:.4f}, loss {outcome.loss:.4f}")
-                _discard(place)
-    wanted = {(name, seed) for name in chosen for seed in range(recipe.seed, recipe.seed + seeds)}
-    ranks = ranked([each for each in log.outcomes if (each.strategy, each.seed) in wanted])
+    with closing(RunCaches.of_recipe(recipe, splits)) as caches:
+        for remark in splits.remarks:
+            console.say(remark)
+        network = open_network(recipe, model, splits.train.classes)
+        chosen = tuple(dict.fromkeys(strategies)) or names(network)
+        stages = {name: default_stages(name, network, lr=lr, epochs=epochs) for name in chosen}
+        fields = recipe_file.decisive(recipe)
+        del fields["stages"]
+        settings = {"recipe": fields, "lr": lr, "epochs": epochs}
+        log = _Log(folder / "comparison.json", settings, record(splits))
+        runs = [(name, recipe.seed + k) for k in range(seeds) for name in chosen]
+        for name, seed in runs:
+            place = folder / f"{name}-{seed}"
+            if (name, seed) not in log:
+                console.row(f"Running {name}, seed {seed} ...")
+                run = dataclasses.replace(recipe, stages=stages[name], seed=seed)
+                outcome = _run(name, run, place, caches, network, given=model)
+                log.add(outcome)
+                console.row(f"  accuracy {outcome.accuracy:.4f}, loss {outcome.loss:.4f}")
+            _discard(place)
+    ranks = ranked([each for each in log.outcomes if (each.strategy, each.seed) in runs])
     best = dataclasses.replace(recipe, stages=stages[ranks[0].strategy])
     recipe_file.save(best, folder / "best.yaml")
     return ranks
@@ -230,10 +223,11 @@ def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 class _Log:
-    """The outcomes so far, in a file that also holds the settings that they are for."""
+    """Outcomes so far, stored with the settings and the images that they are for."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings, self.outcomes = path, settings, list[Outcome]()
+    def __init__(self, path: Path, settings: dict[str, Any], data: dict[str, Any]) -> None:
+        self.path, self.settings, self.data = path, settings, data
+        self.outcomes = list[Outcome]()
         if not path.exists():
             return
         content = json.loads(path.read_text())
@@ -241,6 +235,12 @@ class _Log:
             raise RecipeError(
                 f"{path.parent} holds a comparison with other settings: {', '.join(changed)}. "
                 "Choose another --workdir."
+            )
+        if changed := changes(content.get("data", data), data):
+            raise DataError(
+                f"{path.parent} holds a comparison on other images ('then'):"
+                + "".join(f"\n  {line}" for line in changed)
+                + "\nRestore them, or choose another --workdir."
             )
         self.outcomes = [Outcome(**fields) for fields in content["outcomes"]]
 
@@ -250,7 +250,7 @@ class _Log:
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         outcomes = [dataclasses.asdict(each) for each in self.outcomes]
-        content = {"settings": self.settings, "outcomes": outcomes}
+        content = {"settings": self.settings, "data": self.data, "outcomes": outcomes}
         atomic.write(self.path, json.dumps(content, indent=2) + "\n")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxft import Recipe, RecipeError, Stage, compare, data, models, weights
+from jaxft import DataError, Recipe, RecipeError, Stage, compare, data, models, weights
 from jaxft.comparison import Outcome, ranked
 from jaxft.recipe_file import read
 from jaxft.report.comparison_table import comparison_table, draw_comparison
@@ -96,6 +96,9 @@ def test_compare_runs_resumes_and_shares_features(tmp_path, monkeypatch, capsys)
     other = dataclasses.replace(recipe, batch_size=4)
     with pytest.raises(RecipeError, match=r"batch_size \(6, now 4\)"):
         compare(other, tmp_path, strategies=["probe"], **options)
+    options["data"] = data.Splits(images(12, seed=2), splits.val)
+    with pytest.raises(DataError, match=r"on other images \('then'\):\n  train: as many images"):
+        compare(recipe, tmp_path, strategies=["probe"], **options)
     assert len(json.loads((tmp_path / "comparison.json").read_text())["outcomes"]) == 4
 
 

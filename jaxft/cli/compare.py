@@ -1,14 +1,16 @@
 """Compares fine-tuning strategies on your images, over seeds.
 
-    jaxft compare DATA --workdir DIR [--strategies lp-ft full probe] [any field of the recipe]
+    jaxft compare DATA --workdir DIR [--strategies lp-ft full] [recipe options]
 
 DATA is a folder of class folders, a CSV file or data as in a recipe; or a recipe file, whose stages
-are not used. By default all strategies run that the network allows, each with three seeds; all
-options of `jaxft finetune DATA` apply. The same command resumes an interrupted comparison.
+are not used. By default all strategies run that the network allows, 15 for most ResNets, each with
+three seeds; all options of `jaxft finetune DATA` apply. The same command resumes an interrupted
+comparison.
 
 Prints the strategies with mean and range of their accuracy, the 95 % confidence interval of the
 difference to the best over the same seeds, seconds per run, and the number of parameters that
-train. Writes DIR/best.yaml, the recipe of the best, and DIR/comparison.png.
+train. Writes DIR/best.yaml, the recipe of the best, and DIR/comparison.png. Weights are not kept:
+`jaxft finetune DIR/best.yaml` trains them.
 
 The best of several strategies looks better on the images that chose it than on new ones: keep a
 test set apart, and run `jaxft evaluate` on it once.

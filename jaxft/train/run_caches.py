@@ -12,9 +12,9 @@ from jaxft.recipe import Recipe
 class RunCaches:
     """Opened images, cached features and validation batches.
 
-    Runs that share them must have the same network, images and preprocessing. Cached features are
-    found by a hash of the weights that computed them, so that runs share those of frozen blocks
-    with the same weights.
+    Runs that share them must have the same network, images and preprocessing. The key of cached
+    features contains a hash of the weights that computed them, so that runs whose frozen blocks
+    have the same weights share them.
 
     Attributes:
       splits: images, with their cache of decoded ones.
@@ -29,10 +29,9 @@ class RunCaches:
     @classmethod
     def of_recipe(cls, recipe: Recipe, splits: Splits) -> "RunCaches":
         """Returns empty caches of the sizes that the recipe sets."""
-        batches = features = ArrayCache(recipe.cache_mib * 2**20)
-        if recipe.disk_cache_mib:
-            features = ArrayCache(recipe.disk_cache_mib * 2**20)
-        return cls(splits, features, batches)
+        memory = ArrayCache(recipe.cache_mib * 2**20)
+        disk = ArrayCache(recipe.disk_cache_mib * 2**20) if recipe.disk_cache_mib else memory
+        return cls(splits, features=disk, batches=memory)
 
     def close(self) -> None:
         """Evicts all features and batches, and ends the worker processes of the images.
