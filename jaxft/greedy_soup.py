@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import export, weights
-from jaxft import recipe_file as recipes
+from jaxft import export, recipe_file, weights
 from jaxft.batch_sizes import BatchSizes, batch_sizes
 from jaxft.checkpoint import atomic, layout
 from jaxft.checkpoint.checkpoints import Checkpoints
@@ -42,10 +41,12 @@ Weights = tuple[Tree, Tree]
 """Parameters and statistics, as NumPy arrays or on the devices."""
 
 _ROW = "  {:44}  {:>10}  {:>10}  {}"
-# Fields of a recipe that the runs must share for their weights to have the same meaning.
+# Fields of a recipe that the runs must share for their weights to have the same meaning. Dropout
+# and drop path act in training only.
 _NETWORK = (
-    *("model", *OPTIONS), "image_size", "resize_size", "resize_mode", "interpolation", "mean", "std"
-)  # fmt: skip
+    *("model", *({*OPTIONS} - {"dropout", "drop_path"})),
+    *("image_size", "resize_size", "resize_mode", "interpolation", "mean", "std"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Ingredient:
     Attributes:
       run: its folder.
       score: its validation score alone.
-      with_it: validation score of the soup with it.
+      soup_score: validation score of the average that includes this run.
       is_kept: whether it is part of the soup.
     """
 
     run: str
     score: Score
-    with_it: Score
+    soup_score: Score
     is_kept: bool
 
 
@@ -72,7 +73,7 @@ class Soup:
     Attributes:
       score: validation score of the soup.
       ingredients: the runs, the best first.
-      weights: safetensors file; `model.json` lies beside it.
+      weights: safetensors file; `model.json` is in the same folder.
     """
 
     score: Score
@@ -88,7 +89,7 @@ def soup(
     model: Model | None = None,
     console: Console | None = None,
 ) -> Soup:
-    """Averages the weights of runs greedily, and saves the average as the end of a run.
+    """Averages the weights of runs greedily, and writes the average as a finished run.
 
     The runs are sorted by accuracy, ties by loss. Starting from the best, each run joins the
     average unless the validation accuracy falls. In norm layers whose statistics differ between
@@ -99,8 +100,8 @@ def soup(
     Args:
       runs: folders of runs that have ended, with the same network and classes.
       workdir: new folder, which can be used as the folder of a run that has ended.
-      data: the images, if the runs received them; or data as in a recipe, with the same classes,
-        in place of the first run's.
+      data: the images, if the runs received `data`; or a string as `Recipe.data`, to use other
+        images with the same classes.
       model: the network, if the runs received one.
       console: where to print.
 
@@ -123,23 +124,29 @@ def soup(
     headers = [_ended_run(run) for run in folders]
     recipe = _shared_recipe(folders)
     if isinstance(data, str):
-        recipe = dataclasses.replace(recipe, data=data)
+        recipe = dataclasses.replace(
+            recipe, data=data, split_by=None, train_split=None, val_split=None, shots=None
+        )
     splits = open_splits(recipe, None if isinstance(data, str) else data)
+    for remark in splits.remarks:
+        console.say(remark)
     try:
         facts = record(splits)
         for run, header in zip(folders, headers, strict=True):
-            _check_images(run, header.data, facts, of_runs=not isinstance(data, str))
+            _check_images(run, header.data, facts, check_val=not isinstance(data, str))
         network = open_network(recipe, model, splits.train.classes)
-        passes = _Passes(recipe, network, splits, Devices(recipe.sharding))
-        tried, trees = _greedy(folders, passes, console)
+        evaluator = _Evaluator(recipe, network, splits, Devices(recipe.sharding))
+        tried, trees = _greedy(folders, evaluator, console)
     finally:
         close_splits(splits)
-    score = [each.with_it for each in tried if each.is_kept][-1]
+    score = [each.soup_score for each in tried if each.is_kept][-1]
     progress = Progress.at_start(
         len(recipe.stages) - 1, Progress.from_fields(headers[0].progress).step, score
     )
     progress = dataclasses.replace(progress, ended=f"a soup of {len(tried)} runs")
-    header = header_of(progress, EpochMetrics(), data=facts, recipe=recipes.fields(recipe), rows=[])
+    header = header_of(
+        progress, EpochMetrics(), data=facts, recipe=recipe_file.fields(recipe), rows=[]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         items = Arrays(Snapshot(*trees, ())).to_items()
@@ -152,14 +159,14 @@ def soup(
 
 
 def _greedy(
-    folders: Sequence[Path], passes: "_Passes", console: Console
+    folders: Sequence[Path], evaluator: "_Evaluator", console: Console
 ) -> tuple[list[Ingredient], Weights]:
     """Returns the runs in the order in which they were tried, and the weights of the soup."""
     loaded: dict[Path, Weights] = {}
     alone: dict[Path, Score] = {}
     for run in folders:
-        loaded[run] = jax.device_get(weights.load(run, passes.model))
-        alone[run] = passes.score(loaded[run])
+        loaded[run] = jax.device_get(weights.load(run, evaluator.model))
+        alone[run] = evaluator.score(loaded[run])
     first, *rest = sorted(folders, key=lambda run: (-alone[run].accuracy, alone[run].loss))
     kept, soup = [loaded[first]], loaded[first]
     tried = [Ingredient(str(first), alone[first], alone[first], is_kept=True)]
@@ -167,26 +174,26 @@ def _greedy(
     console.row(_ROW.format("run", "alone", "soup", ""))
     console.row(_row(tried[-1]))
     for run in rest:
-        candidate = passes.average([*kept, loaded[run]])
-        with_it = passes.score(candidate)
-        is_kept = with_it.accuracy >= best
-        tried.append(Ingredient(str(run), alone[run], with_it, is_kept))
+        candidate = evaluator.average([*kept, loaded[run]])
+        soup_score = evaluator.score(candidate)
+        is_kept = soup_score.accuracy >= best
+        tried.append(Ingredient(str(run), alone[run], soup_score, is_kept))
         if is_kept:
             kept.append(loaded[run])
-            soup, best = candidate, with_it.accuracy
+            soup, best = candidate, soup_score.accuracy
         console.row(_row(tried[-1]))
     return tried, soup
 
 
 def _row(tried: Ingredient) -> str:
-    """Returns a row of the table; of a long path, its end."""
-    scores = (f"{score.accuracy:.4f}" for score in (tried.score, tried.with_it))
+    """Returns a row of the table; long paths are cut at the left."""
+    scores = (f"{score.accuracy:.4f}" for score in (tried.score, tried.soup_score))
     return _ROW.format(tried.run[-44:], *scores, "kept" if tried.is_kept else "left out")
 
 
 @dataclass(frozen=True)
-class _Passes:
-    """Passes over the images of a recipe, with weights of its network."""
+class _Evaluator:
+    """Averages and scores weights of a recipe's network on its images."""
 
     recipe: Recipe
     model: Model
@@ -194,10 +201,10 @@ class _Passes:
     devices: Devices
 
     def average(self, trees: Sequence[Weights]) -> Weights:
-        """Returns the mean of the weights, with the statistics that belong to it."""
+        """Returns the mean of the weights; statistics that differ are re-estimated."""
 
         def mean(*leaves: np.ndarray) -> np.ndarray:
-            averaged = np.mean(leaves, axis=0, dtype=np.float64)  # of equal numbers, the number
+            averaged = np.mean(leaves, axis=0, dtype=np.float64)  # equal values stay equal
             return np.asarray(averaged, leaves[0].dtype)
 
         params, stats = jax.tree.map(mean, *trees)
@@ -210,15 +217,16 @@ class _Passes:
         }
         if not layers:
             return params, stats
-        params_, stats_ = self.devices.put((params, stats))
+        placed_params, placed_stats = self.devices.put((params, stats))
         sizes = self._sizes(self.splits.train)
         step = statistics_step(
             self.model, self.recipe.preprocessing, self.devices, layers,
             examples=sizes.examples, precision=self.recipe.matmul_precision,
         )  # fmt: skip
         for number, batch in enumerate(self._batches(self.splits.train), 1):
-            stats_ = jax.block_until_ready(step(params_, stats_, batch, np.int32(number)))
-        return params, jax.device_get(stats_)
+            placed_stats = step(placed_params, placed_stats, batch, np.int32(number))
+            jax.block_until_ready(placed_stats)
+        return params, jax.device_get(placed_stats)
 
     def score(self, trees: Weights) -> Score:
         """Returns the validation score of weights."""
@@ -226,7 +234,7 @@ class _Passes:
         metrics = []
         for batch in self._batches(self.splits.val):
             metrics.append(self._eval_step(*placed, batch))
-            jax.block_until_ready(metrics[-2:-1])  # or the host fills the device ahead
+            jax.block_until_ready(metrics[-2:-1])  # limits the batches queued on the device
         return Metrics.total(metrics).score
 
     @cached_property
@@ -276,32 +284,34 @@ def _shared_recipe(folders: Sequence[Path]) -> Recipe:
     Raises:
       RecipeError: another run has another network.
     """
-    found = [recipe for recipe in map(saved, folders) if recipe]
-    for run, recipe in zip(folders, found, strict=True):
+    run_recipes = [recipe for recipe in map(saved, folders) if recipe]
+    for run, recipe in zip(folders, run_recipes, strict=True):
         differing = [
-            f"{name} is {getattr(recipe, name)!r}, not {getattr(found[0], name)!r}"
+            f"{name} is {getattr(recipe, name)!r}, not {getattr(run_recipes[0], name)!r}"
             for name in _NETWORK
-            if getattr(recipe, name) != getattr(found[0], name)
-            and name not in ("dropout", "drop_path")  # act in training only
+            if getattr(recipe, name) != getattr(run_recipes[0], name)
         ]
         if differing:
             raise RecipeError(f"{run} and {folders[0]} cannot be averaged: {'; '.join(differing)}.")
-    return found[0]
+    return run_recipes[0]
 
 
 def _check_images(
-    run: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, of_runs: bool
+    run: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, check_val: bool
 ) -> None:
-    """Checks classes and, with `of_runs`, the validation images.
+    """Checks the classes, and the validation images unless the user chose others.
 
     Raises:
       DataError: they differ.
     """
-    ignored = ("train:",) if of_runs else ("train:", "val:")
-    if changed := [line for line in changes(before, now) if not line.startswith(ignored)]:
+    ignored = ("train:",) if check_val else ("train:", "val:")
+    changed = [line for line in changes(before, now) if not line.startswith(ignored)]
+    listing = "".join(f"\n  {line}" for line in changed)
+    if changed and check_val:
         raise DataError(
-            f"{run} has validated with other images ('then'):"
-            + "".join(f"\n  {line}" for line in changed)
-            + "\nA soup needs runs with the same classes and validation images; without a "
-            "val_split, the seed may draw them. Other images of these classes: --data."
+            f"{run} has validated with other images ('then'):{listing}\nA soup needs runs with the "
+            "same classes and validation images; without a val_split, the seed may draw them. "
+            "Other images of these classes: --data."
         )
+    if changed:
+        raise DataError(f"the data given has other classes than {run} ('then'):{listing}")

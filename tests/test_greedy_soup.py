@@ -130,7 +130,7 @@ def test_soup_of_seeds_keeps_frozen_parameters(runs, tmp_path):
     found, _ = read_weights(tmp_path / "checkpoints")
     jax.tree.map(np.testing.assert_array_equal, found["early"], START[0]["early"])
     first, *_ = result.ingredients
-    assert first.with_it == first.score
+    assert first.soup_score == first.score
     assert result.score.accuracy >= first.score.accuracy
 
 

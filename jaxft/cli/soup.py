@@ -1,11 +1,11 @@
 """Averages the weights of several runs: a greedy soup (Wortsman et al. 2022).
 
-    jaxft soup runs/ants-0 runs/ants-1 runs/ants-2 --workdir runs/ants-soup [--data DATA]
+    jaxft soup runs/ants-0 runs/ants-1 --workdir runs/ants-soup [--data DATA]
 
-RUN is the folder of a run that has ended. All runs have the same network, classes and validation
-images, and differ in seed, learning rate or augmentation. Starting from the most accurate, each run
-joins the average unless the validation accuracy falls. The statistics of norm layers are computed
-again on the training images.
+RUN is the folder of a run that has ended. All runs have the same network, pretrained weights,
+classes and validation images, and differ in seed, learning rate or augmentation. Starting from the
+most accurate, each run joins the average unless the validation accuracy falls. Statistics of norm
+layers that differ between the runs are computed again on the training images of the first.
 
 DATA is a folder of class folders or data as in a recipe; default: the images of the first run.
 `jaxft predict`, `evaluate` and `export` take DIR as the folder of a run.
