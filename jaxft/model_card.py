@@ -8,13 +8,15 @@ from typing import Any
 from jaxft.checkpoint import atomic
 from jaxft.models.model import Model
 from jaxft.recipe import Recipe
+from jaxft.weights.hub import parse_reference
 
 NAME = "README.md"
 REPOSITORY = "hf:OWNER/NAME"
-"""Stands for the repository in a card, until `push` replaces it by the name."""
+"""Placeholder for the name of the repository, which `push` fills in."""
 
-_MARK = "<!-- Written by jaxft export, which replaces this file while it has this line. -->"
+_MARK = "<!-- Written by jaxft export. Delete this line to keep your edits. -->"
 _SHOWN_CLASSES = 100
+_PUBLIC_DATA = ("digits", "tfds")
 _TORCHVISION = {
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
     "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
@@ -28,7 +30,7 @@ def write(
     description: Mapping[str, Any],
     license_id: str | None = None,
 ) -> None:
-    """Writes `README.md`, unless the folder has one that a person has written or taken over.
+    """Writes `README.md`, unless the folder has one without the line that marks ours.
 
     Args:
       folder: folder of the export.
@@ -71,7 +73,7 @@ def model_card(
         sections.append(
             f"`model.jaxexport` runs with jax alone: `jax.export.deserialize(content)"
             f".call(images)`. jax {program['jax']} wrote it on {program['written']}, and newer "
-            f"versions are sure to run it until {program['good_until']}."
+            f"versions are guaranteed to run it until {program['good_until']}."
         )
     return "\n\n".join(sections) + "\n"
 
@@ -90,7 +92,7 @@ def _metadata(recipe: Recipe, description: Mapping[str, Any], license_id: str) -
         )
         for name, value in description["score"].items()
     ]
-    base = (recipe.weights or "").partition("#")[0].partition("@")[0]
+    scheme, _, reference = (recipe.weights or "").partition("#")[0].partition(":")
     data = ModelCardData(
         model_name=f"{recipe.model} on {_data_name(recipe)}",
         eval_results=results,
@@ -99,15 +101,15 @@ def _metadata(recipe: Recipe, description: Mapping[str, Any], license_id: str) -
         pipeline_tag="image-classification",
         tags=["image-classification", "jax", "jaxft"],
         metrics=["accuracy"],
-        base_model="/".join(base[3:].split("/")[:2]) if base.startswith("hf:") else None,
+        base_model=parse_reference(reference).repo if scheme == "hf" else None,
     )
     return data.to_yaml().strip()
 
 
 def _data_name(recipe: Recipe) -> str:
-    """Returns the name of the images; of a folder, without its place on this machine."""
+    """Returns the name of the images, without the path on this machine."""
     scheme, _, place = recipe.data.partition(":")
-    return Path(place).name if scheme == "folder" and Path(place).name else recipe.data
+    return recipe.data if scheme in _PUBLIC_DATA else Path(place).name or scheme
 
 
 def _origin(recipe: Recipe) -> str:
@@ -168,7 +170,7 @@ def _jaxft_lines() -> list[str]:
 
 
 def _torch_lines(model: Model) -> list[str] | None:
-    """Returns the lines that load the weights in torch; None if no network there takes them."""
+    """Returns the lines that load the weights in torch; None without a torchvision or timm name."""
     changed = ("stride_in_1x1", "concat_pool", "head_layers", "binary")
     is_known = model.torch_named and not model.name.startswith("cifar_")
     if not is_known or any(model.options.get(name) for name in changed):

@@ -100,9 +100,9 @@ def test_export_keeps_license_and_cards_of_people(run, tmp_path):
     assert card.read_text() == "mine"
 
 
-def card_of(model, *, weights=None, **options):
+def card_of(model, *, weights=None, data="digits:5-9", **options):
     stages = (Stage("all", {"*": 1}, 1),)
-    recipe = Recipe(model=model, data="digits:5-9", weights=weights, stages=stages)
+    recipe = Recipe(model=model, data=data, weights=weights, stages=stages)
     network = create(model, num_classes=3, **options)
     description = {
         "score": {"accuracy": 0.5}, "classes": CLASSES, "pixels": "uint8", "program": lifetime(),
@@ -133,7 +133,27 @@ def test_model_card_shows_how_to_load_in_torch(model, options, line):
 def test_model_card_names_the_base_model():
     card = ModelCard(card_of("resnet18", weights="hf:timm/resnet18.tv_in1k@main#entry=a"))
     assert card.data.base_model == "timm/resnet18.tv_in1k"
+    card = ModelCard(card_of("resnet18", weights="hf://timm/resnet18.tv_in1k/model.safetensors"))
+    assert card.data.base_model == "timm/resnet18.tv_in1k"
     assert "started from pretrained weights" in card_of("resnet18", weights="/home/me/w.pth")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("folder:/home/me/insects", "insects"),
+        ("csv:/home/me/insects.csv", "insects.csv"),
+        ("webdataset:/home/me/insects-{000..002}.tar", "insects-{000..002}.tar"),
+        ("hf_dataset:/home/me/insects", "insects"),
+        ("tfds:cifar10", "tfds:cifar10"),
+        ("digits:5-9", "digits:5-9"),
+        ("folder:", "folder"),
+    ],
+)
+def test_model_card_names_the_data_without_its_path(data, name):
+    card = card_of("resnet18", data=data)
+    assert ModelCard(card).data.eval_results[0].dataset_name == name
+    assert "/home/me" not in card
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client

@@ -56,7 +56,7 @@ def fetch(reference: str) -> Path:
       WeightsError: The repository, revision or file does not exist, the download failed, or the
         file is damaged.
     """
-    parsed = _parse(reference)
+    parsed = parse_reference(reference)
     path = _find_cached(parsed)
     if path is None or not _COMMIT.fullmatch(parsed.revision):
         path = _download(parsed, cached=path)
@@ -70,7 +70,12 @@ def description_paths(weights: PurePath) -> tuple[PurePath, ...]:
     return (weights.with_suffix(".json"), *(weights.with_name(name) for name in names))
 
 
-def _parse(reference: str) -> Reference:
+def parse_reference(reference: str) -> Reference:
+    """Parses `OWNER/REPO[@REVISION][/FILENAME]`.
+
+    Raises:
+      WeightsError: the reference has another form.
+    """
     match = _REFERENCE.fullmatch(reference.removeprefix("//"))  # the client also accepts `hf://`
     if match is None:
         raise WeightsError(
