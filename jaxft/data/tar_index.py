@@ -1,9 +1,10 @@
-"""Finds the samples in a tar file, grouped as WebDataset groups them, without reading the images.
+"""Finds the samples in a tar file, grouped as WebDataset does, and reads their files by position.
 
 A sample is a run of files with the same key. The key is the path up to the first dot of the file's
 name, and the rest is the extension: `a/b.jpg` and `a/b.cls` are two files of the sample `a/b`.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from jaxft.data.image_files import printable
 from jaxft.errors import DataError
 
 _NAME = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+_COMPRESSED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"(\xb5/": "zstd"}
 
 
 class TarMember(NamedTuple):
@@ -39,7 +40,7 @@ def read_samples(shard: Path) -> Iterator[Sample]:
     """
     try:
         with shard.open("rb") as file:
-            if compression := _COMPRESSED.get(file.read(2)):
+            if compression := _COMPRESSED.get(file.read(3)):
                 raise DataError(
                     f"{printable(shard)} is compressed ({compression}), so that its images cannot "
                     "be read by their position: unpack it to a plain .tar file."
@@ -48,6 +49,22 @@ def read_samples(shard: Path) -> Iterator[Sample]:
             yield from _grouped(shard, file)
     except OSError as error:
         raise DataError(f"{printable(shard)} cannot be read: {error.strerror}.") from error
+
+
+def read_member(shard: Path, member: TarMember) -> bytes:
+    """Returns the content of a file in a tar file.
+
+    Raises:
+      DataError: the tar file cannot be read, or has become shorter.
+    """
+    try:
+        with shard.open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), member.size, member.offset)
+    except OSError as error:
+        raise DataError(error.strerror) from error
+    if len(content) < member.size:
+        raise DataError("the shard is shorter than when the run began")
+    return content
 
 
 def _grouped(shard: Path, file: IO[bytes]) -> Iterator[Sample]:

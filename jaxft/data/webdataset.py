@@ -5,14 +5,13 @@ shard, so that batches have the order of any other source and need no shuffle bu
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,9 +22,9 @@ from jaxft.data.decode import decode
 from jaxft.data.folder_layout import is_split_name
 from jaxft.data.image_files import image_suffixes, printable
 from jaxft.data.source import Collection
-from jaxft.data.tar_index import TarMember, read_samples
+from jaxft.data.tar_index import TarMember, read_member, read_samples
 from jaxft.errors import DataError, first_of
-from jaxft.progress import tracked
+from jaxft.progress import track
 
 _EXPECTED = "give webdataset:PATH/shard-{000..012}.tar, or a folder of .tar files"
 _JSON_KEYS = ("cls", "label", "class")
@@ -87,14 +86,7 @@ class TarSource:
 
     def _content(self, index: int) -> bytes:
         shard, offset, size = self.positions[index].tolist()
-        try:
-            with self.shards[shard].open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise DataError(error.strerror) from error
-        if len(content) < size:
-            raise DataError("the shard is shorter than when the run began")
-        return content
+        return read_member(self.shards[shard], TarMember(offset, size))
 
     def _place(self, index: int) -> str:
         return f"{printable(self.shards[self.positions[index, 0]])}/{printable(self.names[index])}"
@@ -103,8 +95,8 @@ class TarSource:
 def find(place: str) -> Collection:
     """Returns the splits of WebDataset shards.
 
-    A pattern is one split named train. In a folder, shards are divided by the split name in their
-    file names, such as `imagenet-val-003.tar`, or by folders named after splits.
+    A pattern is one split named train. In a folder, the split is in the name of each shard, such as
+    `imagenet-val-003.tar`. A folder without shards has a folder of shards for each split.
 
     Raises:
       DataError: there are no shards, or the splits of some are unknown.
@@ -119,7 +111,7 @@ def find(place: str) -> Collection:
         missing = [printable(file) for file in shards["train"] if not file.is_file()]
         if missing or not shards["train"]:
             raise DataError(
-                f"{name} names {len(shards['train'])} shards, of which {len(missing)} do not exist "
+                f"{name}: {len(missing)} of {len(shards['train'])} shards do not exist "
                 f"(looked from {printable(Path.cwd())}): {join_names(missing)}; {_EXPECTED}."
             )
     return Collection(name, tuple(shards), partial(_read, shards))
@@ -164,9 +156,9 @@ def _folder_splits(name: str, root: Path) -> dict[str, list[Path]]:
 
 
 def _read(shards: Mapping[str, Sequence[Path]], splits: Sequence[str]) -> dict[str, TarSource]:
-    """Reads the headers of all shards, whose labels are the classes, and returns the splits."""
+    """Reads the headers of all shards and returns the splits; the classes are all labels."""
     samples: dict[str, list[tuple[str, str, tuple[int, int, int]]]] = {}
-    with tracked("Reading the headers of shards", sum(map(len, shards.values())), "files") as work:
+    with track("Reading the headers of shards", sum(map(len, shards.values())), "files") as work:
         for split, files in shards.items():
             samples[split] = []
             for number, file in enumerate(files):
@@ -193,18 +185,17 @@ def _labelled_images(shard: Path, number: int) -> list[tuple[str, str, tuple[int
       DataError: the shard cannot be read, or samples have no class or not exactly one image.
     """
     suffixes, images, problems = image_suffixes(), [], []
-    with shard.open("rb") as file:
-        for key, members in read_samples(shard):
-            found = [extension for extension in members if f".{extension}" in suffixes]
-            try:
-                label = _label(file, members)
-                if len(found) != 1:
-                    raise DataError(f"{len(found)} images")
-            except DataError as error:
-                problems.append(f"{printable(key)} ({', '.join(members)}): {error}")
-                continue
-            offset, size = members[found[0]]
-            images.append((label, f"{key}.{found[0]}", (number, offset, size)))
+    for key, members in read_samples(shard):
+        extensions = [extension for extension in members if f".{extension}" in suffixes]
+        try:
+            label = _label(shard, members)
+            if len(extensions) != 1:
+                raise DataError(f"{len(extensions)} images")
+        except DataError as error:
+            problems.append(f"{printable(key)} ({', '.join(members)}): {error}")
+            continue
+        offset, size = members[extensions[0]]
+        images.append((label, f"{key}.{extensions[0]}", (number, offset, size)))
     if problems:
         listing = "".join(f"\n  {problem}" for problem in first_of(problems, _MAX_SAMPLES))
         raise DataError(
@@ -215,12 +206,11 @@ def _labelled_images(shard: Path, number: int) -> list[tuple[str, str, tuple[int
     return images
 
 
-def _label(file: IO[bytes], members: Mapping[str, TarMember]) -> str:
+def _label(shard: Path, members: Mapping[str, TarMember]) -> str:
     """Returns the class of a sample."""
     if (member := members.get("cls") or members.get("json")) is None:
         raise DataError("no class")
-    file.seek(member.offset)
-    content = file.read(member.size)
+    content = read_member(shard, member)
     try:
         text = content.decode().strip()
         value: Any = text if "cls" in members else json.loads(text)
