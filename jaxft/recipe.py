@@ -78,7 +78,7 @@ class Recipe:
     """Stages, in order: which parameters train, at which learning rate, for how long."""
     weights: str | None = None
     """Pretrained weights: a file or a run, hf:OWNER/REPO, torchvision:ENUM.MEMBER or https://...;
-    none: train from scratch."""
+    None: train from scratch."""
     head: Literal["fresh", "zeros", "xavier", "keep"] = "fresh"
     """Initial head. fresh: drawn as torch draws a linear layer; zeros; xavier; keep: the head of
     the pretrained weights, see head_classes."""
@@ -92,20 +92,20 @@ class Recipe:
     seed: int = 0
     """Seed of the head, the order of the images, the augmentation and the choice of `shots`."""
     shots: int | None = None
-    """Number of training images per class; none: all."""
+    """Number of training images per class; None: all."""
     split_by: str | None = None
     """CSV file with the columns path and split, which assigns the image files of data to splits."""
     train_split: str | None = None
-    """Training split, e.g. train[:80%], train+test, train[10/class]; none: train."""
+    """Training split, e.g. train[:80%], train+test, train[10/class]; None: train."""
     val_split: str | None = None
-    """Validation split; none: val or validation if there is one, else the images that train_split
+    """Validation split; None: val or validation if there is one, else the images that train_split
     leaves, or a fifth of train."""
     on_bad_image: OnBadImage = "error"
     """Unreadable images. error: end the run, before it trains if they are checked; skip: leave them
     out and list them."""
     check: Check | None = None
     """Images that are decoded once before the run to find unreadable ones: all, or a sample of
-    1,000 per split. none: all if they fit into cache_mib or are to be skipped, else a sample."""
+    1,000 per split. None: all if they fit into cache_mib or are to be skipped, else a sample."""
     drop_last: bool = False
     """Drop the last batch of an epoch if it is incomplete; otherwise it is padded and masked."""
     balance: Balance = "none"
@@ -140,18 +140,18 @@ class Recipe:
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation for validation. flip: average the logits of image and mirror image."""
     image_size: int | None = None
-    """Side of the network's input images in pixels; none: as for the weights, or 224."""
+    """Side of the network's input images in pixels; None: as for the weights, or 224."""
     resize_size: int | None = None
-    """Short side in pixels before the central crop of evaluation; none: in the same proportion to
+    """Short side in pixels before the central crop of evaluation; None: in the same proportion to
     image_size as for the weights, or as 256 to 224."""
     resize_mode: Literal["short_side", "squash"] | None = None
-    """Scale the short side to resize_size, or both; none: as for the weights, or short_side."""
+    """Scale the short side to resize_size, or both; None: as for the weights, or short_side."""
     interpolation: Interpolation | None = None
-    """Interpolation for scaling; none: as for the weights, or bilinear."""
+    """Interpolation for scaling; None: as for the weights, or bilinear."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the RGB channels, for pixels from 0 to 1; none: as for the weights, or ImageNet's."""
+    """Mean of the RGB channels, for pixels from 0 to 1; None: as for the weights, or ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of the RGB channels; none: as for the weights, or ImageNet's."""
+    """Standard deviation of the RGB channels; None: as for the weights, or ImageNet's."""
     stride_in_1x1: bool = False
     """Put the stride of a bottleneck into its first 1x1 convolution (He et al., Caffe, Keras)
     instead of the 3x3 convolution."""
@@ -202,7 +202,7 @@ class Recipe:
     """Disk space in MiB for cached features that exceed the memory, in temporary files (TMPDIR); 0:
     cache in memory only."""
     device_cache_mib: int | None = None
-    """Memory in MiB of each device for cached features; none: a quarter on TPU and GPU, 0 on CPU.
+    """Memory in MiB of each device for cached features; None: a quarter on TPU and GPU, 0 on CPU.
     Changes results by rounding only."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

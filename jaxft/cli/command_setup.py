@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ from jaxft.checkpoint.atomic import in_bucket
 from jaxft.cli.process import EXIT_CODES, fail, handled_by
 from jaxft.data.validate import without_warnings
 from jaxft.errors import InterruptedRunError, JaxftError, RecipeError
-from jaxft.progress import shown_on
+from jaxft.progress import show_progress_on
 
 
 def command_parser(
@@ -31,10 +33,20 @@ def command_parser(
     """
     return argparse.ArgumentParser(
         prog=program,
-        description=(description or "").replace(name, program),
+        description=_wrapped((description or "").replace(name, program)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )
+
+
+def _wrapped(text: str) -> str:
+    """Wraps each paragraph to the terminal; indented lines stay as they are."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = [
+        each if each.startswith(" ") else textwrap.fill(each, width, break_on_hyphens=False)
+        for each in text.strip().split("\n\n")
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def report_errors(main: Callable[[], int]) -> int:
@@ -65,7 +77,7 @@ def run_until_signal(main: Callable[[], None]) -> int:
         raise KeyboardInterrupt
 
     def work() -> int:
-        with without_warnings(), shown_on(Terminal(stderr=True)):
+        with without_warnings(), show_progress_on(Terminal(stderr=True)):
             main()
         if sys.stdout is not None:
             sys.stdout.flush()  # reports a full disk as an error of the command
@@ -75,7 +87,7 @@ def run_until_signal(main: Callable[[], None]) -> int:
         try:
             return report_errors(work)
         except KeyboardInterrupt:
-            message = f"\n{received.name} came, and ended it early."
+            message = f"\n{received.name} received; stopped before the end."
             return fail(message, EXIT_CODES[received])
 
 

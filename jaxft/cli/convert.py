@@ -2,13 +2,14 @@
 
     jaxft convert SOURCE OUT --model NAME [options of the network]
 
-SOURCE: a torch file, a run or checkpoint of jaxft, hf:OWNER/REPO, torchvision:ENUM.MEMBER, ...
-OUT: a .safetensors file with torchvision's names and layouts; any other name is a folder, written
-     as an Orbax checkpoint {"params": ..., "stats": ...} with jaxft's names. Both are valid as
-     SOURCE.
-NAME: the network, such as resnet50. Its tensors must match those in SOURCE exactly.
+    SOURCE  a torch file, a run or checkpoint of jaxft, hf:OWNER/REPO,
+            torchvision:ENUM.MEMBER, ...
+    OUT     a .safetensors file with torchvision's names and layouts; any other
+            name is a folder, written as an Orbax checkpoint with jaxft's names:
+            {"params": ..., "stats": ...}. Both are valid as SOURCE.
+    NAME    the network, such as resnet50; its tensors must match SOURCE exactly
 
-The options of the network are recipe fields: --stride-in-1x1, --head-layers 256 relu, ...
+The options of the network are recipe fields: --stride-in-1x1 True, --head-layers 256 relu, ...
 """
 
 import argparse
@@ -28,11 +29,13 @@ from jaxft.cli.command_setup import check_writable, command_parser, run_until_si
 from jaxft.errors import WeightsError
 from jaxft.models.model import OPTIONS
 from jaxft.recipe import Recipe
+from jaxft.report.console import Console
 from jaxft.weights.description import MARK, STRIDES, fields
 from jaxft.weights.load import fitted
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt")
 _HINTS = get_type_hints(Recipe)
+_CONFIG = (tyro.conf.FlagConversionOff,)  # `--binary True`, as in `jaxft finetune`
 # The recipe fields that shape a network, as a dataclass for tyro.
 _Options: Any = dataclasses.make_dataclass(
     "Options",
@@ -68,7 +71,7 @@ def _convert(arguments: Sequence[str], program: str) -> None:
     for remark in source.remarks:
         print(remark)
     if model.options.get(MARK):
-        print(STRIDES)
+        Console().say(STRIDES)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{out}: {known.model}, {model.num_classes} classes, {count:,} parameters")
 
@@ -83,7 +86,7 @@ def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, 
         parser.print_help()
         arguments = ["-", "-", "--model", "-", "--help"]  # tyro prints the network's options
     known, rest = parser.parse_known_args(arguments)
-    return known, dataclasses.asdict(tyro.cli(_Options, args=rest, prog=program))
+    return known, dataclasses.asdict(tyro.cli(_Options, args=rest, prog=program, config=_CONFIG))
 
 
 def _check_output(out: Path) -> None:

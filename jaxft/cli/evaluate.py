@@ -24,7 +24,7 @@ from jaxft.cli.program_cache import keep_programs
 from jaxft.data.open_source import open_collection
 from jaxft.data.select_splits import select, select_one
 from jaxft.data.source import Source
-from jaxft.data.validate import OnBadImage, check_images
+from jaxft.data.validate import check_images
 from jaxft.errors import DataError
 from jaxft.evaluation import evaluate
 from jaxft.report.console import Console
@@ -42,7 +42,9 @@ def _evaluate(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("data", metavar="DATA", nargs="?")
     parser.add_argument(
-        "--split", metavar="SPLIT", help="such as test or train[:10%%]; default: val, or the only"
+        "--split",
+        metavar="SPLIT",
+        help="of DATA, else of the run's, such as test or train[:10%%]; default: val, or the only",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
     add_classifier_options(parser)
@@ -77,23 +79,22 @@ def open_images(
     Raises:
       DataError: the data does not exist; or it is not given, and `source` is not a run.
     """
-    on_bad_image: OnBadImage = "error"
-    if data is not None:
-        images = select_one(open_collection(data_spec(data)), split)
+    recipe = saved(source) if Path(source).is_dir() else None
+    if data is None and recipe is None:
+        raise DataError(f"{source} is not the folder of a run: name the DATA to evaluate on.")
+    if recipe is None or (data is not None and data_spec(data) != recipe.data):
+        images = select_one(open_collection(data_spec(data or "")), split)
+        return check_images({"images": images}, "error")[0]["images"]
+    collection = open_collection(recipe.data, recipe.split_by)
+    if split is None and data is None:
+        splits = select(
+            collection,
+            train=recipe.train_split,
+            val=recipe.val_split,
+            shots=recipe.shots,
+            seed=recipe.seed,
+        )
+        images = splits.val
     else:
-        recipe = saved(source) if Path(source).is_dir() else None
-        if recipe is None:
-            raise DataError(f"{source} is not the folder of a run: name the DATA to evaluate on.")
-        collection = open_collection(recipe.data, recipe.split_by)
-        on_bad_image = recipe.on_bad_image
-        if split is not None:
-            images = select_one(collection, split, seed=recipe.seed)
-        else:
-            images = select(
-                collection,
-                train=recipe.train_split,
-                val=recipe.val_split,
-                shots=recipe.shots,
-                seed=recipe.seed,
-            ).val
-    return check_images({"images": images}, on_bad_image)[0]["images"]
+        images = select_one(collection, split, seed=recipe.seed)
+    return check_images({"images": images}, recipe.on_bad_image)[0]["images"]

@@ -4,14 +4,14 @@
 
 Writes into DIR (default: WORKDIR)
 
-    model.safetensors  weights under torch's names; torchvision and timm load them strictly
-                       (except with stride_in_1x1, see README)
+    model.safetensors  weights under torch's names, which torchvision and timm
+                       load strictly (except with stride_in_1x1)
     model.json         network, classes, preprocessing, validation score
-    README.md          model card with scores, classes and code that loads the weights
-    model.jaxexport    evaluation program: jax.export.deserialize(...).call(images); jax
-                       promises that versions up to 6 months newer run it
-    model.onnx         with --formats onnx, the same for ONNX Runtime, checked against jax
-                       (extra onnx)
+    README.md          model card: scores, classes, code to load the weights
+    model.jaxexport    evaluation program: jax.export.deserialize(...).call(images);
+                       jax versions up to 6 months newer run it
+    model.onnx         with --formats onnx: the same for ONNX Runtime, checked
+                       against jax (extra onnx)
 """
 
 import json
@@ -22,6 +22,7 @@ from jaxft import model_card
 from jaxft.checkpoint.atomic import anywhere
 from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
 from jaxft.export import FORMATS, export
+from jaxft.report.console import Console
 from jaxft.weights.description import MARK, STRIDES
 from jaxft.weights.jax_export import PLATFORMS
 
@@ -67,4 +68,4 @@ def _export(arguments: Sequence[str], program: str) -> None:
         print(f"         images {onnx['images']} to logits {onnx['logits']}; as jax's up to")
         print(f"         {onnx['max_difference']:.1e} of the largest logit in ONNX Runtime")
     if description.get(MARK):
-        print(STRIDES)
+        Console().say(STRIDES)

@@ -1,6 +1,6 @@
 """Finds a learning rate: trains a few steps while it rises, until the loss diverges.
 
-    jaxft find-lr CONFIG --out DIR [--stage NAME] [any field of the recipe as an option]
+    jaxft find-lr CONFIG --out DIR [--stage NAME] [recipe options]
 
 CONFIG is a recipe as for `jaxft finetune`. The steps are steps of the stage, with its trained
 layers, norm layers, loss and optimizer. They start from the weights of the recipe, also for a later

@@ -1,19 +1,19 @@
 """Fine-tunes a network in stages, or resumes an interrupted run.
 
-    jaxft finetune CONFIG --workdir DIR [any field of the recipe as an option]
-    jaxft finetune DATA --workdir DIR [--model resnet18] [--strategy full] [any field]
+    jaxft finetune CONFIG --workdir DIR [recipe options]
+    jaxft finetune DATA --workdir DIR [--strategy full] [recipe options]
 
 CONFIG is a Python file that defines `recipe`, or the `recipe.yaml` of an earlier run. With
-`CONFIG --help` its fields are listed. DIR may be in a bucket (gs://...).
+`CONFIG --help` its options are listed. DIR may be in a bucket (gs://...).
 
 DATA is a folder of class folders, a CSV file, or data as in a recipe. Then the network is a
 ResNet-50 with torchvision's weights, unless --model and --weights name others, and the stages are a
 strategy's: by default the head is solved on the frozen features, and everything trains for five
-epochs (lp-ft).
-DIR/recipe.yaml is the recipe.
+epochs (lp-ft). The resulting recipe is DIR/recipe.yaml.
 
 SIGTERM or Ctrl-C during training saves a checkpoint and exits with code 75 or 130; the same
-command resumes the run. Before training, either exits at once. So does a second Ctrl-C.
+command resumes the run. Before training, both exit at once. A second Ctrl-C during training exits
+without saving.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from jaxft.cli.data_recipe import (
 from jaxft.cli.process import fail, handled_by
 from jaxft.cli.program_cache import keep_programs
 from jaxft.cli.recipe_options import print_recipe_options
+from jaxft.default_stages import STRATEGIES
 from jaxft.errors import RecipeError
 from jaxft.process_exchange import announced
 from jaxft.recipe import Recipe
@@ -85,14 +86,14 @@ def _recipe(known: argparse.Namespace, options: Sequence[str], program: str) -> 
 def _parse(arguments: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
     """Returns the command's options, and the recipe's; exits after printing help."""
     parser = command_parser(__doc__, "jaxft finetune", program, add_help=False, allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG or DATA")
-    parser.add_argument("--workdir", metavar="DIR")
+    parser.add_argument("config", metavar="CONFIG or DATA", help="a recipe file, or images")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run; required")
     parser.add_argument(
         "--extend", action="store_true", help="continue with a longer last stage or new stages"
     )
     strategy = parser.add_argument_group("images without a recipe")
     strategy.add_argument(
-        "--strategy", metavar="NAME", help=f"full, gradual, probe, ...; default: {STRATEGY}"
+        "--strategy", metavar="NAME", help=f"{', '.join(STRATEGIES)}; default: {STRATEGY}"
     )
     add_strategy_options(strategy)
     fork = parser.add_argument_group("a new run from the end of a stage of another run")

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from jaxft.data.folder import FolderSource
 from jaxft.data.image_files import printable
 from jaxft.errors import DataError
-from jaxft.progress import tracked
+from jaxft.progress import track
 
 
 class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -39,7 +39,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         return {name: self._generate_examples(name, each) for name, each in self._splits.items()}
 
     def _generate_examples(self, name: str, source: FolderSource) -> Iterator[tuple[str, dict]]:
-        with tracked(f"Writing {name}", len(source)) as work:
+        with track(f"Writing {name}", len(source)) as work:
             for path, target in zip(source.files, source.targets, strict=True):
                 file_name = printable(PurePosixPath(path).relative_to(source.root))
                 # TFDS stores bytes as they are, and shuffles examples by the hash of their key.

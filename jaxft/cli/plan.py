@@ -1,6 +1,6 @@
 """Estimates the cost of each stage of a recipe, without images and without the devices.
 
-    jaxft plan CONFIG --topology v5e-8 [--json FILE] [any field of the recipe as an option]
+    jaxft plan CONFIG --topology v5e-8 [--json FILE] [recipe options]
 
 CONFIG is a recipe as for `jaxft finetune`. Its programs are compiled for the topology: TPU slices,
 named as in gcloud (v5e-8, v4-32, 2xv5e-16; needs libtpu, extra `tpu`, but no TPU), NVIDIA GPUs

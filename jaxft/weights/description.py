@@ -15,7 +15,7 @@ MARK = "stride_in_1x1"
 Software that does not know the option refuses the unexpected tensor.
 """
 STRIDES = (
-    "With stride_in_1x1 the file has a tensor of that name, so that torchvision and timm, whose\n"
+    "With stride_in_1x1 the file has a tensor of that name, so that torchvision and timm, whose "
     "networks stride in the 3x3 convolution, refuse it. The README shows how to load it there."
 )
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from jaxft import Recipe, RecipeError, models, weights
+from jaxft.cli.evaluate import open_images
 from jaxft.recipe_file import read
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +201,7 @@ def test_convert_network_with_head_layers(tmp_path):
     options = ("--model", "cifar_resnet8", "--head-layers", "5", "relu")
     refused = call(*command, *options)
     assert "binary=True" in refused.stderr
-    done = call(*command, *options, "--binary")
+    done = call(*command, *options, "--binary", "True")
     assert done.returncode == 0, done.stderr
     assert "cifar_resnet8, 2 classes, 74,971 parameters" in done.stdout
     again = weights.read(tmp_path / "out")
@@ -249,7 +250,7 @@ def trained(tmp_path_factory):
     """A run on a folder of images."""
     folder = tmp_path_factory.mktemp("trained")
     images = image_folder(folder / "images")
-    options = ("--data", f"folder:{images}", "--workdir", folder / "run")
+    options = ("--data", f"folder:{images}", "--workdir", folder / "run", "--seed", 5)
     assert finetune(small_config(folder), *options).returncode == 0
     return folder
 
@@ -263,6 +264,17 @@ def test_evaluate_reproduces_validation_accuracy(trained, tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
         assert f"accuracy           {score['accuracy']:.4f}   95 % confidence" in done.stdout
         assert json.loads(out.read_text())["accuracy"] == score["accuracy"]
+
+
+@pytest.mark.slow
+def test_evaluate_draws_splits_with_the_seed_of_the_run(trained):
+    def drawn(source, *place):
+        images = open_images(source, *place, "train[:50%/class]")
+        return [images.identity(i) for i in range(len(images))]
+
+    folder = str(trained / "images")
+    assert drawn(trained / "run", folder) == drawn(trained / "run", None)
+    assert drawn(trained / "run", folder) != drawn(trained / "other weights", folder)
 
 
 @pytest.mark.slow
@@ -326,6 +338,8 @@ def test_finetune_on_images_without_a_recipe(tmp_path):
         (["finetune", "tfsd:x", "--weights", "None"], "unknown data 'tfsd:x'. Did you mean 'tfds"),
         (["finetune", "digits", "--model", "resnet50d"], "resnet50d has no default weights: name"),
         (["finetune", "digits", "--strategy", "lpft"], "no strategy is called 'lpft'.*'lp-ft'"),
+        (["finetune", "digits", "--stages.0.norms", "batch"], "options: --stages.0.norms"),
+        (["compare", "digits", "--optimizer.momentum", "0"], "options: --optimizer.momentum"),
         (["finetune", QUICKSTART, "--strategy", "full"], "--strategy is for images without a rec"),
         (["finetune", "digits", "--model", "resnt50"], "no model is called 'resnt50'. Did you"),
         (["compare", "digits", "--strategies", "lpft", "--weights", "None"], "called 'lpft'"),

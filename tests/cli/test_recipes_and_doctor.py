@@ -12,10 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 def test_recipes_lists_every_config():
     done = call("recipes")
-    names = [line.split()[0] for line in done.stdout.splitlines()]
+    table, hint = done.stdout.rstrip().split("\n\n")
+    names = [line.split()[0] for line in table.splitlines() if line[0] != " "]
     assert names == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
     assert re.search("^quickstart +Trains a small ResNet, pretrained", done.stdout, re.M)
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert hint == "jaxft recipes NAME copies one into the current folder."
 
 
 def test_recipes_copies_one(tmp_path, monkeypatch):
