@@ -20,6 +20,9 @@ from narrow import narrowed
 from PIL import Image
 
 import jaxft
+from jaxft import models
+from jaxft.cli.data_recipe import EPOCHS, LR, STRATEGY
+from jaxft.default_stages import default_stages
 from jaxft.export import export
 from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe
@@ -27,7 +30,10 @@ from jaxft.recipe_file import read
 from jaxft.report.block_table import block_table
 from jaxft.report.console import Console
 from jaxft.report.lr_plot import lr_table
+from jaxft.report.stage_text import epilogue
 from jaxft.train.frozen_prefix import block_labels
+from jaxft.train.metrics import Score
+from jaxft.train.state import Progress
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -73,7 +79,6 @@ RUN = {
     ("configs/README.md", "Schedules"),
     ("configs/README.md", "A linear probe"),
     ("configs/README.md", "Ready-made stages"),
-    ("jaxft/README.md", "Freezing in five lines"),
     ("jaxft/README.md", "Loops"),
     ("jaxft/README.md", "Stages in your own loop"),
     ("jaxft/README.md", "Save and restore across a re-labelling"),  # in test_state_shapes.py
@@ -183,30 +188,28 @@ def test_configs_readme_describes_every_field_of_a_stage():
     assert described == {field.name for field in fields(jaxft.Stage)}
 
 
-def test_stage_table_of_the_readme_is_printed(capsys):
-    recipe = read(ROOT / "configs" / "quickstart.py")
-    params, stats = jax.eval_shape(recipe.network(5).init, jax.random.key(0))
-    plan = jaxft.plan(recipe.stages, params)[1]
+def test_output_of_the_readme_is_printed(capsys):
+    network = models.create("resnet50", num_classes=2)
+    params, stats = jax.eval_shape(network.init, jax.random.key(0))
+    stages = default_stages(STRATEGY, network, lr=LR, epochs=EPOCHS)
+    plan = jaxft.plan(stages, params)[-1]
     modes = norm_modes(params, stats, plan.labels, plan.stage.norm_choices)
-    (quoted,) = quotes("README.md", "")
-    Console().stage(plan, quoted.splitlines()[0], "", params, modes)
+    quoted, table = quotes("README.md", "Your photographs")
+    lines = quoted.splitlines()
+    (title,) = [line for line in lines if line.startswith("Stage 2 of 2")]
+    Console().stage(plan, title, "", params, modes)
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert len(printed) == 6  # title, head and three rows of the table, head of the epochs
-    assert [line for line in printed if line not in quoted.splitlines()] == []
-    assert max(map(len, quoted.splitlines())) <= 80
+    assert len(printed) == 5  # title, head and two rows of the table, head of the epochs
+    assert [line for line in printed if line not in lines] == []
+    assert max(map(len, [*lines, *table.splitlines()])) <= 80
 
-
-@pytest.mark.slow
-def test_sentences_about_a_stage_are_printed(tmp_path, monkeypatch, capsys):
-    recipe = read(ROOT / "configs" / "quickstart.py")
-    head, late, _ = recipe.stages
-    recipe = replace(recipe, stages=(replace(head, epochs=1), late))
-    monkeypatch.setenv("COLUMNS", "80")
-    jaxft.finetune(recipe, tmp_path / "run")
-    printed = " ".join(without_numbers(capsys.readouterr().out))
-    (quoted,) = quotes("README.md", "")
-    before, after = quoted.split("  epoch  train loss")[0], quoted[quoted.index("Stage 'late'") :]
-    assert [x for x in map(without_numbers, (before, after)) if " ".join(x) not in printed] == []
+    scores = re.findall(r"^ +(?:start|\d) .* (0\.\d+) +(0\.\d+) ", quoted, re.MULTILINE)
+    start, *epochs = (Score(float(loss), float(accuracy), 1.0) for loss, accuracy in scores)
+    progress = Progress.at_start(1, 1, start)
+    for number, score in enumerate(epochs, 1):
+        done = f"{EPOCHS} of {EPOCHS} epochs done" if number == len(epochs) else ""
+        progress = progress.after_epoch(plan.stage, score, done=done)
+    assert epilogue(plan, progress) in " ".join(quoted.split())
 
 
 def test_tables_of_rates_and_layers_are_printed():
@@ -271,8 +274,7 @@ def test_five_lines_of_the_readme_freeze():
 
 @pytest.mark.slow
 def test_freezing_and_stages():
-    five_lines, setup = blocks("jaxft/README.md", "Freezing in five lines")
-    run_stages(freeze(setup, five_lines))
+    run_stages(freeze(*blocks("README.md", "In your own training loop")))
 
 
 def run_stages(names):
