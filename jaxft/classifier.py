@@ -23,7 +23,7 @@ from jaxft.errors import DataError, RecipeError, WeightsError
 from jaxft.labels import Tree
 from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model, user_factory
-from jaxft.progress import tracked
+from jaxft.progress import track
 from jaxft.train.eval_step import Tta, image_views, mean_logits
 from jaxft.weights.description import Description
 
@@ -217,13 +217,13 @@ class Classifier:
             last_rows=sizes.last_rows,
         )
         results: list[tuple[jax.Array, int]] = []
-        with closing(batches), tracked("Classifying images", len(source)) as work:
+        with closing(batches), track("Classifying images", len(source)) as work:
             for batch in batches:
                 rows = len(batch.mask)
                 count = sizes.examples.get(rows, rows)
                 images = self._devices.batch(batch.image)
                 results.append((program(*self._weights, images, count), int(batch.mask.sum())))
-                jax.block_until_ready(results[-2:-1])  # or the host fills the device ahead
+                jax.block_until_ready(results[-2:-1])  # limits the batches queued on the device
                 work.advance(results[-1][1])
         return np.concatenate([np.asarray(rows)[:count] for rows, count in results])
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxft import open_recipe
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Source, Splits
-from jaxft.data.device_augment import augmented
+from jaxft.data.device_augment import augment_batch
 from jaxft.devices import Devices
 from jaxft.distributed import check_devices
 from jaxft.errors import RecipeError
@@ -65,7 +65,7 @@ class Trial:
         batches = program.batches(self.source, stop_epoch=-(-count // program.steps_per_epoch))
         with closing(batches):
             for _, batch in zip(range(count), batches, strict=False):
-                yield augmented(program.devices.batch(batch), program.settings.augment)
+                yield augment_batch(program.devices.batch(batch), program.settings.augment)
 
 
 def named(recipe: Recipe, stage: str | None) -> Stage:

@@ -27,8 +27,8 @@ _terminal: ContextVar[Terminal | None] = ContextVar("terminal", default=None)
 
 
 @contextmanager
-def shown_on(terminal: Terminal | None) -> Iterator[None]:
-    """Shows the work that is `tracked` in this context on a terminal or in a log; None: nowhere."""
+def show_progress_on(terminal: Terminal | None) -> Iterator[None]:
+    """Shows work on a terminal or in a log, if `track` counts it in this context; None hides it."""
     token = _terminal.set(terminal)
     try:
         yield
@@ -37,7 +37,7 @@ def shown_on(terminal: Terminal | None) -> Iterator[None]:
 
 
 @contextmanager
-def tracked(
+def track(
     text: str, total: int | None, unit: Unit = "images", *, terminal: Terminal | None = None
 ) -> Iterator["Work"]:
     """Tracks work whose progress is shown once it has lasted some seconds.
@@ -46,7 +46,7 @@ def tracked(
       text: name of the work.
       total: number of units; None if it is not known yet.
       unit: kind of units.
-      terminal: where to show it, instead of the terminal of `shown_on`.
+      terminal: where to show it, instead of the terminal of `show_progress_on`.
     """
     work = Work(text, total, unit, terminal or _terminal.get())
     try:
@@ -56,7 +56,7 @@ def tracked(
 
 
 class Work:
-    """Counts the units of some work that are done; several threads may count."""
+    """Thread-safe counter of the finished units of some work."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class Work:
                     )  # fmt: skip
             return
         if self._bar is None and seconds >= _BAR_SECONDS:
-            of_bytes = (DownloadColumn(), TransferSpeedColumn())
+            byte_columns = (DownloadColumn(), TransferSpeedColumn())
             self._bar = Progress(
                 TextColumn("  {task.description}", markup=False),
                 BarColumn(bar_width=None),
-                *(of_bytes if self._unit == "bytes" else (MofNCompleteColumn(),)),
+                *(byte_columns if self._unit == "bytes" else (MofNCompleteColumn(),)),
                 TimeRemainingColumn(),
                 console=self._terminal,
                 transient=True,

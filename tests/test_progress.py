@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console as Terminal
 
-from jaxft.progress import Work, shown_on, tracked
+from jaxft.progress import Work, show_progress_on, track
 
 
 class Clock:
@@ -84,14 +84,14 @@ def test_progress_of_several_threads_counts_all_units():
 def test_tracked_work_is_shown_where_the_context_shows_it(monkeypatch):
     monkeypatch.setattr("jaxft.progress._LINE_SECONDS", 0)
     inner, outer = output(terminal=False), output(terminal=False)
-    with tracked("hidden", 1) as work:
+    with track("hidden", 1) as work:
         work.advance()
-    with shown_on(outer):
-        with shown_on(inner), tracked("inner", 1) as work:
+    with show_progress_on(outer):
+        with show_progress_on(inner), track("inner", 1) as work:
             work.advance()
-        with shown_on(None), tracked("quiet", 1) as work:
+        with show_progress_on(None), track("quiet", 1) as work:
             work.advance()
-        with tracked("outer", 1) as work:
+        with track("outer", 1) as work:
             work.advance()
     texts = [each.file.getvalue().split(":")[0] for each in (inner, outer)]
     assert texts == ["inner", "outer"]

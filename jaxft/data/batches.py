@@ -31,7 +31,7 @@ _AUGMENTATION = 1
 
 
 class Crops(NamedTuple):
-    """In place of images: their crops, and the steps that `device_augment.augmented` applies."""
+    """In place of images: their crops, and the steps for `device_augment.augment_batch`."""
 
     images: UInt8[np.ndarray | jax.Array, "b h w 3"] | Float[np.ndarray | jax.Array, "b h w 3"]
     steps: Float32[np.ndarray | jax.Array, "b 9"]

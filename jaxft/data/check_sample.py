@@ -1,4 +1,4 @@
-"""Chooses the images to check before a run: all, or a sample of sets larger than the memory."""
+"""Chooses the images to check before a run: all, or a sample of sets larger than the cache."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,11 +18,11 @@ def images_to_check(sources: Mapping[str, Source], limit: int | None) -> dict[st
     """Returns the indices of the images to check, by split.
 
     These are all images if, decoded, they take at most `limit` bytes; otherwise at most
-    `SAMPLE_SIZE` of each split, evenly spread, so that sorted classes are all represented.
+    `SAMPLE_SIZE` of each split, evenly spread, so that each class is represented by its size.
 
     Args:
       sources: sources by split.
-      limit: size in bytes; None: all images.
+      limit: size in bytes; None: all images; 0: always a sample.
     """
     every = {name: np.arange(len(source)) for name, source in sources.items()}
     sample = {name: evenly_spread(len(source), SAMPLE_SIZE) for name, source in sources.items()}

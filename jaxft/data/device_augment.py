@@ -23,11 +23,11 @@ from jaxft.stage_options import Augment
 _LUMA = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, in 1/65536
 
 
-def augmented(batch: Batch, augment: Augment | View) -> Batch:
+def augment_batch(batch: Batch, augment: Augment | View) -> Batch:
     """Returns a batch, or stacked batches, on the devices with augmented images.
 
     Args:
-      batch: as of `train_batches`; returned unchanged unless it holds `Crops`.
+      batch: a batch from `train_batches`; returned unchanged unless it holds `Crops`.
       augment: the random view of its images.
     """
     crops: Any = batch.image
@@ -56,7 +56,7 @@ def augmentation_program(view: View, ndim: int, sharding: Sharding) -> Callable[
 def augment_image(
     image: Shaped[jax.Array, "h w 3"], encoded: Float32[jax.Array, "9"], *, view: View
 ) -> Shaped[jax.Array, "h w 3"]:
-    """Applies the steps of `DrawnSteps.encoded` to a crop, as `augment.apply_steps`."""
+    """Applies the steps of `DrawnSteps.encoded` to a crop, like `augment.apply_steps`."""
     # Pixels of separate planes fill a TPU's lanes; three channels would leave most of them idle.
     planes = [image[..., channel] for channel in range(3)]
     if view.crop == "shift":
@@ -71,14 +71,14 @@ def augment_image(
 
 def _shift(plane: jax.Array, offset: jax.Array) -> jax.Array:
     """Moves the window by `offset` (down, right) pixels; pads with zeros."""
-    for start in offset:  # rows, then columns as rows
+    for start in offset:  # shifts rows, transposes, shifts columns, transposes back
         index = start + jnp.arange(len(plane))
         plane = plane.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False).T
     return plane
 
 
 def _adjust(planes: Sequence[jax.Array], channel: jax.Array, factor: jax.Array) -> list[jax.Array]:
-    """Adjusts one property of an image, as `color.adjust`.
+    """Adjusts one property of an image, like `color.adjust`.
 
     Pillow blends the image with a constant or gray one, all in float32:
 
@@ -96,9 +96,8 @@ def _adjust(planes: Sequence[jax.Array], channel: jax.Array, factor: jax.Array) 
     weighted = sum(weight * level for weight, level in zip(_LUMA, levels, strict=True))
     gray = jnp.floor((weighted + 2**15) / 2**16)
     mean = (jnp.sum(gray.astype(jnp.int32)) + gray.size // 2) // gray.size
-    is_contrast, is_saturation = (
-        channel == CHANNELS.index(name) for name in ("contrast", "saturation")
-    )
+    is_contrast = channel == CHANNELS.index("contrast")
+    is_saturation = channel == CHANNELS.index("saturation")
     base = jnp.where(is_saturation, gray, jnp.where(is_contrast, mean.astype(jnp.float32), 0))
     return [_blend(base, level, factor).astype(jnp.uint8) for level in levels]
 
@@ -106,15 +105,15 @@ def _adjust(planes: Sequence[jax.Array], channel: jax.Array, factor: jax.Array) 
 def _blend(base: jax.Array, level: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `base + factor * (level - base)` in 0..255, rounded as by Pillow's compiler.
 
-    XLA fuses a product and a sum into one operation with one rounding, or does not, as it likes. It
-    makes no difference here: the products of half of the factor's 24 bits are exact.
+    XLA may fuse a product and a sum into one operation with one rounding. Both give the same result
+    here: with half of the factor's 24 bits, the products are exact.
     """
     bits = jax.lax.bitcast_convert_type(factor, jnp.uint32)
     coarse = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFFF000), jnp.float32)
     difference = level - base
     products = coarse * difference, (factor - coarse) * difference
     if _pillow_fuses():
-        # The first sum is exact for factors from 1/8 on.
+        # The first sum is exact for factors of at least 1/8.
         blended = (base + products[0]) + products[1]
     else:
         blended = base + (products[0] + products[1])

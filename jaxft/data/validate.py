@@ -22,7 +22,7 @@ from jaxft.data.concat import take
 from jaxft.data.decode import decode
 from jaxft.data.source import Checkable, Source, emptied_classes
 from jaxft.errors import DataError, first_of
-from jaxft.progress import Work, tracked
+from jaxft.progress import Work, track
 
 S = TypeVar("S", bound=Source)
 OnBadImage = Literal["error", "skip"]
@@ -108,7 +108,7 @@ def check_images(
         mine = {name: each[part::parts] for name, each in indices.items()}
         with (
             _collect_warnings() as found_warnings,
-            tracked("Checking images", sum(map(len, mine.values()))) as work,
+            track("Checking images", sum(map(len, mine.values()))) as work,
         ):
             found = [_find_problems(each, mine[name], work) for name, each in sources.items()]
         return Findings(found, found_warnings)

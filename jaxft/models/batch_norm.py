@@ -65,7 +65,9 @@ class BatchNorm(nnx.Module):
             return ((_at_least_float32(x) - self.mean[...]) * factor + bias).astype(x.dtype)
         b, (n, devices) = x.shape[0], _shape(context.replicas)
         if b % (n * devices):
-            raise ValueError(f"a batch of {b} cannot be divided among {n} replicas")
+            raise ValueError(
+                f"a batch of {b} cannot be divided among {n} replicas of {devices} devices"
+            )
         if context.mask is None and b // n * math.prod(x.shape[1:-1]) < 2:
             raise ValueError(
                 f"batch statistics of {context.path} need more than one value per channel"
@@ -92,7 +94,7 @@ class BatchNorm(nnx.Module):
 
 
 _CANCELLATION = 10.0
-"""Largest E[d]^2, relative to the variance plus epsilon, that costs this sum one digit at most."""
+"""Largest E[d]^2 / (var + eps) at which E[d^2] - E[d]^2 loses at most one digit."""
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array]
 """Mean `[n c]`, biased variance `[n c]` and number of values `[n 1]` of each part."""
@@ -110,9 +112,9 @@ def _normalize(
 ) -> tuple[jax.Array, Statistics]:
     """Normalises each part of `x` `[b ... c]` with the statistics of its rows in `mask` `[b]`.
 
-    The gradient is written by hand, because it keeps only the input: the residuals that `jax.grad`
-    would add are a third of the memory of a ResNet-50 step, and it reads the batch more often.
-    `guess` `[c]` should be close to the mean, for speed; it changes the result by rounding only.
+    The gradient is written by hand and stores only the input. The residuals of `jax.grad` would
+    take a third of the memory of a ResNet-50 step, and it would read the batch more often. `guess`
+    `[c]` should be close to the mean, for speed; it changes the result by rounding only.
     """
     return _forward(x, mask, scale, bias, guess, eps, replicas)[0]
 
@@ -145,7 +147,7 @@ def _forward(
 
 
 def _shape(replicas: Replicas) -> tuple[int, int]:
-    """Returns the number of parts, and of devices that call `_by_part`'s function for each."""
+    """Returns the number of parts, and of devices for each."""
     return (replicas, 1) if isinstance(replicas, int) else replicas.devices.shape
 
 
@@ -157,8 +159,8 @@ def _by_part(
 ) -> tuple[Arrays, Arrays]:
     """Calls `function(rows, parts) -> (rows, parts)` on a batch that is split into parts.
 
-    On a mesh, each device calls it on its rows, as a single part. If the compiler divided all parts
-    among the devices, it would not fuse their statistics with the convolution before them.
+    On a mesh, each device calls it on its rows, as a single part (`shard_map`). With its own
+    partitioning, the compiler would not fuse the statistics with the convolution before them.
 
     Args:
       function: receives and returns rows `[n b ...]` and values of each part `[n c]`.
@@ -220,7 +222,7 @@ def _shifted_by_row(x: jax.Array, mask: jax.Array, guess: jax.Array) -> Statisti
 
     A GPU would wait for the host at a condition. With d = x - (mean of the part's first row), the
     variance is E[d^2] - E[d]^2, and E[d]^2 is at most the variance times the number of rows. If
-    that row is padding, `guess` replaces it.
+    the first row is padding, `guess` replaces its mean.
 
     Reference: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
     """
@@ -233,11 +235,11 @@ def _shifted_by_row(x: jax.Array, mask: jax.Array, guess: jax.Array) -> Statisti
 
 
 def _one_pass(x: jax.Array, mask: jax.Array, guess: jax.Array, eps: float) -> Statistics:
-    """Returns the statistics, reading the batch once, which a TPU fuses with the convolution.
+    """Returns the statistics, reading the batch once; a TPU fuses this with the convolution.
 
     With d = x - guess, the variance is E[d^2] - E[d]^2. If one is so much smaller than E[d]^2 that
-    digits cancel, the batch is read again. So is a batch with padding, the last one of an epoch: a
-    mask over the sums would cost every step of training the head of a ResNet-50 3 %.
+    digits cancel, the batch is read again. So is a batch with padding, the last one of an epoch,
+    because masking the sums would slow each step that trains the head of a ResNet-50 by 3 %.
     """
     wide, axes = _at_least_float32(x), tuple(range(1, x.ndim - 1))
     guess = guess.astype(wide.dtype)

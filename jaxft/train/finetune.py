@@ -45,7 +45,7 @@ from jaxft.open_recipe import (
     wanted_classes,
 )
 from jaxft.process_exchange import announced
-from jaxft.progress import shown_on
+from jaxft.progress import show_progress_on
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.report import environment
@@ -161,7 +161,7 @@ def finetune(
         recipe, folder = resolve(recipe), atomic.anywhere(workdir)
         check_devices()
         console = console or Console(quiet=not is_main_process())
-        stack.enter_context(shown_on(console.terminal))
+        stack.enter_context(show_progress_on(console.terminal))
         if stage is not None and fork_from is None:
             raise RecipeError(
                 f"stage {stage!r} is to be forked, but fork_from names no run to fork."

@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Batch, Cached
 from jaxft.data.batches import view_of_epoch
-from jaxft.data.device_augment import augmented
+from jaxft.data.device_augment import augment_batch
 from jaxft.data.process_source import ProcessSource
 from jaxft.distributed import any_process
 from jaxft.errors import DataError
@@ -134,7 +134,7 @@ def _train_epoch(
             if not unseen or unseen[-1][0].finite.is_ready():  # type: ignore[attr-defined]
                 idle += time.perf_counter() - asked
             batch, *count = sent(trainer.devices, taken, steps_per_call)
-            batch = augmented(batch, program.settings.augment)
+            batch = augment_batch(batch, program.settings.augment)
             number = np.int32(current.progress.step)
             current.state, record = compiled.step(
                 current.state, current.frozen, batch, *count, number, *rest
@@ -143,7 +143,7 @@ def _train_epoch(
             for _ in taken:
                 current.progress = current.progress.after_step()
             unseen.append((record, len(taken)))
-            jax.block_until_ready(unseen[-2:-1])  # or the host fills the device ahead
+            jax.block_until_ready(unseen[-2:-1])  # limits the batches queued on the device
 
             last = current.progress.position == length
             synced = last or sum(count for _, count in unseen) >= recipe.sync_steps
@@ -197,7 +197,10 @@ def _begin_epoch(
             trainer.devices,
             current.state,
             current.frozen,
-            [augmented(trainer.devices.batch(each), program.settings.augment) for each in first],
+            [
+                augment_batch(trainer.devices.batch(each), program.settings.augment)
+                for each in first
+            ],
             step=current.progress.step,
             rest=rest,
         )

@@ -24,7 +24,7 @@ from jaxft.distributed import any_process
 from jaxft.errors import InterruptedRunError
 from jaxft.labels import Tree
 from jaxft.losses import LossChoice
-from jaxft.progress import tracked
+from jaxft.progress import track
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.report.metrics_log import MetricsLog, to_json
@@ -325,10 +325,10 @@ class Trainer:
         if replayed:
             batches = self.batch_cache.replayed(("images", size), batches, count)
         results: list[T] = []
-        with closing(batches), tracked(title, count, "batches") as work:
+        with closing(batches), track(title, count, "batches") as work:
             for index, group in enumerate(groups(batches, steps_per_call)):
                 results.append(step(*sent(self.devices, group, steps_per_call)))
-                jax.block_until_ready(results[-2:-1])  # or the host fills the device ahead
+                jax.block_until_ready(results[-2:-1])  # limits the batches queued on the device
                 work.advance(len(group))
                 if (
                     index * steps_per_call % recipe.sync_steps < steps_per_call

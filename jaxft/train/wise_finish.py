@@ -38,9 +38,9 @@ def average_with_start(
       trainer: the run's trainer.
       program: the stage, whose `finish` is set.
       features: cached features of the stage.
-      current: state before the last validation, from which a run that is stopped here resumes.
+      current: state before the last validation; a run that is stopped here resumes from it.
       end: arrays at the end of the stage.
-      score: their validation score.
+      score: validation score of `end`.
 
     Raises:
       CheckpointError: the weights at the stage's start cannot be read.
@@ -48,16 +48,17 @@ def average_with_start(
     """
     stage = program.plan.stage
     assert stage.finish
-    # A restart repeats no step; and this waits until the start of the stage is written.
+    # Saves now, so that a restart repeats no step, and the checkpoint of the start is complete.
     trainer.save_step(program, current)
     start = Snapshot(*trainer.devices.put(_start_weights(trainer, program)), end.opt_state)
-    first, last = (partition(x.params, program.plan.labels) for x in (start, end))
+    start_trained, _ = partition(start.params, program.plan.labels)
+    end_trained, frozen = partition(end.params, program.plan.labels)
     reestimate = _reestimation(trainer, program)
 
     def average(alpha: float) -> Snapshot | None:
         if alpha in (0, 1):
             return end if alpha else start
-        params = combine(interpolate(first[0], last[0], alpha), last[1])
+        params = combine(interpolate(start_trained, end_trained, alpha), frozen)
         params = trainer.devices.put(params)
         stats = reestimate(params, end.stats)
         return None if stats is None else end._replace(params=params, stats=stats)
@@ -143,7 +144,7 @@ def _reestimation(trainer: Trainer, program: StageProgram) -> Callable[[Tree, Tr
             leaf: jax.Array = jax.tree.leaves(stats)[0]
             return leaf  # the caller waits for it
 
-        done = trainer.of_each_batch(train, add, batch_size=size)
+        done = trainer.of_each_batch(train, add, batch_size=size, title="Norm statistics")
         return None if done is None else stats
 
     return reestimate

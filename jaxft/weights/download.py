@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from rich.console import Console as Terminal
 
 from jaxft.errors import WeightsError
-from jaxft.progress import tracked
+from jaxft.progress import track
 from jaxft.weights.http import (
     TransferError,
     is_secure,
@@ -115,7 +115,7 @@ def _download_locked(path: Path, part: Path, file: IO[bytes], url: str, sha256: 
             _truncate(file)
         if not (sha256 is not None and _is_valid(part, sha256)):
             name, terminal = urlsplit(url).path.rpartition("/")[2], Terminal(stderr=True)
-            with tracked(name, None, "bytes", terminal=terminal) as work:
+            with track(name, None, "bytes", terminal=terminal) as work:
                 _transfer_verified(url, file, part, sha256, work.update)
         part.replace(path)
     except Exception:  # not KeyboardInterrupt: the next call resumes from the partial file

@@ -47,13 +47,13 @@ class Graph:
     Attributes:
       nodes: the nodes, in order.
       constants: the constants, as ONNX tensors.
-      place: name of the module whose operations are converted; the prefix of new names.
+      scope: path of the module whose operations are converted; the prefix of new names.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
-        self.place = ""
+        self.scope = ""
 
     def add(self, operator: str, *inputs: Value, **attributes: Any) -> str:
         """Adds a node with one output; returns the output's name."""
@@ -64,7 +64,7 @@ class Graph:
         from onnx import helper
 
         names = [self._name(value) for value in inputs]
-        name = f"{self.place}/{operator}_{len(self.nodes)}"
+        name = f"{self.scope}/{operator}_{len(self.nodes)}"
         outputs = [name, *(f"{name}_{i}" for i in range(1, count))]
         self.nodes.append(helper.make_node(operator, names, outputs, name, **attributes))
         return outputs
@@ -85,7 +85,7 @@ class Graph:
         return self.add("Transpose", value, perm=list(axes))
 
     def shape(self, sizes: Sequence[int]) -> Value:
-        """Returns sizes as int64 values, computed from the batch size where they depend on it."""
+        """Returns a shape as int64: a constant, or computed at run time from the batch size."""
         if not any(map(depends_on_batch, sizes)):
             return np.array(sizes, np.int64)
         batch = self.add("Shape", "images", start=0, end=1)
@@ -99,7 +99,7 @@ class Graph:
 
 
 def depends_on_batch(size: int) -> bool:
-    """Returns whether an axis of this size is the batch, or several values per image."""
+    """Returns whether an axis of this size contains the batch."""
     return size > 0 and size % BATCH == 0
 
 
@@ -154,17 +154,18 @@ def _inline(
 
     for equation in jaxpr.eqns:
         operands = [read(variable) for variable in equation.invars]
-        graph.place = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
+        graph.scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         try:
             results = _convert(graph, equation, operands)
         except UnsupportedError as error:
-            message = f"{graph.place} cannot be exported to ONNX: it uses {error}."
+            message = f"{graph.scope} cannot be exported to ONNX: it uses {error}."
             raise ModelError(message) from error
         values.update(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
 
 def _convert(graph: Graph, equation: Any, operands: Sequence[Value]) -> Sequence[Value]:
+    """Converts one operation; returns its results."""
     from jaxft.weights.onnx_operations import COMPOSED, CONVERTERS
 
     name, params = equation.primitive.name, equation.params
@@ -173,17 +174,17 @@ def _convert(graph: Graph, equation: Any, operands: Sequence[Value]) -> Sequence
         return [np.array(next(i for i, each in branches if each is None or _PLATFORM in each))]
     if name == "cond" and isinstance(operands[0], np.ndarray):
         function, operands = params["branches"][int(operands[0])], operands[1:]
-        return _inline(graph, function.jaxpr, function.consts, operands, graph.place)
+        return _inline(graph, function.jaxpr, function.consts, operands, graph.scope)
     if name in _CALLS:
         function = params[_CALLS[name]]
         jaxpr, consts = getattr(function, "jaxpr", function), getattr(function, "consts", ())
-        return _inline(graph, jaxpr, consts, operands, graph.place)
+        return _inline(graph, jaxpr, consts, operands, graph.scope)
     if _is_constant(equation, operands):
         results = equation.primitive.bind(*map(jax.numpy.asarray, operands), **params)
         return [*map(np.asarray, results if equation.primitive.multiple_results else [results])]
     if name in COMPOSED:
         closed = jax.make_jaxpr(COMPOSED[name])(*(variable.aval for variable in equation.invars))
-        return _inline(graph, closed.jaxpr, closed.consts, operands, graph.place)
+        return _inline(graph, closed.jaxpr, closed.consts, operands, graph.scope)
     if name not in CONVERTERS:
         raise UnsupportedError(f"the operation {name}")
     converted: Any = CONVERTERS[name](graph, equation, *operands)
@@ -191,7 +192,7 @@ def _convert(graph: Graph, equation: Any, operands: Sequence[Value]) -> Sequence
 
 
 def _is_constant(equation: Any, operands: Sequence[Value]) -> bool:
-    """Returns whether the results are constants, whose shapes do not depend on the batch size."""
+    """Returns whether all operands are constants and no result has an axis of the batch."""
     shapes = (variable.aval.shape for variable in equation.outvars)
     return all(isinstance(value, np.ndarray) for value in operands) and not any(
         depends_on_batch(size) for shape in shapes for size in shape

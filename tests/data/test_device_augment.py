@@ -11,7 +11,7 @@ from jaxft.data.augment import VIEWS
 from jaxft.data.autoaugment import RandAugment
 from jaxft.data.batches import Crops
 from jaxft.data.color import ColorJitter
-from jaxft.data.device_augment import augmented
+from jaxft.data.device_augment import augment_batch
 from jaxft.devices import Devices
 from jaxft.steps_per_execution import sent
 
@@ -53,7 +53,7 @@ def assert_device_equals_host(pixels, augment):
     for host, device in pairs:
         changed += (host.image != device.image.images).any()
         (batch,) = sent(devices, [device], 1)
-        found = augmented(batch, augment)
+        found = augment_batch(batch, augment)
         np.testing.assert_array_equal(found.image, host.image)
     assert changed
 
@@ -86,7 +86,7 @@ def test_device_augment_equals_host_with_other_factors(jitter):
 def test_device_augment_of_stacked_batches():
     both = [list(batches(IMAGES["noise"], "jitter", on_device=x, epochs=3)) for x in (False, True)]
     stacked, count = sent(Devices(), both[1], 4)
-    found = augmented(stacked, "jitter")
+    found = augment_batch(stacked, "jitter")
     assert count == 3
     for host, image in zip(both[0], found.image[:3], strict=True):
         np.testing.assert_array_equal(image, host.image)
