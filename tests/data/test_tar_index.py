@@ -59,6 +59,11 @@ def test_read_samples_leaves_out_folders_and_links(tmp_path):
     assert contents(tmp_path / "x.tar") == []
 
 
+def test_read_samples_accepts_first_names_that_begin_like_bzip2(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("BZ01.jpg", b"1")])
+    assert contents(path) == [("BZ01", {"jpg": b"1"})]
+
+
 def damaged(data):
     return data[:1024] + b"\1" * 512 + data[1536:]  # the second header
 
