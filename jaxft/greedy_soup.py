@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft import export, recipe_file, weights
 from jaxft.batch_sizes import BatchSizes, batch_sizes
-from jaxft.checkpoint import atomic, layout
+from jaxft.checkpoint import atomic
 from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.data import Batch, Source, Splits, eval_batches
@@ -35,7 +35,7 @@ from jaxft.train.eval_step import image_eval_step
 from jaxft.train.metrics import EpochMetrics, Metrics, Score
 from jaxft.train.norm_statistics import statistics_step
 from jaxft.train.state import Progress, header_of
-from jaxft.train.workdir import saved
+from jaxft.train.workdir import read_run
 
 Weights = tuple[Tree, Tree]
 """Parameters and statistics, as NumPy arrays or on the devices."""
@@ -121,8 +121,11 @@ def soup(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RecipeError(f"{folder} is not empty; choose another --workdir.")
     console = console or Console()
-    headers = [_ended_run(run) for run in folders]
-    recipe = _shared_recipe(folders)
+    read = [read_run(run) for run in folders]
+    for run, (_, header) in zip(folders, read, strict=True):
+        _check_ended(run, header)
+    headers = [header for _, header in read]
+    recipe = _shared_recipe(folders, [recipe for recipe, _ in read])
     if isinstance(data, str):
         recipe = dataclasses.replace(
             recipe, data=data, split_by=None, train_split=None, val_split=None, shots=None
@@ -167,20 +170,19 @@ def _greedy(
     for run in folders:
         loaded[run] = jax.device_get(weights.load(run, evaluator.model))
         alone[run] = evaluator.score(loaded[run])
-    first, *rest = sorted(folders, key=lambda run: (-alone[run].accuracy, alone[run].loss))
-    kept, soup = [loaded[first]], loaded[first]
-    tried = [Ingredient(str(first), alone[first], alone[first], is_kept=True)]
-    best = alone[first].accuracy
+    kept, soup, best = list[Weights](), loaded[folders[0]], -1.0
+    tried = list[Ingredient]()
     console.row(_ROW.format("run", "alone", "soup", ""))
-    console.row(_row(tried[-1]))
-    for run in rest:
-        candidate = evaluator.average([*kept, loaded[run]])
-        soup_score = evaluator.score(candidate)
-        is_kept = soup_score.accuracy >= best
-        tried.append(Ingredient(str(run), alone[run], soup_score, is_kept))
+    for run in sorted(folders, key=lambda run: (-alone[run].accuracy, alone[run].loss)):
+        candidate, score = loaded[run], alone[run]
+        if kept:
+            candidate = evaluator.average([*kept, loaded[run]])
+            score = evaluator.score(candidate)
+        is_kept = score.accuracy >= best
+        tried.append(Ingredient(str(run), alone[run], score, is_kept))
         if is_kept:
             kept.append(loaded[run])
-            soup, best = candidate, soup_score.accuracy
+            soup, best = candidate, score.accuracy
         console.row(_row(tried[-1]))
     return tried, soup
 
@@ -258,16 +260,8 @@ class _Evaluator:
                 yield self.devices.batch(batch)
 
 
-def _ended_run(folder: Path) -> Header:
-    """Returns the header of the last checkpoint of a run.
-
-    Raises:
-      CheckpointError: the folder holds no run, or one that has not ended.
-    """
-    values = layout.newest_header(folder / "checkpoints")
-    if values is None:
-        raise CheckpointError(f"{folder} holds no run with a checkpoint; name a run's --workdir.")
-    header = Header.from_json(values)
+def _check_ended(folder: Path, header: Header) -> None:
+    """Raises CheckpointError unless the run has ended."""
     progress = Progress.from_fields(header.progress)
     if not progress.ended or progress.stage < len(header.recipe["stages"]) - 1:
         stage = header.recipe["stages"][progress.stage]["name"]
@@ -275,25 +269,24 @@ def _ended_run(folder: Path) -> Header:
             f"the run in {folder} has not ended: stage {stage!r}, after epoch {progress.epoch}. "
             "Resume it, or leave it out."
         )
-    return header
 
 
-def _shared_recipe(folders: Sequence[Path]) -> Recipe:
+def _shared_recipe(folders: Sequence[Path], recipes: Sequence[Recipe]) -> Recipe:
     """Returns the recipe of the first run.
 
     Raises:
       RecipeError: another run has another network.
     """
-    run_recipes = [recipe for recipe in map(saved, folders) if recipe]
-    for run, recipe in zip(folders, run_recipes, strict=True):
+    first = recipes[0]
+    for run, recipe in zip(folders, recipes, strict=True):
         differing = [
-            f"{name} is {getattr(recipe, name)!r}, not {getattr(run_recipes[0], name)!r}"
+            f"{name} is {getattr(recipe, name)!r}, not {getattr(first, name)!r}"
             for name in _NETWORK
-            if getattr(recipe, name) != getattr(run_recipes[0], name)
+            if getattr(recipe, name) != getattr(first, name)
         ]
         if differing:
             raise RecipeError(f"{run} and {folders[0]} cannot be averaged: {'; '.join(differing)}.")
-    return run_recipes[0]
+    return first
 
 
 def _check_images(

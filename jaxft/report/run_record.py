@@ -9,14 +9,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jaxft.checkpoint import layout
-from jaxft.checkpoint.contents import Header
 from jaxft.data.image_files import printable
-from jaxft.errors import CheckpointError
 from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
-from jaxft.train.workdir import saved
+from jaxft.train.workdir import read_run
 
 Row = Mapping[str, Any]
 """A row of `metrics.jsonl`; None stands for NaN and infinity."""
@@ -77,10 +74,7 @@ def read_record(workdir: Path) -> RunRecord:
     Raises:
       CheckpointError: the folder holds no run with a checkpoint.
     """
-    recipe, values = saved(workdir), layout.newest_header(workdir / "checkpoints")
-    if recipe is None or values is None:
-        raise CheckpointError(f"{workdir} holds no run with a checkpoint; name a run's --workdir.")
-    header = Header.from_json(values)
+    recipe, header = read_run(workdir)
     progress = Progress.from_fields(header.progress)
     return RunRecord(
         run_name(workdir), recipe, header.rows, read_starts(workdir), progress, header.data

@@ -18,7 +18,7 @@ from jaxft.checkpoint.checkpoints import Checkpoints
 from jaxft.checkpoint.contents import Header
 from jaxft.data.folder import class_roots
 from jaxft.distributed import ask_main_process
-from jaxft.errors import JaxftError, RecipeError
+from jaxft.errors import CheckpointError, JaxftError, RecipeError
 from jaxft.labels import Tree
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.recipe import Recipe
@@ -32,14 +32,30 @@ def saved(workdir: str | PathLike[str]) -> Recipe | None:
 
     The newest checkpoint holds it, with a checksum; `recipe.yaml` is a copy that may be damaged.
     """
+    found = _newest(workdir)
+    return found and found[0]
+
+
+def read_run(workdir: str | PathLike[str]) -> tuple[Recipe, Header]:
+    """Returns the recipe of a run and the header of its newest checkpoint.
+
+    Raises:
+      CheckpointError: the folder holds no run with a checkpoint.
+    """
+    found = _newest(workdir)
+    if found is None:
+        raise CheckpointError(f"{workdir} holds no run with a checkpoint; name a run's --workdir.")
+    return found
+
+
+def _newest(workdir: str | PathLike[str]) -> tuple[Recipe, Header] | None:
     folder = epath.Path(workdir) / "checkpoints"
     values = layout.newest_header(folder)
     if values is None:
         return None
-    begun = recipes.from_fields(
-        Header.from_json(values).recipe, source=f"the newest checkpoint in {folder}"
-    )
-    return begun.expecting(begun.preprocessing)
+    header = Header.from_json(values)
+    recipe = recipes.from_fields(header.recipe, source=f"the newest checkpoint in {folder}")
+    return recipe.expecting(recipe.preprocessing), header
 
 
 def check(workdir: str | PathLike[str], recipe: Recipe, *, extend: bool = False) -> None:
