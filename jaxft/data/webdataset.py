@@ -109,7 +109,9 @@ def find(place: str) -> Collection:
     else:
         shards = {"train": [Path(each) for each in _expand(str(root))]}
         missing = [printable(file) for file in shards["train"] if not file.is_file()]
-        if missing or not shards["train"]:
+        if not shards["train"]:
+            raise DataError(f"{name} names no shards: {_EXPECTED}.")
+        if missing:
             raise DataError(
                 f"{name}: {len(missing)} of {len(shards['train'])} shards do not exist "
                 f"(looked from {printable(Path.cwd())}): {join_names(missing)}; {_EXPECTED}."
