@@ -87,7 +87,7 @@ def run_until_signal(main: Callable[[], None]) -> int:
         try:
             return report_errors(work)
         except KeyboardInterrupt:
-            message = f"\n{received.name} received; stopped before the end."
+            message = f"\n{received.name} came; stopped before the end."
             return fail(message, EXIT_CODES[received])
 
 

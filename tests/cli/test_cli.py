@@ -183,7 +183,7 @@ def test_report_errors_leaves_bugs_alone():
 def test_run_until_signal_restores_handlers(number, code, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert run_until_signal(lambda: signal.raise_signal(number)) == code
-    assert capsys.readouterr().err == f"\n{number.name} received; stopped before the end.\n"
+    assert capsys.readouterr().err == f"\n{number.name} came; stopped before the end.\n"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
