@@ -86,7 +86,7 @@ def select(
     val_source = pool.gather(val_indices)
     if not val_terms:
         train_names = " and ".join(train_splits)
-        rule = f"the images of {train_names} that do not train validate"
+        rule = f"the rest of {train_names} validates"
         if is_drawn:
             part = train_names if multi_label else f"each class of {train_names}"
             rule = f"20 % of {part}, drawn with seed {seed}, validate"

@@ -208,7 +208,7 @@ def test_split_of_a_folder_of_classes_is_random(root):
 def test_split_remainder_of_train_validates(root):
     splits = open_source(f"folder:{root}/train", train="train[2/class]")
     assert np.bincount(splits.val.targets).tolist() == [2, 1]
-    assert "the images of train that do not train validate, 3 images" in splits.remarks[0]
+    assert "the rest of train validates, 3 images" in splits.remarks[0]
     same = open_source(f"folder:{root}/train", shots=2)
     assert (same.train.files, same.val.files) == (splits.train.files, splits.val.files)
 
