@@ -220,7 +220,7 @@ def _why_not(recipe: Recipe, settings: StageSettings, epochs: int) -> str:
     if recipe.drop_path:
         return "drop_path leaves out other blocks in each step"
     if not _views(settings):
-        return f"augment={settings.augment!r} draws a new view each epoch; num_views=K keeps to K"
+        return f"augment={settings.augment!r} draws a new view each epoch; num_views=K repeats K"
     if settings.balance == "sampling" and settings.augment != "none":
         return "balance='sampling' draws views of their own for what an epoch repeats"
     if _views(settings) >= epochs:
