@@ -125,7 +125,7 @@ def compare(
     All runs share the decoded images, and the features of frozen blocks where these have the same
     weights. A comparison that is interrupted continues when it is called again, also with more
     strategies or seeds. Writes `comparison.json` and `best.yaml`, the recipe of the best strategy.
-    Each run's folder keeps its recipe, metrics and score; its checkpoints and weights are deleted.
+    Each run's folder keeps its recipe and metrics; its checkpoints are deleted.
 
     The best of several strategies looks better on the images that chose it than on new ones: keep a
     test set apart, and evaluate on it once.
@@ -196,10 +196,9 @@ def _run(
 
 
 def _discard(folder: Path) -> None:
-    """Deletes the checkpoints and weights of a run that is in the log."""
+    """Deletes the checkpoints of a run that is in the log."""
     for name in ("checkpoints", "start"):
         epath.Path(folder / name).rmtree(missing_ok=True)
-    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def _num_trained(model: Model, stages: Sequence[Stage]) -> int:

@@ -136,7 +136,8 @@ def finetune(
         resumed run calls it only for the epochs that it runs. Each process calls it, with its own
         times and memory; all must raise or none.
       caches: opened images and caches of an earlier call with the same network, images and
-        preprocessing, to use again instead of `data`.
+        preprocessing, to use again instead of `data`. The run then exports no weights and writes no
+        report.
 
     Returns:
       The score and the paths of the exported weights, the last checkpoint and the report.
@@ -233,7 +234,7 @@ def finetune(
         with claim(folder, recipe, extend=extend):
             return _run(
                 programs, caches, start, forked, recipe, folder, console, interruption,
-                on_epoch_end, reports=is_alone,
+                on_epoch_end, exports=is_alone,
             )  # fmt: skip
 
 
@@ -248,9 +249,9 @@ def _run(
     interruption: Interruption,
     on_epoch_end: Callable[[dict[str, Any]], object] | None,
     *,
-    reports: bool,
+    exports: bool,
 ) -> Result:
-    """Trains the stages of opened programs in a folder and exports the result."""
+    """Trains the stages of opened programs in a folder; exports the weights and a report."""
     devices, model, splits = programs[0].devices, programs[0].model, caches.splits
     with (
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
@@ -284,7 +285,7 @@ def _run(
         score = progress.restored_score(programs[-1].plan.stage)
         trees = devices.host((end.params, end.stats))
         exported, report = workdir / "model.safetensors", None
-        if is_main_process():
+        if exports and is_main_process():
             classes = splits.train.classes
             export.write(
                 workdir, recipe, model, *trees, classes=classes, score=score,
@@ -292,8 +293,7 @@ def _run(
             )  # fmt: skip
             if model.options.get(MARK):
                 console.say(f"\n{STRIDES}")
-            if reports:
-                report = write_end_report(workdir, trainer, progress, *trees)
+            report = write_end_report(workdir, trainer, progress, *trees)
     return Result(score, exported, workdir / "checkpoints" / str(progress.step), report)
 
 
