@@ -56,7 +56,8 @@ def _evaluate(arguments: Sequence[str], program: str) -> None:
     classifier = load_classifier(known)
     scores = evaluate(classifier, images)
     console = Console()
-    data = known.data or "its validation images"
+    split = f", split {known.split}" if known.split else ""
+    data = (known.data or ("its images" if split else "its validation images")) + split
     console.row(f"{known.source}: {classifier.model.name}, {len(classifier.classes)} classes")
     console.row(f"{data}: {len(images):,} images\n")
     for line in evaluation_text(scores):
