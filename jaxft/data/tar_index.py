@@ -1,13 +1,13 @@
-"""Finds the samples in a tar file, grouped as WebDataset does, and reads their files by position.
+"""Finds the samples in a tar file, grouped as WebDataset does, without reading the images.
 
 A sample is a run of files with the same key. The key is the path up to the first dot of the file's
 name, and the rest is the extension: `a/b.jpg` and `a/b.cls` are two files of the sample `a/b`.
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -38,33 +38,24 @@ def read_samples(shard: Path) -> Iterator[Sample]:
       DataError: the file is missing, compressed, truncated or no tar file, or a sample has two
         files of the same extension.
     """
+    with reading(shard) as file:
+        if compression := _COMPRESSED.get(file.read(3)):
+            raise DataError(
+                f"{printable(shard)} is compressed ({compression}), so that its images cannot "
+                "be read by their position: unpack it to a plain .tar file."
+            )
+        file.seek(0)
+        yield from _grouped(shard, file)
+
+
+@contextmanager
+def reading(shard: Path) -> Iterator[IO[bytes]]:
+    """Opens a tar file; an OSError while it is open becomes a DataError that names it."""
     try:
         with shard.open("rb") as file:
-            if compression := _COMPRESSED.get(file.read(3)):
-                raise DataError(
-                    f"{printable(shard)} is compressed ({compression}), so that its images cannot "
-                    "be read by their position: unpack it to a plain .tar file."
-                )
-            file.seek(0)
-            yield from _grouped(shard, file)
+            yield file
     except OSError as error:
         raise DataError(f"{printable(shard)} cannot be read: {error.strerror}.") from error
-
-
-def read_member(shard: Path, member: TarMember) -> bytes:
-    """Returns the content of a file in a tar file.
-
-    Raises:
-      DataError: the tar file cannot be read, or has become shorter.
-    """
-    try:
-        with shard.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), member.size, member.offset)
-    except OSError as error:
-        raise DataError(error.strerror) from error
-    if len(content) < member.size:
-        raise DataError("the shard is shorter than when the run began")
-    return content
 
 
 def _grouped(shard: Path, file: IO[bytes]) -> Iterator[Sample]:

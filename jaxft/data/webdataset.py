@@ -5,13 +5,14 @@ shard, so that batches have the order of any other source and need no shuffle bu
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ from jaxft.data.decode import decode
 from jaxft.data.folder_layout import is_split_name
 from jaxft.data.image_files import image_suffixes, printable
 from jaxft.data.source import Collection
-from jaxft.data.tar_index import TarMember, read_member, read_samples
+from jaxft.data.tar_index import TarMember, read_samples, reading
 from jaxft.errors import DataError, first_of
 from jaxft.progress import track
 
@@ -86,7 +87,14 @@ class TarSource:
 
     def _content(self, index: int) -> bytes:
         shard, offset, size = self.positions[index].tolist()
-        return read_member(self.shards[shard], TarMember(offset, size))
+        try:
+            with self.shards[shard].open("rb", buffering=0) as file:
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise DataError(error.strerror) from error
+        if len(content) < size:
+            raise DataError("the shard is shorter than when the run began")
+        return content
 
     def _place(self, index: int) -> str:
         return f"{printable(self.shards[self.positions[index, 0]])}/{printable(self.names[index])}"
@@ -187,17 +195,18 @@ def _labelled_images(shard: Path, number: int) -> list[tuple[str, str, tuple[int
       DataError: the shard cannot be read, or samples have no class or not exactly one image.
     """
     suffixes, images, problems = image_suffixes(), [], []
-    for key, members in read_samples(shard):
-        extensions = [extension for extension in members if f".{extension}" in suffixes]
-        try:
-            label = _label(shard, members)
-            if len(extensions) != 1:
-                raise DataError(f"{len(extensions)} images")
-        except DataError as error:
-            problems.append(f"{printable(key)} ({', '.join(members)}): {error}")
-            continue
-        offset, size = members[extensions[0]]
-        images.append((label, f"{key}.{extensions[0]}", (number, offset, size)))
+    with reading(shard) as file:
+        for key, members in read_samples(shard):
+            extensions = [extension for extension in members if f".{extension}" in suffixes]
+            try:
+                label = _label(file, members)
+                if len(extensions) != 1:
+                    raise DataError(f"{len(extensions)} images")
+            except DataError as error:
+                problems.append(f"{printable(key)} ({', '.join(members)}): {error}")
+                continue
+            offset, size = members[extensions[0]]
+            images.append((label, f"{key}.{extensions[0]}", (number, offset, size)))
     if problems:
         listing = "".join(f"\n  {problem}" for problem in first_of(problems, _MAX_SAMPLES))
         raise DataError(
@@ -208,11 +217,12 @@ def _labelled_images(shard: Path, number: int) -> list[tuple[str, str, tuple[int
     return images
 
 
-def _label(shard: Path, members: Mapping[str, TarMember]) -> str:
+def _label(file: IO[bytes], members: Mapping[str, TarMember]) -> str:
     """Returns the class of a sample."""
     if (member := members.get("cls") or members.get("json")) is None:
         raise DataError("no class")
-    content = read_member(shard, member)
+    file.seek(member.offset)
+    content = file.read(member.size)
     try:
         text = content.decode().strip()
         value: Any = text if "cls" in members else json.loads(text)
