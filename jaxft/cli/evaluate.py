@@ -80,22 +80,23 @@ def open_images(
     Raises:
       DataError: the data does not exist; or it is not given, and `source` is not a run.
     """
-    recipe = saved(source) if Path(source).is_dir() else None
-    if data is None and recipe is None:
-        raise DataError(f"{source} is not the folder of a run: name the DATA to evaluate on.")
-    if recipe is None or (data is not None and data_spec(data) != recipe.data):
-        images = select_one(open_collection(data_spec(data or "")), split)
+    # With DATA alone, the recipe is not needed; it may name modules that are elsewhere.
+    needs_recipe = data is None or split is not None
+    recipe = saved(source) if needs_recipe and Path(source).is_dir() else None
+    if data is not None and (recipe is None or data_spec(data) != recipe.data):
+        images = select_one(open_collection(data_spec(data)), split)
         return check_images({"images": images}, "error")[0]["images"]
+    if recipe is None:
+        raise DataError(f"{source} is not the folder of a run: name the DATA to evaluate on.")
     collection = open_collection(recipe.data, recipe.split_by)
-    if split is None and data is None:
-        splits = select(
+    if split is not None:
+        images = select_one(collection, split, seed=recipe.seed)
+    else:
+        images = select(
             collection,
             train=recipe.train_split,
             val=recipe.val_split,
             shots=recipe.shots,
             seed=recipe.seed,
-        )
-        images = splits.val
-    else:
-        images = select_one(collection, split, seed=recipe.seed)
+        ).val
     return check_images({"images": images}, recipe.on_bad_image)[0]["images"]
