@@ -20,7 +20,7 @@ from jaxft import recipe_file
 from jaxft.checkpoint import atomic
 from jaxft.data import Source, Splits
 from jaxft.data.fingerprint import changes, record
-from jaxft.default_stages import default_stages, names
+from jaxft.default_stages import EPOCHS, LR, default_stages, names
 from jaxft.errors import DataError, NonFiniteError, RecipeError
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Model
@@ -114,8 +114,8 @@ def compare(
     *,
     strategies: Sequence[str] = (),
     seeds: int = 3,
-    lr: float = 3e-5,
-    epochs: int = 5,
+    lr: float = LR,
+    epochs: int = EPOCHS,
     data: Source | Splits | None = None,
     model: Model | None = None,
     console: Console | None = None,

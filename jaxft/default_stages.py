@@ -23,6 +23,9 @@ from jaxft.strategies import Fields
 Blocks = Mapping[str, tuple[Pattern, ...]]
 """Patterns of each block by name, from input to output."""
 
+LR, EPOCHS = 3e-5, 5
+"""Default learning rate of the body, and default length of all stages together."""
+
 _HEAD_FACTOR = 10.0  # of a new head's learning rate to the body's
 _FIELDS = Fields(optimizer=Adam(), schedule=CosineAnnealingLR(), norms="eval")
 

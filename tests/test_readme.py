@@ -21,8 +21,8 @@ from PIL import Image
 
 import jaxft
 from jaxft import models
-from jaxft.cli.data_recipe import EPOCHS, LR, STRATEGY
-from jaxft.default_stages import default_stages
+from jaxft.cli.data_recipe import STRATEGY
+from jaxft.default_stages import EPOCHS, LR, default_stages
 from jaxft.export import export
 from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe

@@ -26,9 +26,10 @@ from jaxft.cli.command_setup import (
     count_argument,
     report_errors,
 )
-from jaxft.cli.data_recipe import EPOCHS, LR, add_strategy_options, base_recipe
+from jaxft.cli.data_recipe import add_strategy_options, base_recipe
 from jaxft.cli.program_cache import keep_programs
 from jaxft.comparison import compare
+from jaxft.default_stages import EPOCHS, LR
 from jaxft.report.comparison_table import comparison_table, draw_comparison
 from jaxft.report.console import Console
 

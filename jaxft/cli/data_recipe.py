@@ -8,13 +8,13 @@ from pathlib import Path
 
 from jaxft.cli.command_setup import count_argument
 from jaxft.cli.recipe_options import override, read_recipe
-from jaxft.default_stages import default_stages
+from jaxft.default_stages import EPOCHS, LR, default_stages
 from jaxft.errors import RecipeError
 from jaxft.recipe import Recipe
 from jaxft.stages import Stage
 from jaxft.weights.torchvision import default_weights
 
-MODEL, STRATEGY, LR, EPOCHS = "resnet50", "lp-ft", 3e-5, 5
+MODEL, STRATEGY = "resnet50", "lp-ft"
 
 
 def add_strategy_options(parser: argparse._ActionsContainer) -> None:
