@@ -121,19 +121,18 @@ def soup(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RecipeError(f"{folder} is not empty; choose another --workdir.")
     console = console or Console()
-    read = [read_run(run) for run in folders]
-    for run, (_, header) in zip(folders, read, strict=True):
+    recipes, headers = zip(*map(read_run, folders), strict=True)
+    for run, header in zip(folders, headers, strict=True):
         _check_ended(run, header)
-    headers = [header for _, header in read]
-    recipe = _shared_recipe(folders, [recipe for recipe, _ in read])
+    recipe = _shared_recipe(folders, recipes)
     if isinstance(data, str):
         recipe = dataclasses.replace(
             recipe, data=data, split_by=None, train_split=None, val_split=None, shots=None
         )
     splits = open_splits(recipe, None if isinstance(data, str) else data)
-    for remark in splits.remarks:
-        console.say(remark)
     try:
+        for remark in splits.remarks:
+            console.say(remark)
         facts = record(splits)
         for run, header in zip(folders, headers, strict=True):
             _check_images(run, header.data, facts, check_val=not isinstance(data, str))

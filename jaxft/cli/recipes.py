@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
-from itertools import zip_longest
 from pathlib import Path
 
 from jaxft.cli.command_setup import command_parser, run_until_signal
@@ -57,8 +56,8 @@ def _list(recipes: dict[str, Path]) -> None:
     width, lines = max(map(len, recipes)), []
     for name, path in recipes.items():
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-        summary = textwrap.wrap(docstring.partition("\n")[0], 78 - width)
-        lines += [
-            f"{key:{width}}  {line}" for key, line in zip_longest([name], summary, fillvalue="")
-        ]
+        summary, indent = docstring.partition("\n")[0], " " * (width + 2)
+        lines.append(
+            textwrap.fill(summary, 80, initial_indent=f"{name:{width}}  ", subsequent_indent=indent)
+        )
     show("\n".join([*lines, "", "jaxft recipes NAME copies one into the current folder."]))

@@ -184,7 +184,7 @@ def finetune(
             check_apart(folder, recipe.data)
 
         # Open images, network, weights and devices.
-        is_alone = caches is None  # not one of several runs that are compared
+        exports = caches is None  # the runs of a comparison share caches, and export nothing
         if caches is None:
             opened = RunCaches.of_recipe(recipe, open_splits(recipe, data))
             caches = stack.enter_context(closing(opened))
@@ -234,7 +234,7 @@ def finetune(
         with claim(folder, recipe, extend=extend):
             return _run(
                 programs, caches, start, forked, recipe, folder, console, interruption,
-                on_epoch_end, exports=is_alone,
+                on_epoch_end, exports=exports,
             )  # fmt: skip
 
 
