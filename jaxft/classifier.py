@@ -134,9 +134,7 @@ class Classifier:
         """
         description, preprocessing = weights.describe(source)
         network = _network(fspath(source), description, model)
-        params, stats = weights.load(
-            weights.read(source, own_names=not network.torch_named), network
-        )
+        params, stats = weights.load(weights.read(source, own_names=not network.key_map), network)
         numbers = tuple(map(str, range(network.num_classes)))
         stated = {
             "pixels": description.pixels,
@@ -269,16 +267,19 @@ def _network(source: str, description: Description, model: Model | str | None) -
             f"{source} does not state its network: name it with model= (--model), such as "
             "resnet50. jaxft.models.names() lists all."
         )
-    classes = description.classes
-    count = len(classes) if classes else weights.read(source).num_classes
-    if count is None:
-        raise WeightsError(f"{source} states neither its classes nor their number.")
+    options: dict[str, Any] = dict(description.options)
+    if "head_layers" in options:  # a list in JSON
+        options["head_layers"] = tuple(options["head_layers"])
     try:
-        if user_factory.names_factory(name):
+        is_factory = user_factory.names_factory(name)
+        count = len(description.classes or ())
+        if not count and not is_factory:
+            like = models.create(name, num_classes=2, **options)
+            count = weights.read(source).num_classes(like) or 0
+        if not count:
+            raise WeightsError(f"{source} states neither its classes nor their number.")
+        if is_factory:
             return user_factory.build(name, count)
-        options: dict[str, Any] = dict(description.options)
-        if "head_layers" in options:  # a list in JSON
-            options["head_layers"] = tuple(options["head_layers"])
         return models.create(name, num_classes=count, **options)
     except RecipeError as error:
         raise WeightsError(

@@ -17,10 +17,6 @@ REPOSITORY = "hf:OWNER/NAME"
 _MARK = "<!-- Written by jaxft export. Delete this line to keep your edits. -->"
 _SHOWN_CLASSES = 100
 _PUBLIC_DATA = ("digits", "tfds")
-_TORCHVISION = {
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
-    "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-}  # fmt: skip
 
 
 def write(
@@ -172,11 +168,11 @@ def _jaxft_lines() -> list[str]:
 def _torch_lines(model: Model) -> list[str] | None:
     """Returns the lines that load the weights in torch; None without a torchvision or timm name."""
     changed = ("stride_in_1x1", "concat_pool", "head_layers", "binary")
-    is_known = model.torch_named and not model.name.startswith("cifar_")
-    if not is_known or any(model.options.get(name) for name in changed):
+    library = getattr(model, "torch_library", None)
+    if not library or any(model.options.get(name) for name in changed):
         return None
     builder, arguments = "timm.create_model", f'"{model.name}", num_classes={model.num_classes}'
-    if model.name in _TORCHVISION:
+    if library == "torchvision":
         builder, arguments = f"torchvision.models.{model.name}", f"num_classes={model.num_classes}"
     return [
         f"import {builder.partition('.')[0]}",

@@ -18,7 +18,7 @@ from jaxft.divided_check import check_in_parts
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
-from jaxft.models.nnx_adapter import init_shapes
+from jaxft.models.nnx_adapter import NNXModel, init_shapes
 from jaxft.multi_label_check import check_multi_label
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights
@@ -163,10 +163,17 @@ def read_weights(
       WeightsError: they do not fit the network, or the recipe keeps a head of other classes.
     """
     if recipe.weights is None:
-        return None, recipe.expecting(Preprocessing())
-    source = weights.read(recipe.weights, own_names=not model.torch_named)
+        return None, recipe.expecting(_preprocessing(model, None))
+    source = weights.read(recipe.weights, own_names=not model.key_map)
     source = fitted(source, model, recipe.head, wanted_classes(recipe, classes))
-    return source, recipe.expecting(source.preprocessing or Preprocessing())
+    return source, recipe.expecting(_preprocessing(model, source.preprocessing))
+
+
+def _preprocessing(model: Model, stated: Preprocessing | None) -> Preprocessing:
+    """Returns the preprocessing that the weights state, or the network's, at the network's size."""
+    if not isinstance(model, NNXModel):
+        return stated or Preprocessing()
+    return (stated or model.preprocessing).at_size(model.image_size)
 
 
 def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | None:

@@ -346,5 +346,5 @@ class Recipe:
         """
         if user_factory.names_factory(self.model):
             return user_factory.build(self.model, num_classes)
-        options = {name: getattr(self, name) for name in OPTIONS}
+        options = {name: getattr(self, name) for name in (*OPTIONS, "image_size")}
         return create(self.model, num_classes=num_classes, **options)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jaxft.errors import RecipeError
@@ -35,10 +36,27 @@ def find(name: str) -> Callable[..., Any]:
     module_name, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *function.split("."))):
         raise RecipeError(f"{name!r}: it is written MODULE:FUNCTION, such as my_module:build.")
+    value: Any = import_module(module_name, name)
+    file = getattr(value, "__file__", module_name)
+    for part in function.split("."):
+        if not hasattr(value, part):
+            raise RecipeError(f"{name!r}, and {file} has no {function!r}.")
+        value = getattr(value, part)
+    if not callable(value):
+        raise RecipeError(f"{name!r}, which is not a function but of type {type(value).__name__}.")
+    return value
+
+
+def import_module(module_name: str, name: str) -> ModuleType:
+    """Imports the module of `name`, which is written `MODULE:...`; searches as `find` does.
+
+    Raises:
+      RecipeError: if the module does not exist, or if the import fails.
+    """
     search_in(os.getcwd())
     importlib.invalidate_caches()
     try:
-        value: Any = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{module_name}.".startswith(f"{missing}."):
@@ -48,14 +66,6 @@ def find(name: str) -> Callable[..., Any]:
             "recipe's folder, in the current folder and on PYTHONPATH: run the command in its "
             "folder, or add its folder to PYTHONPATH."
         ) from error
-    file = getattr(value, "__file__", module_name)
-    for part in function.split("."):
-        if not hasattr(value, part):
-            raise RecipeError(f"{name!r}, and {file} has no {function!r}.")
-        value = getattr(value, part)
-    if not callable(value):
-        raise RecipeError(f"{name!r}, which is not a function but of type {type(value).__name__}.")
-    return value
 
 
 def describe(error: Exception) -> str:

@@ -58,7 +58,8 @@ def _convert(arguments: Sequence[str], program: str) -> None:
     out = anywhere(known.out)
     _check_output(out)
     source = weights.read(known.source)
-    num_classes = 2 if options["binary"] else source.num_classes or 1000
+    like = models.create(known.model, num_classes=2, **options)
+    num_classes = 2 if options["binary"] else source.num_classes(like) or 1000
     model = models.create(known.model, num_classes=num_classes, **options)
     source = fitted(source, model, "keep", None)
     params, stats = weights.load(source, model)

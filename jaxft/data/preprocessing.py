@@ -1,6 +1,6 @@
 """Converts images to network inputs: size, random view and normalisation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -37,6 +37,13 @@ class Preprocessing:
     interpolation: geometry.Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def at_size(self, image_size: int | None) -> "Preprocessing":
+        """Returns the preprocessing for another size of the input; None keeps the size."""
+        if image_size in (None, self.image_size):
+            return self
+        resize = self.resize_size and round(self.resize_size * image_size / self.image_size)
+        return replace(self, image_size=image_size, resize_size=resize)
 
     def normalize(
         self, images: UInt8[ArrayLike, "b h w 3"] | Float[ArrayLike, "b h w 3"]

@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
+from jaxft.models.key_map import KeyMap
+
 Tree = Any
 """Nested dicts with string keys and arrays at the leaves."""
 
@@ -88,8 +90,8 @@ class Model(Architecture, Protocol):
         ...
 
     @property
-    def torch_named(self) -> bool:
-        """Whether weights files use torch's names and layouts; otherwise they use the paths."""
+    def key_map(self) -> KeyMap | None:
+        """Names in weights files with torch's names and layouts; None if files have the paths."""
         ...
 
     @property

@@ -4,9 +4,9 @@ Uses NNX's `split`, `merge`, `state`, `eval_shape` and `to_pure_dict`. NNX's jit
 optimizers are not needed, because every JAX transform sees arrays in dicts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,17 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
+from jaxft.data.preprocessing import Preprocessing
 from jaxft.models.context import Context
+from jaxft.models.key_map import KeyMap
 from jaxft.models.layers import Rngs
-from jaxft.models.model import OPTIONS, UPDATING, Architecture, Model, Norms, Replicas, Tree
+from jaxft.models.model import OPTIONS, UPDATING, Model, Norms, Replicas, Tree
+from jaxft.models.network_config import NetworkConfig
 from jaxft.models.norm_modes import layer_modes, norm_layers
+
+
+Library = Literal["torchvision", "timm"] | None
+"""A library of torch with a network of the same name."""
 
 
 def variables(module: nnx.Module, kind: type[nnx.Variable[Any]]) -> Tree:
@@ -44,16 +51,6 @@ def with_nnx_keys(tree: Tree, template: Tree) -> Tree:
     return {key: with_nnx_keys(tree[str(key)], value) for key, value in template.items()}
 
 
-@runtime_checkable
-class Config(Architecture, Protocol):
-    """The configuration of a module for `NNXModel`."""
-
-    @property
-    def param_dtype(self) -> str:
-        """Dtype of parameters and statistics."""
-        ...
-
-
 @dataclass(frozen=True)
 class NNXModel:
     """A `Model` that wraps the module `module(config, rngs=Rngs(key))`.
@@ -66,11 +63,17 @@ class NNXModel:
       name: name of the network.
       module: class of the module.
       config: its configuration, hashable, so that the model can be a static argument of `jax.jit`.
+      key_map: names in weights files that differ from the network's.
+      default_preprocessing: see `preprocessing`.
+      torch_library: library whose network of this name accepts the weights.
     """
 
     name: str
     module: type[nnx.Module]
-    config: Config
+    config: NetworkConfig
+    key_map: KeyMap = field(default_factory=KeyMap)
+    default_preprocessing: Preprocessing | None = None
+    torch_library: Library = None
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -93,14 +96,20 @@ class NNXModel:
         return self.config.num_classes
 
     @property
-    def torch_named(self) -> bool:
-        """Always True."""
-        return True
+    def image_size(self) -> int | None:
+        """Side of the images, if the shapes of parameters depend on it."""
+        return getattr(self.config, "image_size", None)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of the images, for weights that do not state theirs."""
+        return self.default_preprocessing or Preprocessing()
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `jaxft.models.create` that the configuration has."""
-        return {name: getattr(self.config, name) for name in OPTIONS if hasattr(self.config, name)}
+        names = (*OPTIONS, "image_size")
+        return {name: getattr(self.config, name) for name in names if hasattr(self.config, name)}
 
     def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, drawn in float32 and cast to `config.param_dtype`."""

@@ -7,6 +7,7 @@ from flax import linen, nnx
 
 from jaxft import user_function
 from jaxft.errors import ModelError, RecipeError
+from jaxft.models import registry
 from jaxft.models.model import Architecture, Model
 
 _MEMBERS = [name for cls in (Architecture, Model) for name in vars(cls) if not name.startswith("_")]
@@ -14,7 +15,10 @@ _MEMBERS = [name for cls in (Architecture, Model) for name in vars(cls) if not n
 
 def names_factory(model: str) -> bool:
     """Returns whether a recipe's `model` names a factory, not a network of the registry."""
-    return ":" in model
+    try:
+        return ":" in model and not registry.is_registered(model)
+    except RecipeError:  # `find` explains why the module cannot be imported
+        return True
 
 
 def find(name: str) -> Callable[[int], Any]:

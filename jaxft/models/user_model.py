@@ -103,9 +103,9 @@ class UserModel(ABC):
         return int(self._logits.shape[-1])
 
     @property
-    def torch_named(self) -> bool:
-        """Always False: weights files use the module's names and layouts."""
-        return False
+    def key_map(self) -> None:
+        """None: weights files use the module's names and layouts."""
+        return None
 
     @property
     def options(self) -> dict[str, Any]:

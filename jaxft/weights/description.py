@@ -66,7 +66,7 @@ def fields(model: Model, classes: Sequence[str] | None) -> dict[str, Any]:
 def metadata(model: Model, classes: Sequence[str] | None) -> dict[str, str]:
     """Returns the metadata of a safetensors file."""
     description = json.dumps(fields(model, classes), ensure_ascii=False)
-    return {"format": "pt" if model.torch_named else "flax", _METADATA_KEY: description}
+    return {"format": "pt" if model.key_map else "flax", _METADATA_KEY: description}
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> Description:
@@ -81,7 +81,7 @@ def parse(content: Any) -> Description:
     """Parses the JSON of jaxft's `model.json`, or timm's or transformers' `config.json`."""
     if not isinstance(content, Mapping):
         return Description()
-    options = {name: content[name] for name in OPTIONS if name in content}
+    options = {name: content[name] for name in (*OPTIONS, "image_size") if name in content}
     if content.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in content:
         options[MARK] = bool(content["downsample_in_bottleneck"])  # in transformers
     model = content.get("model", content.get("architecture"))  # in jaxft, in timm

@@ -1,55 +1,31 @@
 """Names and layouts of tensors in weights files of torch and other libraries."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxft.errors import WeightsError
+from jaxft.models.key_map import KeyMap, Resize
 from jaxft.models.model import Model, Tree
 from jaxft.models.norm_modes import dotted
+from jaxft.weights.tensors import LazyTensor
 
 # (leaf in jaxft, rank): (leaf in torch, jaxft's axes in torch's order).
-# The rest of a path is the same in both.
+# The rest of a path is the same in both, and so are other leaves, such as `pos_embed` and `gamma`.
 _TORCH_LEAVES: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("kernel", 4): ("weight", (3, 2, 0, 1)),  # hwio -> oihw
+    ("kernel", 3): ("weight", (2, 1, 0)),  # wio -> oiw
     ("kernel", 2): ("weight", (1, 0)),  # io -> oi
     ("scale", 1): ("weight", (0,)),
     ("bias", 1): ("bias", (0,)),
     ("mean", 1): ("running_mean", (0,)),
     ("var", 1): ("running_var", (0,)),
 }
-# (pattern, name in torchvision): {0} is the pattern's first group, {after0} that number plus 1.
-# The first pattern that matches a whole name counts. Other names are torchvision's or timm's.
-_OTHER_LIBRARIES = (
-    # ResNets of transformers, such as microsoft/resnet-50.
-    (r"(?:resnet\.)?embedder\.embedder\.convolution\.(\w+)", "conv1.{0}"),
-    (r"(?:resnet\.)?embedder\.embedder\.normalization\.(\w+)", "bn1.{0}"),
-    (
-        r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution\.(\w+)",
-        "layer{after0}.{1}.downsample.0.{2}",
-    ),
-    (
-        r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization\.(\w+)",
-        "layer{after0}.{1}.downsample.1.{2}",
-    ),
-    (
-        r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution\.(\w+)",
-        "layer{after0}.{1}.conv{after2}.{3}",
-    ),
-    (
-        r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization\.(\w+)",
-        "layer{after0}.{1}.bn{after2}.{3}",
-    ),
-    (r"classifier\.1\.(\w+)", "fc.{0}"),
-    # Common names of a last layer.
-    (r"(?:classifier|head|last_linear)\.(weight|bias)", "fc.{0}"),
-    # CIFAR ResNets of akamaster/pytorch_resnet_cifar10.
-    (r"linear\.(\w+)", "fc.{0}"),
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ def file_tensors(model: Model, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
     The layouts of a user's module cannot be derived from the rank of a kernel: a flattened image, a
     transposed convolution and attention have other layouts in torch.
     """
-    return (torch_tensors if model.torch_named else own_tensors)(params, stats)
+    return (torch_tensors if model.key_map else own_tensors)(params, stats)
 
 
 def own_tensors(params: Tree, stats: Tree) -> tuple[Tree, Tree]:
@@ -100,9 +76,6 @@ def torch_tensors(params: Tree, stats: Tree) -> tuple[Tree, Tree]:
     """Returns a `TorchTensor` per leaf of both trees, with torch's name and layout.
 
     Only the shapes of the leaves are read.
-
-    Raises:
-      WeightsError: A leaf has no counterpart in torch.
     """
     return (
         jax.tree_util.tree_map_with_path(_torch_tensor, params),
@@ -112,37 +85,74 @@ def torch_tensors(params: Tree, stats: Tree) -> tuple[Tree, Tree]:
 
 def _torch_tensor(path: tuple[Any, ...], leaf: Any) -> TorchTensor:
     *module, leaf_name = (key.key for key in path)
-    if (leaf_name, len(leaf.shape)) not in _TORCH_LEAVES:
-        name = ".".join((*module, leaf_name))
-        raise WeightsError(f"{name} {list(leaf.shape)} has no counterpart in torch")
-    torch_name, axes = _TORCH_LEAVES[leaf_name, len(leaf.shape)]
+    unchanged = (leaf_name, tuple(range(len(leaf.shape))))
+    torch_name, axes = _TORCH_LEAVES.get((leaf_name, len(leaf.shape)), unchanged)
     shape = tuple(leaf.shape[axis] for axis in axes)
     return TorchTensor(".".join((*module, torch_name)), shape, axes)
 
 
-def torchvision_names(names: Iterable[str], source: str) -> Mapping[str, str]:
-    """Returns torchvision's name for each of `names`.
+def renamed(
+    tensors: Mapping[str, LazyTensor], key_map: KeyMap, source: str
+) -> dict[str, LazyTensor]:
+    """Returns the tensors of a file by the network's names; joins those that are parts of one.
+
+    Args:
+      tensors: tensors by the names in the file.
+      key_map: the network's key map.
+      source: name of the weights, for messages.
 
     Raises:
       WeightsError: Two of them mean the same tensor.
     """
-    names = list(names)
-    targets = {name: torchvision_name(name) for name in names}
-    # If the file also has torchvision's name, the other name belongs to another tensor.
-    targets = {n: n if n != t and t in targets else t for n, t in targets.items()}
-    sources: dict[str, list[str]] = {}
-    for name, target in targets.items():
-        sources.setdefault(target, []).append(name)
-    if doubles := [f"{' and '.join(n)} (both {t})" for t, n in sources.items() if len(n) > 1]:
+    result: dict[str, LazyTensor] = {}
+    names: dict[str, list[str]] = {}
+    parts: dict[str, dict[int, str]] = {}
+    for name, tensor in tensors.items():
+        target, part, count = key_map.find(name)
+        if key_map.ignores(name):
+            continue
+        if target != name and target in tensors:
+            target = name  # the file has that name too, so this is another tensor
+        elif part is not None:
+            found = parts.setdefault(target, {})
+            found[part] = name
+            if len(found) < count:
+                continue
+            tensor = _joined([tensors[found[i]] for i in range(count)])
+        names.setdefault(target, []).append(name)
+        result[target] = tensor
+    if doubles := [f"{' and '.join(n)} (both {t})" for t, n in names.items() if len(n) > 1]:
         raise WeightsError(f"{source} has two tensors for one: {', '.join(doubles)}")
-    return targets
+    incomplete = (found for target, found in parts.items() if target not in result)
+    return result | {name: tensors[name] for found in incomplete for name in found.values()}
 
 
-def torchvision_name(name: str) -> str:
-    """Returns torchvision's name for a tensor; unknown names are returned unchanged."""
-    for pattern, target in _OTHER_LIBRARIES:
-        if match := re.fullmatch(pattern, name):
-            groups = enumerate(match.groups())
-            after = {f"after{i}": int(group) + 1 for i, group in groups if group.isdecimal()}
-            return target.format(*match.groups(), **after)
-    return name
+def _joined(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    length = sum(tensor.shape[0] for tensor in tensors)
+    return LazyTensor(
+        (length, *tensors[0].shape[1:]),
+        tensors[0].dtype,
+        lambda: np.concatenate([tensor.read() for tensor in tensors]),
+    )
+
+
+def resized(
+    tensors: Mapping[str, LazyTensor], expected: Mapping[str, TorchTensor], key_map: KeyMap
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Resizes the tensors that depend on the image size; returns all tensors, and remarks."""
+    result, remarks = dict(tensors), []
+    for name, resize in key_map.resized.items():
+        if name not in tensors or name not in expected:
+            continue
+        old, new = tensors[name], expected[name].shape
+        if old.shape == new:
+            continue
+        with suppress(ValueError):  # reported as a mismatch of shapes
+            resize(np.zeros(old.shape, np.float32), new)
+            result[name] = LazyTensor(new, old.dtype, partial(_read_resized, old, resize, new))
+            remarks.append(f"Resized {name} from {list(old.shape)} to {list(new)}.")
+    return result, remarks
+
+
+def _read_resized(tensor: LazyTensor, resize: Resize, shape: tuple[int, ...]) -> np.ndarray:
+    return resize(tensor.read(), shape)

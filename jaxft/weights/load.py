@@ -16,10 +16,10 @@ from jaxft.weights.description import MARK, check_options
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import Start, with_head
 from jaxft.weights.head_classes import Order, class_order, reordered, reordering
-from jaxft.weights.key_maps import TorchTensor, file_tensors, torchvision_names
+from jaxft.weights.key_maps import TorchTensor, file_tensors, renamed, resized
 from jaxft.weights.mismatch import mismatch
 from jaxft.weights.network_prefix import IN_MEMORY, find_head, find_prefix, selection_remark
-from jaxft.weights.read import Weights, read, torchvision_tensors
+from jaxft.weights.read import Weights, read, unwrapped_tensors
 from jaxft.weights.tensors import LazyTensor, as_lazy
 
 Head = Literal["keep"] | Start | Mapping[str, Tree]
@@ -63,7 +63,7 @@ def load(
     _check_head(head)
     if isinstance(weights, Weights):
         return load_fitted(fitted(weights, model, head, classes), model, head, key, classes)
-    weights = fitted(read(weights, own_names=not model.torch_named), model, head, classes)
+    weights = fitted(read(weights, own_names=not model.key_map), model, head, classes)
     if weights.remarks:
         warnings.warn(" ".join(weights.remarks), stacklevel=2)
     return load_fitted(weights, model, head, key, classes)
@@ -152,8 +152,8 @@ def from_state_dict(
     if not isinstance(state, Mapping):
         raise WeightsError(f"{source} must map names to arrays; it is a {type(state).__name__}.")
     content = as_lazy(state)
-    if model.torch_named:
-        tensors, remarks = torchvision_tensors(content, source)
+    if model.key_map:
+        tensors, remarks = unwrapped_tensors(content, source)
     elif others := [str(name) for name, x in content.items() if not isinstance(x, LazyTensor)]:
         raise WeightsError(f"{source} has values that are not arrays: {', '.join(others[:8])}")
     else:
@@ -180,7 +180,7 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
     Raises:
       WeightsError: See `load`.
     """
-    own_names, keep = not model.torch_named, head == "keep"
+    key_map, keep = model.key_map, head == "keep"
     source, remarks = weights.source, list(weights.remarks)
     if keep and classes is not None and weights.network.classes and _class_order(weights, classes):
         remarks.append(reordering(weights.network.classes, classes, source))
@@ -192,22 +192,24 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
     expected = {**body, **head_layers} if keep else body
 
     tensors = {n: x for n, x in weights.tensors.items() if not n.endswith("num_batches_tracked")}
-    prefix = find_prefix(tensors, _shapes(body), source, own_names=own_names)
+    tensors = renamed(tensors, key_map, source) if key_map else tensors
+    prefix = find_prefix(tensors, _shapes(body), source, key_map)
     inside = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     outside = {n: x for n, x in tensors.items() if not n.startswith(prefix)}
-    if prefix and not own_names:
-        targets = torchvision_names(inside, source)
-        inside = {targets[name]: x for name, x in inside.items()}
+    if key_map:
+        inside = renamed(inside, key_map, source) if prefix else inside
+        inside, resizes = resized(inside, expected, key_map)
+        remarks += resizes
 
     options = dict(weights.network.options)
-    if not own_names and MARK in inside:
+    if key_map and MARK in inside:
         del inside[MARK]
         options[MARK] = True
     check_options(options, model, source, keep=keep)
 
     has_head = any(name.startswith(head_prefix) for name in inside)
     if keep and not has_head:
-        names = find_head(outside, _shapes(head_layers), own_names=own_names)
+        names = find_head(outside, _shapes(head_layers), key_map)
         if names:
             inside |= {target: outside.pop(name) for target, name in names.items()}
             remarks.append(f"Loaded the head from {', '.join(sorted(names.values()))} in {source}.")
@@ -227,7 +229,7 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
     if prefix or ignored:
         remarks.append(selection_remark(source, prefix, len(selected), ignored))
     name = weights.network.model
-    if model.torch_named and name not in (None, model.name):
+    if key_map and name not in (None, model.name):
         remarks.append(
             f"{source} describes its network as {name}: all tensors fit {model.name}, but whether "
             "both compute the same is not known."

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from jaxft.errors import WeightsError, first_of
-from jaxft.weights.key_maps import torchvision_name
+from jaxft.models.key_map import KeyMap
 from jaxft.weights.tensors import LazyTensor
 
 IN_MEMORY = "the state dict"
@@ -43,7 +43,7 @@ def select_prefix(
 
 
 def find_prefix(
-    tensors: Mapping[str, LazyTensor], body: Shapes, source: str, *, own_names: bool
+    tensors: Mapping[str, LazyTensor], body: Shapes, source: str, key_map: KeyMap | None
 ) -> str:
     """Finds the prefix below which all tensors of the network's body are, by name and shape.
 
@@ -51,7 +51,7 @@ def find_prefix(
       tensors: Tensors by name.
       body: Shapes of the body's tensors by name.
       source: Name of the weights, for messages.
-      own_names: Compare the names as they are, not translated to torchvision's.
+      key_map: The network's key map; None compares the names as they are.
 
     Returns:
       The prefix; "" if the body is at the root. If none has all tensors, the prefix that has most
@@ -65,7 +65,7 @@ def find_prefix(
         parts = name.split(".")
         for depth in range(len(parts)):
             rest = ".".join(parts[depth:])
-            if body.get(rest if own_names else torchvision_name(rest)) == tensor.shape:
+            if body.get(key_map.rename(rest) if key_map else rest) == tensor.shape:
                 matches["".join(f"{part}." for part in parts[:depth])] += 1
     complete = [prefix for prefix, count in matches.items() if count >= len(body)]
     if "" in complete or not body:
@@ -85,14 +85,14 @@ def find_prefix(
 
 
 def find_head(
-    tensors: Mapping[str, LazyTensor], head: Shapes, *, own_names: bool
+    tensors: Mapping[str, LazyTensor], head: Shapes, key_map: KeyMap | None
 ) -> dict[str, str] | None:
     """Finds the head's tensors, by name and shape, among the tensors outside the body.
 
     Args:
       tensors: Tensors by name.
       head: Shapes of the head's tensors by name.
-      own_names: Compare the names as they are, not translated to torchvision's.
+      key_map: The network's key map; None compares the names as they are.
 
     Returns:
       Name in `tensors` for each name in `head`, or None unless exactly one prefix has all of them.
@@ -102,7 +102,7 @@ def find_head(
         parts = name.split(".")
         for depth in range(len(parts)):
             rest = ".".join(parts[depth:])
-            target = rest if own_names else torchvision_name(rest)
+            target = key_map.rename(rest) if key_map else rest
             if head.get(target) == tensor.shape:
                 by_prefix.setdefault(".".join(parts[:depth]), {})[target] = name
     complete = [names for names in by_prefix.values() if len(names) == len(head)]

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
+from jaxft.models.key_map import KeyMap
+from jaxft.models.model import Model
 from jaxft.weights.description import Description, from_metadata, parse
-from jaxft.weights.key_maps import own_tensors, torch_tensors, torchvision_names
+from jaxft.weights.key_maps import own_tensors, torch_tensors
 from jaxft.weights.locate import locate
 from jaxft.weights.network_prefix import select_prefix
 from jaxft.weights.preprocessing_config import find_description
@@ -33,7 +35,7 @@ class Weights:
 
     Attributes:
       source: Source that the user named.
-      tensors: Tensors by torchvision's names or, with `own_names`, by the names in the file.
+      tensors: Tensors by the names in the file; without `own_names`, without those of wrappers.
       preprocessing: Preprocessing of the images that the weights expect, if the source states it.
       remarks: A sentence per choice, renaming or omission.
       network: Description of the weights' network, as far as the source has one.
@@ -45,11 +47,15 @@ class Weights:
     remarks: tuple[str, ...]
     network: Description = field(default_factory=Description)
 
-    @property
-    def num_classes(self) -> int | None:
-        """Number of outputs of the last layer at or below `fc`; None if there is no `fc`."""
-        shapes = ((f".{name}", x.shape) for name, x in self.tensors.items())
-        outputs = [shape[0] for name, shape in shapes if ".fc." in name and shape]
+    def num_classes(self, model: Model) -> int | None:
+        """Returns the number of outputs of the last layer of the head; None if there is no head.
+
+        Args:
+          model: the weights' network, with any number of classes.
+        """
+        key_map = model.key_map or KeyMap()
+        shapes = ((f".{key_map.rename(name)}", x.shape) for name, x in self.tensors.items())
+        outputs = [shape[0] for name, shape in shapes if f".{model.head}." in name and shape]
         return outputs[-1] if outputs else None
 
 
@@ -62,7 +68,7 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     Args:
       source: Path, `hf:OWNER/REPO`, `torchvision:ENUM.MEMBER`, `https://...#sha256=...` or
         `asset:NAME`. See `locate` for all forms.
-      own_names: Keep the names and layouts in the file, for a network that is not `torch_named`.
+      own_names: Keep the names and layouts in the file, for a network without a `key_map`.
 
     Raises:
       WeightsError: The source does not exist, or holds no weights.
@@ -84,7 +90,7 @@ def read(source: str | PathLike[str], *, own_names: bool = False) -> Weights:
     network = network.with_defaults(find_description(located.path))
     remarks: tuple[str, ...] = ()
     if not own_names:
-        tensors, remarks = torchvision_tensors(content, name, located.entry, located.prefix)
+        tensors, remarks = unwrapped_tensors(content, name, located.entry, located.prefix)
     elif located.prefix is not None:
         tensors, remark = select_prefix(content, located.prefix, name)
         remarks = (remark,)
@@ -114,14 +120,12 @@ def describe(source: str | PathLike[str]) -> tuple[Description, Preprocessing | 
     return network.with_defaults(find_description(path)), located.preprocessing
 
 
-def torchvision_tensors(
+def unwrapped_tensors(
     content: Any, source: str, entry: str | None = None, prefix: str | None = None
 ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Returns the tensors of a state dict by torchvision's names, and the remarks of `unwrap`."""
+    """Returns the tensors of a state dict without the names of wrappers, and `unwrap`'s remarks."""
     tensors, remarks = unwrap(content, source, entry, prefix)
-    targets = torchvision_names(tensors, source)
-    renamed = {targets[name]: tensor for name, tensor in tensors.items()}
-    return renamed, tuple(f"{r[0].upper()}{r[1:].removesuffix('.')}." for r in remarks)
+    return tensors, tuple(f"{r[0].upper()}{r[1:].removesuffix('.')}." for r in remarks)
 
 
 def _is_safetensors(path: Path) -> bool:

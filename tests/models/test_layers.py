@@ -13,8 +13,8 @@ from jaxft.errors import RecipeError
 from jaxft.models import create
 from jaxft.models.context import Context
 from jaxft.models.layers import AveragePool, Dropout, MaxPool, Relu, Rngs, relu
+from jaxft.models.networks.resnet import ResNet, ResNetConfig
 from jaxft.models.nnx_adapter import NNXModel
-from jaxft.models.resnet import ResNet, ResNetConfig
 
 X = np.random.default_rng(0).normal(size=(2, 7, 8, 12)).astype(np.float32)
 

@@ -153,7 +153,7 @@ def test_model_argument_rejects_a_class(tmp_path):
 def test_model_argument_without_a_protocol_member_is_rejected(tmp_path):
     recipe = Recipe(model="net", data="digits", stages=(Stage("all", {"*": 1e-3}, 1),))
     complete = models.create("cifar_resnet8", num_classes=10)
-    members = ("blocks", "block_patterns", "head", "num_classes", "name", "torch_named")
+    members = ("blocks", "block_patterns", "head", "num_classes", "name", "key_map")
     fields = {name: getattr(complete, name) for name in (*members, "init", "apply")}
     with pytest.raises(ModelError, match=r"model is a Incomplete, which has no options: see"):
         finetune(recipe, tmp_path / "run", model=type("Incomplete", (), fields)(), console=QUIET)

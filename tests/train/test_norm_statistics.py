@@ -12,9 +12,9 @@ from jaxft.batch_sizes import batch_sizes
 from jaxft.data import Preprocessing
 from jaxft.devices import Devices
 from jaxft.labels import paths
+from jaxft.models.networks.resnet import ResNet
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.models.norm_modes import norm_layers
-from jaxft.models.resnet import ResNet
 from jaxft.train.norm_statistics import statistics_step
 from jaxft.weights import from_state_dict
 

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from jaxft import WeightsError
 from jaxft.checkpoint.weights_only import save_weights
 from jaxft.models import create
+from jaxft.models.networks.resnet import ResNet, ResNetConfig
 from jaxft.models.nnx_adapter import NNXModel
-from jaxft.models.resnet import ResNet, ResNetConfig
 from jaxft.weights import from_state_dict, load, read, save
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from jaxft.data import Preprocessing
 from jaxft.models import create
+from jaxft.models.networks.resnet import ResNet, ResNetConfig
 from jaxft.models.nnx_adapter import NNXModel
-from jaxft.models.resnet import ResNet, ResNetConfig
 from jaxft.weights.jax_export import PLATFORMS, lifetime, serialize
 
 PREPROCESSING = Preprocessing(image_size=32)

@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxft.errors import WeightsError
-from jaxft.models import create
+from jaxft.models import KeyMap, Rename, create
 from jaxft.weights import load, read
-from jaxft.weights.key_maps import torch_tensors, torchvision_names
+from jaxft.weights.key_maps import TorchTensor, renamed, resized, torch_tensors
+from jaxft.weights.tensors import as_lazy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import record_golden
@@ -28,10 +29,11 @@ def test_to_torch_and_from_torch_are_inverse(shape):
     np.testing.assert_array_equal(tensor.from_torch(transposed), kernel)
 
 
-@pytest.mark.parametrize(("leaf", "rank"), [("kernel", 3), ("embedding", 2), ("mean", 2)])
-def test_torch_tensors_refuse_unknown_leaves(leaf, rank):
-    with pytest.raises(WeightsError, match=f"neck.{leaf} .* no counterpart"):
-        torch_tensors({"neck": {leaf: np.ones((1,) * rank)}}, {})
+@pytest.mark.parametrize(("leaf", "rank"), [("gamma", 1), ("pos_embed", 3), ("cls_token", 3)])
+def test_torch_tensors_keep_names_and_layouts_of_other_leaves(leaf, rank):
+    shape = (2, 3, 4)[:rank]
+    tensor = torch_tensors({"neck": {leaf: np.ones(shape)}}, {})[0]["neck"][leaf]
+    assert (tensor.name, tensor.shape) == (f"neck.{leaf}", shape)
 
 
 def recorded_transformers(name):
@@ -69,18 +71,54 @@ def test_transformers_body_without_head(tmp_path):
     np.testing.assert_array_equal(
         params["layer4"]["1"]["conv2"]["kernel"], conv.transpose(2, 3, 1, 0)
     )
-    assert read(tmp_path / "w").num_classes is None
+    assert read(tmp_path / "w").num_classes(model) is None
 
 
-def test_torchvision_names_keep_torchvision_and_timm_names():
+def test_key_map_keeps_torchvision_and_timm_names():
     for name in ("resnet50", "resnet50d", "cifar_resnet20"):
-        params, stats = jax.eval_shape(create(name).init, jax.random.key(0))
-        leaves, _ = jax.tree_util.tree_flatten_with_path((params, stats))
-        paths = [jax.tree_util.keystr(p[1:], simple=True, separator=".") for p, _ in leaves]
-        assert all(torchvision_names([p], "x") == {p: p} for p in paths)
+        model = create(name)
+        tensors = jax.tree.leaves(torch_tensors(*jax.eval_shape(model.init, jax.random.key(0))))
+        assert all(model.key_map.rename(t.name) == t.name for t in tensors)
 
 
-def test_torchvision_names_keep_unknown_names_for_the_report(tmp_path):
+def lazy(*names):
+    return as_lazy({name: np.full((2, 3), i, np.float32) for i, name in enumerate(names)})
+
+
+JOINED = KeyMap(
+    (Rename(r"attn\.(?P<part>q|k|v)\.(\w+)", "qkv.{1}", parts=("q", "k", "v")),),
+    ignored=(r"mask_\w+",),
+)
+
+
+def test_renamed_joins_parts_in_their_order_and_drops_ignored_tensors():
+    tensors = renamed(
+        lazy("attn.v.weight", "attn.q.weight", "attn.k.weight", "mask_token"), JOINED, "w"
+    )
+    assert tensors.keys() == {"qkv.weight"}
+    assert tensors["qkv.weight"].shape == (6, 3)
+    assert tensors["qkv.weight"].read()[:, 0].tolist() == [1, 1, 2, 2, 0, 0]
+
+
+def test_renamed_keeps_the_names_of_incomplete_parts():
+    assert renamed(lazy("attn.q.weight", "x"), JOINED, "w").keys() == {"attn.q.weight", "x"}
+
+
+def test_renamed_refuses_two_tensors_for_one():
+    key_map = KeyMap((Rename(r"[ab]\.weight", "c.weight"),))
+    with pytest.raises(WeightsError, match=r"w has two tensors for one: a\.weight and b\.weight"):
+        renamed(lazy("a.weight", "b.weight"), key_map, "w")
+
+
+def test_resized_tensor_is_read_in_the_networks_shape():
+    key_map = KeyMap(resized={"pos": lambda array, shape: np.resize(array, shape)})
+    expected = {"pos": TorchTensor("pos", (4, 3), (0, 1))}
+    tensors, (remark,) = resized(lazy("pos"), expected, key_map)
+    assert tensors["pos"].read().shape == tensors["pos"].shape == (4, 3)
+    assert remark == "Resized pos from [2, 3] to [4, 3]."
+
+
+def test_key_map_keeps_unknown_names_for_the_report(tmp_path):
     shapes, _ = recorded_transformers("resnet18")
     arrays = record_golden.weights(shapes)
     arrays["resnet.encoder.stages.0.layers.0.squeeze.weight"] = np.ones(3, np.float32)

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxft.data import Preprocessing
 from jaxft.errors import ModelError
 from jaxft.models import NNX, Linen, create
+from jaxft.models.networks.resnet import ResNet, ResNetConfig
 from jaxft.models.nnx_adapter import NNXModel
-from jaxft.models.resnet import ResNet, ResNetConfig
 from jaxft.weights.onnx_export import TOLERANCE, serialize
 from jaxft.weights.onnx_graph import BATCH, convert
 

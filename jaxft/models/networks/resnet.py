@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft.errors import RecipeError
 from jaxft.models.batch_norm import BatchNorm
 from jaxft.models.context import Context
 from jaxft.models.layers import (
@@ -28,10 +29,11 @@ from jaxft.models.layers import (
     Sequential,
     relu,
 )
+from jaxft.models.network_config import NetworkConfig, build_head
 
 
 @dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(NetworkConfig):
     """Configuration of a `ResNet`."""
 
     layout: Literal["imagenet", "cifar"]
@@ -53,22 +55,21 @@ class ResNetConfig:
     stride_in_1x1: bool = False
     """Put a bottleneck's stride on its first 1x1 convolution (He et al., Caffe, Keras) instead of
     its 3x3 convolution (torchvision, known as v1.5). The parameters are the same."""
-    num_classes: int = 1000
-    """Number of logits."""
     concat_pool: bool = False
-    """Use fastai's head: maximum and mean of each channel, then two linear layers."""
-    head_layers: tuple[int | Literal["relu"], ...] = ()
-    """Layers of the head before the last linear layer: widths of linear layers, and "relu"."""
-    binary: bool = False
-    """Predict two classes with one logit z: the last layer has one output; logits are (0, z)."""
-    dropout: float = 0.0
-    """Dropout rate before the head. With `concat_pool`, the rate before the last linear layer; the
-    rate before the first is half of it."""
-    drop_path: float = 0.0
-    """Stochastic depth rate of the last residual block; it grows linearly from 0 in the first."""
-    dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Compute dtype of all blocks before the head; None uses the dtype of the images. With
-    "float64" parameters and statistics are float64 too."""
+    """Use fastai's head: maximum and mean of each channel, then two linear layers. `dropout` is the
+    rate before the last of them; the rate before the first is half of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_layers and self.concat_pool:
+            raise RecipeError(
+                "concat_pool and head_layers define two different heads; leave one out"
+            )
+        if self.stride_in_1x1 and not self.bottleneck:
+            raise RecipeError(
+                "it has no bottlenecks, so stride_in_1x1 does not apply to it; use it with a "
+                "network that has bottlenecks, such as resnet50"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -95,11 +96,6 @@ class ResNetConfig:
     def head(self) -> str:
         """Path of the classifier."""
         return "fc"
-
-    @property
-    def param_dtype(self) -> str:
-        """Dtype of parameters and statistics, never half precision."""
-        return "float64" if self.dtype == "float64" else "float32"
 
 
 class BasicBlock(nnx.Module):
@@ -198,7 +194,7 @@ class ResNet(nnx.Module):
                 c, index = block.expansion * width, index + 1
             setattr(self, f"layer{i + 1}", Sequential(layer))
         self.dropout = Dropout(0.0 if config.concat_pool else config.dropout)
-        self.fc = build_head(c, config, rngs)
+        self.fc = (fastai_head if config.concat_pool else build_head)(c, config, rngs)
 
     def __call__(self, x: jax.Array, context: Context, blocks: Sequence[str]) -> jax.Array:
         """Applies consecutive `blocks` of `ResNetConfig.blocks`.
@@ -283,28 +279,12 @@ def padded_shortcut(x: jax.Array, c_out: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-def build_head(c: int, config: ResNetConfig, rngs: Rngs) -> Linear | Sequential:
-    """Builds the classifier for features of `c` channels: a linear layer or a `Sequential`."""
-    outputs = 1 if config.binary else config.num_classes
-    if config.concat_pool:
-        return fastai_head(c, outputs, config, rngs)
-    layers: list[nnx.Module] = []
-    for width in config.head_layers:
-        if width == "relu":
-            layers.append(Relu())
-        else:
-            layers.append(Linear(c, width, rngs=rngs))
-            c = width
-    last = Linear(c, outputs, rngs=rngs)
-    return Sequential([*layers, last]) if layers else last
-
-
-def fastai_head(c: int, outputs: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
+def fastai_head(c: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
     """Builds fastai's `create_head` without its pooling: norm, dropout and linear layer, twice.
 
     The linear layers have no bias and start from He's initialisation, as in fastai.
     """
-    hidden = 512
+    hidden, outputs = 512, 1 if config.binary else config.num_classes
     return Sequential(
         [
             *(BatchNorm(2 * c), Dropout(config.dropout / 2)),
