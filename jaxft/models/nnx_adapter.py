@@ -22,7 +22,6 @@ from jaxft.models.model import OPTIONS, UPDATING, Model, Norms, Replicas, Tree
 from jaxft.models.network_config import NetworkConfig
 from jaxft.models.norm_modes import layer_modes, norm_layers
 
-
 Library = Literal["torchvision", "timm"] | None
 """A library of torch with a network of the same name."""
 
