@@ -1,5 +1,6 @@
 """The Markdown files: their code blocks run, their links resolve, their quotes are current."""
 
+import json
 import pathlib
 import re
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from narrow import narrowed
 from PIL import Image
+from safetensors.numpy import load_file
 
 import jaxft
 from jaxft import models
@@ -41,6 +43,7 @@ FILES = (
     "configs/README.md",
     "scripts/README.md",
     "jaxft/README.md",
+    "jaxft/models/README.md",
     "jaxft/weights/README.md",
     "jaxft/data/README.md",
     "jaxft/parity/README.md",
@@ -87,6 +90,8 @@ RUN = {
     ("jaxft/README.md", "Own loss and metrics"),
     ("jaxft/README.md", "Add a data source"),
     ("jaxft/README.md", "Add an optimizer"),
+    ("jaxft/models/README.md", ""),
+    ("jaxft/models/README.md", "Add a network"),
     ("jaxft/weights/README.md", ""),
     ("jaxft/weights/README.md", "Options of the network"),
     ("jaxft/weights/README.md", "Export"),
@@ -382,6 +387,34 @@ def test_own_network_trains(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_networks_are_created_by_name(capsys):
+    run("jaxft/models/README.md", "", {"jax": jax})
+    assert int(capsys.readouterr().out) == len(models.names())
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_newcomers_network_takes_two_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *files, recipe = blocks("jaxft/models/README.md", "Add a network")
+    for content in files:
+        Path(content.partition("\n")[0].removeprefix("# ")).write_text(content)
+    names = {name: getattr(jaxft, name) for name in ("Recipe", "Stage", "finetune")}
+    exec(recipe, names)
+    run_folder = tmp_path / "runs/toynet"
+    assert read(run_folder / "recipe.yaml").image_size == 16
+    classifier = jaxft.Classifier.load(run_folder)
+    saved = load_file(run_folder / "model.safetensors")
+    assert saved["conv1.weight"].shape == (16, 8, 3, 3)
+    theirs = {re.sub(r"(conv|bn)(\d)", r"features.\2.\1", name): x for name, x in saved.items()}
+    assert "features.1.bn.running_var" in theirs
+    loaded = jaxft.weights.from_state_dict(theirs, classifier.model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, (classifier.params, classifier.stats))
+    late = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert late["stage"] == "late"
+    assert late["feature_seconds"] > 0
+
+
 def test_own_loss_and_metrics_train(tmp_path, monkeypatch):
     module, recipe = blocks("jaxft/README.md", "Own loss and metrics")
     assert len((module + recipe).splitlines()) <= 20

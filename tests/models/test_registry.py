@@ -1,9 +1,10 @@
 """Creating networks by name."""
 
 import pytest
+from flax import nnx
 
 from jaxft.errors import RecipeError
-from jaxft.models import create, names
+from jaxft.models import NetworkConfig, create, names, register, registry
 
 
 @pytest.mark.parametrize("name", names())
@@ -22,7 +23,14 @@ ERRORS = {
         {"stride_in_1x1": True},
         "resnet34: it has no bottlenecks.*such as resnet50",
     ),
-    "no classes": ("resnet18", {"num_classes": 0}, "at least 1"),
+    "no classes": ("resnet18", {"num_classes": 0}, "resnet18: num_classes is 0.* at least 1"),
+    "no such option": (
+        "resnet18",
+        {"patches": 3},
+        r"resnet18 has no option patches; its options are binary, .*stride_in_1x1\.",
+    ),
+    "no such module": ("no_such:net", {}, "'no_such:net', and there is no module 'no_such'"),
+    "not registered by the module": ("math:net", {}, "no model is called 'math:net'"),
 }
 
 
@@ -30,3 +38,23 @@ ERRORS = {
 def test_create_errors(name, options, message):
     with pytest.raises(RecipeError, match=message):
         create(name, **options)
+
+
+def test_image_size_is_ignored_by_networks_without_position_embeddings():
+    assert create("resnet18", image_size=64) == create("resnet18")
+
+
+class Network(nnx.Module):
+    """A network of a user."""
+
+
+class OtherNetwork(nnx.Module):
+    """Another one."""
+
+
+def test_register_refuses_the_name_of_another_network(monkeypatch):
+    monkeypatch.setattr(registry, "_NETWORKS", {})
+    register("mine", Network, NetworkConfig())
+    register("mine", Network, NetworkConfig(dropout=0.1))  # as a reloaded module does
+    with pytest.raises(RecipeError, match="called 'mine' exists already: choose another name"):
+        register("mine", OtherNetwork, NetworkConfig())
