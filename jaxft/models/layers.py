@@ -60,14 +60,16 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`torch.nn.Linear`; `he` draws the kernel as by `torch.nn.init.kaiming_normal_`."""
+    """`torch.nn.Linear`; with `std`, the kernel is normal with that deviation and the bias zero."""
 
-    def __init__(self, c_in: int, c_out: int, *, bias: bool = True, he: bool = False, rngs: Rngs):
-        bound = 1 / math.sqrt(c_in)
+    def __init__(
+        self, c_in: int, c_out: int, *, bias: bool = True, std: float | None = None, rngs: Rngs
+    ):
+        bound = 1 / math.sqrt(c_in) if std is None else 0.0
         key, shape = rngs.params(), (c_in, c_out)
         self.kernel = nnx.Param(
-            math.sqrt(2 / c_in) * jax.random.normal(key, shape, jnp.float32)
-            if he
+            std * jax.random.normal(key, shape, jnp.float32)
+            if std is not None
             else jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         )
         if bias:

@@ -82,14 +82,19 @@ class NetworkConfig:
         return "float64" if self.dtype == "float64" else "float32"
 
 
-def build_head(c: int, config: NetworkConfig, rngs: Rngs) -> Linear | Sequential:
-    """Builds the classifier for features of `c` channels: a linear layer or a `Sequential`."""
+def build_head(
+    c: int, config: NetworkConfig, rngs: Rngs, *, std: float | None = None
+) -> Linear | Sequential:
+    """Builds the classifier for features of `c` channels: a linear layer or a `Sequential`.
+
+    `std` initialises the linear layers as in `Linear`.
+    """
     layers: list[nnx.Module] = []
     for width in config.head_layers:
         if width == "relu":
             layers.append(Relu())
         else:
-            layers.append(Linear(c, width, rngs=rngs))
+            layers.append(Linear(c, width, std=std, rngs=rngs))
             c = width
-    last = Linear(c, 1 if config.binary else config.num_classes, rngs=rngs)
+    last = Linear(c, 1 if config.binary else config.num_classes, std=std, rngs=rngs)
     return Sequential([*layers, last]) if layers else last

@@ -10,9 +10,10 @@ from jaxft.models import NetworkConfig, create, names, register, registry
 @pytest.mark.parametrize("name", names())
 def test_create_every_registered_name(name):
     model = create(name, num_classes=3)
-    layers = 3 if name.startswith("cifar") else 4
-    assert model.blocks == ("stem", *(f"layer{i + 1}" for i in range(layers)), "head")
-    assert (model.name, model.head, model.num_classes) == (name, "fc", 3)
+    assert (model.name, model.num_classes) == (name, 3)
+    assert (model.blocks[0], model.blocks[-1]) == ("stem", "head")
+    assert len(model.blocks) == len(model.block_patterns) == len({*model.blocks})
+    assert model.block_patterns[-1] == (model.head,)
 
 
 ERRORS = {
@@ -31,6 +32,11 @@ ERRORS = {
     ),
     "no such module": ("no_such:net", {}, "'no_such:net', and there is no module 'no_such'"),
     "not registered by the module": ("math:net", {}, "no model is called 'math:net'"),
+    "patch size": (
+        "vit_small_patch14_dinov2",
+        {"image_size": 224 + 7},
+        "vit_small_patch14_dinov2: image_size is 231, .* the patch size 14: use 224 or 238",
+    ),
 }
 
 

@@ -21,8 +21,23 @@ class Case:
     for other sizes its weights are resized, as timm does when it loads a checkpoint."""
 
 
+def _sized(name: str, depth: int, *sides: int) -> dict[str, Case]:
+    """A network with position embeddings, cut to a number of blocks; it trains at the last size."""
+    cut = {"depth": depth}
+    return {name: Case(name, sides, sides[-1], timm_options=cut, options=cut, is_sized=True)}
+
+
 CASES = {
     "resnet10t": Case("resnet10t", (64, 33)),
+    **_sized("vit_tiny_patch16_224", 3, 224, 64),
+    **_sized("vit_small_patch32_224", 2, 64),
+    **_sized("vit_small_patch14_dinov2", 2, 56, 84),
+    **_sized("vit_small_patch14_reg4_dinov2", 1, 84, 56),
+    **_sized("vit_base_patch16_siglip_224", 1, 64, 48),
+    **_sized("vit_base_patch32_clip_quickgelu_224", 1, 64),
+    **_sized("vit_medium_patch16_gap_256", 1, 32),
+    **_sized("vit_wee_patch16_reg1_gap_256", 2, 32),
+    **_sized("deit3_small_patch16_224", 2, 48),
 }
 SMOKE = ("resnet10t",)
 """Cases that run by default."""

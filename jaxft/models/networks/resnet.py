@@ -6,6 +6,7 @@ the same paper). Activations are `[b h w c]`. Parameters are drawn in float32, w
 dtype.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -288,8 +289,8 @@ def fastai_head(c: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
     return Sequential(
         [
             *(BatchNorm(2 * c), Dropout(config.dropout / 2)),
-            *(Linear(2 * c, hidden, bias=False, he=True, rngs=rngs), Relu()),
+            *(Linear(2 * c, hidden, bias=False, std=math.sqrt(1 / c), rngs=rngs), Relu()),
             *(BatchNorm(hidden), Dropout(config.dropout)),
-            Linear(hidden, outputs, bias=False, he=True, rngs=rngs),
+            Linear(hidden, outputs, bias=False, std=math.sqrt(2 / hidden), rngs=rngs),
         ]
     )
