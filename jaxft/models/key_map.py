@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,13 @@ Resize = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 """Function of a tensor in torch's layout and the network's shape that returns the resized tensor.
 
 Raises ValueError if the tensor cannot be resized.
+"""
+
+
+Convert = Callable[[dict[str, Any]], dict[str, Any]]
+"""Function of a file's tensors by the network's names that returns the network's tensors.
+
+The tensors are `jaxft.weights.tensors.LazyTensor`, so that nothing is read before it is needed.
 """
 
 
@@ -41,6 +49,7 @@ class KeyMap:
       renames: rules for other names; the first pattern that matches a name counts. Names that match
         no pattern stay as they are.
       ignored: regular expressions of tensors in the files that the network does not use.
+      convert: conversion of tensors that other libraries split in another way; None has none.
       resized: functions that resize tensors that depend on the image size, by name.
 
     Example:
@@ -50,6 +59,7 @@ class KeyMap:
 
     renames: tuple[Rename, ...] = ()
     ignored: tuple[str, ...] = ()
+    convert: Convert | None = None
     resized: Mapping[str, Resize] = field(default_factory=dict, hash=False)
 
     def rename(self, name: str) -> str:

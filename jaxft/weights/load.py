@@ -198,6 +198,7 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
     outside = {n: x for n, x in tensors.items() if not n.startswith(prefix)}
     if key_map:
         inside = renamed(inside, key_map, source) if prefix else inside
+        inside = key_map.convert(inside) if key_map.convert else inside
         inside, resizes = resized(inside, expected, key_map)
         remarks += resizes
 

@@ -1,4 +1,4 @@
-"""Records tensor names, shapes and logits of transformers' ResNets.
+"""Records tensor names, shapes and logits of transformers' networks.
 
     python tests/weights/record_transformers.py
 
@@ -7,6 +7,7 @@ Needs torch, torchvision and transformers; recorded with transformers 5.24.
 
 import importlib
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,31 @@ NETWORKS = {
 }
 
 
-def main() -> None:
-    torch = importlib.import_module("torch")
-    record_golden.import_torchvision()
-    transformers = importlib.import_module("transformers")
+# Vision transformers, small: the class, its configuration, and its output.
+SMALL = {
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 56,
+    "patch_size": 14, "num_labels": record_golden.NUM_CLASSES,
+}  # fmt: skip
+TRANSFORMERS = {
+    "vit": ("ViTForImageClassification", "ViTConfig", {"intermediate_size": 384}, "logits"),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {}, "pooler_output"),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {}, "pooler_output",
+    ),
+}  # fmt: skip
+
+
+def save(name: str, shapes: dict[str, tuple[int, ...]], outputs: np.ndarray) -> None:
+    np.savez_compressed(
+        record_golden.GOLDEN / f"transformers_{name}.npz",
+        names=list(shapes),
+        shapes=[" ".join(map(str, shape)) for shape in shapes.values()],
+        logits=outputs,
+    )
+    print(name, len(shapes), f"std {outputs.std():.3g}")
+
+
+def record_resnets(torch, transformers) -> None:
     for name, config in NETWORKS.items():
         module = transformers.ResNetForImageClassification(
             transformers.ResNetConfig(**config, num_labels=record_golden.NUM_CLASSES)
@@ -44,13 +66,32 @@ def main() -> None:
         module.load_state_dict(state, strict=False)
         with torch.no_grad():
             logits = module.eval()(torch.from_numpy(record_golden.images(65))).logits.numpy()
-        np.savez_compressed(
-            record_golden.GOLDEN / f"transformers_{name}.npz",
-            names=list(shapes),
-            shapes=[" ".join(map(str, shape)) for shape in shapes.values()],
-            logits=logits,
-        )
-        print(name, len(shapes), f"std {logits.std():.3g}")
+        save(name, shapes, logits)
+
+
+def record_transformers(torch, transformers) -> None:
+    """Goes through files, because transformers has other names in memory."""
+    safetensors = importlib.import_module("safetensors.numpy")
+    for name, (kind, config_kind, options, output) in TRANSFORMERS.items():
+        config = getattr(transformers, config_kind)(**SMALL | options)
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/model.safetensors"
+            getattr(transformers, kind)(config).save_pretrained(folder)
+            shapes = {n: x.shape for n, x in safetensors.load_file(file).items()}
+            metadata = {"format": "pt"}
+            safetensors.save_file(record_golden.weights(shapes), file, metadata)
+            module = getattr(transformers, kind).from_pretrained(folder).eval()
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(record_golden.images(56)))
+        save(name, shapes, outputs[output].numpy())
+
+
+def main() -> None:
+    torch = importlib.import_module("torch")
+    record_golden.import_torchvision()
+    transformers = importlib.import_module("transformers")
+    record_resnets(torch, transformers)
+    record_transformers(torch, transformers)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,28 @@ def test_transformers_body_without_head(tmp_path):
     assert read(tmp_path / "w").num_classes(model) is None
 
 
+# Golden file: (network, options of `create`, last block).
+SMALL = {"width": 96, "depth": 2, "num_heads": 3, "image_size": 56, "patch_size": 14}
+VISION_TRANSFORMERS = {
+    "vit": ("vit_base_patch16_224", {}, "head"),
+    "dinov2": ("vit_base_patch14_dinov2", {}, "norm"),
+    "dinov2_with_registers": ("vit_base_patch14_reg4_dinov2", {}, "norm"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("golden", VISION_TRANSFORMERS)
+def test_transformers_vision_transformers_give_the_recorded_outputs(golden, tmp_path):
+    name, options, last = VISION_TRANSFORMERS[golden]
+    shapes, outputs = recorded_transformers(golden)
+    save_file(record_golden.weights(shapes), tmp_path / "w")
+    model = create(name, num_classes=record_golden.NUM_CLASSES, **SMALL, **options)
+    params, stats = load(tmp_path / "w", model, head="keep" if last == "head" else "fresh")
+    images = jnp.asarray(record_golden.images(56).transpose(0, 2, 3, 1))
+    actual, _ = model.apply(params, stats, images, norms="running", last=last)
+    np.testing.assert_allclose(actual, outputs, rtol=0, atol=1e-5 * np.abs(outputs).max())
+
+
 def test_key_map_keeps_torchvision_and_timm_names():
     for name in ("resnet50", "resnet50d", "cifar_resnet20"):
         model = create(name)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -42,11 +42,30 @@ _RENAMES = (
 _IGNORED = (r"(?:\w+\.)*mask_token", r"(?:\w+\.)*pooler\.dense\.(?:weight|bias)")
 
 
+def merge_class_position(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Adds the position embedding of the class token, if there is one, to that token.
+
+    timm's files of DINOv2 with registers have the sum; the original files have both.
+    """
+    token, positions = tensors.get("cls_token"), tensors.get("pos_embed")
+    if token is None or positions is None or len(positions.shape) != 3:
+        return tensors
+    _, n, c = positions.shape
+    if n == 1 or math.isqrt(n - 1) ** 2 != n - 1:
+        return tensors
+    return tensors | {
+        "cls_token": replace(token, read=lambda: token.read() + positions.read()[:, :1]),
+        "pos_embed": replace(positions, shape=(1, n - 1, c), read=lambda: positions.read()[:, 1:]),
+    }
+
+
 @cache
-def key_map(num_prefix_positions: int) -> KeyMap:
-    """Returns the key map of networks with position embeddings of this number of prefix tokens."""
-    resize = partial(resize_pos_embed, num_prefix_tokens=num_prefix_positions)
-    return KeyMap(_RENAMES, _IGNORED, {"pos_embed": resize})
+def key_map(num_prefix_tokens: int, *, embed_prefix: bool) -> KeyMap:
+    """Returns the key map of networks with this number of class and register tokens."""
+    count = num_prefix_tokens if embed_prefix else 0
+    resize = partial(resize_pos_embed, num_prefix_tokens=count)
+    convert = None if embed_prefix else merge_class_position
+    return KeyMap(_RENAMES, _IGNORED, convert, {"pos_embed": resize})
 
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -115,7 +134,7 @@ class _Family:
                     self.pattern.format(size=size, patch=patch, image=image),
                     ViT,
                     config,
-                    key_map=key_map(config.num_prefix_tokens if config.embed_prefix else 0),
+                    key_map=key_map(config.num_prefix_tokens, embed_prefix=config.embed_prefix),
                     preprocessing=preprocessing,
                     torch_library="timm",
                 )
