@@ -25,6 +25,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) 
     """Computes a convolution, grouped if `groups` is above 1."""
     if kernel.shape[0] == 1 and groups == 1:
         return conv_1x1(x, kernel, stride)
+    if groups == x.shape[-1] == kernel.shape[-1]:
+        return depthwise_conv(x, kernel, stride)
     return dense_conv(x, kernel, stride) if groups == 1 else grouped_conv(x, kernel, stride, groups)
 
 
@@ -192,6 +194,95 @@ def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> j
         cpu=partial(tap_conv, stride=stride, groups=groups),
         default=partial(xla_conv, stride=stride, groups=groups),
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Computes a depthwise convolution, which has one group and one output per channel.
+
+    On CPU, XLA's takes up to 40 times as long, and its gradients up to 100 times.
+    """
+    y: jax.Array = jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_shifted_sum, stride=stride),
+        default=partial(xla_conv, stride=stride, groups=x.shape[-1]),
+    )
+    return y
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
+    return depthwise_conv(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride: int, residuals: _Pair, grad_y: jax.Array) -> _Pair:
+    def xla_gradients(x: jax.Array, kernel: jax.Array, grad_y: jax.Array) -> _Pair:
+        conv = partial(xla_conv, stride=stride, groups=x.shape[-1])
+        gradients: _Pair = jax.vjp(conv, x, kernel)[1](grad_y)
+        return gradients
+
+    gradients: _Pair = jax.lax.platform_dependent(
+        *residuals,
+        grad_y,
+        cpu=partial(_depthwise_cpu_gradients, stride=stride),
+        default=xla_gradients,
+    )
+    return gradients
+
+
+depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@partial(jax.jit, static_argnames=("stride",))
+def _shifted_sum(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """Computes a depthwise convolution as a sum over shifted inputs, one for each tap.
+
+    XLA fuses the sum into one vectorised loop. It is in float32 at least.
+    """
+    (size, *_), (_, h, w, _) = kernel.shape, x.shape
+    wide = _pad_sides(x, size // 2)
+    taps = kernel[:, :, 0].astype(wide.dtype)
+    y = jnp.zeros((), wide.dtype)
+    for i in range(size):
+        for j in range(size):
+            y += wide[:, i : i + h : stride, j : j + w : stride] * taps[i, j]
+    return y.astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames=("stride",))
+def _depthwise_cpu_gradients(
+    x: jax.Array, kernel: jax.Array, grad_y: jax.Array, stride: int
+) -> _Pair:
+    """Computes the gradients of a depthwise convolution in vectorised loops."""
+    size, (b, h, w, c) = kernel.shape[0], x.shape
+    if stride > 1:  # zeros between the pixels, as if the stride were 1
+        padding = [
+            (0, full - stride * (pixels - 1) - 1, stride - 1)
+            for full, pixels in zip((h, w), grad_y.shape[1:3], strict=True)
+        ]
+        zero = jnp.zeros((), grad_y.dtype)
+        grad_y = jax.lax.pad(grad_y, zero, [(0, 0, 0), *padding, (0, 0, 0)])
+    grad_x = _shifted_sum(grad_y, kernel[::-1, ::-1])
+    wide = _pad_sides(x, size // 2)
+
+    # XLA's sums over pixels are not vectorised, so each row of an image adds its products to sums
+    # [size w c], one for each column of the kernel.
+    def add_row(index: int, sums: list[jax.Array]) -> list[jax.Array]:
+        start = (index // h, index % h, 0, 0)
+        rows = jax.lax.dynamic_slice(wide, start, (1, size, *wide.shape[2:]))[0]
+        row = jax.lax.dynamic_slice(grad_y, start, (1, 1, w, c))[0]
+        return [total + rows[:, j : j + w] * row for j, total in enumerate(sums)]
+
+    sums = [jnp.zeros((size, w, c), wide.dtype)] * size
+    sums = jax.lax.fori_loop(0, b * h, add_row, sums)
+    grad_kernel = jnp.stack([total.sum(1) for total in sums], 1)[:, :, None]
+    return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+def _pad_sides(x: jax.Array, side: int) -> jax.Array:
+    """Pads height and width with zeros; returns float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.pad(wide, ((0, 0), (side, side), (side, side), (0, 0)))
 
 
 def xla_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:

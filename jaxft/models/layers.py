@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.models.context import Context
-from jaxft.models.convolution import convolve
+from jaxft.models.convolution import convolve, pointwise_conv
 
 
 class Rngs:
@@ -33,9 +33,10 @@ class Rngs:
 
 
 class Conv(nnx.Module):
-    """Convolution without bias, padded equally on all sides so that stride 1 keeps the size.
+    """Convolution, padded equally on all sides so that stride 1 keeps the size.
 
-    The kernel is drawn as by `torch.nn.init.kaiming_normal_` with `mode="fan_out"`.
+    The kernel is drawn as by `torch.nn.init.kaiming_normal_` with `mode="fan_out"`, or with the
+    standard deviation `std`. The bias starts at zero.
     """
 
     def __init__(
@@ -46,17 +47,43 @@ class Conv(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         *,
+        bias: bool = False,
+        std: float | None = None,
         rngs: Rngs,
     ):
-        std = math.sqrt(2 / (size * size * c_out))
+        std = math.sqrt(2 / (size * size * c_out)) if std is None else std
         shape = (size, size, c_in // groups, c_out)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
         self.stride = stride
         self.groups = groups
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps `[b h w c_in]` to `[b h/stride w/stride c_out]`, sizes rounded up."""
-        return convolve(x, self.kernel[...].astype(x.dtype), self.stride, self.groups)
+        y = convolve(x, self.kernel[...].astype(x.dtype), self.stride, self.groups)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class PatchConv(nnx.Module):
+    """Convolution of patches that do not overlap: kernel `[size size c_in c_out]`, stride `size`.
+
+    The kernel is drawn with standard deviation 0.02; the bias starts at zero.
+    """
+
+    def __init__(self, c_in: int, c_out: int, size: int, *, rngs: Rngs):
+        shape = (size, size, c_in, c_out)
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """Maps `[b h w c_in]` to `[b h/size w/size c_out]`, sizes rounded down."""
+        kernel = self.kernel[...].astype(x.dtype)
+        size, _, c_in, c_out = kernel.shape
+        b, h, w = x.shape[0], x.shape[1] // size, x.shape[2] // size
+        patches = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c_in)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, size * size * c_in)
+        return pointwise_conv(patches, kernel.reshape(-1, c_out)) + self.bias[...].astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -93,6 +120,12 @@ def relu(x: jax.Array) -> jax.Array:
         x, cuda=jax.nn.relu, rocm=jax.nn.relu, default=lambda x: jnp.where(x <= 0, 0, x)
     )
     return y
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Computes torch's GELU with the error function, in float32 at least, for any shape."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Relu(nnx.Module):

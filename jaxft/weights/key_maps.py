@@ -136,6 +136,27 @@ def _joined(tensors: Sequence[LazyTensor]) -> LazyTensor:
     )
 
 
+def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns a shape without its axes of length 1."""
+    return tuple(size for size in shape if size != 1)
+
+
+def reshaped(
+    tensors: Mapping[str, LazyTensor], expected: Mapping[str, TorchTensor]
+) -> dict[str, LazyTensor]:
+    """Gives tensors the network's shape where only axes of length 1 differ, as in 1x1 kernels."""
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        new = expected[name].shape if name in expected else tensor.shape
+        if tensor.shape != new and squeezed(tensor.shape) == squeezed(new):
+            result[name] = LazyTensor(new, tensor.dtype, partial(_read_reshaped, tensor, new))
+    return result
+
+
+def _read_reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> np.ndarray:
+    return tensor.read().reshape(shape)
+
+
 def resized(
     tensors: Mapping[str, LazyTensor], expected: Mapping[str, TorchTensor], key_map: KeyMap
 ) -> tuple[dict[str, LazyTensor], list[str]]:

@@ -16,7 +16,7 @@ from jaxft.weights.description import MARK, check_options
 from jaxft.weights.finite_check import check_finite
 from jaxft.weights.head import Start, with_head
 from jaxft.weights.head_classes import Order, class_order, reordered, reordering
-from jaxft.weights.key_maps import TorchTensor, file_tensors, renamed, resized
+from jaxft.weights.key_maps import TorchTensor, file_tensors, renamed, reshaped, resized
 from jaxft.weights.mismatch import mismatch
 from jaxft.weights.network_prefix import IN_MEMORY, find_head, find_prefix, selection_remark
 from jaxft.weights.read import Weights, read, unwrapped_tensors
@@ -199,7 +199,7 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
     if key_map:
         inside = renamed(inside, key_map, source) if prefix else inside
         inside = key_map.convert(inside) if key_map.convert else inside
-        inside, resizes = resized(inside, expected, key_map)
+        inside, resizes = resized(reshaped(inside, expected), expected, key_map)
         remarks += resizes
 
     options = dict(weights.network.options)

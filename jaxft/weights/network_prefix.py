@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from jaxft.errors import WeightsError, first_of
 from jaxft.models.key_map import KeyMap
+from jaxft.weights.key_maps import squeezed
 from jaxft.weights.tensors import LazyTensor
 
 IN_MEMORY = "the state dict"
@@ -65,7 +66,8 @@ def find_prefix(
         parts = name.split(".")
         for depth in range(len(parts)):
             rest = ".".join(parts[depth:])
-            if body.get(key_map.rename(rest) if key_map else rest) == tensor.shape:
+            shape = body.get(key_map.rename(rest) if key_map else rest)
+            if shape is not None and squeezed(shape) == squeezed(tensor.shape):
                 matches["".join(f"{part}." for part in parts[:depth])] += 1
     complete = [prefix for prefix, count in matches.items() if count >= len(body)]
     if "" in complete or not body:

@@ -38,6 +38,11 @@ CASES = {
     **_sized("vit_medium_patch16_gap_256", 1, 32),
     **_sized("vit_wee_patch16_reg1_gap_256", 2, 32),
     **_sized("deit3_small_patch16_224", 2, 48),
+    "convnext_atto": Case("convnext_atto", (64, 95)),
+    "convnext_pico_ols": Case("convnext_pico_ols", (33,), train_side=None),
+    "convnext_tiny": Case("convnext_tiny", (224,), train_side=None),
+    "convnext_tiny_hnf": Case("convnext_tiny_hnf", (64,), train_side=None),
+    "convnextv2_atto": Case("convnextv2_atto", (64, 70)),
 }
 SMOKE = ("resnet10t",)
 """Cases that run by default."""

@@ -15,18 +15,24 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import record_golden
 
-# Configurations of microsoft/resnet-18 and microsoft/resnet-50.
+_ATTO = {"depths": [2, 2, 6, 2], "hidden_sizes": [40, 80, 160, 320]}
+# name: (class, configuration); those of microsoft/resnet-18, microsoft/resnet-50, a small
+# facebook/convnext-tiny-224, and facebook/convnextv2-atto-1k-224.
 NETWORKS = {
-    "resnet18": {
-        "layer_type": "basic",
-        "depths": [2, 2, 2, 2],
-        "hidden_sizes": [64, 128, 256, 512],
-    },
-    "resnet50": {
-        "layer_type": "bottleneck",
-        "depths": [3, 4, 6, 3],
-        "hidden_sizes": [256, 512, 1024, 2048],
-    },
+    "resnet18": (
+        "ResNet",
+        {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
+    ),
+    "resnet50": (
+        "ResNet",
+        {
+            "layer_type": "bottleneck",
+            "depths": [3, 4, 6, 3],
+            "hidden_sizes": [256, 512, 1024, 2048],
+        },
+    ),
+    "convnext_atto": ("ConvNext", _ATTO),
+    "convnextv2_atto": ("ConvNextV2", _ATTO),
 }
 
 
@@ -54,11 +60,12 @@ def save(name: str, shapes: dict[str, tuple[int, ...]], outputs: np.ndarray) -> 
     print(name, len(shapes), f"std {outputs.std():.3g}")
 
 
-def record_resnets(torch, transformers) -> None:
-    for name, config in NETWORKS.items():
-        module = transformers.ResNetForImageClassification(
-            transformers.ResNetConfig(**config, num_labels=record_golden.NUM_CLASSES)
+def record_convolutional(torch, transformers) -> None:
+    for name, (family, options) in NETWORKS.items():
+        config = getattr(transformers, f"{family}Config")(
+            **options, num_labels=record_golden.NUM_CLASSES
         )
+        module = getattr(transformers, f"{family}ForImageClassification")(config)
         shapes = {
             n: tuple(t.shape) for n, t in module.state_dict().items() if t.is_floating_point()
         }
@@ -90,7 +97,7 @@ def main() -> None:
     torch = importlib.import_module("torch")
     record_golden.import_torchvision()
     transformers = importlib.import_module("transformers")
-    record_resnets(torch, transformers)
+    record_convolutional(torch, transformers)
     record_transformers(torch, transformers)
 
 

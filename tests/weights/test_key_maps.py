@@ -1,5 +1,6 @@
 """Tensors: torch's layouts, and the names of other libraries."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 
 from jaxft.errors import WeightsError
 from jaxft.models import KeyMap, Rename, create
-from jaxft.weights import load, read
+from jaxft.weights import from_state_dict, load, read
 from jaxft.weights.key_maps import TorchTensor, renamed, resized, torch_tensors
 from jaxft.weights.tensors import as_lazy
 
@@ -44,7 +45,7 @@ def recorded_transformers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto", "convnextv2_atto"])
 def test_transformers_weights_give_the_recorded_logits(name, tmp_path):
     shapes, logits = recorded_transformers(name)
     counters = {"resnet.embedder.embedder.normalization.num_batches_tracked": np.array(7)}
@@ -97,10 +98,64 @@ def test_transformers_vision_transformers_give_the_recorded_outputs(golden, tmp_
 
 
 def test_key_map_keeps_torchvision_and_timm_names():
-    for name in ("resnet50", "resnet50d", "cifar_resnet20"):
+    for name in ("resnet50", "resnet50d", "cifar_resnet20", "convnext_tiny_hnf", "convnextv2_atto"):
         model = create(name)
         tensors = jax.tree.leaves(torch_tensors(*jax.eval_shape(model.init, jax.random.key(0))))
         assert all(model.key_map.rename(t.name) == t.name for t in tensors)
+
+
+FACEBOOK = {
+    r"stem\.": "downsample_layers.0.",
+    r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+    r"stages\.(\d)\.blocks": r"stages.\1",
+    "conv_dw": "dwconv",
+    r"mlp\.fc": "pwconv",
+    r"mlp\.grn\.weight": "grn.gamma",
+    r"mlp\.grn\.bias": "grn.beta",
+    r"head\.(norm|fc)": r"\1",
+    "^fc": "head",
+}
+"""The original names of ConvNeXt's tensors, as replacements in timm's."""
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+def test_original_convnext_weights_load_bit_for_bit(name):
+    model = create(name, num_classes=3)
+    targets = jax.tree.leaves(torch_tensors(*jax.eval_shape(model.init, jax.random.key(0))))
+    arrays = record_golden.weights({t.name: t.shape for t in targets})
+    original = {}
+    for target, array in arrays.items():
+        for pattern, replacement in FACEBOOK.items():
+            target = re.sub(pattern, replacement, target)
+        shape = array.shape
+        if "pwconv" in target:
+            shape = shape[:2]
+        elif "grn" in target:
+            shape = (1, 1, 1, *shape)
+        original[target] = array.reshape(shape)
+    assert len(original) == len(targets)
+    assert original.keys().isdisjoint(arrays)
+    state = {f"net.{n}": x for n, x in original.items()} | {"temperature": np.ones(())}
+    with pytest.warns(UserWarning, match=f"Used the {len(targets)} tensors below 'net.'"):
+        params, _ = from_state_dict(state, model)
+    expected, _ = from_state_dict(arrays, model)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.slow
+def test_torchvision_convnext_gives_the_same_logits():
+    torch = pytest.importorskip("torch")
+    models = record_golden.import_torchvision().models
+    module = models.convnext_tiny(num_classes=3).eval()
+    shapes = {n: tuple(x.shape) for n, x in module.state_dict().items()}
+    state = {n: torch.from_numpy(x) for n, x in record_golden.weights(shapes).items()}
+    module.load_state_dict(state)
+    images = record_golden.images(64)
+    expected = module(torch.from_numpy(images)).detach().numpy()
+    model = create("convnext_tiny", num_classes=3)
+    params, stats = from_state_dict(state, model)
+    actual, _ = model.apply(params, stats, images.transpose(0, 2, 3, 1), norms="running")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def lazy(*names):
