@@ -1,7 +1,8 @@
 """Converts images to network inputs: size, random view and normalisation."""
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,19 @@ class Preprocessing:
     interpolation: geometry.Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def timm(cls, image_size: int = 224, crop_pct: float = 0.875, **fields: Any) -> "Preprocessing":
+        """Returns the format of a network of timm, bicubic and scaled to `image_size / crop_pct`.
+
+        Args:
+          image_size: height and width of the input in pixels.
+          crop_pct: size of the centre crop relative to the scaled image.
+          **fields: other fields of this class.
+        """
+        resize_size = math.floor(image_size / crop_pct)
+        options = {"interpolation": "bicubic", **fields}
+        return cls(image_size=image_size, resize_size=resize_size, **options)
 
     def at_size(self, image_size: int | None) -> "Preprocessing":
         """Returns the preprocessing for another size of the input; None keeps the size."""

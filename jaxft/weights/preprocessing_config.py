@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -79,10 +78,10 @@ def _from_timm(content: Any) -> Preprocessing:
     if channels != 3:
         raise ValueError(channels)
     default = Preprocessing()
-    return Preprocessing(
-        image_size=min(sides),
+    return Preprocessing.timm(
+        min(sides),
+        config.get("crop_pct") or 0.875,
         resize_mode="squash" if config.get("crop_mode") == "squash" else "short_side",
-        resize_size=math.floor(min(sides) / (config.get("crop_pct") or 0.875)),
         interpolation=_interpolation(config.get("interpolation") or "bicubic"),
         mean=_channels(config.get("mean") or default.mean),
         std=_channels(config.get("std") or default.std),

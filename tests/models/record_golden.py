@@ -29,7 +29,7 @@ _TIMM = (
     *(f"resnet{depth}{letter}" for depth in (50, 101, 152) for letter in "cs"),
     *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101, 152, 200)),
     *(f"resnet{depth}t" for depth in (10, 14, 26, 50)),
-    *("resnext50d_32x4d", "resnext101_32x4d"),
+    *("resnext50d_32x4d", *(f"resnext101_32x{width}d" for width in (4, 16, 32))),
 )
 _CIFAR = tuple(f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110))
 # case: (name of the network, options of `create`)

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from jaxft.errors import WeightsError
-from jaxft.models import create, names
+from jaxft.models import create
+from jaxft.models.networks import resnet_variants
 from jaxft.weights import load, save
 from jaxft.weights.key_maps import torch_tensors
 
@@ -97,9 +98,9 @@ def test_torchvision_and_timm_load_a_saved_file_strictly(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", resnet_variants.CONFIGS)
 def test_torch_tensors_layouts_are_bit_exact(name):
-    """Every network's tensors to torch's layout and back."""
+    """Every ResNet's tensors to torch's layout and back."""
     abstract = jax.eval_shape(create(name).init, jax.random.key(0))
     tensors = jax.tree.leaves(torch_tensors(*abstract))
     arrays = record_golden.weights({t.name: t.shape for t in tensors})

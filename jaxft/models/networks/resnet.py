@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxft.errors import RecipeError
 from jaxft.models.batch_norm import BatchNorm
+from jaxft.models.channel_attention import ChannelAttention, build_attention
 from jaxft.models.context import Context
 from jaxft.models.layers import (
     AveragePool,
@@ -53,6 +54,9 @@ class ResNetConfig(NetworkConfig):
     is timm's `d` (arXiv:1812.01187), (24, 32) its `t`, (64, 64) its `s`."""
     average_shortcut: bool = False
     """Average 2x2 pixels before a shortcut's 1x1 convolution, which has stride 1 (`d`, `t`)."""
+    attention: ChannelAttention | None = None
+    """Channel attention at the end of each residual branch: `se` for SE-ResNets
+    (arXiv:1709.01507), `eca` for ECA-ResNets (arXiv:1910.03151)."""
     stride_in_1x1: bool = False
     """Put a bottleneck's stride on its first 1x1 convolution (He et al., Caffe, Keras) instead of
     its 3x3 convolution (torchvision, known as v1.5). The parameters are the same."""
@@ -117,6 +121,7 @@ class BasicBlock(nnx.Module):
         self.bn1 = BatchNorm(width)
         self.conv2 = Conv(width, width, 3, rngs=rngs)
         self.bn2 = BatchNorm(width)
+        self.se = build_attention(config.attention, width, rngs)
         self.drop_path = Dropout(drop_path, rows=True)
         if config.layout == "imagenet" and (stride != 1 or c_in != width):
             self.downsample = projection_shortcut(c_in, width, stride, config, rngs)
@@ -130,7 +135,7 @@ class BasicBlock(nnx.Module):
             x = self.downsample(x, child("downsample"))
         elif x.shape != y.shape:
             x = padded_shortcut(x, y.shape[-1])
-        return relu(self.drop_path(y, context) + x)
+        return relu(self.drop_path(self.se(y, child("se")), context) + x)
 
 
 class Bottleneck(nnx.Module):
@@ -156,6 +161,7 @@ class Bottleneck(nnx.Module):
         self.bn2 = BatchNorm(inner)
         self.conv3 = Conv(inner, c_out, 1, rngs=rngs)
         self.bn3 = BatchNorm(c_out)
+        self.se = build_attention(config.attention, c_out, rngs)
         self.drop_path = Dropout(drop_path, rows=True)
         if stride != 1 or c_in != c_out:
             self.downsample = projection_shortcut(c_in, c_out, stride, config, rngs)
@@ -168,7 +174,7 @@ class Bottleneck(nnx.Module):
         y = self.bn3(self.conv3(y, child("conv3")), child("bn3"))
         if hasattr(self, "downsample"):
             x = self.downsample(x, child("downsample"))
-        return relu(self.drop_path(y, context) + x)
+        return relu(self.drop_path(self.se(y, child("se")), context) + x)
 
 
 class ResNet(nnx.Module):

@@ -57,6 +57,8 @@ _PLAIN = {
     "resnext50_32x4d": _bottleneck(3, 4, 6, 3, groups=32, base_width=4),
     "resnext101_32x4d": _bottleneck(3, 4, 23, 3, groups=32, base_width=4),
     "resnext101_32x8d": _bottleneck(3, 4, 23, 3, groups=32, base_width=8),
+    "resnext101_32x16d": _bottleneck(3, 4, 23, 3, groups=32, base_width=16),
+    "resnext101_32x32d": _bottleneck(3, 4, 23, 3, groups=32, base_width=32),
     "resnext101_64x4d": _bottleneck(3, 4, 23, 3, groups=64, base_width=4),
     "wide_resnet50_2": _bottleneck(3, 4, 6, 3, base_width=128),
     "wide_resnet101_2": _bottleneck(3, 4, 23, 3, base_width=128),
@@ -76,19 +78,20 @@ _DEPTHS = {
 }
 
 
-def _variant(config: ResNetConfig, letter: str) -> ResNetConfig:
+def variant(config: ResNetConfig, letter: str) -> ResNetConfig:
+    """Returns the configuration with the stem and shortcuts that timm marks by a letter."""
     stem, average = _VARIANTS[letter]
     return replace(config, stem=stem, average_shortcut=average)
 
 
-_CONFIGS = {
+CONFIGS = {
     **{name: c for name, c in _PLAIN.items() if name not in ("resnet10", "resnet14")},
     **{
-        f"resnet{depth}{letter}": _variant(_PLAIN[f"resnet{depth}"], letter)
+        f"resnet{depth}{letter}": variant(_PLAIN[f"resnet{depth}"], letter)
         for letter, depths in _DEPTHS.items()
         for depth in depths
     },
-    "resnext50d_32x4d": _variant(_PLAIN["resnext50_32x4d"], "d"),
+    "resnext50d_32x4d": variant(_PLAIN["resnext50_32x4d"], "d"),
     # Depth 6n + 2: two convolutions in each of 3n blocks, the stem and the head.
     **{f"cifar_resnet{6 * n + 2}": ResNetConfig("cifar", (n, n, n)) for n in (1, 3, 5, 7, 9, 18)},
 }
@@ -97,7 +100,7 @@ _TORCHVISION = {
     "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 }  # fmt: skip
 
-for _name, _config in _CONFIGS.items():
+for _name, _config in CONFIGS.items():
     is_cifar, is_torchvision = _config.layout == "cifar", _name in _TORCHVISION
     library: Library = None if is_cifar else "torchvision" if is_torchvision else "timm"
     register(_name, ResNet, _config, key_map=KEY_MAP, torch_library=library)
