@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.models.context import Context
-from jaxft.models.layers import Identity, Rngs, relu
+from jaxft.models.layers import Identity, Rngs, make_divisible, relu
 
 ChannelAttention = Literal["se", "eca"]
 """Kind of the attention: `SqueezeExcite` or `EfficientChannelAttention`."""
@@ -104,5 +104,5 @@ def build_attention(
 ) -> SqueezeExcite | EfficientChannelAttention | Identity:
     """Builds a residual block's attention over `c` channels, as in timm's ResNets."""
     if kind == "se":
-        return SqueezeExcite(c, max(8, int(c / 16 + 4) // 8 * 8), rngs=rngs)
+        return SqueezeExcite(c, make_divisible(c / 16, limit=0), rngs=rngs)
     return EfficientChannelAttention(c, rngs=rngs) if kind == "eca" else Identity()

@@ -14,6 +14,15 @@ from jaxft.models.context import Context
 from jaxft.models.convolution import convolve, pointwise_conv
 
 
+def make_divisible(c: float, divisor: int = 8, limit: float = 0.9) -> int:
+    """Rounds a number of channels to the nearest multiple of `divisor`, as timm does.
+
+    Rounds up if rounding to the nearest would leave less than `limit` of the channels.
+    """
+    rounded = max(divisor, int(c + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < limit * c else rounded
+
+
 class Rngs:
     """Random keys for a network's parameters, the same as from `flax.nnx.Rngs(key)`.
 

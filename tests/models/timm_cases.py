@@ -46,6 +46,8 @@ CASES = {
     "seresnet18": Case("seresnet18", (64, 33)),
     "seresnext26d_32x4d": Case("seresnext26d_32x4d"),
     "ecaresnet26t": Case("ecaresnet26t", (33,)),
+    "regnetx_002": Case("regnetx_002"),
+    "regnety_002": Case("regnety_002", (64, 33)),
 }
 SMOKE = ("resnet10t",)
 """Cases that run by default."""
