@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxft.optim.optax_rule import Optax
     from jaxft.optim.optimizers import SGD, Adam, AdamW, RMSprop
     from jaxft.optim.plateau import ReduceLROnPlateau
+    from jaxft.optim.schedule_free import evaluation_params
     from jaxft.optim.transform import multi_transform, trainable_only
     from jaxft.recipe import Recipe
     from jaxft.report.console import Console
@@ -68,6 +69,7 @@ _MODULES = {
         "optim.carry": ["carry"],
         "optim.carry_report": ["CarryReport"],
         "optim.plateau": ["ReduceLROnPlateau"],
+        "optim.schedule_free": ["evaluation_params"],
         "stages": ["Stage"],
         "update": ["Update"],
         "linear_probe": ["LinearProbe", "logistic_regression"],
@@ -147,6 +149,7 @@ __all__ = [  # in the order of the documentation
     "compare",
     "data",
     "evaluate",
+    "evaluation_params",
     "finetune",
     "gradients",
     "label",

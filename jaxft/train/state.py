@@ -14,6 +14,7 @@ from jaxft.early_stopping import EarlyStop, PlateauStop, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
 from jaxft.models.norm_modes import layer
 from jaxft.optim.carry import carry
+from jaxft.optim.schedule_free import evaluation_params, gradient_params
 from jaxft.stages import Stage
 from jaxft.state_shapes import abstract_state
 from jaxft.train.metrics import EpochMetrics, Score
@@ -189,6 +190,7 @@ class StageState:
     def at_start(cls, program: StageProgram, progress: Progress, current: Snapshot) -> "StageState":
         """Returns the start of a stage; its arrays are the candidate 0 for the best epoch."""
         state, frozen = program.state(current)
+        state = state._replace(trainable=gradient_params(state.opt_state, state.trainable))
         return cls(progress, state, frozen, best=current)
 
     @classmethod
@@ -238,7 +240,8 @@ def header_of(
 
 def shown(state: TrainState, frozen: Tree) -> Snapshot:
     """Returns the arrays that validation sees: the average of a state, or the state itself."""
-    trainable, stats, *_ = state.average or (state.trainable, state.stats)
+    evaluated = evaluation_params(state.opt_state, state.trainable)
+    trainable, stats, *_ = state.average or (evaluated, state.stats)
     return Snapshot(combine(trainable, frozen), stats, state.opt_state)
 
 

@@ -19,6 +19,7 @@ from jaxft.models import Model, Norms
 from jaxft.models.batch_norm import STATISTICS
 from jaxft.models.norm_modes import layer
 from jaxft.optim import gradients
+from jaxft.optim.schedule_free import evaluation_params
 from jaxft.optim.transform import pass_step
 from jaxft.train.loss import Loss
 from jaxft.train.metrics import GradientNorms, Metrics, StepRecord
@@ -146,7 +147,8 @@ def train_step(config: StepConfig) -> Callable[..., tuple[TrainState, StepRecord
         average = state.average
         if config.ema:
             assert average is not None
-            average = config.ema.after_step(average, trainable, stats)
+            evaluated = evaluation_params(opt_state, trainable)
+            average = config.ema.after_step(average, evaluated, stats)
         new = TrainState(trainable, stats, opt_state, average)
         metrics = metrics._replace(loss=metrics.loss * metrics.examples)
         record = StepRecord(metrics, grad_norms, update_norms, finite, raw_grads, weight)
