@@ -19,6 +19,7 @@ from jaxft.ema import EMA, wrong_decay
 from jaxft.errors import RecipeError
 from jaxft.linear_probe import LinearProbe
 from jaxft.losses import LossChoice
+from jaxft.optim.optax_rule import Optax
 from jaxft.optim.optimizers import Optimizer, Rule
 from jaxft.optim.plateau import ReduceLROnPlateau
 from jaxft.optim.schedules import ClosedForm, Constant, Schedule
@@ -299,14 +300,23 @@ class Stage:
           optimizer: used if neither the update nor the stage sets one.
 
         Raises:
-          RecipeError: see `Update.resolve`.
+          RecipeError: see `Update.resolve`; or the stage has `auto_rgn`, and the optimizer takes
+            one learning rate for all tensors.
         """
-        return self.updates[pattern].resolve(
+        update = self.updates[pattern].resolve(
             self.schedule or Constant(),
             self.optimizer or optimizer,
             place=f"stage {self.name!r}",
             name=pattern_text(pattern),
         )
+        rule = update.optimizer
+        if self.auto_rgn and isinstance(rule, Optax) and rule.takes_lr:
+            raise RecipeError(
+                f"stage {self.name!r} has auto_rgn, which sets a learning rate for each tensor, "
+                f"but {rule.function!r} takes one for all tensors of a group. Use one of jaxft's "
+                'optimizers, or a direction such as Optax("optax.scale_by_lion").'
+            )
+        return update
 
 
 def check_stages(stages: "Stage | Sequence[Stage]") -> tuple[Stage, ...]:

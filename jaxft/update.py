@@ -27,9 +27,9 @@ class Update:
     Attributes:
       lr: base learning rate.
       schedule: changes the learning rate within the stage; by default the stage's schedule.
-      optimizer: one of jaxft's, or an optax transform that leaves out the learning rate and its
-        minus sign (`optax.scale_by_lion()`, not `optax.lion(1e-4)`); by default the stage's
-        optimizer.
+      optimizer: one of jaxft's, `Optax("optax.lion")` among them, or an optax transform that leaves
+        out the learning rate and its minus sign (`optax.scale_by_lion()`, not `optax.lion(1e-4)`);
+        by default the stage's optimizer.
       weight_decay: replaces the weight decay of the optimizer.
     """
 
@@ -66,12 +66,10 @@ class Update:
             the transform includes a learning rate.
         """
         rule = self.optimizer or optimizer
-        if isinstance(rule, Optax):
-            rule = rule.direction()
         if isinstance(rule, optax.GradientTransformation) and is_complete(rule):
             raise RecipeError(f"{place}: the optimizer of {name!r} {WAY_OUT}")
         if self.weight_decay is not None:
-            if isinstance(rule, optax.GradientTransformation):
+            if isinstance(rule, optax.GradientTransformation | Optax):
                 raise RecipeError(
                     f"{place}: {name!r} has a weight_decay, but its optimizer is an optax "
                     "transform: put the decay into that."

@@ -140,6 +140,10 @@ RECIPE = Recipe(
         ),
         dataclasses.replace(
             RECIPE,
+            optimizer=Optax("optax.contrib.muon", {"nesterov": False, "mu_dtype": "bfloat16"}),
+        ),
+        dataclasses.replace(
+            RECIPE,
             train_split="train[:80%/class]",
             val_split="train[80%:/class]+test",
             on_bad_image="skip",
@@ -157,7 +161,19 @@ RECIPE = Recipe(
             tta="flip",
         ),
     ],
-    ids=["plain", "sgd", "adam", "adamw", "nadam", "radam", "adagrad", "lion", "optax", "data"],
+    ids=[
+        "plain",
+        "sgd",
+        "adam",
+        "adamw",
+        "nadam",
+        "radam",
+        "adagrad",
+        "lion",
+        "optax",
+        "muon",
+        "data",
+    ],
 )
 def test_save_and_read_return_an_equal_recipe(recipe, tmp_path):
     save(recipe, tmp_path / "recipe.yaml")

@@ -1,4 +1,6 @@
-"""Recognises complete optax optimizers, such as `optax.adam(1e-3)`.
+"""Recognises optax optimizers that jaxft cannot apply.
+
+These are complete optimizers, such as `optax.adam(1e-3)`, and those whose update needs the loss.
 
 A direction, such as `optax.scale_by_adam()`, leaves out the learning rate and the minus sign. jaxft
 multiplies it by minus the learning rate of the stage. With a complete optimizer, that would climb.
@@ -15,12 +17,30 @@ import optax
 from jaxft.labels import Tree
 
 WAY_OUT = (
-    "includes a learning rate and the minus sign, and jaxft applies those of the stage. Pass the "
-    "direction alone: optax.scale_by_adam() instead of optax.adam(1e-3), optax.identity() instead "
-    "of optax.sgd(1e-3). Or use complete optimizers in jaxft.multi_transform({group: optimizer for "
-    "group in plan.lr}, plan.labels)."
+    "includes a learning rate and the minus sign, and jaxft applies those of the stage. Name the "
+    'optimizer, and the stage sets its learning rate: Optax("optax.adam") instead of '
+    "optax.adam(1e-3). Or pass the direction alone, optax.scale_by_adam(). Or use complete "
+    "optimizers in jaxft.multi_transform({group: optimizer for group in plan.lr}, plan.labels)."
 )
 _SMALL_TREE = {"bias": np.ones(2), "kernel": np.ones((2, 2))}
+
+
+def update_error(transform: optax.GradientTransformation) -> str:
+    """Returns why gradients and parameters do not suffice for a transform; empty if they do.
+
+    `optax.contrib.momo` needs the value of the loss, `optax.lbfgs` the loss as a function,
+    `optax.contrib.dpsgd` the gradient of each example.
+    """
+
+    def step(params: Tree) -> Tree:
+        return transform.update(params, transform.init(params), params)[0]
+
+    try:
+        updates = jax.eval_shape(step, _SMALL_TREE)
+    except Exception as error:  # whatever the transform raises
+        return " ".join(str(error).split())
+    is_same = jax.tree.map(np.shape, updates) == jax.tree.map(np.shape, _SMALL_TREE)
+    return "" if is_same else "it needs the gradient of each example"
 
 
 def is_complete(transform: optax.GradientTransformation, params: Tree = _SMALL_TREE) -> bool | None:

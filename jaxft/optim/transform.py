@@ -15,6 +15,7 @@ from jaxft.errors import LabelError, RecipeError
 from jaxft.labels import FROZEN, Tree, combine, filled, labels_like, partition
 from jaxft.optim.complete_optimizer import WAY_OUT, is_complete
 from jaxft.optim.group_trees import GroupTrees
+from jaxft.optim.optax_rule import Optax
 from jaxft.optim.optimizers import Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedule_base import Span
@@ -52,7 +53,9 @@ def group_transform(
 ) -> optax.GradientTransformation:
     """Returns the transform of one group, with a `GroupState`.
 
-    Its update is the optimizer's direction times minus the scheduled learning rate.
+    Its update is the optimizer's direction times minus the scheduled learning rate. A complete
+    optimizer, an `Optax` with `takes_lr`, receives the scheduled learning rate instead: not every
+    optimizer is linear in it.
 
     Args:
       rule: optimizer of the group.
@@ -65,10 +68,13 @@ def group_transform(
     Raises:
       RecipeError: from `init`: the optimizer includes a learning rate.
     """
+    takes_lr = isinstance(rule, Optax) and rule.takes_lr
 
-    def direction(position: jax.Array | int) -> optax.GradientTransformation:
+    def optimizer(position: jax.Array | int, scheduled_lr: jax.Array) -> Any:
         if isinstance(rule, optax.GradientTransformation):
             return rule
+        if isinstance(rule, Optax):
+            return rule.at_lr(scheduled_lr) if takes_lr else rule.direction()
         if isinstance(schedule, ReduceLROnPlateau):
             return rule.direction()
         return rule.direction(schedule.momentum(*span.time(schedule.by, position)))
@@ -78,25 +84,27 @@ def group_transform(
         if is_unknown and is_complete(rule, params):  # it needs the structure of these parameters
             raise RecipeError(f"the optimizer of a stage {WAY_OUT}")
         plateau = schedule.start() if isinstance(schedule, ReduceLROnPlateau) else None
-        return GroupState(
-            rule=direction(0).init(params),
+        state = GroupState(
+            rule=None,
             position=jnp.zeros([], jnp.int32),
             plateau=plateau and plateau.as_arrays(),
             factors=jax.tree.map(lambda _: jnp.ones([]), params) if relative else None,
         )
+        first = optimizer(0, group_lr(lr, schedule, state, span))
+        return state._replace(rule=first.init(params))
 
     def update(
         gradients: Tree, state: GroupState, params: Tree | None = None
     ) -> tuple[Tree, GroupState]:
-        updates, moments = direction(state.position).update(gradients, state.rule, params)
-        # A scheduled momentum may be of a wider type; it must not widen the moments.
-        moments = jax.tree.map(
-            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
-            moments,
-            state.rule,
-        )
         scheduled_lr = group_lr(lr, schedule, state, span)
-        if relative:
+        updates, moments = optimizer(state.position, scheduled_lr).update(
+            gradients, state.rule, params
+        )
+        # A scheduled momentum or learning rate may be of a wider type than the moments.
+        moments = _with_dtypes_of(state.rule, moments)
+        if takes_lr:
+            updates = _with_dtypes_of(gradients, updates)
+        elif relative:
             updates = jax.tree.map(
                 lambda u, factor: -(scheduled_lr * factor).astype(u.dtype) * u,
                 updates,
@@ -109,8 +117,13 @@ def group_transform(
             updates = jax.tree.map(lambda u: factor_of[u.dtype] * u, updates)
         return updates, state._replace(rule=moments, position=state.position + 1)
 
-    is_foreign = isinstance(rule, optax.GradientTransformation)
+    # A transform of optax may have a mask in the structure of the parameters; jaxft's have none.
+    is_foreign = isinstance(rule, optax.GradientTransformation | Optax)
     return (optax.GradientTransformation if is_foreign else LeafwiseTransform)(init, update)
+
+
+def _with_dtypes_of(old: Tree, new: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: y if x.dtype == y.dtype else y.astype(x.dtype), old, new)
 
 
 def group_lr(

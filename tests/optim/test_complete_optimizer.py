@@ -7,7 +7,7 @@ import pytest
 from optax import contrib
 
 import jaxft
-from jaxft import Optax, RecipeError, Stage, Update, schedules
+from jaxft import RecipeError, Stage, Update, schedules
 from jaxft.optim.complete_optimizer import is_complete
 
 PARAMS = {"body": {"w": jnp.ones((3, 2))}, "head": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}}
@@ -101,35 +101,3 @@ def test_init_refuses_complete_optimizers_that_need_the_parameters():
 def test_learning_rate_that_is_no_number_names_the_right_argument(lr, message):
     with pytest.raises(RecipeError, match=f"the learning rate of 'head' is .*{message}"):
         Stage("late", {"head": lr}, 1)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "message"),
-    [
-        (
-            "optax:lion",
-            {"learning_rate": 1e-3},
-            r"'optax:lion', which returns an optimizer that",
-        ),
-        ("optax:scale_by_lino", {}, "has no 'scale_by_lino'"),
-        ("optax:scale_by_lion", {"b3": 0.9}, "calling it fails: TypeError: .*'b3'"),
-        (
-            "optax:scale_by_lion",
-            {"b1": optax.sgd},
-            "argument 'b1' is .*; it must be a number",
-        ),
-        ("math:sqrt", {}, "calling it fails: TypeError"),
-        ("builtins:dict", {"x": 1}, r"returned {'x': 1}; it must return an optax transform"),
-        ("optax.scale_by_lion", {}, "'optax.scale_by_lion': it is written MODULE:FUNCTION"),
-    ],
-)
-def test_optax_by_name_rejects(function, arguments, message):
-    with pytest.raises(RecipeError, match=message):
-        Optax(function, arguments)
-
-
-def test_optax_by_name_takes_no_weight_decay_of_the_stage():
-    rule = Optax("optax:scale_by_lion")
-    stage = Stage("all", {"head": Update(0.1, optimizer=rule, weight_decay=0.1)}, 1)
-    with pytest.raises(RecipeError, match="its optimizer is an optax transform: put the decay"):
-        jaxft.plan(stage, PARAMS)
