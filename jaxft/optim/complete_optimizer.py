@@ -1,6 +1,7 @@
 """Recognises optax optimizers that jaxft cannot apply.
 
-These are complete optimizers, such as `optax.adam(1e-3)`, and those whose update needs the loss.
+A recipe names no optimizer whose update needs the loss, and a stage takes no complete optimizer,
+such as `optax.adam(1e-3)`, other than by name.
 
 A direction, such as `optax.scale_by_adam()`, leaves out the learning rate and the minus sign. jaxft
 multiplies it by minus the learning rate of the stage. With a complete optimizer, that would climb.
@@ -25,22 +26,28 @@ WAY_OUT = (
 _SMALL_TREE = {"bias": np.ones(2), "kernel": np.ones((2, 2))}
 
 
-def update_error(transform: optax.GradientTransformation) -> str:
-    """Returns why gradients and parameters do not suffice for a transform; empty if they do.
+def unfit_reason(transform: optax.GradientTransformation) -> str:
+    """Returns why no stage can use a transform, as a relative clause; empty if it can.
 
     `optax.contrib.momo` needs the value of the loss, `optax.lbfgs` the loss as a function,
-    `optax.contrib.dpsgd` the gradient of each example.
+    `optax.contrib.dpsgd` the gradient of each example. `optax.contrib.galore` stores empty arrays.
     """
 
-    def step(params: Tree) -> Tree:
-        return transform.update(params, transform.init(params), params)[0]
+    def step(params: Tree) -> tuple[Tree, optax.OptState]:
+        return transform.update(params, transform.init(params), params)
 
     try:
-        updates = jax.eval_shape(step, _SMALL_TREE)
+        updates, state = jax.eval_shape(step, _SMALL_TREE)
     except Exception as error:  # whatever the transform raises
-        return " ".join(str(error).split())
-    is_same = jax.tree.map(np.shape, updates) == jax.tree.map(np.shape, _SMALL_TREE)
-    return "" if is_same else "it needs the gradient of each example"
+        return (
+            f"whose update fails: {' '.join(str(error).split())}. jaxft passes it gradients and "
+            "parameters, not the loss (value, value_fn)"
+        )
+    if jax.tree.map(np.shape, updates) != jax.tree.map(np.shape, _SMALL_TREE):
+        return "whose update needs the gradient of each example"
+    if any(x.size == 0 for x in jax.tree.leaves(state)):
+        return "whose state has empty arrays, which a checkpoint cannot hold"
+    return ""
 
 
 def is_complete(transform: optax.GradientTransformation, params: Tree = _SMALL_TREE) -> bool | None:

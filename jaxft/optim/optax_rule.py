@@ -14,7 +14,7 @@ import optax
 from jaxft.dataclass_checks import checked
 from jaxft.errors import RecipeError
 from jaxft.optim.argument_checks import RangeChecked
-from jaxft.optim.complete_optimizer import WAY_OUT, is_complete, update_error
+from jaxft.optim.complete_optimizer import WAY_OUT, is_complete, unfit_reason
 from jaxft.optim.optimizer_base import HINTS
 from jaxft.user_function import describe, find
 
@@ -121,11 +121,8 @@ def _build(name: str, arguments: str) -> optax.GradientTransformation:
             f"{name!r}, which returned {transform!r}; it must return an optax transform."
         )
     # A function of the user may need the parameters of a network.
-    if name.startswith("optax") and (reason := update_error(transform)):
-        raise RecipeError(
-            f"{name!r}, whose update fails: {reason}. jaxft passes it gradients and parameters, "
-            "not the loss (value, value_fn)."
-        )
+    if name.startswith("optax") and (reason := unfit_reason(transform)):
+        raise RecipeError(f"{name!r}, {reason}.")
     if is_complete(transform) and not takes_lr:
         raise RecipeError(
             f"{name!r}, which has no argument learning_rate and returns an optimizer that {WAY_OUT}"

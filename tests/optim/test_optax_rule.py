@@ -224,6 +224,11 @@ ACCEPTS = r"no argument 'b3'; it accepts b1, b2, mu_dtype, weight_decay, mask"
             "needs the gradient of each example",
             marks=pytest.mark.filterwarnings("ignore:.*seed:DeprecationWarning"),
         ),
+        (
+            "optax.contrib.galore",
+            {},
+            "has empty arrays, which a checkpoint cannot hold",
+        ),
         ("optax.contrib.sam", {}, "calling it fails: TypeError: .*'optimizer'"),
         ("optax.scale_by_rprop", {}, "takes learning_rate and returns a transform that climbs"),
         ("test_optax_rule:complete", {}, "has no argument learning_rate and returns an optimizer"),
