@@ -11,6 +11,8 @@ Blocks = Sequence[Pattern | tuple[Pattern, ...]]
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "decay": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_scale": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "no_opt_scale": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "factor": ("at least 1", lambda x: 1 <= x < inf),
     "at_once": ("at least 1", lambda x: 1 <= x < inf),
     "low": ("positive and finite", lambda x: 0 < x < inf),
@@ -19,7 +21,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def block_tuples(
-    method: str, blocks: Blocks, minimum: int = 2, **values: float
+    method: str, blocks: Blocks, minimum: int = 2, **values: float | None
 ) -> list[tuple[Pattern, ...]]:
     """Returns each block as a tuple of patterns, after checking the arguments of a method.
 
@@ -29,7 +31,7 @@ def block_tuples(
       method: name of the method, for error messages.
       blocks: blocks from input to output.
       minimum: minimum number of blocks.
-      **values: arguments to check against `_RANGES`.
+      **values: arguments to check against `_RANGES`; None is always valid.
 
     Raises:
       RecipeError: blocks or values are wrong; the message lists all of them.
@@ -37,7 +39,7 @@ def block_tuples(
     errors = [
         f"{name} is {value}; it must be {_RANGES[name][0]}"
         for name, value in values.items()
-        if not _RANGES[name][1](value)
+        if value is not None and not _RANGES[name][1](value)
     ]
     items = () if isinstance(blocks, str) else blocks
     tuples = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in items]
@@ -52,7 +54,22 @@ def block_tuples(
 
 
 def decayed_lrs(
-    blocks: Sequence[tuple[Pattern, ...]], lr: float, decay: float
+    blocks: Sequence[tuple[Pattern, ...]],
+    lr: float,
+    decay: float,
+    *,
+    min_scale: float = 0.0,
+    no_opt_scale: float | None = None,
 ) -> dict[Pattern, float]:
-    """Returns the patterns of all blocks, last block first, with lr·decay^(blocks after it)."""
-    return {pattern: lr * decay**i for i, block in enumerate(reversed(blocks)) for pattern in block}
+    """Returns the patterns of the blocks that train, last block first, with lr·scale.
+
+    The scale is decay^(blocks after it), raised to `min_scale`. Blocks whose scale is then below
+    `no_opt_scale` are left out.
+    """
+    scales = [max(min_scale, decay**i) for i in range(len(blocks))]
+    return {
+        pattern: lr * scale
+        for scale, block in zip(scales, reversed(blocks), strict=True)
+        for pattern in block
+        if scale >= (no_opt_scale or 0)
+    }

@@ -130,11 +130,19 @@ def bit(lr: float = 0.003, *, images: int, **fields: Unpack[Fields]) -> tuple[St
 
 
 def layer_decay(
-    blocks: Blocks, lr: float, decay: float, *, epochs: int, **fields: Unpack[Fields]
+    blocks: Blocks,
+    lr: float,
+    decay: float,
+    *,
+    epochs: int,
+    min_scale: float = 0.0,
+    no_opt_scale: float | None = None,
+    **fields: Unpack[Fields],
 ) -> tuple[Stage, ...]:
     """Trains all blocks with layer-wise learning-rate decay, as BEiT and timm.
 
-    From Bao et al. 2021 (BEiT, arXiv:2106.08254).
+    From Bao et al. 2021 (BEiT, arXiv:2106.08254). `min_scale` and `no_opt_scale` are arguments of
+    timm's `param_groups_layer_decay`.
 
     Args:
       blocks: blocks from input to output.
@@ -142,14 +150,19 @@ def layer_decay(
       decay: each earlier block trains at `decay` times the learning rate of the next one; 0.65 to
         0.9 is common.
       epochs: length.
+      min_scale: least share of `lr` at which a block trains.
+      no_opt_scale: blocks whose share, at least `min_scale`, is below this one stay frozen.
       **fields: fields of `Stage`.
 
     Example:
       >>> [stage.train for stage in layer_decay(["*", "layer4", "fc"], 1.0, 0.5, epochs=10)]
       [{'fc': 1.0, 'layer4': 0.5, '*': 0.25}]
     """
-    order = block_tuples("layer_decay", blocks, decay=decay)
-    return (Stage("all", decayed_lrs(order, lr, decay), epochs, **fields),)
+    order = block_tuples(
+        "layer_decay", blocks, decay=decay, min_scale=min_scale, no_opt_scale=no_opt_scale
+    )
+    lrs = decayed_lrs(order, lr, decay, min_scale=min_scale, no_opt_scale=no_opt_scale)
+    return (Stage("all", lrs, epochs, **fields),)
 
 
 def surgical(

@@ -228,6 +228,45 @@ def test_block_patterns_cover_each_parameter_once(name):
     assert set(jax.tree.leaves(covered)) == {1}
 
 
+TIMM_BLOCKS = [("conv1", "bn1"), *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
+# Scales of timm 1.0.31, from the head to the stem, at layer_decay=0.5; it leaves out the others.
+TIMM_SCALES = {
+    "decay": ({}, [0.5**i for i in range(10)]),
+    "min_scale": ({"min_scale": 0.1}, [1.0, 0.5, 0.25, 0.125, *[0.1] * 6]),
+    "no_opt_scale": ({"no_opt_scale": 0.1}, [1.0, 0.5, 0.25, 0.125]),
+    "equal to no_opt_scale": ({"no_opt_scale": 0.125}, [1.0, 0.5, 0.25, 0.125]),
+    "raised to no_opt_scale": (
+        {"min_scale": 0.1, "no_opt_scale": 0.1},
+        [1.0, 0.5, 0.25, 0.125, *[0.1] * 6],
+    ),
+    "raised, but below": ({"min_scale": 0.05, "no_opt_scale": 0.1}, [1.0, 0.5, 0.25, 0.125]),
+}
+each_timm_case = pytest.mark.parametrize(
+    ("options", "scales"), TIMM_SCALES.values(), ids=TIMM_SCALES
+)
+
+
+@each_timm_case
+def test_layer_decay_has_timm_scales(options, scales):
+    (stage,) = layer_decay(TIMM_BLOCKS, 2.0, 0.5, epochs=1, **options)
+    blocks = [b if isinstance(b, tuple) else (b,) for b in reversed(TIMM_BLOCKS)]
+    lrs = zip(blocks, scales, strict=False)
+    assert stage.train == {pattern: 2 * scale for block, scale in lrs for pattern in block}
+
+
+@each_timm_case
+def test_recorded_scales_are_those_of_timm(options, scales):
+    optim = pytest.importorskip("timm.optim")
+    module = pytest.importorskip("timm").create_model("resnet18")
+    groups = optim.param_groups_layer_decay(module, layer_decay=0.5, **options)
+    found = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    named = {name: found.get(id(p)) for name, p in module.named_parameters()}
+    padded = [*scales, *[None] * (10 - len(scales))]
+    for block, scale in zip(reversed(TIMM_BLOCKS), padded, strict=True):
+        for pattern in block if isinstance(block, tuple) else (block,):
+            assert {x for name, x in named.items() if name.startswith(f"{pattern}.")} == {scale}
+
+
 ERRORS = {
     "no blocks": (lambda: surgical([], "fc", 1.0, epochs=1), "surgical: blocks is []"),
     "one string": (lambda: layer_decay("fc", 1.0, 0.5, epochs=1), "blocks is 'fc'; it must be 2"),
@@ -249,6 +288,10 @@ ERRORS = {
     "one slice": (lambda: discriminative(["a"], epochs=1), "discriminative: blocks is ['a']"),
     "decay 0": (lambda: layer_decay(BLOCKS, 1.0, 0, epochs=1), "decay is 0; it must be above 0"),
     "decay 1.1": (lambda: layer_decay(BLOCKS, 1.0, 1.1, epochs=1), "decay is 1.1; it must be abo"),
+    "scales": (
+        lambda: layer_decay(BLOCKS, 1.0, 0.5, epochs=1, min_scale=-0.1, no_opt_scale=0.0),
+        "min_scale is -0.1; it must be from 0 to 1; no_opt_scale is 0.0; it must be above 0 and",
+    ),
     "factor": (lambda: ulmfit(BLOCKS, epochs=1, factor=0.4), "factor is 0.4; it must be at least"),
     "at once": (
         lambda: gradual_unfreeze(BLOCKS, 1.0, epochs=1, at_once=0),
