@@ -4,7 +4,7 @@ The inverse functions `unstack` and `stack` split an array of layers into one le
 join it again, in the containers of any framework.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.errors import LabelError, PatternError, first_of
+from jaxft.errors import LabelError, ModelError, PatternError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.patterns import matcher, unmatched_message
 from jaxft.tree_paths import LayerIndex, dotted, is_none, leaves_of
@@ -128,6 +128,52 @@ def stack(params: Tree) -> Tree:
         return _join(layers, node.axis)
 
     return jax.tree_util.tree_map_with_path(join, params, is_leaf=_is_stack)
+
+
+def split_layers(name: str, params: Tree, path: str) -> Tree:
+    """Splits the parameters below a path into a nested dict for each layer: `blocks.3.kernel`.
+
+    Args:
+      name: name of the network, for error messages.
+      params: parameters of a Flax module as nested dicts.
+      path: path of parameters that are stacked on their first axis, such as `encoder.blocks`.
+
+    Raises:
+      ModelError: there are no parameters below the path, or they have no common number of layers.
+    """
+    below = {p: x for p, x in zip(paths(params), jax.tree.leaves(params), strict=True)
+             if p.startswith(f"{path}.")}  # fmt: skip
+    if not below:
+        raise ModelError(f"{name}: in stacked, {unmatched_message(path, paths(params))}")
+    if len(counts := {x.shape[:1] for x in below.values()}) > 1 or () in counts:
+        shapes = first_of((f"{p} {list(x.shape)}" for p, x in below.items()), 5)
+        raise ModelError(
+            f"{name}: in stacked, {path!r} has no common number of layers on its first axis: "
+            f"{', '.join(shapes)}"
+        )
+
+    def split(tree: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(tree)
+        layers = zip(*(_split(leaf, 0) for leaf in leaves), strict=True)
+        return {str(i): jax.tree.unflatten(structure, layer) for i, layer in enumerate(layers)}
+
+    return _replace(params, path.split("."), split)
+
+
+def join_layers(params: Tree, path: str) -> Tree:
+    """Joins the layers that `split_layers` split."""
+
+    def join(layers: Tree) -> Tree:
+        trees = (layers[str(i)] for i in range(len(layers)))
+        return jax.tree.map(lambda *arrays: _join([*arrays], 0), *trees)
+
+    return _replace(params, path.split("."), join)
+
+
+def _replace(tree: Tree, keys: list[str], function: Callable[[Tree], Tree]) -> Tree:
+    if not keys:
+        return function(tree)
+    return {**tree, keys[0]: _replace(tree[keys[0]], keys[1:], function)}
 
 
 def _is_stack(node: Any) -> bool:

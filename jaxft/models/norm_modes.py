@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, leaf_labels, match, paths
@@ -111,3 +113,38 @@ def layer(path: str) -> str:
 def dotted(path: Sequence[Any]) -> str:
     """Joins the keys of a path into a tree of dicts by dots, as in patterns."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+def statistics_mask(
+    layer: str, x: jax.Array, mask: ArrayLike | None, layer_mask: jax.Array | None
+) -> jax.Array | None:
+    """Returns the mask of the values that contribute to a norm layer's batch statistics.
+
+    Args:
+      layer: path of the layer.
+      x: its input `[b ...]`.
+      mask: `[b]`, False for padding rows; None if there are none.
+      layer_mask: the mask that the module passes to the layer, broadcastable to `x`.
+
+    Returns:
+      A mask broadcastable to `x`; None if all values contribute.
+
+    Raises:
+      ValueError: if the layer's input does not have the batch as its first axis.
+    """
+    if mask is None:
+        return layer_mask
+    rows = jnp.asarray(mask, bool)
+    if x.shape[0] != len(rows):
+        raise ValueError(
+            f"the input of {layer} is {list(x.shape)} in a batch of {len(rows)}: its padding rows "
+            "are unknown. Keep the batch as its first axis, or pass no mask."
+        )
+    rows = rows.reshape(-1, *(1 for _ in x.shape[1:]))
+    return rows if layer_mask is None else rows & layer_mask
+
+
+def check_batch_statistics(layer: str, x: jax.Array) -> None:
+    """Raises ValueError if a norm layer's input has only one value per channel."""
+    if x.size <= x.shape[-1]:
+        raise ValueError(f"batch statistics of {layer} need more than one value per channel")

@@ -3,6 +3,8 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,8 +13,10 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxft.errors import ModelError
+from jaxft.models.block_cuts import InputEdits
 from jaxft.models.model import NormMode, Tree
-from jaxft.models.user_model import UserModel, check_batch_statistics, statistics_mask
+from jaxft.models.norm_modes import check_batch_statistics, statistics_mask
+from jaxft.models.user_model import UserModel
 
 _COLLECTIONS = {"params", "batch_stats"}
 
@@ -51,13 +55,9 @@ class Linen(UserModel):
         """Name of the module's class."""
         return type(self.module).__name__
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Returns fresh `(params, stats)`, bit-identical to `module.init(key, ...)`."""
-        return self._init(key, _Interceptor({}, None, None))
-
-    def _init(self, key: jax.Array, interceptor: "_Interceptor") -> tuple[Tree, Tree]:
+    def _init(self, key: jax.Array, interceptor: "_Interceptor | None" = None) -> tuple[Tree, Tree]:
         images = jnp.zeros((1, *self.shape))
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(interceptor or _Interceptor()):
             variables = self.module.init(key, images, method=self._method(is_training=False))
         if others := sorted(variables.keys() - _COLLECTIONS):
             raise ModelError(
@@ -76,10 +76,11 @@ class Linen(UserModel):
         modes: Mapping[str, NormMode],
         mask: ArrayLike | None,
         key: jax.Array | None,
+        edits: InputEdits,
     ) -> tuple[jax.Array, Tree]:
         # Flax draws from the stream `params` if a module asks for a stream that is not given.
         rngs = {} if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
-        with nn.intercept_methods(_Interceptor(modes, mask, key)):
+        with nn.intercept_methods(_Interceptor(modes, mask, key, edits)):
             logits, updated = self.module.apply(
                 {"params": params, "batch_stats": stats},
                 images,
@@ -89,43 +90,59 @@ class Linen(UserModel):
             )
         return logits, updated.get("batch_stats", {})
 
-    def _batch_norms(self) -> set[str]:
-        interceptor = _Interceptor({}, None, None)
+    def _submodules(self, kind: tuple[type, ...] = (object,)) -> list[str]:
+        return [path for path, layer in self._called.items() if issubclass(layer, kind)]
+
+    @cached_property
+    def _called(self) -> dict[str, type[nn.Module]]:
+        """Classes of the submodules that are called, by path."""
+        interceptor = _Interceptor()
         jax.eval_shape(lambda key: self._init(key, interceptor), jax.random.key(0))
-        return interceptor.batch_norms
+        return interceptor.called
 
     def _method(self, *, is_training: bool) -> Callable[[nn.Module, jax.Array], jax.Array]:
         return lambda module, images: self.call(module, images, is_training)
 
 
 class _Interceptor:
-    """Intercepts calls of batch norm and dropout layers, for `nn.intercept_methods`.
+    """Intercepts calls of submodules, for `nn.intercept_methods`.
 
-    Sets the statistics and the mask of each batch norm layer, and disables dropout if there is no
-    key. A batch norm layer without a mode uses its running statistics.
+    Sets the statistics and the mask of each batch norm layer, disables dropout if there is no key,
+    and edits inputs. A batch norm layer without a mode uses its running statistics.
 
     Attributes:
-      batch_norms: paths of the batch norm layers that were called.
+      called: classes of the submodules that were called, by path.
     """
 
     def __init__(
-        self, modes: Mapping[str, NormMode], mask: ArrayLike | None, key: jax.Array | None
+        self,
+        modes: Mapping[str, NormMode] = MappingProxyType({}),
+        mask: ArrayLike | None = None,
+        key: jax.Array | None = None,
+        edits: InputEdits | None = None,
     ) -> None:
-        self.modes, self.mask, self.key = modes, mask, key
-        self.batch_norms: set[str] = set()
+        self.modes, self.mask, self.key, self.edits = modes, mask, key, edits or InputEdits()
+        self.called: dict[str, type[nn.Module]] = {}
 
     def __call__(
         self, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        """Calls a layer's method, with other arguments if it is a batch norm or a dropout."""
-        layer, parameters = context.module, inspect.signature(context.orig_method).parameters
-        if context.method_name != "__call__":
+        """Calls a submodule's method."""
+        path = ".".join(context.module.path)
+        if context.method_name != "__call__" or not path:
             return method(*args, **kwargs)
+        self.called.setdefault(path, type(context.module))
+        with self.edits.entered(path, args) as edited:
+            return self._call(path, method, edited, kwargs, context)
+
+    def _call(
+        self, path: str, method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        """Calls a submodule, with other arguments if it is a batch norm or a dropout."""
+        layer, parameters = context.module, inspect.signature(context.orig_method).parameters
         # The call of a subclass may lack the parameter tested below. It is left alone: the call
         # of its base class is intercepted.
         if isinstance(layer, nn.BatchNorm) and "mask" in parameters:
-            path = ".".join(layer.path)
-            self.batch_norms.add(path)
             # The layer's field must not contradict the argument. The layer is bound to this one
             # call, so nothing else sees the change.
             object.__setattr__(layer, "use_running_average", None)

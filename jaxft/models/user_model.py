@@ -5,21 +5,27 @@ import inspect
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.errors import ModelError
+from jaxft.models.block_cuts import Blocks, Cutter, InputEdits, recorded
 from jaxft.models.model import UPDATING, NormMode, Norms, Replicas, Tree
 from jaxft.models.norm_modes import dotted, layer_modes, norm_layers
+from jaxft.stacked_layers import join_layers, split_layers
 
 Call = Callable[[Any, jax.Array, bool], jax.Array]
 """`(module, images, is_training) -> logits`: calls a module."""
+
+BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
+DROPOUTS = (linen.Dropout, nnx.Dropout)
 
 # Usual names of the flag, and its value in training.
 _TRAINING_FLAGS = {
@@ -46,19 +52,36 @@ def default_call(module: Any, images: jax.Array, is_training: bool) -> jax.Array
 class UserModel(ABC):
     """The framework-independent part of `Linen` and `NNX`.
 
-    The network is a single block. Its batch norm layers must be of the framework's class or a
-    subclass. `norms` alone selects their statistics; flags of the module's code have no effect.
+    Batch norm layers must be of the framework's class or a subclass. `norms` alone selects their
+    statistics; flags of the module's code have no effect.
+
+    The blocks are `stem`, one from each submodule in `blocks` on, and `head`, which begins at the
+    input of the head, or of a dropout layer right before it. A block without parameters joins the
+    next one. Without `blocks`, the network is `stem` and `head`, or the single block `network` if
+    the module cannot be cut before its head. `apply` runs a part of the blocks by calling the whole
+    module, with features in place of the input of a submodule; a compiler leaves out the other
+    blocks.
 
     Attributes:
       shape: shape of an image, `(h, w, c)`.
       head: path of the classifier's parameters, such as `Dense_0` or `classifier.out`.
       call: function that calls the module. The default passes the images, and each of `train`,
         `training`, `is_training`, `deterministic` and `use_running_average` that the module takes.
+      blocks: paths of submodules in the order of their calls, such as `("layer1", "layers.2")`. A
+        block begins at the input of each, its first positional argument, one array. Afterwards, the
+        names of all blocks.
+      stacked: paths of parameters that are stacked over layers on their first axis, as by `nn.scan`
+        or `nnx.vmap`. Their layers become nested dicts, `blocks.3.attn.kernel`, as in the unrolled
+        module.
+      begins: path of the submodule at whose input each block begins; None for the images.
     """
 
     shape: tuple[int, int, int]
     head: str
     call: Call = default_call
+    blocks: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
+    begins: tuple[str | None, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not _is_image_shape(self.shape):
@@ -67,6 +90,11 @@ class UserModel(ABC):
                 "(224, 224, 3)."
             )
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
+        for name in ("blocks", "stacked"):
+            if isinstance(paths := getattr(self, name), str):
+                raise ModelError(f"{name} is {paths!r}; it must be a tuple of paths: ({paths!r},).")
+            object.__setattr__(self, name, tuple(paths))
+        object.__setattr__(self, "begins", (None,))
         try:
             hash(self)
         except TypeError as error:
@@ -75,7 +103,7 @@ class UserModel(ABC):
                 "compiled step: pass a function as call."
             ) from error
         _check_head(self.name, self.head, self._shapes[0])
-        if uncontrolled := sorted(self._norm_layers ^ self._batch_norms()):
+        if uncontrolled := sorted(self._norm_layers ^ {*self._submodules(BATCH_NORMS)}):
             raise ModelError(
                 f"{self.name} keeps running statistics in {', '.join(uncontrolled)}, which are not "
                 "Flax BatchNorm layers: a stage could not select their statistics."
@@ -86,16 +114,14 @@ class UserModel(ABC):
                 f"{self.name} returns {shapes} for images {[2, *self.shape]}; it must return "
                 "logits [2 k]. Select them with call=lambda module, images, is_training: ..."
             )
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """One block, because the places where the network could be cut are unknown."""
-        return ("network",)
+        cuts = self._cuts  # needs the paths in `blocks`
+        object.__setattr__(self, "blocks", cuts.names)
+        object.__setattr__(self, "begins", cuts.begins)
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """Pattern of the single block; it selects all parameters."""
-        return (("*",),)
+        """Patterns that select the parameters of each block."""
+        return self._cuts.patterns
 
     @property
     def num_classes(self) -> int:
@@ -125,22 +151,19 @@ class UserModel(ABC):
         first: str | None = None,
         last: str | None = None,
     ) -> tuple[Float[jax.Array, "b k"], Tree]:
-        """Applies the module; see `Model.apply`.
+        """Applies the blocks from `first` to `last`; see `Model.apply`.
 
         With a `key` the module is called in training mode. Half-precision logits are cast to
         float32.
 
         Raises:
-          ModelError: if the images have another shape than `shape`, if `first` or `last` is
-            another block, or if `replicas` is above 1 and the module has norm layers.
+          ModelError: if the images have another shape than `shape` or features another than the
+            output of the block before `first`, if there are no blocks from `first` to `last`, or if
+            `replicas` is above 1 and the module has norm layers.
           ValueError: if `norms` leaves out a norm layer or names one that does not exist.
         """
-        if not {first, last} <= {None, *self.blocks}:
-            raise ModelError(
-                f"{self.name} is one block, {self.blocks[0]!r}: it has no blocks from {first!r} to "
-                f"{last!r}"
-            )
-        if inputs.shape[1:] != self.shape:
+        start, end = self._between(first, last)
+        if start == 0 and inputs.shape[1:] != self.shape:
             raise ModelError(
                 f"{self.name} was declared for images {['b', *self.shape]}, and got "
                 f"{list(inputs.shape)}: they must agree (the recipe's image_size sets the size of "
@@ -151,16 +174,87 @@ class UserModel(ABC):
                 f"Flax's BatchNorm in {self.name} takes the statistics of the whole batch: "
                 f"replicas must be 1, not {replicas}"
             )
-        modes = layer_modes(self.name, self._norm_layers, norms)
-        logits, updated = self._run(params, stats, inputs, modes, mask, key)
+        modes = {
+            path: mode if start <= self._block_of_norm(path) < end else "running"
+            for path, mode in layer_modes(self.name, self._norm_layers, norms).items()
+        }
+        outputs: list[jax.Array] = []
+        edits: dict[str, Callable[[jax.Array], jax.Array]] = {}
+        if end < len(self.blocks):
+            edits[str(self.begins[end])] = partial(recorded, outputs)
+        images = inputs
+        if start:
+            edits[str(self.begins[start])] = partial(self._replace, self.blocks[start], inputs)
+            images = jnp.zeros((len(inputs), *self.shape))
+        logits, updated = self._call(params, stats, images, modes, mask, key, InputEdits(edits))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        (output,) = outputs or [logits]
         if UPDATING.isdisjoint(modes.values()):
-            return logits, stats
+            return output, stats
 
         def select(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:
             return new.astype(old.dtype) if modes[dotted(path[:-1])] in UPDATING else old
 
-        return logits, jax.tree_util.tree_map_with_path(select, stats, updated)
+        return output, jax.tree_util.tree_map_with_path(select, stats, updated)
+
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
+        """Returns fresh `(params, stats)`, bit-identical to those that the module draws."""
+        return self._split(*self._init(key))
+
+    def _split(self, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+        """Splits the layers of the `stacked` parameters."""
+        for layer in norm_layers(stats):
+            if f"{layer}.".startswith(tuple(f"{path}." for path in self.stacked)):
+                raise ModelError(
+                    f"{self.name} has the batch norm layer {layer} in a stack: one call would move "
+                    "the statistics of all layers, and a stage selects them layer by layer. Use a "
+                    "norm layer without running statistics there, or unroll the layers."
+                )
+        for path in self.stacked:
+            params = split_layers(self.name, params, path)
+        return params, stats
+
+    def _call(self, params: Tree, *arguments: Any) -> tuple[jax.Array, Tree]:
+        for path in self.stacked:
+            params = join_layers(params, path)
+        return self._run(params, *arguments)
+
+    def _between(self, first: str | None, last: str | None) -> tuple[int, int]:
+        """Returns the index of the first block and that after the last one."""
+        if {first, last} <= {None, *self.blocks}:
+            start = 0 if first is None else self.blocks.index(first)
+            end = len(self.blocks) if last is None else self.blocks.index(last) + 1
+            if start < end:
+                return start, end
+        raise ModelError(
+            f"{self.name} has no blocks from {first!r} to {last!r}; its blocks are, in order: "
+            f"{', '.join(self.blocks)}"
+        )
+
+    def _replace(self, block: str, features: jax.Array, x: jax.Array) -> jax.Array:
+        if x.shape != features.shape:
+            raise ModelError(
+                f"{self.name}: block {block!r} takes features {list(x.shape)}, and got "
+                f"{list(features.shape)}"
+            )
+        return features
+
+    def _block_of_norm(self, path: str) -> int:
+        return (self._cuts.norms or {}).get(path, 0)
+
+    @cached_property
+    def _cuts(self) -> Blocks:
+        """The blocks of the module, from the paths in `blocks` or the names of all blocks."""
+
+        def run(
+            params: Tree, stats: Tree, images: jax.Array, key: jax.Array | None, edits: InputEdits
+        ) -> tuple[jax.Array, Tree]:
+            mode: NormMode = "running" if key is None else "batch"
+            modes = dict.fromkeys(self._norm_layers, mode)
+            return self._call(params, stats, images, modes, None, key, edits)
+
+        cutter = Cutter(self.name, run, self.init, self._shapes, self.shape, self._submodules())
+        return cutter.blocks(self.blocks, self.head, self._submodules(DROPOUTS))
 
     @property
     @abstractmethod
@@ -168,7 +262,7 @@ class UserModel(ABC):
         """Name of the network."""
 
     @abstractmethod
-    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
+    def _init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, drawn by the module."""
 
     @abstractmethod
@@ -180,12 +274,13 @@ class UserModel(ABC):
         modes: Mapping[str, NormMode],
         mask: ArrayLike | None,
         key: jax.Array | None,
+        edits: InputEdits,
     ) -> tuple[jax.Array, Tree]:
         """Returns the module's output for the images, and its statistics after the call."""
 
     @abstractmethod
-    def _batch_norms(self) -> set[str]:
-        """Returns the paths of the batch norm layers whose modes `_run` controls."""
+    def _submodules(self, kind: tuple[type, ...] = (object,)) -> list[str]:
+        """Returns the paths of the submodules, or of those of a kind."""
 
     @cached_property
     def _shapes(self) -> tuple[Tree, Tree]:
@@ -203,7 +298,7 @@ class UserModel(ABC):
 
         def run(params: Tree, stats: Tree, images: jax.Array) -> Any:
             modes = layer_modes(self.name, self._norm_layers, "running")
-            return self._run(params, stats, images, modes, None, None)[0]
+            return self._call(params, stats, images, modes, None, None, InputEdits())[0]
 
         return self._eval_shape(run, *self._shapes, jnp.zeros((2, *self.shape)))
 
@@ -226,41 +321,6 @@ def _is_image_shape(shape: Any) -> bool:
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
         return False
     return all(isinstance(side, numbers.Integral) and int(side) > 0 for side in shape)
-
-
-def statistics_mask(
-    layer: str, x: jax.Array, mask: ArrayLike | None, layer_mask: jax.Array | None
-) -> jax.Array | None:
-    """Returns the mask of the values that contribute to a norm layer's batch statistics.
-
-    Args:
-      layer: path of the layer.
-      x: its input `[b ...]`.
-      mask: `[b]`, False for padding rows; None if there are none.
-      layer_mask: the mask that the module passes to the layer, broadcastable to `x`.
-
-    Returns:
-      A mask broadcastable to `x`; None if all values contribute.
-
-    Raises:
-      ValueError: if the layer's input does not have the batch as its first axis.
-    """
-    if mask is None:
-        return layer_mask
-    rows = jnp.asarray(mask, bool)
-    if x.shape[0] != len(rows):
-        raise ValueError(
-            f"the input of {layer} is {list(x.shape)} in a batch of {len(rows)}: its padding rows "
-            "are unknown. Keep the batch as its first axis, or pass no mask."
-        )
-    rows = rows.reshape(-1, *(1 for _ in x.shape[1:]))
-    return rows if layer_mask is None else rows & layer_mask
-
-
-def check_batch_statistics(layer: str, x: jax.Array) -> None:
-    """Raises ValueError if a norm layer's input has only one value per channel."""
-    if x.size <= x.shape[-1]:
-        raise ValueError(f"batch statistics of {layer} need more than one value per channel")
 
 
 def _check_head(name: str, head: str, params: Tree) -> None:

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +12,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxft.errors import ModelError
+from jaxft.models.block_cuts import InputEdits
 from jaxft.models.model import NormMode, Tree
 from jaxft.models.nnx_adapter import variables, with_nnx_keys
-from jaxft.models.norm_modes import dotted
-from jaxft.models.user_model import UserModel, check_batch_statistics, statistics_mask
+from jaxft.models.norm_modes import check_batch_statistics, dotted, statistics_mask
+from jaxft.models.user_model import UserModel
 
 _KINDS = (nnx.Param, nnx.BatchStat, nnx.RngState)
 
@@ -64,12 +65,12 @@ class NNX(UserModel):
         """Name of the module's class."""
         return self._abstract.name
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Returns fresh `(params, stats)`, bit-identical to `build(rngs=nnx.Rngs(key))`."""
-        return self.trees(self.build(rngs=nnx.Rngs(key)))
-
     def trees(self, module: nnx.Module) -> tuple[Tree, Tree]:
         """Returns the `(params, stats)` of an existing module, such as a trained one."""
+        return self._split(variables(module, nnx.Param), variables(module, nnx.BatchStat))
+
+    def _init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        module = self.build(rngs=nnx.Rngs(key))
         return variables(module, nnx.Param), variables(module, nnx.BatchStat)
 
     def _run(
@@ -80,6 +81,7 @@ class NNX(UserModel):
         modes: Mapping[str, NormMode],
         mask: ArrayLike | None,
         key: jax.Array | None,
+        edits: InputEdits,
     ) -> tuple[jax.Array, Tree]:
         graph, _, _, (param_template, stat_template, stream_template) = self._abstract
         streams = jax.tree_util.tree_map_with_path(
@@ -92,16 +94,18 @@ class NNX(UserModel):
             streams,
         )
         module.eval() if key is None else module.train()
-        for path, layer in _batch_norm_layers(module).items():
-            object.__setattr__(layer, "__class__", _controlled(layer.__class__))
-            layer.jaxft_path, layer.jaxft_mode, layer.jaxft_mask = path, modes[path], mask
-            if modes[path] == "batch_replace":
-                layer.momentum = 0.0  # Flax's weight of the old statistics
+        for path, layer in _submodules(module).items():
+            if isinstance(layer, nnx.BatchNorm):
+                _control(layer, path, modes[path], mask)
+            if path in edits.by_path and callable(layer):
+                object.__setattr__(layer, "__class__", _edited(layer.__class__))
+                layer.jaxft_entered = partial(edits.entered, path)
         logits = self.call(module, images, key is not None)
         return logits, variables(module, nnx.BatchStat)
 
-    def _batch_norms(self) -> set[str]:
-        return self._abstract.batch_norms
+    def _submodules(self, kind: tuple[type, ...] = (object,)) -> list[str]:
+        submodules = self._abstract.submodules
+        return [path for path, layer in submodules.items() if issubclass(layer, kind)]
 
     @cached_property
     def _abstract(self) -> "_AbstractModule":
@@ -111,18 +115,19 @@ class NNX(UserModel):
             module = self.build(rngs=nnx.Rngs(key))
             graph, *states = nnx.split(module, *_KINDS, ...)
             others = {*map(_dotted, nnx.to_flat_state(states.pop()).paths), *_raw_arrays(module)}
-            static.append((graph, type(module).__name__, {*_batch_norm_layers(module)}, others))
+            classes = {path: type(layer) for path, layer in _submodules(module).items()}
+            static.append((graph, type(module).__name__, classes, others))
             return [nnx.to_pure_dict(state) for state in states]
 
         shapes = jax.eval_shape(trace, jax.random.key(0))
-        graph, name, batch_norms, others = static[0]
+        graph, name, submodules, others = static[0]
         if others:
             raise ModelError(
                 f"{name} has state at {', '.join(sorted(others))} that is neither nnx.Param nor "
                 "nnx.BatchStat nor a random stream: only those are trained, saved and resumed. "
                 "Create constants in the module's call, or as NumPy arrays."
             )
-        return _AbstractModule(graph, name, batch_norms, shapes)
+        return _AbstractModule(graph, name, submodules, shapes)
 
 
 class _AbstractModule(NamedTuple):
@@ -130,15 +135,14 @@ class _AbstractModule(NamedTuple):
 
     graph: nnx.GraphDef
     name: str
-    batch_norms: set[str]
-    """Paths of the batch norm layers."""
+    submodules: dict[str, type]
+    """Classes of the submodules, by path."""
     shapes: list[Tree]
     """Shapes of the variables of each of `_KINDS`."""
 
 
-def _batch_norm_layers(module: nnx.Module) -> dict[str, Any]:
-    modules = nnx.iter_modules(module)
-    return {_dotted(path): x for path, x in modules if isinstance(x, nnx.BatchNorm)}
+def _submodules(module: nnx.Module) -> dict[str, Any]:
+    return {_dotted(path): submodule for path, submodule in nnx.iter_modules(module) if path}
 
 
 def _raw_arrays(module: nnx.Module) -> set[str]:
@@ -172,6 +176,14 @@ class _ControlledBatchNorm(nnx.BatchNorm):
         return super().__call__(x, use_running, mask=mask)
 
 
+def _control(layer: Any, path: str, mode: NormMode, mask: ArrayLike | None) -> None:
+    """Sets the statistics that a batch norm layer of the merged module uses."""
+    object.__setattr__(layer, "__class__", _controlled(layer.__class__))
+    layer.jaxft_path, layer.jaxft_mode, layer.jaxft_mask = path, mode, mask
+    if mode == "batch_replace":
+        layer.momentum = 0.0  # Flax's weight of the old statistics
+
+
 @cache
 def _controlled(layer_class: type[nnx.BatchNorm]) -> type[_ControlledBatchNorm]:
     """Returns the controlled variant of a batch norm class.
@@ -183,6 +195,19 @@ def _controlled(layer_class: type[nnx.BatchNorm]) -> type[_ControlledBatchNorm]:
     # The controlled class comes last, so that a subclass that overrides the call reaches it by
     # super().
     return type(layer_class.__name__, (layer_class, _ControlledBatchNorm), {})
+
+
+@cache
+def _edited(layer_class: type[Any]) -> type[Any]:
+    """Returns the variant of a class whose call edits its input."""
+
+    class Edited(layer_class):
+        @wraps(layer_class.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with self.jaxft_entered(args) as edited:
+                return super().__call__(*edited, **kwargs)
+
+    return Edited
 
 
 def _stream(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array | None) -> jax.Array:

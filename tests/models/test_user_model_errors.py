@@ -154,7 +154,7 @@ def test_linen_module_with_unhashable_fields():
 
 
 REJECTED_ARGUMENTS = {
-    "unknown block": ({"last": "head"}, "is one block, 'network'"),
+    "unknown block": ({"last": "network"}, "'network'; its blocks are, in order: stem, head"),
     "wrong image size": ({"inputs": jnp.ones((2, 8, 8, 3))}, r"6, 6, 3\], and got \[2, 8, 8, 3\]"),
     "replicas": ({"replicas": 2}, "replicas must be 1, not 2"),
     "unknown mode": ({"norms": "eval"}, "not 'eval'"),
