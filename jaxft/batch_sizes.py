@@ -142,7 +142,7 @@ def fitting_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) 
 
 def _save_memory(stage: Stage, recipe: Recipe, batch_size: int, model: Model) -> list[str]:
     advice = []
-    if not recipe.remat and len(model.blocks) > 1 and jax.default_backend() != "cpu":
+    if not recipe.remat and len(model.blocks) > 2 and jax.default_backend() != "cpu":
         advice.append(
             "remat=True (--remat True) computes each block again in the backward pass: a forward "
             "pass more, the same results, and this run resumes with it."

@@ -32,9 +32,9 @@ def check_linear_head(
     head, num_classes = model.head, model.num_classes
     if len(model.blocks) < 2:
         raise ModelError(
-            f"a LinearProbe needs the features before the head, but {model.name} "
-            "is a single block, whose inner features are not known. Give the head a learning rate "
-            "instead, or pass features of your own to jaxft.logistic_regression."
+            f"a LinearProbe needs the features before the head, but {model.name} is a single "
+            "block: it has no parameters before its head, or cannot be cut there. Give the head a "
+            "learning rate instead, or pass features of your own to jaxft.logistic_regression."
         )
     labels = leaf_labels(params, plan.labels)
     trained = [path for path, label in zip(paths(params), labels, strict=True) if label != FROZEN]

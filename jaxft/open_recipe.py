@@ -56,11 +56,12 @@ def _check_own(recipe: Recipe, model: Model) -> None:
             f"statistics={recipe.statistics!r} needs norm layers of jaxft's: Flax's, as in "
             f"{model.name}, take the statistics of the whole batch. Leave it at 'global'."
         )
-    if recipe.remat and len(model.blocks) == 1:
+    if recipe.remat and len(model.blocks) < 3:
         raise RecipeError(
-            f"remat computes a network again block by block, and {model.name} is one block: it "
-            "would cost a forward pass and save no memory. Leave it out; within the module "
-            "flax.linen.remat and flax.nnx.remat do the same for its layers."
+            f"remat computes a network again block by block, and {model.name} has no blocks before "
+            "its head, or only one: it would cost a forward pass and save no memory. Name more, "
+            "models.Linen(..., blocks=...), or leave it out; within the module flax.linen.remat "
+            "and flax.nnx.remat do the same for its layers."
         )
 
 

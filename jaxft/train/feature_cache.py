@@ -165,7 +165,8 @@ class StageFeatures:
                 view=view,
             )
         title = f"Features of {split} images"
-        if self.each_batch(source, enqueue, batch_size=size, load=load_view, title=title) is None:
+        how: dict[str, Any] = {"batch_size": size, "padded": True, "load": load_view}
+        if self.each_batch(source, enqueue, title=title, **how) is None:
             return None
         return writer.finish()
 

@@ -6,7 +6,6 @@ step. For training images this needs a fixed number of views.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
 from jaxft.devices import Devices
+from jaxft.jaxpr_dependence import dependence
 from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model, NormMode
@@ -104,14 +104,18 @@ def frozen_prefix(
     if not blocks:
         return FrozenPrefix(reason=why)
     side = recipe.preprocessing.image_size
-    features, _ = jax.eval_shape(
-        partial(model.apply, norms="running", last=blocks[-1]),
-        *(params, stats, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)),
-    )
-    row = jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    row, is_random = _training_features(model, (params, stats), image, blocks[-1])
     places = list(_places(recipe, settings, devices, row, images))
     # A linear probe needs all features at once, whatever the room.
     reason = "" if probes else _why_not(recipe, settings, epochs)
+    if is_random and not reason and not probes:
+        random = next(b for b in blocks if _training_features(model, (params, stats), image, b)[1])
+        reason = (
+            f"{random} draws random numbers in training, as by dropout. If that is right before "
+            f"{model.blocks[len(blocks)]}, begin this block at the dropout layer instead "
+            "(`blocks=` of models.Linen and models.NNX)"
+        )
     if not reason and not probes and not any(each.both <= each.room for each in places):
         host = places[-1]
         reason = f"the features take {host.both:,.0f} MiB, and {host.field} is {host.room}"
@@ -135,6 +139,20 @@ def frozen_prefix(
         batch_size=settings.batch_size,
         unaugmented=probes or settings.augment == "none",
     )
+
+
+def _training_features(
+    model: Model, trees: tuple[Tree, Tree], image: jax.ShapeDtypeStruct, last: str
+) -> tuple[jax.ShapeDtypeStruct, bool]:
+    """Returns the features of an image in training, and whether they depend on the random key."""
+
+    def features(key: jax.Array, params: Tree, stats: Tree, image: jax.Array) -> jax.Array:
+        return model.apply(params, stats, image, norms="running", key=key, last=last)[0]
+
+    traced = jax.make_jaxpr(features)(jax.random.key(0), *trees, image)
+    (shape,) = traced.out_avals
+    row = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+    return row, bool(dependence(traced).outputs[0] & 1)
 
 
 class _Place(NamedTuple):

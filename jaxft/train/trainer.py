@@ -151,6 +151,7 @@ class Trainer:
                 lambda *batch: score(params, stats, *batch, *rest),
                 batch_size=size,
                 steps_per_call=steps_per_call,
+                padded=True,
                 features=rows,
             )
         return None if batches is None else Metrics.total(batches).score
@@ -292,6 +293,7 @@ class Trainer:
         batch_size: int | None = None,
         steps_per_call: int = 1,
         replayed: bool = False,
+        padded: bool = False,
         title: str = "Validation",
         **instead: Any,
     ) -> list[T] | None:
@@ -303,6 +305,8 @@ class Trainer:
           batch_size: the recipe's by default.
           steps_per_call: number of batches that `step` receives at once.
           replayed: whether batches may come from memory, as those to validate may.
+          padded: whether the last batch has the rows of a full one, also for a network without a
+            mask. Frozen blocks compute the features of each image by itself.
           title: name of the work in its progress bar.
           instead: arguments of `jaxft.data.eval_batches` that replace the evaluation view.
 
@@ -317,7 +321,7 @@ class Trainer:
             batch_size=size,
             workers=recipe.workers,
             rows=sizes.rows,
-            last_rows=sizes.last_rows,
+            last_rows=sizes.rows if padded else sizes.last_rows,
             shard=self.devices.shard,
             **instead,
         )

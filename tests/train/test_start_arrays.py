@@ -201,7 +201,7 @@ def test_frozen_random_weights_are_named(tmp_path, capsys):
             ModelError,
             r"^Net takes images of shape \(4, 4, 3\), and the recipe's are \(8, 8, 3\): set the",
         ),
-        ({"remat": True}, RecipeError, "and Net is one block: it would cost a forward pass and"),
+        ({"remat": True}, RecipeError, "and Net has no blocks before its head, or only one"),
     ],
     ids=["image_size", "remat"],
 )
