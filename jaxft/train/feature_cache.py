@@ -41,6 +41,7 @@ from jaxft.errors import NonFiniteError
 from jaxft.labels import Tree, paths
 from jaxft.models.norm_modes import layer
 from jaxft.train.compiled_stage import CompiledStage
+from jaxft.train.feature_check import check_features
 from jaxft.train.feature_storage import Features, Storage
 from jaxft.train.frozen_prefix import layer_blocks
 from jaxft.train.stage_program import StageProgram
@@ -146,10 +147,16 @@ class StageFeatures:
         storage = self.program.prefix.storage(self.devices, recipe)
         error = partial(self._nonfinite_error, split, len(source)) if stops else None
         writer = _FeatureWriter(len(source), size, self.devices, storage, error)
+        unchecked = not stage_and_view or stage_and_view[1] == 0  # once for all views
 
         def enqueue(batch: Batch) -> None:
-            flipped = (jnp.asarray(batch.image)[:, :, ::flip] for flip in flips)
-            writer.enqueue([self._features_at_ends(params, stats, x) for x in flipped])
+            nonlocal unchecked
+            flipped = [jnp.asarray(batch.image)[:, :, ::flip] for flip in flips]
+            features = [self._features_at_ends(params, stats, x) for x in flipped]
+            if unchecked:
+                check_features(self.program, params, stats, flipped[0], features[0][-1])
+            unchecked = False
+            writer.enqueue(features)
 
         load_view = None  # without augmentation
         if stage_and_view:

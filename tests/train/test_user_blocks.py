@@ -18,6 +18,7 @@ from jaxft import (
     SGD,
     Classifier,
     LinearProbe,
+    ModelError,
     RecipeError,
     Stage,
     data,
@@ -132,6 +133,28 @@ def test_features_after_a_dropout_are_not_cached():
     stage, _ = program(better, stages=(Stage("late", {"second": 0.1, "head": 0.1}, 3),))
     assert stage.prefix.train
     assert stage.prefix.blocks == ("stem",)
+
+
+class Centres(nn.Module):
+    """Subtracts the mean of the batch, or scales activations in training."""
+
+    in_training: bool
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(4, name="body")(x.mean((1, 2)))
+        x = (x * 1.5 if train else x) if self.in_training else x - x.mean(0)
+        return nn.Dense(5, name="head")(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_training", [False, True])
+def test_features_that_are_not_the_images_own_are_not_cached(in_training, tmp_path):
+    model = Linen(Centres(in_training), shape=SHAPE, head="head")
+    recipe = dataclasses.replace(OWN, stages=(Stage("h", {"head": 0.1}, 2, restore="last"),))
+    with pytest.raises(ModelError, match=r"stage 'h': features of Centres cannot be cached.* stem"):
+        train(tmp_path / "cached", model, recipe)
+    train(tmp_path / "run", model, dataclasses.replace(recipe, cache_mib=0))
 
 
 @pytest.mark.slow
