@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxft.greedy_soup import Soup, soup
     from jaxft.labels import FROZEN, combine, label, partition, paths, summary
     from jaxft.linear_probe import LinearProbe, logistic_regression
+    from jaxft.lora_adapters import lora, merge_lora
     from jaxft.losses import Focal
     from jaxft.nnx_filter import trainable_filter
     from jaxft.optim import gradients, schedules
@@ -79,6 +80,7 @@ _MODULES = {
         "anchor": ["L1SP", "L2SP"],
         "ema": ["EMA"],
         "losses": ["Focal"],
+        "lora_adapters": ["lora", "merge_lora"],
         "stage_plan": ["plan", "StagePlan"],
         "state_shapes": ["abstract_state"],
         "errors": [
@@ -154,6 +156,8 @@ __all__ = [  # in the order of the documentation
     "gradients",
     "label",
     "logistic_regression",
+    "lora",
+    "merge_lora",
     "models",
     "multi_transform",
     "partition",

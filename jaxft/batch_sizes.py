@@ -12,6 +12,7 @@ from jaxft.devices import Devices
 from jaxft.errors import RecipeError
 from jaxft.labels import Tree
 from jaxft.models import Model, Norms
+from jaxft.models.lora_model import without_lora
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.recipe import Recipe
 from jaxft.stages import Stage
@@ -52,7 +53,7 @@ def batch_sizes(
     """Returns the sizes of batches that hold each image once; `images` is their number."""
     last = batch_size if drop_last else images % batch_size or batch_size
     rows = last_rows = devices.rows(batch_size)
-    masked = isinstance(model, NNXModel)
+    masked = isinstance(without_lora(model), NNXModel)
     if last < batch_size and not masked:
         last_rows = devices.rows(last)
         if last_rows == rows:  # a compiled program is chosen by the number of rows

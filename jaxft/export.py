@@ -14,6 +14,7 @@ from jaxft.checkpoint.contents import Header
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
+from jaxft.models.lora_model import LoraModel, detach
 from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
@@ -21,6 +22,7 @@ from jaxft.train.workdir import saved
 from jaxft.weights import jax_export, onnx_export
 from jaxft.weights.description import fields
 from jaxft.weights.jax_export import PLATFORMS
+from jaxft.weights.lora_file import save_lora
 
 FORMATS = {"jax": "model.jaxexport", "onnx": "model.onnx"}
 """Formats of the evaluation program, and their files."""
@@ -41,6 +43,9 @@ def write(
 ) -> Path:
     """Writes `model.safetensors` (torch's names) and `model.json`; returns the former.
 
+    Adapters are merged in it. They are also written as PEFT's, to `adapter/`, with the head if it
+    has torch's names, unless a stage has merged them before.
+
     Args:
       folder: where to write.
       recipe: the run's recipe.
@@ -54,6 +59,11 @@ def write(
       programs: descriptions of the programs that are written too: `program`, of
         `model.jaxexport`; `onnx`, of `model.onnx`.
     """
+    if isinstance(model, LoraModel):
+        if not any(stage.merge_lora for stage in recipe.stages):
+            head = {model.head: params[model.head]} if model.torch_named else None
+            save_lora(folder / "adapter", detach(params)[1], alpha=model.alpha, trained=head)
+        params, model = model.merge(params), model.network
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
     description = {

@@ -26,6 +26,7 @@ from jaxft.devices import Devices
 from jaxft.errors import CheckpointError, DataError, RecipeError
 from jaxft.labels import Tree, paths
 from jaxft.models import Model
+from jaxft.models.lora_model import without_lora
 from jaxft.models.model import OPTIONS
 from jaxft.models.norm_modes import layer
 from jaxft.open_recipe import close_splits, open_network, open_splits
@@ -136,7 +137,7 @@ def soup(
         facts = record(splits)
         for run, header in zip(folders, headers, strict=True):
             _check_images(run, header.data, facts, check_val=not isinstance(data, str))
-        network = open_network(recipe, model, splits.train.classes)
+        network = without_lora(open_network(recipe, model, splits.train.classes))
         evaluator = _Evaluator(recipe, network, splits, Devices(recipe.sharding))
         tried, trees = _greedy(folders, evaluator, console)
     finally:

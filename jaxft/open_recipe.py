@@ -18,6 +18,7 @@ from jaxft.divided_check import check_in_parts
 from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
+from jaxft.models.lora_model import LoraModel, with_lora, without_lora
 from jaxft.models.nnx_adapter import NNXModel, init_shapes
 from jaxft.multi_label_check import check_multi_label
 from jaxft.recipe import Recipe
@@ -86,7 +87,7 @@ def check_image_size(recipe: Recipe, model: Model) -> None:
     Raises:
       ModelError: it does not.
     """
-    side = recipe.preprocessing.image_size
+    side, model = recipe.preprocessing.image_size, without_lora(model)
     if isinstance(model, models.Linen | models.NNX) and model.shape != (side, side, 3):
         raise ModelError(
             f"{model.name} takes images of shape {model.shape}, and the recipe's are "
@@ -163,6 +164,7 @@ def read_weights(
     Raises:
       WeightsError: they do not fit the network, or the recipe keeps a head of other classes.
     """
+    model = without_lora(model)
     if recipe.weights is None:
         return None, recipe.expecting(_preprocessing(model, None))
     source = weights.read(recipe.weights, own_names=not model.key_map)
@@ -183,10 +185,10 @@ def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | No
 
 
 def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) -> Model:
-    """Returns the given network, or else the recipe's.
+    """Returns the given network, or else the recipe's, with the adapters of `recipe.lora`.
 
     Raises:
-      RecipeError: it has another number of classes.
+      RecipeError: it has another number of classes, or cannot have these adapters.
     """
     model = given or recipe.network(len(classes))
     if given is None and user_factory.names_factory(recipe.model):
@@ -196,7 +198,7 @@ def open_network(recipe: Recipe, given: Model | None, classes: tuple[str, ...]) 
             f"{model.name} has {model.num_classes} classes, and the images have {len(classes)}: "
             f"{', '.join(classes)}."
         )
-    return model
+    return with_lora(model, recipe.lora, recipe.lora_alpha)
 
 
 def draw_start(
@@ -212,6 +214,9 @@ def draw_start(
       classes: classes of the images in the order of the logits; None: any.
     """
     key = jax.random.key(recipe.seed)
+    if isinstance(model, LoraModel):
+        params, stats = draw_start(recipe, model.network, source, classes)
+        return model.with_adapters(params, key), stats
     if source:
         return load_fitted(source, model, recipe.head, key, classes)
     params, stats = model.init(key)
@@ -223,6 +228,8 @@ def draw_start(
 def fit_start(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[str]]:
     """Fits the caller's arrays to the network; see `start` of `jaxft.finetune`.
 
+    Adapters of `recipe.lora` are new.
+
     Returns:
       The start in the network's containers, and a remark for each change.
 
@@ -230,6 +237,9 @@ def fit_start(recipe: Recipe, model: Model, start: Start) -> tuple[Start, list[s
       WeightsError: arrays do not fit, are not floating point, are not finite, or are running
         variances below 0.
     """
+    if isinstance(model, LoraModel):
+        (params, stats), remarks = fit_start(recipe, model.network, start)
+        return (model.with_adapters(params, jax.random.key(recipe.seed)), stats), remarks
     if not (isinstance(start, tuple | list) and len(start) == 2):
         raise WeightsError(
             f"start must be (params, stats), as {model.name}'s init returns; it is a "

@@ -85,6 +85,10 @@ class Recipe:
     head_classes: Literal["match", "ignore"] = "match"
     """For a head that is kept (head keep, or a fork). match: its class names must
     match the data, and are reordered; ignore: output i is class i of the data."""
+    lora: dict[str, int] = dataclasses.field(default_factory=dict)
+    """LoRA: rank by pattern of adapters beside kernels; stages train them as `**.lora_*`."""
+    lora_alpha: float | None = None
+    """Factor alpha / rank of an adapter's change to its kernel; None: a factor of 1."""
     optimizer: Optimizer = SGD(momentum=0.9)
     """Default optimizer of all stages; learning rates belong to the stages."""
     batch_size: int = 32
@@ -215,8 +219,7 @@ class Recipe:
         }
         for names, minimum in counts.items():
             values = {name: getattr(self, name) for name in names.split()}
-            low = [name for name, n in values.items() if n is not None and n < minimum]
-            if low:
+            if low := [name for name, n in values.items() if n is not None and n < minimum]:
                 raise RecipeError(f"{', '.join(low)} must be at least {minimum}.")
         if (self.resize_size or self.image_size or 1) < (self.image_size or 1):
             raise RecipeError(
@@ -247,9 +250,8 @@ class Recipe:
 
     def _check_splits(self) -> None:
         for field in ("train_split", "val_split"):
-            expression = getattr(self, field)
             try:
-                parse("train" if expression is None else expression)
+                parse("train" if (text := getattr(self, field)) is None else text)
             except DataError as error:
                 raise RecipeError(f"{field}: {error}") from error
 
@@ -301,8 +303,7 @@ class Recipe:
         Raises:
           RecipeError: the stage's fields are wrong, or contradict the recipe.
         """
-        overrides = {field: getattr(stage, field) for field in _STAGE_FIELDS}
-        overrides = {field: value for field, value in overrides.items() if value is not None}
+        overrides = {f: x for f in _STAGE_FIELDS if (x := getattr(stage, f)) is not None}
         recipe = self
         if overrides:
             no_overrides: dict[str, Any] = dict.fromkeys(overrides)
@@ -330,8 +331,7 @@ class Recipe:
     def check_own_network(self) -> None:
         """Raises RecipeError if the recipe sets options of jaxft's networks."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = [name for name in OPTIONS if getattr(self, name) != defaults[name]]
-        if changed:
+        if changed := [name for name in OPTIONS if getattr(self, name) != defaults[name]]:
             raise RecipeError(
                 f"{', '.join(changed)} shape jaxft's own networks, and the run has been passed "
                 "another network. Build that network accordingly, and leave them out of the recipe."

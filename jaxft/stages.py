@@ -100,6 +100,8 @@ class Stage:
         entropy are multiplied by the weight of the image's class. The validation loss is
         unweighted.
       finish: `WiSE()` ends the stage with the best average of its start and its end.
+      merge_lora: at the start of the stage, merge the adapters of `Recipe.lora` into their kernels
+        and set `lora_b` to zero; the outputs do not change. The stage freezes the adapters.
       auto_rgn: at the start of each epoch, scale each tensor's learning rate by its relative
         gradient norm divided by the largest one, and reset the optimizer state (Auto-RGN, see
         `jaxft.train.auto_rgn`).
@@ -141,6 +143,7 @@ class Stage:
     anchor: Anchor | None = None
     class_weights: tuple[float, ...] | None = None
     finish: WiSE | None = None
+    merge_lora: bool = False
     auto_rgn: bool = False
     batch_size: int | None = None
     augment: Augment | None = None

@@ -116,6 +116,8 @@ def _check(recipe: Recipe, stages: Sequence[TorchStage], epoch: Sequence[NumpyBa
             f"the recipe has {len(recipe.stages)} stages, but `stages` has {len(stages)}: pass one "
             "TorchStage for each."
         )
+    if recipe.lora:
+        raise RecipeError("the recipe has lora; the module has no adapters to compare with.")
     for shape in (batch.images.shape for batch in epoch):
         if len(shape) != 4 or shape[-1] != 3:
             raise RecipeError(f"a batch's images are {list(shape)}; they must be [b h w 3].")

@@ -16,6 +16,8 @@ from jaxft.data.validate import check_images, without_warnings
 from jaxft.errors import DataError, JaxftError
 from jaxft.evaluation import Evaluation, labelled_logits, score_logits
 from jaxft.labels import Tree
+from jaxft.models.lora_model import with_lora
+from jaxft.models.nnx_adapter import init_shapes
 from jaxft.models.norm_modes import norm_modes
 from jaxft.recipe import Recipe
 from jaxft.report.console import group_rows
@@ -74,7 +76,8 @@ def reopened_report(record: RunRecord, workdir: Path) -> RunReport:
         classifier = Classifier.load(workdir, batch_size=recipe.batch_size, workers=recipe.workers)
     except JaxftError as error:
         return RunReport(record, problems=[f"The network cannot be opened: {error}"])
-    tables = stage_tables(recipe, classifier.params, classifier.stats)
+    model = with_lora(classifier.model, recipe.lora, recipe.lora_alpha)
+    tables = stage_tables(recipe, *init_shapes(model))
     try:
         images = image_report(recipe, classifier, open_images(record))
     except (JaxftError, OSError) as error:
@@ -102,7 +105,7 @@ def open_images(record: RunRecord) -> Splits:
 
 
 def stage_tables(recipe: Recipe, params: Tree, stats: Tree) -> dict[str, GroupTable]:
-    """Returns the table of groups of each stage, as a run prints it."""
+    """Returns the table of groups of each stage, as a run prints it; takes arrays or shapes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run has printed them
         plans = stage_plan.plan(recipe.stages, params)

@@ -199,7 +199,7 @@ class StageProgram:
             skip_nonfinite=recipe.on_nonfinite == "skip",
             replicas=_replicas(recipe, self.devices),
             devices=self.devices,
-            kernel_dtype=recipe.dtype,
+            kernel_dtype=None if recipe.lora else recipe.dtype,  # adapters are merged before
             keep_gradients=keep_gradients,
             # With cached features the batches hold these instead of images.
             first=self.prefix.first if self.prefix.train else None,

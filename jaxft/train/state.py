@@ -12,6 +12,7 @@ import optax
 from jaxft.checkpoint.contents import Arrays, Header, Snapshot
 from jaxft.early_stopping import EarlyStop, PlateauStop, is_better
 from jaxft.labels import Tree, combine, partition, paths, unflatten
+from jaxft.models.lora_model import LoraModel
 from jaxft.models.norm_modes import layer
 from jaxft.optim.carry import carry
 from jaxft.optim.schedule_free import evaluation_params, gradient_params
@@ -271,6 +272,16 @@ def opt_state_shapes(programs: Sequence[StageProgram], stage: int, params: Tree)
     plans = [program.plan for program in programs]
     shapes = jax.eval_shape(lambda: params)  # without shardings
     return abstract_state(plans, stage, shapes, programs[stage].recipe.optimizer)
+
+
+def merged_if_asked(program: StageProgram, snapshot: Snapshot) -> Snapshot:
+    """Returns the arrays at the end of the stage before, with adapters merged for `merge_lora`."""
+    model, devices = program.model, program.devices
+    if not program.plan.stage.merge_lora:
+        return snapshot
+    assert isinstance(model, LoraModel)  # as the plan has found adapters
+    fold = jax.jit(lambda params: devices.constrain(model.fold(params)))
+    return snapshot._replace(params=fold(snapshot.params))
 
 
 def next_opt_state(

@@ -20,7 +20,14 @@ from jaxft.train.linear_probe_stage import run_linear_probe_stage
 from jaxft.train.metrics import Score
 from jaxft.train.resume import resume
 from jaxft.train.stage_program import StageProgram
-from jaxft.train.state import Progress, StageState, item_shapes, next_opt_state, opt_state_shapes
+from jaxft.train.state import (
+    Progress,
+    StageState,
+    item_shapes,
+    merged_if_asked,
+    next_opt_state,
+    opt_state_shapes,
+)
 from jaxft.train.trainer import Trainer
 
 T = TypeVar("T")
@@ -196,6 +203,7 @@ def _enter(
     trainer: Trainer, program: StageProgram, compiled: CompiledStage, before: Progress, at: Snapshot
 ) -> StageState:
     """Returns a stage's start from the end of the stage before, or from the start of the run."""
+    at = merged_if_asked(program, at)
     state, progress = compiled.fresh(at.params), before
     if program.index:
         state, remarks = next_opt_state(program, at.opt_state, state)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from jaxft.data import Preprocessing
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.models.key_map import KeyMap
+from jaxft.models.lora_model import merged_params
 from jaxft.models.model import Model
 from jaxft.weights.description import Description, from_metadata, parse
 from jaxft.weights.key_maps import own_tensors, torch_tensors
@@ -164,9 +165,11 @@ def _open_run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Des
     if exported.is_file() and checkpoint == folder:
         return _open_safetensors(exported)
     try:
-        trees = weights_only.read_weights(checkpoint)
+        params, stats = weights_only.read_weights(checkpoint)
     except CheckpointError as error:
         raise WeightsError(_no_weights_message(folder, str(error))) from error
+    description = weights_only.read_description(checkpoint)
+    trees = merged_params(params, description), stats
     targets = jax.tree.leaves((own_tensors if own_names else torch_tensors)(*trees))
     tensors = {
         target.name: LazyTensor(
@@ -174,7 +177,7 @@ def _open_run(folder: Path, own_names: bool) -> tuple[dict[str, LazyTensor], Des
         )
         for target, array in zip(targets, jax.tree.leaves(trees), strict=True)
     }
-    return tensors, parse(weights_only.read_description(checkpoint))
+    return tensors, parse(description)
 
 
 def _checkpoint(folder: Path) -> Path:
