@@ -169,9 +169,8 @@ def _pairs(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, dict[str
         pairs.setdefault(match[1], {})[match[2]] = tensors[name]
     if not pairs or any(len(pair) < 2 for pair in pairs.values()):
         missing = [module for module, pair in pairs.items() if len(pair) < 2]
-        raise WeightsError(
-            f"{source} has no lora_A and lora_B of {', '.join(missing) or 'a module'}."
-        )
+        names = ", ".join(missing) or "any module"
+        raise WeightsError(f"{source} lacks lora_A or lora_B of {names}.")
     return pairs
 
 
