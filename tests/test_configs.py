@@ -13,7 +13,7 @@ from narrow import narrowed
 from jaxft import data, finetune, paths, plan
 from jaxft.checkpoint.weights_only import read_weights
 from jaxft.labels import FROZEN, leaf_labels
-from jaxft.open_recipe import draw_start
+from jaxft.open_recipe import draw_start, open_network
 from jaxft.recipe_file import read, resolve, save
 from jaxft.report.console import Console
 from jaxft.stage_options import NormChoice
@@ -76,7 +76,8 @@ def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     recipe = shrunk(read(path))
     splits = images(recipe)
     with narrowed(recipe.stages):
-        before, _ = draw_start(recipe, recipe.network(len(splits.train.classes)), None)
+        model = open_network(recipe, None, splits.train.classes)
+        before, _ = draw_start(recipe, model, None)
         result = finetune(recipe, tmp_path, data=splits, console=Console(quiet=True))
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == [stage.name for stage in recipe.stages]
@@ -84,6 +85,8 @@ def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     assert np.isfinite(result.score.loss)
     for row, stage in zip(rows, plan(recipe.stages, before), strict=True):
         after, _ = read_weights(tmp_path / "checkpoints" / str(row["step"]))
+        if stage.stage.merge_lora:
+            before = jax.device_get(model.fold(before))
         leaves = zip(*map(jax.tree.leaves, (before, after)), strict=True)
         moved = [not np.array_equal(*pair) for pair in leaves]
         trains = [label != FROZEN for label in leaf_labels(before, stage.labels)]

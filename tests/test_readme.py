@@ -78,6 +78,7 @@ RUN = {
     ("README.md", "A recipe"),
     ("README.md", "In your own training loop"),
     ("configs/README.md", "A stage"),
+    ("configs/README.md", "LoRA"),
     ("configs/README.md", "Weight averages"),
     ("configs/README.md", "Schedules"),
     ("configs/README.md", "A linear probe"),
@@ -236,7 +237,7 @@ def test_recipe_is_a_recipe():
     assert isinstance(names["recipe"], Recipe)
 
 
-STAGES = ["A stage", "Weight averages", "Schedules", "A linear probe", "Ready-made stages"]
+STAGES = ["A stage", "LoRA", "Weight averages", "Schedules", "A linear probe", "Ready-made stages"]
 
 
 @pytest.mark.parametrize("title", STAGES)
@@ -317,8 +318,10 @@ def test_loop_trains_only_what_is_labelled(title):
     else:
         before, after = names["params"], names["trained"]
     if title == "LoRA":
-        assert changed(before, after) == {"body", "head"}
-        assert changed(before["body"], after["body"]) == {"lora_a", "lora_b"}
+        before = names["tree"]
+        assert changed(before, after) == {"params", "lora"}
+        assert changed(before["params"], after["params"]) == {"head"}
+        assert changed(before["params"], names["params"]) == {"body", "head"}
     elif title == "Scanned layers":
         assert changed(before, after) == {"blocks", "head"}
         kernels = (tree["blocks"]["fc"]["kernel"].layers for tree in (before, after))

@@ -11,7 +11,9 @@ from trajectories import GOLDEN as GOLDEN  # read by the fixture `golden`
 
 RTOL = {"loss": 1e-9, "lr": 1e-9, "params": 1e-9, "stats": 1e-10, "moments": 1e-8}
 # These do not train in steps, or their steps are tested elsewhere.
-TESTED_ELSEWHERE = {"quickstart", "quickstart_from_scratch", "hymenoptera_resnet50", "auto_rgn"}
+TESTED_ELSEWHERE = {
+    *("quickstart", "quickstart_from_scratch", "hymenoptera_resnet50", "auto_rgn", "lora")
+}
 # Each optimizer, schedules by step and by epoch, a binary loss, and label smoothing.
 FLOAT32 = ("keras_guide", "bit", "layer_decay")
 SMOKE = ("d2l_hotdog, its own, its own", "lp_ft, its own, its own")

@@ -11,14 +11,21 @@ from mortal import QUIET, RECIPE, assert_same_end, killed, rows, steps, train, t
 from safetensors.numpy import load_file
 
 import jaxft
-from jaxft import Classifier, PatternError, RecipeError, Stage, WiSE, finetune, weights
+from jaxft import Classifier, PatternError, RecipeError, Stage, WiSE, data, finetune, weights
+from jaxft.checkpoint.contents import Snapshot
 from jaxft.checkpoint.weights_only import read_weights
+from jaxft.data import Preprocessing, Splits
+from jaxft.devices import Devices
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Linen
 from jaxft.models.lora_model import detach, with_lora
+from jaxft.models.nnx_adapter import init_shapes
+from jaxft.open_recipe import open_network
 from jaxft.recipe_file import save
 from jaxft.report.run_record import read_record
 from jaxft.report.run_report import reopened_report
+from jaxft.train.compiled_stage import compile_stage
+from jaxft.train.stage_program import build_programs
 from jaxft.weights.lora_file import load_lora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -42,8 +49,7 @@ TWO_STAGES = dataclasses.replace(ADAPTED, stages=ADAPTED.stages[:2])
 
 def flat(tree):
     """Maps paths to arrays."""
-    leaves = map(np.asarray, jax.tree.leaves(tree))
-    return dict(zip(jaxft.paths(tree), leaves, strict=True))
+    return dict(zip(jaxft.paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def params_at(workdir, step):
@@ -204,6 +210,33 @@ def test_plan_freezes_the_adapters_of_a_merged_stage():
     assert {path for path, label in labels.items() if label == FROZEN} == {
         path for path in labels if "lora_" in path
     }
+
+
+@pytest.mark.slow
+def test_step_of_adapters_saves_optimizer_state_and_no_backward_pass():
+    """The gradient of a merged kernel is that of full fine-tuning."""
+    stages = (
+        Stage("adapters", {"**.lora_*": 1e-3}, epochs=1),
+        Stage("kernels", {"layer[23].**.kernel": 1e-3}, epochs=1),
+    )
+    recipe = dataclasses.replace(ADAPTED, stages=stages, cache_mib=0).expecting(Preprocessing())
+    images = data.arrays(np.zeros((16, 8, 8, 3), np.uint8), np.arange(16) % 5, "abcde")
+    model = open_network(recipe, None, images.classes)
+    params, stats = init_shapes(model)
+    programs = build_programs(recipe, model, Splits(images, images), Devices(), (params, stats))
+    states = [jax.eval_shape(program.transform().init, params) for program in programs]
+    adapters, kernels = (
+        compile_stage(program, Snapshot(params, stats, state)).flops
+        for program, state in zip(programs, states, strict=True)
+    )
+    assert 0.95 * kernels < adapters < kernels
+    sizes = [sum(x.size for x in jax.tree.leaves(state) if x.ndim) for state in states]
+    layers = [params["layer2"], params["layer3"]]
+    trained = [
+        sum(x.size for path, x in flat(layers).items() if name in path)
+        for name in ("lora_", "kernel")
+    ]
+    assert sizes == [2 * count for count in trained]  # Adam's moments
 
 
 def test_recipe_with_adapters_is_saved_and_read(tmp_path):
