@@ -61,7 +61,7 @@ def write(
     """
     if isinstance(model, LoraModel):
         if not any(stage.merge_lora for stage in recipe.stages):
-            head = {model.head: params[model.head]} if model.torch_named else None
+            head = {model.head: params[model.head]} if model.key_map else None
             save_lora(folder / "adapter", detach(params)[1], alpha=model.alpha, trained=head)
         params, model = model.merge(params), model.network
     path = folder / "model.safetensors"
