@@ -21,6 +21,7 @@ from jaxft.train.state import Progress
 from jaxft.train.workdir import saved
 from jaxft.weights import jax_export, onnx_export
 from jaxft.weights.description import fields
+from jaxft.weights.head import subtree
 from jaxft.weights.jax_export import PLATFORMS
 from jaxft.weights.lora_file import save_lora
 
@@ -61,7 +62,7 @@ def write(
     """
     if isinstance(model, LoraModel):
         if not any(stage.merge_lora for stage in recipe.stages):
-            head = {model.head: params[model.head]} if model.key_map else None
+            head = _only_head(model, params) if model.key_map else None
             save_lora(folder / "adapter", detach(params)[1], alpha=model.alpha, trained=head)
         params, model = model.merge(params), model.network
     path = folder / "model.safetensors"
@@ -80,6 +81,15 @@ def write(
     description |= programs or {}
     atomic.write(folder / "model.json", json.dumps(description, indent=2) + "\n")
     return path
+
+
+def _only_head(model: Model, params: Tree) -> Tree:
+    """Returns the head alone, nested in the dicts of its path."""
+    keys = model.head.split(".")
+    tree = subtree(params, keys)
+    for key in reversed(keys):
+        tree = {key: tree}
+    return tree
 
 
 def export(
