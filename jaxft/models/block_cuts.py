@@ -125,7 +125,7 @@ class Cutter:
                 except ModelError:  # such as a layer that is called several times
                     pass
             return self._blocks((*begins, head))
-        except Exception:
+        except ModelError:
             if begins:
                 raise
             return Blocks()
@@ -145,14 +145,12 @@ class Cutter:
             traced = self._trace(begins, in_training)
             needs = self._check(begins, traced, in_training)
             for block, leaves in enumerate(needs):
-                for leaf in leaves:
-                    block_of[leaf] = min(block, block_of.get(leaf, block))
+                block_of |= {leaf: min(block, block_of.get(leaf, block)) for leaf in leaves}
             self._check_norms(names, needs)
         params, stats = paths(self.shapes[0]), paths(self.shapes[1])
         # A leaf that no block needs is in the first one: then no stage that trains it is wrong.
         owners = [block_of.get(leaf, 0) for leaf in range(len(params) + len(stats))]
-        last = {owner: owner for owner in owners[: len(params)]} | {len(begins): len(begins)}
-        kept = sorted(last)
+        kept = sorted({*owners[: len(params)], len(begins)})
         joined = [next(k for k, block in enumerate(kept) if block >= owner) for owner in owners]
         if len(kept) == 1:
             return Blocks()
@@ -178,7 +176,8 @@ class Cutter:
 
         jax.eval_shape(call, *self.shapes, self._images)
         # Without a key, dropout returns its input itself.
-        return next((at for at in dropouts if at in inputs and inputs[at] is inputs[path]), None)
+        before = inputs.get(path)
+        return next((at for at in dropouts if at in inputs and inputs[at] is before), None)
 
     @property
     def _images(self) -> jax.ShapeDtypeStruct:
@@ -212,9 +211,17 @@ class Cutter:
             edits = InputEdits({path: edit(path) for path in begins})
             return self.run(params, stats, images, key if in_training else None, edits)[0]
 
-        traced = dependence(jax.make_jaxpr(call)(*self.shapes, self._images, jax.random.key(0)))
-        order = [path for path, _ in traced.marks]
         mode = "in training" if in_training else "in evaluation"
+        try:
+            jaxpr = jax.make_jaxpr(call)(*self.shapes, self._images, jax.random.key(0))
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{self.name} fails {mode}: {type(error).__name__}: {error}"
+            ) from error
+        traced = dependence(jaxpr)
+        order = [path for path, _ in traced.marks]
         for path in begins:
             problem = ""
             if path not in calls:

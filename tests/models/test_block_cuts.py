@@ -222,7 +222,20 @@ def wraps(transform):
 
 NUMBERS = r"change by up to \d\S*; the largest is \d\S*\. Choose a submodule"
 TRANSFORM = r"cannot begin at 'inner': it is called within a transform, such as remat, scan"
+
+
+class FailsInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(4, name="a")(x.mean((1, 2)))
+        return nn.Dense(5, name="head")(jnp.concatenate([x, x[0]]) if train else x)
+
+
 WRONG = {
+    "fails in training": (
+        lambda: Linen(FailsInTraining(), shape=SHAPE, head="head", blocks=("a",)),
+        "FailsInTraining fails in training: TypeError: Cannot concatenate",
+    ),
     "string": (lambda: skips("b"), r"blocks is 'b'; it must be a tuple of paths: \('b',\)"),
     "unknown": (lambda: skips(("bb",)), r"calls no submodule 'bb'.*\n.*Did you mean 'b'"),
     "order": (lambda: skips(("c", "b")), "in another order than blocks has: b, c, head"),
