@@ -49,6 +49,8 @@ def _probe_layers(arguments: Sequence[str], program: str) -> None:
 
 def _verdict(ratios: Mapping[str, float], *, keeps_head: bool) -> str:
     *body, _ = ratios
+    if not body:
+        return "The network is a single block: models.Linen and models.NNX take blocks=..."
     largest = max(body, key=ratios.__getitem__)
     verdict = f"Of the blocks before the head, {largest} has the largest."
     if keeps_head:

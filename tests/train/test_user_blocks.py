@@ -24,15 +24,17 @@ from jaxft import (
     data,
     finetune,
     logistic_regression,
+    recipe_file,
     weights,
 )
 from jaxft.checkpoint.contents import Snapshot
+from jaxft.cli import probe_layers
+from jaxft.comparison import compare
 from jaxft.data import Batch, Splits
-from jaxft.default_stages import default_stages
+from jaxft.default_stages import LR, default_stages
 from jaxft.devices import Devices
-from jaxft.lr_finder import trial
 from jaxft.models import Linen
-from jaxft.train.auto_rgn import block_norms
+from jaxft.recipe_file import read
 from jaxft.train.compiled_stage import compile_stage, flops
 from jaxft.train.stage_program import build_programs
 
@@ -244,13 +246,59 @@ def test_default_stages_of_user_model_follow_its_blocks(strategy):
     jaxft.plan(stages, CNN.init(jax.random.key(0))[0])
 
 
+FACTORY = """
+import flax.linen as nn
+from jaxft import models
+
+class CNN(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+
+def build(classes):
+    return models.Linen(CNN(classes), shape=(8, 8, 3), head="head", blocks=("Conv_1", "Conv_2"))
+
+def whole(classes):
+    return models.Linen(CNN(classes), shape=(8, 8, 3), head="head", call=lambda m, x, _: 2 * m(x)
+                        + m(x))
+"""
+
+
 @pytest.mark.slow
-def test_probed_layers_of_user_model_are_its_blocks():
-    recipe = dataclasses.replace(OWN, stages=(Stage("all", {"*": 0.1}, 1),))
-    tried = trial(recipe, Stage("probe", {"*": 1.0}, steps=2, norms="eval"), model=CNN)
-    ratios = block_norms(tried.program, tried.params, tried.stats, tried.batches(2))
-    assert tuple(ratios) == CNN.blocks
-    assert all(ratio > 0 for ratio in ratios.values())
+@pytest.mark.parametrize(
+    ("function", "blocks", "verdict"),
+    [
+        ("build", ["stem", "Conv_1", "Conv_2", "head"], "Of the blocks before the head, "),
+        ("whole", ["network"], "The network is a single block: models.Linen"),
+    ],
+)
+def test_probe_layers_prints_the_blocks_of_user_model(
+    function, blocks, verdict, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / f"own_{function}.py").write_text(FACTORY)
+    recipe = dataclasses.replace(OWN, model=f"own_{function}:{function}")
+    recipe_file.save(recipe, tmp_path / "recipe.yaml")
+    assert probe_layers.run([str(tmp_path / "recipe.yaml")]) == 0
+    printed = capsys.readouterr().out
+    names = [line.split()[0] for line in printed.splitlines() if line.split()]
+    assert [name for name in names if name in blocks] == blocks
+    assert verdict in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_compare_of_user_model(tmp_path):
+    strategies = ("probe", "surgical-ResBlock_2")
+    how = {"seeds": 1, "epochs": 1, "model": CNN, "console": QUIET}
+    ranks = compare(OWN, tmp_path, strategies=strategies, **how)
+    assert {rank.strategy for rank in ranks} == {*strategies}
+    assert read(tmp_path / "best.yaml").stages == default_stages(
+        ranks[0].strategy, CNN, lr=LR, epochs=1
+    )
 
 
 @pytest.mark.slow
