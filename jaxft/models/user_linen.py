@@ -36,7 +36,8 @@ class Linen(UserModel):
         `nn.BatchNorm`, or does not return logits.
 
     Example:
-        model = Linen(CNN(), shape=(32, 32, 3), head="Dense_1")
+        model = Linen(CNN(), shape=(32, 32, 3), head="Dense_1", blocks=("ResBlock_0", "ResBlock_2"))
+        model.blocks  # ("stem", "ResBlock_0", "ResBlock_2", "head")
         params, stats = model.init(jax.random.key(0))
     """
 

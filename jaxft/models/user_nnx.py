@@ -28,7 +28,8 @@ class NNX(UserModel):
     The module is switched to `train()` if `apply` receives a key, and to `eval()` otherwise.
 
     Attributes:
-      build: class or function that returns the module when called as `build(rngs=nnx.Rngs(key))`.
+      build: class or function that returns the module when called as `build(rngs=nnx.Rngs(key))`,
+        such as `functools.partial(ViT, width=8)`.
         Models with the same `build` and arguments are equal.
 
     Raises:
@@ -37,7 +38,7 @@ class NNX(UserModel):
         logits.
 
     Example:
-        model = NNX(CNN, shape=(32, 32, 3), head="fc")  # or functools.partial(CNN, width=8)
+        model = NNX(ViT, shape=(32, 32, 3), head="fc", blocks=("layers.4", "layers.8"))
         params, stats = model.init(jax.random.key(0))
         params, stats = model.trees(module)  # the arrays of an existing module
     """
