@@ -19,6 +19,7 @@ from jaxft.optim.optimizer_base import HINTS
 from jaxft.user_function import describe, find
 
 Argument = bool | int | float | str | None
+_OPTAX = ("optax.", "optax:")  # starts of the names of optax's own functions
 
 
 @checked(**HINTS)
@@ -121,7 +122,7 @@ def _build(name: str, arguments: str) -> optax.GradientTransformation:
             f"{name!r}, which returned {transform!r}; it must return an optax transform."
         )
     # A function of the user may need the parameters of a network.
-    if name.startswith("optax") and (reason := unfit_reason(transform)):
+    if name.startswith(_OPTAX) and (reason := unfit_reason(transform)):
         raise RecipeError(f"{name!r}, {reason}.")
     if is_complete(transform) and not takes_lr:
         raise RecipeError(
@@ -148,7 +149,7 @@ def _find(name: str) -> Callable[..., Any]:
             if callable(value) and not key.startswith("_")
         }
         similar = difflib.get_close_matches(function, names, cutoff=0.7)
-        if module.partition(".")[0] != "optax" or not similar:
+        if not name.startswith(_OPTAX) or not similar:
             raise
         candidates = ", ".join(names[key] for key in similar)
         message = f"{name!r}, which optax does not have; similar names are {candidates}."
