@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.models.convolution import convolve, dense_conv, tap_conv, xla_conv
+from jaxft.models.convolution import convolve, dense_conv, xla_conv
 
 
 @pytest.mark.slow
@@ -24,6 +24,8 @@ from jaxft.models.convolution import convolve, dense_conv, tap_conv, xla_conv
         (3, 1, 72, 1, 72),
         (2, 8, 12, 3, 24),
         (2, 8, 12, 12, 24),
+        (2, 8, 12, 12, 12),
+        (3, 1, 2, 2, 2),
     ],
 )
 def test_convolve_and_its_gradients_equal_xlas(size, stride, b, w, c_in, groups, c_out):
@@ -43,17 +45,26 @@ def test_convolve_and_its_gradients_equal_xlas(size, stride, b, w, c_in, groups,
     jax.tree.map(close, gradients_and_output(convolve), gradients_and_output(xla_conv))
 
 
-def test_tap_conv_is_as_accurate_as_xla_in_bfloat16():
+@pytest.mark.parametrize("groups", [16, 64])
+def test_grouped_convolutions_are_as_accurate_as_xla_in_bfloat16(groups):
+    shapes = (2, 9, 9, 64), (3, 3, 64 // groups, 64), (2, 9, 9, 64)
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, 9, 9, 64)), rng.normal(size=(3, 3, 4, 64))
-    exact = xla_conv(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), 1, 16)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
 
-    def error(conv):
-        y = conv(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), 1, 16)
-        assert y.dtype == jnp.bfloat16
-        return float(jnp.sqrt(jnp.mean((y.astype(jnp.float32) - exact) ** 2)))
+    def output_and_gradients(conv, dtype):
+        x, kernel, grad_y = (array.astype(dtype) for array in arrays)
+        y, vjp = jax.vjp(partial(conv, stride=1, groups=groups), x, kernel)
+        return [y, *vjp(grad_y)] if groups == 64 else [y]
 
-    assert error(tap_conv) < 1.1 * error(xla_conv)
+    exact = output_and_gradients(xla_conv, jnp.float32)
+
+    def errors(conv):
+        results = output_and_gradients(conv, jnp.bfloat16)
+        assert {y.dtype for y in results} == {jnp.dtype(jnp.bfloat16)}
+        return [float(jnp.square(x - y).mean()) for x, y in zip(results, exact, strict=True)]
+
+    for error, xla_error in zip(errors(convolve), errors(xla_conv), strict=True):
+        assert error < 1.2 * xla_error
 
 
 @pytest.mark.parametrize("stride", [1, 2])

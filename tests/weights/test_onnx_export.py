@@ -16,6 +16,7 @@ from flax import nnx
 from jaxft.data import Preprocessing
 from jaxft.errors import ModelError
 from jaxft.models import NNX, Linen, create
+from jaxft.models.networks.convnext import ConvNeXt, ConvNeXtConfig
 from jaxft.models.networks.resnet import ResNet, ResNetConfig
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.weights.onnx_export import TOLERANCE, serialize
@@ -60,11 +61,14 @@ class Attention(nnx.Module):
 
 
 GROUPED = ResNetConfig("imagenet", (1, 1), bottleneck=True, groups=4, base_width=4, num_classes=5)
+CONVNEXT = ConvNeXtConfig((1, 1), (8, 16), conv_mlp=True, num_classes=5)
 VARIANT = replace(GROUPED, groups=1, stem=(8, 8), average_shortcut=True, concat_pool=True)
 NETWORKS = {
     "plain": create("cifar_resnet8", num_classes=5),
     "grouped": NNXModel("grouped", ResNet, GROUPED),
     "variant": NNXModel("variant", ResNet, VARIANT),
+    "convnext": NNXModel("convnext", ConvNeXt, CONVNEXT),
+    "convnextv2": NNXModel("convnextv2", ConvNeXt, replace(CONVNEXT, global_response_norm=True)),
     "linen": Linen(CNN(), shape=(32, 32, 3), head="head"),
     "nnx": NNX(Attention, shape=(32, 32, 3), head="head"),
 }
@@ -87,7 +91,10 @@ def draw(model):
 @pytest.mark.parametrize(
     ("model", "size"),
     [
-        *(pytest.param(model, 32, id=name) for name, model in NETWORKS.items()),
+        *(
+            pytest.param(model, 32, id=name, marks=[pytest.mark.slow] * ("convnext" in name))
+            for name, model in NETWORKS.items()
+        ),
         *(
             pytest.param(model, 224, id=name, marks=pytest.mark.slow)
             for name, model in FULL_SIZE.items()
