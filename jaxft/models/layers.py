@@ -77,13 +77,23 @@ class Conv(nnx.Module):
 class PatchConv(nnx.Module):
     """Convolution of patches that do not overlap: kernel `[size size c_in c_out]`, stride `size`.
 
-    The kernel is drawn with standard deviation 0.02; the bias starts at zero.
+    Kernel and bias start as in torch or, with `std`, normal with that deviation and zero.
     """
 
-    def __init__(self, c_in: int, c_out: int, size: int, *, rngs: Rngs):
-        shape = (size, size, c_in, c_out)
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        *,
+        bias: bool = True,
+        std: float | None = None,
+        rngs: Rngs,
+    ):
+        linear = Linear(size * size * c_in, c_out, bias=bias, std=std, rngs=rngs)
+        self.kernel = nnx.Param(linear.kernel[...].reshape(size, size, c_in, c_out))
+        if bias:
+            self.bias = linear.bias
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps `[b h w c_in]` to `[b h/size w/size c_out]`, sizes rounded down."""
@@ -92,7 +102,8 @@ class PatchConv(nnx.Module):
         b, h, w = x.shape[0], x.shape[1] // size, x.shape[2] // size
         patches = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c_in)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, size * size * c_in)
-        return pointwise_conv(patches, kernel.reshape(-1, c_out)) + self.bias[...].astype(x.dtype)
+        y = pointwise_conv(patches, kernel.reshape(-1, c_out))
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
 class Linear(nnx.Module):

@@ -144,7 +144,9 @@ class Stage(nnx.Module):
         rngs: Rngs,
     ):
         if c_in is not None:
-            self.downsample = Sequential([LayerNorm(c_in), PatchConv(c_in, c, 2, rngs=rngs)])
+            self.downsample = Sequential(
+                [LayerNorm(c_in), PatchConv(c_in, c, 2, std=_STD, rngs=rngs)]
+            )
         self.blocks = Sequential([Block(c, rate, config, rngs) for rate in drop_path])
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
@@ -220,7 +222,7 @@ def build_stem(config: ConvNeXtConfig, rngs: Rngs) -> list[nnx.Module]:
     """Builds the layers before the first stage, which reduce the size to a quarter."""
     c, inner = config.widths[0], config.overlapping_stem
     if inner is None:
-        return [PatchConv(3, c, 4, rngs=rngs), LayerNorm(c)]
+        return [PatchConv(3, c, 4, std=_STD, rngs=rngs), LayerNorm(c)]
     return [
         Conv(3, inner, 3, 2, bias=True, std=_STD, rngs=rngs),
         Conv(inner, c, 3, 2, bias=True, std=_STD, rngs=rngs),

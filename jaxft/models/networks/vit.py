@@ -4,7 +4,6 @@ References: Dosovitskiy et al. 2020 (arXiv:2010.11929) and `timm.models.vision_t
 Parameters are drawn in float32, whatever the compute dtype.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ from flax import nnx
 from jaxft.errors import RecipeError
 from jaxft.models.context import Context
 from jaxft.models.layer_norm import LayerNorm
-from jaxft.models.layers import Dropout, Identity, Rngs, Sequential
+from jaxft.models.layers import Dropout, Identity, PatchConv, Rngs, Sequential
 from jaxft.models.network_config import NetworkConfig, build_head
 from jaxft.models.transformer_layers import (
     STD,
@@ -113,37 +112,16 @@ class ViTConfig(NetworkConfig):
         return (stem, *((name,) for name in self.blocks[1:-2]), norm, (self.head,))
 
 
-class PatchProjection(nnx.Module):
-    """A convolution whose kernel and stride are the patch, with torch's initialisation."""
-
-    def __init__(self, size: int, c: int, *, bias: bool, rngs: Rngs):
-        bound = 1 / math.sqrt(3 * size**2)
-
-        def uniform(*shape: int) -> nnx.Param[jax.Array]:
-            return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-
-        self.kernel = uniform(size, size, 3, c)
-        if bias:
-            self.bias = uniform(c)
-
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Maps images `[b h w 3]` to patches `[b n c]`, row by row."""
-        kernel = self.kernel[...].astype(x.dtype)
-        (size, _, _, c), (b, h, w, _) = kernel.shape, x.shape
-        x = x.reshape(b, h // size, size, w // size, size, 3)
-        y = jnp.einsum("bhpwqi,pqio->bhwo", x, kernel).reshape(b, -1, c)
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
-
-
 class PatchEmbed(nnx.Module):
     """Embedding of the patches."""
 
     def __init__(self, size: int, c: int, *, bias: bool, rngs: Rngs):
-        self.proj = PatchProjection(size, c, bias=bias, rngs=rngs)
+        self.proj = PatchConv(3, c, size, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Maps images `[b h w 3]` to patches `[b n c]`."""
-        return self.proj(x, context)
+        """Maps images `[b h w 3]` to patches `[b n c]`, row by row."""
+        y = self.proj(x, context)
+        return y.reshape(len(y), -1, y.shape[-1])
 
 
 class Block(nnx.Module):
