@@ -2,14 +2,14 @@
 
     python scripts/finetune.py configs/lora.py --workdir runs/lora
 
-Source: jaxft's own example of Hu et al. 2021 (arXiv:2106.09685). Differences: the adapters are those
-of convolutions, as PEFT's; a last stage merges them and trains the whole network. Weights and images
-are those of `configs/quickstart.py`. Frozen norm layers use running statistics (norm mode
+Source: jaxft's own example of Hu et al. 2021 (arXiv:2106.09685). Differences: the adapters belong
+to convolutions, as in PEFT; a last stage merges them and trains the whole network. Weights and
+images are those of `configs/quickstart.py`. Frozen norm layers use running statistics (norm mode
 `frozen_eval`).
 
 Measured over seeds 0 to 4 (`--seed`), 74 to 101 s each on 2 shared CPU cores: accuracy 0.762
-(0.639-0.873) with the adapters, 0.870 (0.795-0.912) after the last stage. The adapters are 9 % of the
-parameters. Without the last stage, `runs/lora/adapter` holds them in PEFT's files.
+(0.639-0.873) with the adapters, 0.870 (0.795-0.912) after the last stage. The adapters are 9 % of
+the parameters. Without the last stage, `runs/lora/adapter` holds them in PEFT's files.
 """
 
 from jaxft import Adam, Recipe, Stage

@@ -16,7 +16,7 @@ import numpy as np
 from jaxft.errors import LabelError, PatternError, RecipeError, first_of
 from jaxft.labels import Tree, match, unflatten
 from jaxft.patterns import PatternKey, pattern_text
-from jaxft.tree_paths import leaves_of
+from jaxft.tree_paths import Leaf, leaves_of
 
 A, B = "lora_a", "lora_b"
 """Names of the two arrays of an adapter."""
@@ -62,36 +62,22 @@ def lora(params: Tree, ranks: Mapping[PatternKey, int], *, key: jax.Array) -> Ad
       >>> bool((merge_lora(params, adapters)["body"]["kernel"] == params["body"]["kernel"]).all())
       True
     """
-    patterns = list(ranks)
-    chosen, errors = match(params, patterns)
+    chosen, errors = match(params, list(ranks))
     leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
     adapters: Adapters = {}
-    selected = set[int]()
-    for index, leaf in zip(chosen, leaves, strict=True):
-        if index is None or leaf.value.ndim < 2:
-            continue
-        selected.add(index)
-        if leaf.path in adapters:
-            raise LabelError(f"two kernels share the path {leaf.path!r}: rename one of them.")
-        rank = ranks[patterns[index]]
-        if error := _rank_error(leaf.path, leaf.value.shape, rank):
-            errors.append(error)
-            continue
-        *inputs, out = _flax_shape(leaf.path, leaf.value.shape)
-        bound = 1 / math.sqrt(math.prod(inputs))
-        own_key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
-        dtype = leaf.value.dtype
-        drawn = jnp.promote_types(dtype, jnp.float32)
-        a = jax.random.uniform(own_key, (*inputs, rank), drawn, -bound, bound)
-        adapters[leaf.path] = {A: a.astype(dtype), B: jnp.zeros((rank, out), dtype)}
-    errors += [
-        f"pattern {pattern_text(patterns[index])!r} selects no kernel, only "
-        + ", ".join(
-            first_of([x.path for i, x in zip(chosen, leaves, strict=True) if i == index], 5)
-        )
-        + "."
-        for index in sorted({i for i in chosen if i is not None} - selected)
-    ]
+    for index, (pattern, rank) in enumerate(ranks.items()):
+        selected = [leaf for i, leaf in zip(chosen, leaves, strict=True) if i == index]
+        kernels = [leaf for leaf in selected if leaf.value.ndim > 1]
+        if selected and not kernels:
+            names = ", ".join(first_of([leaf.path for leaf in selected], 5))
+            errors.append(f"pattern {pattern_text(pattern)!r} selects no kernel, only {names}.")
+        for leaf in kernels:
+            if leaf.path in adapters:
+                raise LabelError(f"two kernels share the path {leaf.path!r}: rename one of them.")
+            if error := _rank_error(leaf.path, leaf.value.shape, rank):
+                errors.append(error)
+            else:
+                adapters[leaf.path] = _new_adapter(leaf, rank, key)
     if errors:
         raise PatternError("\n".join(f"lora: {error}" for error in errors))
     return adapters
@@ -159,6 +145,16 @@ def with_merged_adapters(params: Tree) -> Tree:
         raise RecipeError("merge_lora has no adapters to merge: set the recipe's lora.")
     merged = [MergedAdapter() if is_adapter(leaf.path) else leaf.value for leaf in leaves]
     return unflatten(params, merged)
+
+
+def _new_adapter(leaf: Leaf, rank: int, key: jax.Array) -> dict[str, jax.Array]:
+    *inputs, out = _flax_shape(leaf.path, leaf.value.shape)
+    bound = 1 / math.sqrt(math.prod(inputs))
+    key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+    dtype = leaf.value.dtype
+    drawn = jnp.promote_types(dtype, jnp.float32)
+    a = jax.random.uniform(key, (*inputs, rank), drawn, -bound, bound)
+    return {A: a.astype(dtype), B: jnp.zeros((rank, out), dtype)}
 
 
 def _merged(
