@@ -40,6 +40,7 @@ def logits(model, params, stats, **how):
     return model.apply(params, stats, IMAGES, norms="running", **how)[0]
 
 
+@pytest.mark.slow
 @networks
 def test_fresh_adapters_keep_params_and_outputs_of_the_network(name):
     network, ranks, count = NETWORKS[name]
@@ -130,6 +131,7 @@ def test_lora_model_rejects_a_network_with_adapters():
         LoraModel(model, (("layer2", 2),))
 
 
+@pytest.mark.slow
 def test_adapters_do_not_depend_on_other_patterns():
     one, two = (with_lora(RESNET, r, None) for r in ({"layer1": 2}, {"layer3": 1, "layer1": 2}))
     adapters = [detach(init(model)[0])[1] for model in (one, two)]

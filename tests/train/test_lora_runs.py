@@ -69,7 +69,6 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.smoke
 def test_only_labelled_adapters_train_and_the_merged_stage_freezes_them(unbroken):
     head, adapters, merged = (params_at(unbroken, step) for step in (4, 12, 20))
     moved = changed(head, adapters)
