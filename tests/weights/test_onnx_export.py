@@ -69,6 +69,10 @@ NETWORKS = {
     "variant": NNXModel("variant", ResNet, VARIANT),
     "convnext": NNXModel("convnext", ConvNeXt, CONVNEXT),
     "convnextv2": NNXModel("convnextv2", ConvNeXt, replace(CONVNEXT, global_response_norm=True)),
+    "vit": create("vit_tiny_patch16_224", num_classes=5, depth=1, image_size=32),
+    "vit_map": create(
+        "vit_base_patch32_siglip_256", num_classes=5, depth=1, width=96, image_size=32
+    ),
     "linen": Linen(CNN(), shape=(32, 32, 3), head="head"),
     "nnx": NNX(Attention, shape=(32, 32, 3), head="head"),
 }
