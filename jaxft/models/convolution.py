@@ -200,14 +200,9 @@ def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> j
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Computes a depthwise convolution, which has one group and one output per channel.
 
-    On CPU, XLA's takes up to 40 times as long, and its gradients up to 100 times.
+    On CPU, XLA's takes 13 to 24 times as long, and its gradients 12 to 25 times.
     """
-    y: jax.Array = jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(_shifted_sum, stride=stride),
-        default=partial(xla_conv, stride=stride, groups=x.shape[-1]),
-    )
+    y: jax.Array = grouped_conv(x, kernel, stride, x.shape[-1])
     return y
 
 
@@ -234,22 +229,6 @@ depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 @partial(jax.jit, static_argnames=("stride",))
-def _shifted_sum(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Computes a depthwise convolution as a sum over shifted inputs, one for each tap.
-
-    XLA fuses the sum into one vectorised loop. It is in float32 at least.
-    """
-    (size, *_), (_, h, w, _) = kernel.shape, x.shape
-    wide = _pad_sides(x, size // 2)
-    taps = kernel[:, :, 0].astype(wide.dtype)
-    y = jnp.zeros((), wide.dtype)
-    for i in range(size):
-        for j in range(size):
-            y += wide[:, i : i + h : stride, j : j + w : stride] * taps[i, j]
-    return y.astype(x.dtype)
-
-
-@partial(jax.jit, static_argnames=("stride",))
 def _depthwise_cpu_gradients(
     x: jax.Array, kernel: jax.Array, grad_y: jax.Array, stride: int
 ) -> _Pair:
@@ -262,8 +241,9 @@ def _depthwise_cpu_gradients(
         ]
         zero = jnp.zeros((), grad_y.dtype)
         grad_y = jax.lax.pad(grad_y, zero, [(0, 0, 0), *padding, (0, 0, 0)])
-    grad_x = _shifted_sum(grad_y, kernel[::-1, ::-1])
-    wide = _pad_sides(x, size // 2)
+    grad_x = tap_conv(grad_y, kernel[::-1, ::-1], 1, c)
+    side, sum_dtype = size // 2, jnp.promote_types(x.dtype, jnp.float32)
+    wide = jnp.pad(x.astype(sum_dtype), ((0, 0), (side, side), (side, side), (0, 0)))
 
     # XLA's sums over pixels are not vectorised, so each row of an image adds its products to sums
     # [size w c], one for each column of the kernel.
@@ -273,16 +253,10 @@ def _depthwise_cpu_gradients(
         row = jax.lax.dynamic_slice(grad_y, start, (1, 1, w, c))[0]
         return [total + rows[:, j : j + w] * row for j, total in enumerate(sums)]
 
-    sums = [jnp.zeros((size, w, c), wide.dtype)] * size
+    sums = [jnp.zeros((size, w, c), sum_dtype)] * size
     sums = jax.lax.fori_loop(0, b * h, add_row, sums)
     grad_kernel = jnp.stack([total.sum(1) for total in sums], 1)[:, :, None]
     return grad_x, grad_kernel.astype(kernel.dtype)
-
-
-def _pad_sides(x: jax.Array, side: int) -> jax.Array:
-    """Pads height and width with zeros; returns float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.pad(wide, ((0, 0), (side, side), (side, side), (0, 0)))
 
 
 def xla_conv(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """ConvNeXt beyond its recorded outputs: stochastic depth, gradients, dtypes and initial values."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import record_golden
+import record_timm
 
+from jaxft.models import create, names
 from jaxft.models.context import Context
 from jaxft.models.layer_norm import LayerNorm
 from jaxft.models.layers import PatchConv, Rngs, gelu
@@ -17,7 +21,8 @@ from jaxft.models.networks.convnext import (
     GlobalResponseNorm,
     drop_path_rates,
 )
-from jaxft.models.nnx_adapter import NNXModel
+from jaxft.models.nnx_adapter import NNXModel, init_shapes
+from jaxft.weights.key_maps import torch_tensors
 
 CONFIG = ConvNeXtConfig((2, 1), (8, 16), num_classes=3)
 V2 = replace(CONFIG, global_response_norm=True)
@@ -79,6 +84,32 @@ def test_bfloat16_changes_the_compute_dtype_alone():
     features, _ = apply(params, stats, x, last="head.norm")
     logits, _ = apply(params, stats, x)
     assert (features.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not record_timm.timm_is_here(), reason="needs the torch extra")
+def test_all_variants_have_timms_tensors_and_preprocessing():
+    import torch
+
+    record_golden.import_torchvision()  # timm needs it
+    import timm
+
+    variants = [name for name in names() if name.startswith("convnext")]
+    assert len(variants) == 23
+    for name in variants:
+        with torch.device("meta"):
+            state = timm.create_model(name, num_classes=3).state_dict()
+        model = create(name, num_classes=3)
+        targets = jax.tree.leaves(torch_tensors(*init_shapes(model)))
+        assert {t.name: t.shape for t in targets} == {n: tuple(x.shape) for n, x in state.items()}
+        config, ours = timm.get_pretrained_cfg(name), model.preprocessing
+        size = config.input_size[-1]
+        assert ours.image_size == size
+        assert ours.resize_size == math.floor(size / config.crop_pct)
+        assert (ours.interpolation, ours.mean, ours.std) == (
+            config.interpolation, config.mean, config.std,
+        )  # fmt: skip
+        assert (ours.resize_mode == "squash") == (config.crop_mode == "squash")
 
 
 @pytest.mark.slow
