@@ -33,7 +33,7 @@ class Pointwise(nnx.Module):
         bias = jax.random.uniform(rngs.params(), (c_out,), jnp.float32, -bound, bound)
         self.bias = nnx.Param(bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context | None = None) -> jax.Array:
         """Maps `[b c_in]` to `[b c_out]`."""
         return x @ self.kernel[0, 0].astype(x.dtype) + self.bias[...].astype(x.dtype)
 

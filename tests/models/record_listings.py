@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import record_golden
 from record_timm import GOLDEN, NUM_CLASSES, is_weight
 
-from jaxft.models.networks import regnet_variants, senet_variants
+from jaxft.models.networks import efficientnet_variants, regnet_variants, senet_variants
 
 LISTINGS = GOLDEN / "listings.json"
-NAMES = (*senet_variants.NAMES, *regnet_variants.NAMES)
+NAMES = (*senet_variants.NAMES, *regnet_variants.NAMES, *efficientnet_variants.NAMES)
 """Networks that differ from the cases of timm_cases.py in depths and widths alone."""
 
 

@@ -47,7 +47,9 @@ CASES = {
     "seresnext26d_32x4d": Case("seresnext26d_32x4d"),
     "ecaresnet26t": Case("ecaresnet26t", (33,)),
     "regnetx_002": Case("regnetx_002"),
-    "regnety_002": Case("regnety_002", (64, 33)),
+    "regnety_002": Case("regnety_002", (33,)),
+    "efficientnet_b0": Case("efficientnet_b0"),
+    "mobilenetv3_small_100": Case("mobilenetv3_small_100", (33,)),
 }
 SMOKE = ("resnet10t",)
 """Cases that run by default."""

@@ -76,7 +76,10 @@ NETWORKS = {
     "linen": Linen(CNN(), shape=(32, 32, 3), head="head"),
     "nnx": NNX(Attention, shape=(32, 32, 3), head="head"),
 }
-FULL_SIZE = {name: create(name, num_classes=1000) for name in ("resnet18", "resnet50")}
+FULL_SIZE = {
+    name: create(name, num_classes=1000)
+    for name in ("resnet18", "resnet50", "ecaresnet26t", "regnety_002", "mobilenetv3_small_050")
+}
 
 
 def draw(model):
