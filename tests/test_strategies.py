@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,6 +33,9 @@ from jaxft.strategies import (
     surgical,
     ulmfit,
 )
+
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+import record_golden
 
 BLOCKS = [("stem", "norm"), "body", "fc"]
 MOMENTUM = SGD(momentum=0.9)
@@ -264,8 +269,12 @@ def test_layer_decay_has_timm_scales(options, scales):
 
 @each_timm_case
 def test_recorded_scales_are_those_of_timm(options, scales):
-    optim = pytest.importorskip("timm.optim")
-    module = pytest.importorskip("timm").create_model("resnet18")
+    if not record_golden.originals_are_here():
+        pytest.skip("needs the torch extra")
+    record_golden.import_torchvision()  # timm needs it
+    from timm import create_model, optim
+
+    module = create_model("resnet18")
     groups = optim.param_groups_layer_decay(module, layer_decay=0.5, **options)
     found = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     named = {name: found.get(id(p)) for name, p in module.named_parameters()}

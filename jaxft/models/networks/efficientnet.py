@@ -5,6 +5,7 @@ arXiv:1905.02244). Activations are `[b h w c]`. Parameters are drawn in float32,
 compute dtype.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -144,7 +145,8 @@ class InvertedResidual(nnx.Module):
         c = make_divisible(c_in * (block.expansion or 1)) if self.expands else c_in
         if self.expands:
             self.conv_pw = Conv(c_in, c, 1, rngs=rngs)
-        self.conv_dw = Conv(c, c, block.size, stride, c, fan_out_per_group=True, rngs=rngs)
+        std = math.sqrt(2) / block.size  # timm's fan-out is a group's
+        self.conv_dw = Conv(c, c, block.size, stride, c, std=std, rngs=rngs)
         hidden = make_divisible(c / 4) if config.mobile else round(c_in / 4)
         self.se = (
             SqueezeExcite(c, hidden, self.activation, config.mobile, rngs)
