@@ -60,6 +60,7 @@ class Fields(TypedDict, total=False):
     anchor: Anchor | None
     class_weights: tuple[float, ...] | None
     finish: WiSE | None
+    merge_lora: bool
     auto_rgn: bool
     batch_size: int | None
     augment: Augment | None
