@@ -128,11 +128,8 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps tokens `[b n c]` to `[b c]`."""
         b, n, c = x.shape
-        query = self.q(self.latent[...].astype(x.dtype), context)
-        query = jnp.broadcast_to(
-            query.reshape(1, 1, self.num_heads, -1), (b, 1, self.num_heads, c // self.num_heads)
-        )
+        query = jnp.broadcast_to(self.q(self.latent[...].astype(x.dtype), context), (b, 1, c))
+        query = query.reshape(b, 1, self.num_heads, -1)
         kv = self.kv(x, context).reshape(b, n, 2, self.num_heads, -1)
-        y = attend(query, kv[:, :, 0], kv[:, :, 1]).reshape(b, c)
-        y = self.proj(y, context)
+        y = self.proj(attend(query, kv[:, :, 0], kv[:, :, 1]).reshape(b, c), context)
         return y + self.mlp(self.norm(y, context), context)

@@ -31,6 +31,7 @@ GROUPED = ResNetConfig("imagenet", (1, 1), bottleneck=True, groups=8, base_width
 NETWORKS = {
     "plain": create("cifar_resnet8", num_classes=5),
     "grouped": NNXModel("grouped", ResNet, GROUPED),
+    "vit": create("vit_tiny_patch16_224", num_classes=5, depth=1, image_size=32),
 }
 
 

@@ -69,12 +69,14 @@ NETWORKS = {
     "variant": NNXModel("variant", ResNet, VARIANT),
     "convnext": NNXModel("convnext", ConvNeXt, CONVNEXT),
     "convnextv2": NNXModel("convnextv2", ConvNeXt, replace(CONVNEXT, global_response_norm=True)),
-    "vit": create("vit_tiny_patch16_224", num_classes=5, depth=1, image_size=32),
-    "vit_map": create(
-        "vit_base_patch32_siglip_256", num_classes=5, depth=1, width=96, image_size=32
-    ),
     "linen": Linen(CNN(), shape=(32, 32, 3), head="head"),
     "nnx": NNX(Attention, shape=(32, 32, 3), head="head"),
+}
+SMALL = {"num_classes": 5, "width": 48, "num_heads": 3, "depth": 1, "image_size": 32}
+VISION_TRANSFORMERS = {
+    "vit": create("vit_tiny_patch16_224", **SMALL),
+    "vit_quickgelu": create("vit_base_patch16_clip_quickgelu_224", **SMALL),
+    "vit_map": create("vit_base_patch32_siglip_256", **SMALL),
 }
 FULL_SIZE = {
     name: create(name, num_classes=1000)
@@ -105,6 +107,10 @@ def draw(model):
         *(
             pytest.param(model, 224, id=name, marks=pytest.mark.slow)
             for name, model in FULL_SIZE.items()
+        ),
+        *(
+            pytest.param(model, 32, id=name, marks=pytest.mark.slow)
+            for name, model in VISION_TRANSFORMERS.items()
         ),
     ],
 )
