@@ -4,7 +4,7 @@
 
 Source: jaxft's own example of Hu et al. 2021 (arXiv:2106.09685). Differences: the adapters belong
 to convolutions, as in PEFT; a last stage merges them and trains the whole network. Weights and
-images are those of `configs/quickstart.py`. Frozen norm layers use running statistics (norm mode
+images as in `configs/quickstart.py`. Frozen norm layers use running statistics (norm mode
 `frozen_eval`).
 
 Measured over seeds 0 to 4 (`--seed`), 74 to 101 s each on 2 shared CPU cores: accuracy 0.762

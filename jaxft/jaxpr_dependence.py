@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 _MARK = "jaxft mark "
-# Calls of a function, whose inputs and outputs are those of their jaxpr.
+# Calls of a function, with the inputs and outputs of their jaxpr.
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
     *("custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint"),

@@ -161,7 +161,7 @@ def _merged(
     path: str, kernel: jax.Array, adapter: Mapping[str, jax.Array], alpha: float | None
 ) -> jax.Array:
     a, b = adapter[A], adapter[B]
-    # Small products, whose rounding would otherwise be that of TF32 or bfloat16 on accelerators.
+    # Small products, which accelerators would otherwise round to TF32 or bfloat16.
     change = jnp.tensordot(a, b, 1, precision="highest")
     if alpha is not None:
         change *= alpha / len(b)

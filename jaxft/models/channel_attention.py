@@ -1,6 +1,6 @@
 """Channel attention: layers that scale each channel by a weight computed from all channels' means.
 
-Names and arithmetic are those of `timm.layers`.
+Names and arithmetic as in `timm.layers`.
 """
 
 import math

@@ -173,7 +173,7 @@ def merged_params(params: Tree, recipe: Mapping[str, Any]) -> Tree:
 
 
 def detach(params: Tree) -> tuple[Tree, Adapters]:
-    """Splits the parameters of a `LoraModel` into those of its network and the adapters.
+    """Splits the parameters of a `LoraModel` into its network's and the adapters.
 
     Example:
       >>> detach({"fc": {"kernel": 1, "lora_a": 2, "lora_b": 3}})

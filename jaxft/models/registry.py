@@ -80,7 +80,7 @@ def create(name: str, *, num_classes: int = 1000, **options: Any) -> Model:
     Args:
       name: one of `names()`, or `MODULE:NAME` for a network that a module registers.
       num_classes: number of classes.
-      **options: fields of the network's configuration. All networks have those of `NetworkConfig`:
+      **options: fields of the network's configuration. All networks have these:
 
         - `head_layers`: layers before the last linear layer: widths of linear layers and "relu",
           such as `(256, "relu", 32)`.

@@ -280,7 +280,7 @@ class UserModel(ABC):
 
     @abstractmethod
     def _submodules(self, kind: tuple[type, ...] = (object,)) -> list[str]:
-        """Returns the paths of the submodules, or of those of a kind."""
+        """Returns the paths of the submodules, or of the submodules of a kind."""
 
     @cached_property
     def _shapes(self) -> tuple[Tree, Tree]:

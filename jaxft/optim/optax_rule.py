@@ -28,8 +28,8 @@ class Optax(RangeChecked):
     """An optax optimizer by name, for recipes: a run saves its recipe as YAML.
 
     A function with an argument `learning_rate` returns a complete optimizer; each step sets its
-    learning rate to that of the group. Any other function returns a transform that leaves out the
-    learning rate and its minus sign (`optax.scale_by_lion`); those of the stage apply. Momenta of
+    learning rate to the group's. Any other function returns a transform that leaves out the
+    learning rate and its minus sign (`optax.scale_by_lion`); the stage's apply. Momenta of
     schedules have no effect on either.
 
     Attributes:

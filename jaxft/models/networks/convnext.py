@@ -30,7 +30,7 @@ class ConvNeXtConfig(NetworkConfig):
     widths: tuple[int, ...]
     """Number of channels of each stage."""
     conv_mlp: bool = False
-    """Whether the kernels of the MLPs are those of 1x1 convolutions `[1 1 i o]`."""
+    """Whether the MLPs consist of 1x1 convolutions with kernels `[1 1 i o]`."""
     global_response_norm: bool = False
     """Use global response norm in the MLPs instead of layer scale after them (ConvNeXt V2)."""
     overlapping_stem: int | None = None

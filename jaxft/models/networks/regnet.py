@@ -23,7 +23,7 @@ _STEM_WIDTH = 32
 
 @dataclass(frozen=True)
 class RegNetConfig(NetworkConfig):
-    """Configuration of a `RegNet`; the symbols are those of the paper."""
+    """Configuration of a `RegNet`; the symbols are the paper's."""
 
     depth: int
     """Number of residual blocks."""
