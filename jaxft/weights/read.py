@@ -36,7 +36,7 @@ class Weights:
 
     Attributes:
       source: Source that the user named.
-      tensors: Tensors by name as in the file; the names of wrappers are removed, unless `own_names`.
+      tensors: Tensors by their names in the file, without wrappers unless `own_names`.
       preprocessing: Preprocessing of the images that the weights expect, if the source states it.
       remarks: A sentence per choice, renaming or omission.
       network: Description of the weights' network, as far as the source has one.

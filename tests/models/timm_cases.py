@@ -43,7 +43,7 @@ CASES = {
     "convnext_tiny": Case("convnext_tiny", (224,), train_side=None),
     "convnext_tiny_hnf": Case("convnext_tiny_hnf", (64,), train_side=None),
     "convnextv2_atto": Case("convnextv2_atto", (70,)),
-    "seresnet18": Case("seresnet18", (64, 33)),
+    "seresnet18": Case("seresnet18", (33,)),
     "seresnext26d_32x4d": Case("seresnext26d_32x4d"),
     "ecaresnet26t": Case("ecaresnet26t", (33,)),
     "regnetx_002": Case("regnetx_002"),
