@@ -33,8 +33,8 @@ class NetworkConfig:
     dropout: float = 0.0
     """Dropout rate before the head."""
     drop_path: float = 0.0
-    """Stochastic depth rate of the last residual block. It grows linearly from 0 in the first, as in
-    timm; in EfficientNet the last block stays a step below it."""
+    """Stochastic depth rate of the last residual block. It grows linearly from 0 in the first; in
+    EfficientNet the last block stays a step below it, as in timm."""
     dtype: Dtype | None = None
     """Compute dtype of all blocks before the head; None uses the dtype of the images. With
     "float64" parameters and statistics are float64 too."""

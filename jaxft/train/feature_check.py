@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxft.errors import ModelError
 from jaxft.labels import Tree
 from jaxft.matmul_precision import with_precision
+from jaxft.models.lora_model import without_lora
 from jaxft.models.nnx_adapter import NNXModel
 from jaxft.train.stage_program import StageProgram
 
@@ -29,7 +30,7 @@ def check_features(
         features of training images are cached.
     """
     model, prefix = program.model, program.prefix
-    if isinstance(model, NNXModel):
+    if isinstance(without_lora(model), NNXModel):
         return
     in_training = prefix.train and program.plan.stage.linear_probe is None
     key = jax.random.key(0) if in_training else None
