@@ -141,7 +141,7 @@ def test_bfloat16_result_is_the_rounded_float32_result(function):
 
 
 def test_patch_conv_equals_a_strided_convolution_and_drops_the_rest():
-    layer = PatchConv(3, 5, 4, rngs=Rngs(jax.random.key(0)))
+    layer = PatchConv(3, 5, 4, bias=False, rngs=Rngs(jax.random.key(0)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 14, 9, 3)), jnp.float32)
     expected = jax.lax.conv_general_dilated(
         x, layer.kernel[...], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
