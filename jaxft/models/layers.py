@@ -130,6 +130,14 @@ class Linear(nnx.Module):
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
+class BinaryLinear(Linear):
+    """A linear layer with one output z, which predicts two classes with the logits (0, z)."""
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """Maps `[b c_in]` to `[b 2]`."""
+        return jnp.pad(super().__call__(x, context), ((0, 0), (1, 0)))
+
+
 def relu(x: jax.Array) -> jax.Array:
     """Computes torch's ReLU, which keeps NaN, for any shape.
 

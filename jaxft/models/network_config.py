@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from jaxft.errors import RecipeError
-from jaxft.models.layers import Linear, Relu, Rngs, Sequential
+from jaxft.models.layers import BinaryLinear, Linear, Relu, Rngs, Sequential
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 """Compute dtype of a network."""
@@ -97,5 +97,14 @@ def build_head(
         else:
             layers.append(Linear(c, width, std=std, rngs=rngs))
             c = width
-    last = Linear(c, 1 if config.binary else config.num_classes, std=std, rngs=rngs)
+    last = build_last_layer(c, config, rngs, std=std)
     return Sequential([*layers, last]) if layers else last
+
+
+def build_last_layer(
+    c: int, config: NetworkConfig, rngs: Rngs, *, std: float | None = None, bias: bool = True
+) -> Linear:
+    """Builds the layer that outputs the logits."""
+    if config.binary:
+        return BinaryLinear(c, 1, std=std, bias=bias, rngs=rngs)
+    return Linear(c, config.num_classes, std=std, bias=bias, rngs=rngs)

@@ -143,6 +143,9 @@ class NNXModel:
         module: Any = nnx.merge(
             graph, with_nnx_keys(params, param_template), with_nnx_keys(stats, stat_template)
         )
+        dtype = self.config.dtype
+        if dtype is not None and blocks[0] == self.blocks[0]:
+            inputs = inputs.astype(dtype)
         output = module(inputs, Context(modes, mask, replicas, key), blocks)
         is_updated = not UPDATING.isdisjoint(modes.values())
         return output, variables(module, nnx.BatchStat) if is_updated else stats

@@ -164,20 +164,17 @@ class Head(nnx.Module):
             self.norm = LayerNorm(c)
         self.dropout = Dropout(config.dropout)
         self.fc = build_head(c, config, rngs, std=_STD)
-        self.binary = config.binary
 
     def __call__(self, features: jax.Array, context: Context) -> jax.Array:
         """Maps features `[b c]`, normalised, to logits `[b k]`."""
         features = self.dropout(features, context.child("dropout"))
-        logits = self.fc(features, context.child("fc"))
-        return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
+        return self.fc(features, context.child("fc"))
 
 
 class ConvNeXt(nnx.Module):
     """ConvNeXt whose blocks can be applied separately."""
 
     def __init__(self, config: ConvNeXtConfig, *, rngs: Rngs):
-        self.dtype = config.dtype
         self.last_stage = config.blocks[-3]
         self.stem = Sequential(build_stem(config, rngs))
         rates, stages, c_in = drop_path_rates(config), [], None
@@ -204,7 +201,7 @@ class ConvNeXt(nnx.Module):
         for name in blocks:
             child = context.child(name)
             if name == "stem":
-                x = self.stem(x if self.dtype is None else x.astype(self.dtype), child)
+                x = self.stem(x, child)
             elif name == "norm_pre":
                 x = self.norm_pre(x, child).mean((1, 2))
             elif name == "head.norm":

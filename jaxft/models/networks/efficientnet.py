@@ -179,9 +179,7 @@ class EfficientNet(nnx.Module):
     """EfficientNet or MobileNetV3 whose blocks can be applied separately."""
 
     def __init__(self, config: EfficientNetConfig, *, rngs: Rngs):
-        self.dtype = config.dtype
         self.mobile = config.mobile
-        self.binary = config.binary
         self.activation = _ACTIVATIONS[config.activation]
         c = config.stem_width
         self.conv_stem = Conv(3, c, 3, 2, rngs=rngs)
@@ -226,7 +224,6 @@ class EfficientNet(nnx.Module):
         """
         for name in blocks:
             if name == "stem":
-                x = x if self.dtype is None else x.astype(self.dtype)
                 x = self.conv_stem(x, context.child("conv_stem"))
                 x = self.activation(self.bn1(x, context.child("bn1")))
             elif name == "conv_head":
@@ -246,5 +243,4 @@ class EfficientNet(nnx.Module):
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
         dropped = self.dropout(features, context.child("dropout"))
-        logits = self.classifier(dropped, context.child("classifier"))
-        return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
+        return self.classifier(dropped, context.child("classifier"))

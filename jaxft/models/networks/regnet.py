@@ -149,20 +149,17 @@ class Head(nnx.Module):
     def __init__(self, c: int, config: RegNetConfig, rngs: Rngs):
         self.dropout = Dropout(config.dropout)
         self.fc = build_head(c, config, rngs)
-        self.binary = config.binary
 
     def __call__(self, features: jax.Array, context: Context) -> jax.Array:
         """Maps `[b c]` to logits `[b k]`."""
         dropped = self.dropout(features, context.child("dropout"))
-        logits = self.fc(dropped, context.child("fc"))
-        return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
+        return self.fc(dropped, context.child("fc"))
 
 
 class RegNet(nnx.Module):
     """RegNet X or Y whose blocks can be applied separately."""
 
     def __init__(self, config: RegNetConfig, *, rngs: Rngs):
-        self.dtype = config.dtype
         self.last_stage = config.blocks[-2]
         self.stem = ConvNorm(3, _STEM_WIDTH, 3, 2, rngs=rngs)
         c = _STEM_WIDTH
@@ -185,8 +182,6 @@ class RegNet(nnx.Module):
           wider dtype of features and parameters.
         """
         for name in blocks:
-            if name == "stem" and self.dtype is not None:
-                x = x.astype(self.dtype)
             x = getattr(self, name)(x, context.child(name))
             if name == "stem":
                 x = relu(x)

@@ -31,7 +31,7 @@ from jaxft.models.layers import (
     Sequential,
     relu,
 )
-from jaxft.models.network_config import NetworkConfig, build_head
+from jaxft.models.network_config import NetworkConfig, build_head, build_last_layer
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,9 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: Rngs):
         c = config.stem_width
-        self.dtype = config.dtype
         self.imagenet = config.layout == "imagenet"
         self.concat_pool = config.concat_pool
         self.last_layer = config.blocks[-2]
-        self.binary = config.binary
         self.conv1 = build_stem(config, rngs)
         self.bn1 = BatchNorm(c)
         self.maxpool = MaxPool()
@@ -226,7 +224,6 @@ class ResNet(nnx.Module):
         return x
 
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
-        x = x if self.dtype is None else x.astype(self.dtype)
         x = self.conv1(x, context.child("conv1"))
         x = relu(self.bn1(x, context.child("bn1")))
         return self.maxpool(x, context) if self.imagenet else x
@@ -245,8 +242,7 @@ class ResNet(nnx.Module):
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
         dropped = self.dropout(features, context.child("dropout"))
-        logits = self.fc(dropped, context.child("fc"))
-        return jnp.pad(logits, ((0, 0), (1, 0))) if self.binary else logits
+        return self.fc(dropped, context.child("fc"))
 
 
 def build_stem(config: ResNetConfig, rngs: Rngs) -> Conv | Sequential:
@@ -291,12 +287,12 @@ def fastai_head(c: int, config: ResNetConfig, rngs: Rngs) -> Sequential:
 
     The linear layers have no bias and start from He's initialisation, as in fastai.
     """
-    hidden, outputs = 512, 1 if config.binary else config.num_classes
+    hidden = 512
     return Sequential(
         [
             *(BatchNorm(2 * c), Dropout(config.dropout / 2)),
             *(Linear(2 * c, hidden, bias=False, std=math.sqrt(1 / c), rngs=rngs), Relu()),
             *(BatchNorm(hidden), Dropout(config.dropout)),
-            Linear(hidden, outputs, bias=False, std=math.sqrt(2 / hidden), rngs=rngs),
+            build_last_layer(hidden, config, rngs, std=math.sqrt(2 / hidden), bias=False),
         ]
     )

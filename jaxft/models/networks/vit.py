@@ -196,7 +196,6 @@ class ViT(nnx.Module):
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps images `[b h w 3]` to tokens `[b n c]`: class token, registers and patches."""
         config = self.config
-        x = x if config.dtype is None else x.astype(config.dtype)
         x = self.patch_embed(x, context)
         positions = self.pos_embed[...].astype(x.dtype)
         x = x if config.embed_prefix else x + positions
@@ -222,5 +221,4 @@ class ViT(nnx.Module):
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
         dropped = self.dropout(features, context.child("dropout"))
-        logits = self.head(dropped, context.child("head"))
-        return jnp.pad(logits, ((0, 0), (1, 0))) if self.config.binary else logits
+        return self.head(dropped, context.child("head"))
