@@ -8,7 +8,7 @@ from typing import get_args
 import jax
 import numpy as np
 import pytest
-from narrow import narrowed
+from narrow import narrowed, shallow
 
 from jaxft import data, finetune, paths, plan
 from jaxft.checkpoint.weights_only import read_weights
@@ -19,7 +19,7 @@ from jaxft.report.console import Console
 from jaxft.stage_options import NormChoice
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-SIDE, BATCH = 32, 4  # pixels, images
+SIDE, BATCH = 33, 4  # pixels, images
 
 
 def shrunk(recipe):
@@ -27,7 +27,7 @@ def shrunk(recipe):
 
     def short(stage):
         length = {"epochs": stage.epochs and 1, "steps": stage.steps and 2}
-        return replace(stage, **length, batch_size=None)
+        return replace(stage, train=shallow(stage.train), **length, batch_size=None)
 
     return replace(
         recipe,
@@ -94,3 +94,11 @@ def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
         assert [path for path, moved, trains in named if moved and not trains] == []
         assert any(moved) or stage.stage.restore == "best"
         before = after
+
+
+@pytest.mark.parametrize("name", ["vit_mae", "convnext_finetune"])
+def test_every_parameter_of_the_full_network_trains(name):
+    recipe = read(CONFIGS[0].with_name(f"{name}.py"))
+    params, _ = jax.eval_shape(open_network(recipe, None, ("a", "b")).init, jax.random.key(0))
+    (stage,) = plan(recipe.stages, params)
+    assert FROZEN not in leaf_labels(params, stage.labels)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
-from torch_network import ResNet
+from torch_network import ConvNeXt, ResNet, ViT
 from trajectories import CASES, EPOCHS, SINGLE_STAGE_EPOCHS, epoch, small_recipe, start, summarize
 
 from jaxft.parity.torch_steps import TorchStage, torch_steps
@@ -37,6 +37,11 @@ def fastai_head(c):
 
 
 NETWORKS = {
+    "vit_mae": ViT,
+    "convnext_finetune": ConvNeXt,
+    "dinov2_lp_ft": lambda: ViT(layer_scale=True),
+    "bitfit": ViT,
+    "vit_gradual_unfreezing": lambda: ViT(depth=9),
     "layer_decay": lambda: ResNet(depth=2),
     "lightning_milestones": lambda: ResNet(bottleneck=True, head=lightning_head),
     "fastai_fine_tune": lambda: ResNet(concat_pool=True, head=fastai_head),
@@ -265,30 +270,51 @@ def keras_guide():
 def ulmfit():
     order = ["fc", "layer4", "layer3", "layer2", "layer1", "stem"]
 
-    def unfrozen_blocks(count):
-        def rates(name):
-            part = name.split(".")[0]
-            depth = order.index("stem" if part in ("conv1", "bn1") else part)
-            return 0.01 / 2.6**depth if depth < count else None
+    def depth(name):
+        part = name.split(".")[0]
+        return order.index("stem" if part in ("conv1", "bn1") else part)
 
-        return rates
+    return unfreezing(depth, count=6, lr=0.01)
+
+
+def unfreezing(depth, count, lr):
+    """Stages in which all parameters below a `depth(name)` of 1, 2, ..., `count` train."""
+
+    def below(limit):
+        return lambda name: lr / 2.6 ** depth(name) if depth(name) < limit else None
 
     def adam(groups):
         return Adam(groups, betas=(0.7, 0.99))
 
     return [
         stage(
-            unfrozen_blocks(count), adam, norms="frozen_eval", carry="keep",
+            below(limit), adam, norms="frozen_eval", carry="keep",
             scheduler=SlantedTriangular, by="step",
         )
-        for count in range(1, 7)
+        for limit in range(1, count + 1)
     ]  # fmt: skip
 
 
-def lp_ft():
-    def cosine(optimizer):
-        return lr_scheduler.CosineAnnealingLR(optimizer, SINGLE_STAGE_EPOCHS)
+def vit_layer(name):
+    """MAE's `get_layer_id_for_vit` for 12 blocks."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else 13
 
+
+def vit_gradual_unfreezing():
+    def depth(name):
+        layer = vit_layer(name)
+        return 0 if layer == 13 else 3 - max(layer - 1, 0) // 4
+
+    return unfreezing(depth, count=4, lr=1e-3)
+
+
+def cosine(optimizer):
+    return lr_scheduler.CosineAnnealingLR(optimizer, SINGLE_STAGE_EPOCHS)
+
+
+def lp_ft():
     return [stage(lambda name: 1e-4, sgd(), norms="eval", scheduler=cosine)]
 
 
@@ -367,6 +393,59 @@ def layer_decay():
     ]
 
 
+def cosine_by_step(warmup=0):
+    """The schedule of MAE and ConvNeXt: `warmup` steps from 0, then a cosine, here to 0."""
+    length = 2 * SINGLE_STAGE_EPOCHS
+
+    def factor(step):
+        if step < warmup:
+            return step / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / (length - warmup))) / 2
+
+    return {"scheduler": lambda o: lr_scheduler.LambdaLR(o, factor), "by": "step"}
+
+
+def vit_mae():
+    def options(name):
+        spared = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
+        return {"lr": 2e-3 * 0.65 ** (13 - vit_layer(name)), "weight_decay": 0 if spared else 0.05}
+
+    return [stage(options, AdamW, norms="train_all", loss=smoothed, **cosine_by_step(warmup=4))]
+
+
+def convnext_finetune():
+    def layer(name):  # the blocks after the third of `stages.2` would be layers 4 and 5
+        part, number, *_ = name.split(".")
+        return (1, 2, 3, 6)[int(number)] if part == "stages" else {"stem": 0, "head": 7}[part]
+
+    def options(name):
+        spared = name.endswith(("bias", "gamma")) or "norm" in name
+        spared = spared or name.startswith("stem.1.") or "downsample.0." in name
+        return {"lr": 5e-5 * 0.8 ** (7 - layer(name)), "weight_decay": 0 if spared else 1e-8}
+
+    return [stage(options, AdamW, norms="train_all", loss=smoothed, **cosine_by_step())]
+
+
+def dinov2_lp_ft():
+    def options(name):
+        spared = name.endswith(("bias", "gamma")) or "norm" in name
+        return {"lr": 1e-5, "weight_decay": 0 if spared else 0.05}
+
+    return [stage(options, AdamW, norms="eval", scheduler=cosine)]
+
+
+def bitfit():
+    def rates(name):
+        if name.startswith("head."):
+            return 1e-3
+        return 4e-4 if name.endswith(".bias") else None
+
+    def adamw(groups):
+        return AdamW(groups, weight_decay=0)
+
+    return [stage(rates, adamw, norms="frozen_eval", scheduler=cosine)]
+
+
 def torchvision_reference():
     decayed = sgd(weight_decay=1e-4)
     return [stage(lambda name: 0.1 / 32, decayed, norms="train_all", scheduler=step_lr(3))]
@@ -394,6 +473,7 @@ RECIPES = {
         *(seed, pytorch_tutorial_finetune, pytorch_tutorial_extractor, d2l_hotdog),
         *(lightning_milestones, fastai_fine_tune, keras_guide, ulmfit, lp_ft, surgical, bit),
         *(l2_sp, layer_decay, torchvision_reference, torchvision_reference_v2),
+        *(vit_mae, convnext_finetune, dinov2_lp_ft, bitfit, vit_gradual_unfreezing),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The recipes of configs/ with a dozen convolutions and ten steps per stage, in float64.
+"""The recipes of configs/ with narrow networks and ten steps per stage, in float64.
 
 `torch_recipes.py` has the same recipes in PyTorch.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from drawn import weight
-from narrow import narrowed
+from narrow import narrowed, shallow
 
 from jaxft import recipe_file as recipes
 from jaxft.optim.schedules import CosineAnnealingLR, MultiStepLR, StepLR, Warmup
@@ -41,6 +41,7 @@ CASES |= {
         *("lightning_milestones", "fastai_fine_tune", "keras_guide", "ulmfit", "lp_ft"),
         *("surgical", "bit", "l2_sp", "layer_decay"),
         *("torchvision_reference", "torchvision_reference_v2"),
+        *("vit_mae", "convnext_finetune", "dinov2_lp_ft", "bitfit", "vit_gradual_unfreezing"),
     )
 }
 # Shorter schedules, because the stages are shorter.
@@ -50,6 +51,7 @@ SCHEDULES = {
     "torchvision_reference": StepLR(3),
     "torchvision_reference_v2": Warmup(2, then=CosineAnnealingLR(), start_factor=0.01),
     "layer_decay": Warmup(2, then=CosineAnnealingLR(), start_factor=0.01),
+    "vit_mae": Warmup(4, then=CosineAnnealingLR(by="step"), start_factor=0.0),
 }
 
 # Factors for learning rates that would make a batch of eight images diverge.
@@ -70,7 +72,7 @@ def small_recipe(config, norms=None, carry=None):
     def small_stage(stage):
         train = {
             pattern: replace(update, lr=update.lr * LR_FACTORS.get(config, 1))
-            for pattern, update in stage.updates.items()
+            for pattern, update in shallow(stage.updates).items()
         }
         changes = {"schedule": schedule} if schedule else {}
         changes |= {"norms": norms} if norms else {}
@@ -84,7 +86,11 @@ def small_recipe(config, norms=None, carry=None):
         head="fresh",
         stride_in_1x1=False,
         batch_size=BATCH_SIZE,
+        drop_last=False,
+        image_size=SIDE,
+        resize_size=SIDE,
         dropout=0.0,
+        drop_path=0.0,
         mixup=0.0,
         cutmix=0.0,
         random_erasing=0.0,
