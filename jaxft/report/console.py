@@ -181,7 +181,7 @@ def group_rows(
     for group in [*plan.patterns, *([FROZEN] if FROZEN in sizes else [])]:
         lr, schedule = "-" if group == FROZEN else "solved", "-"
         if group in updates:
-            lr = f"{'up to ' * plan.stage.auto_rgn}{updates[group].lr:g}"
+            lr = f"{'up to ' * plan.stage.auto_rgn}{updates[group].lr:.3g}"
             schedule = type(updates[group].schedule).__name__
         group_modes = ", ".join(f"{mode} ({n})" for mode, n in modes.get(group, {}).items())
         share = f"{sizes[group] / sizes.total():.1%}"
