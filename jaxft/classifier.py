@@ -23,6 +23,7 @@ from jaxft.errors import DataError, RecipeError, WeightsError
 from jaxft.labels import Tree
 from jaxft.matmul_precision import MatmulPrecision, with_precision
 from jaxft.models import Model, user_factory
+from jaxft.models.nnx_adapter import expected_preprocessing
 from jaxft.progress import track
 from jaxft.train.eval_step import Tta, image_views, mean_logits
 from jaxft.weights.description import Description
@@ -147,7 +148,7 @@ class Classifier:
             params,
             stats,
             classes=description.classes or numbers,
-            preprocessing=preprocessing or Preprocessing(),
+            preprocessing=expected_preprocessing(network, preprocessing),
             batch_size=batch_size,
             workers=workers,
             **{name: value for name, value in stated.items() if value is not None},
@@ -268,14 +269,12 @@ def _network(source: str, description: Description, model: Model | str | None) -
             "resnet50. jaxft.models.names() lists all."
         )
     options: dict[str, Any] = dict(description.options)
-    if "head_layers" in options:  # a list in JSON
-        options["head_layers"] = tuple(options["head_layers"])
     try:
         is_factory = user_factory.names_factory(name)
         count = len(description.classes or ())
         if not count and not is_factory:
             like = models.create(name, num_classes=2, **options)
-            count = weights.read(source).num_classes(like) or 0
+            count = 2 if options.get("binary") else weights.read(source).num_classes(like) or 0
         if not count:
             raise WeightsError(f"{source} states neither its classes nor their number.")
         if is_factory:

@@ -14,7 +14,7 @@ from jaxft.checkpoint.contents import Header
 from jaxft.errors import CheckpointError, WeightsError
 from jaxft.labels import Tree
 from jaxft.models import Model
-from jaxft.models.lora_model import LoraModel, detach
+from jaxft.models.lora_model import LoraModel, split_adapters
 from jaxft.recipe import Recipe
 from jaxft.train.metrics import Score
 from jaxft.train.state import Progress
@@ -23,7 +23,7 @@ from jaxft.weights import jax_export, onnx_export
 from jaxft.weights.description import fields
 from jaxft.weights.head import subtree
 from jaxft.weights.jax_export import PLATFORMS
-from jaxft.weights.lora_file import save_lora
+from jaxft.weights.lora_file import CONFIG, TENSORS, save_lora
 
 FORMATS = {"jax": "model.jaxexport", "onnx": "model.onnx"}
 """Formats of the evaluation program, and their files."""
@@ -61,9 +61,7 @@ def write(
         `model.jaxexport`; `onnx`, of `model.onnx`.
     """
     if isinstance(model, LoraModel):
-        if not any(stage.merge_lora for stage in recipe.stages):
-            head = _only_head(model, params) if model.key_map else None
-            save_lora(folder / "adapter", detach(params)[1], alpha=model.alpha, trained=head)
+        _write_adapters(folder / "adapter", recipe, model, params)
         params, model = model.merge(params), model.network
     path = folder / "model.safetensors"
     weights.save(path, model, params, stats, classes=classes)
@@ -83,13 +81,15 @@ def write(
     return path
 
 
-def _only_head(model: Model, params: Tree) -> Tree:
-    """Returns the head alone, nested in the dicts of its path."""
-    keys = model.head.split(".")
-    tree = subtree(params, keys)
-    for key in reversed(keys):
-        tree = {key: tree}
-    return tree
+def _write_adapters(folder: Path, recipe: Recipe, model: LoraModel, params: Tree) -> None:
+    """Writes the adapters in PEFT's files; deletes the files if a stage has merged the adapters."""
+    if any(stage.merge_lora for stage in recipe.stages):
+        for name in (CONFIG, TENSORS):
+            (folder / name).unlink(missing_ok=True)
+        return
+    adapters = split_adapters(params)[1]
+    head = {model.head: subtree(params, model.head.split("."))} if model.key_map else None
+    save_lora(folder, adapters, alpha=model.alpha, trained=head)
 
 
 def export(

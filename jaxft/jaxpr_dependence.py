@@ -26,9 +26,9 @@ class Dependence:
 
     Attributes:
       num_inputs: number of inputs, counted as leaves.
-      outputs: what each output depends on.
-      marks: name of each mark outside of nested jaxprs, and what the marked value depends on, in
-        the order of the calls.
+      outputs: the inputs that reach each output.
+      marks: name of each mark outside of nested jaxprs, and the inputs that reach the marked value,
+        in the order of the calls.
     """
 
     num_inputs: int
@@ -37,7 +37,7 @@ class Dependence:
 
 
 def mark(x: Any, name: str) -> Any:
-    """Returns `x`; `dependence` reports what it depends on, and treats it as an input."""
+    """Returns `x`; `dependence` reports the inputs that reach it, and treats it as an input."""
     return checkpoint_name(x, _MARK + name)
 
 

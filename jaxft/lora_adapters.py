@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters of dense and convolution kernels, for the parameters of any framework.
 
-An adapter is a pair of small arrays for one kernel. The adapters of a network are a tree apart from
-its parameters, so that they fit every container and need no change of the module: a loss takes
+An adapter is a pair of small arrays for one kernel. The adapters of a network are a separate
+tree, so that they fit every container and need no change of the module: a loss takes
 `merge_lora(params, adapters)` in place of `params`.
 """
 
@@ -18,7 +18,7 @@ from jaxft.labels import Tree, match, unflatten
 from jaxft.patterns import PatternKey, pattern_text
 from jaxft.tree_paths import Leaf, leaves_of
 
-A, B = "lora_a", "lora_b"
+LORA_A, LORA_B = "lora_a", "lora_b"
 """Names of the two arrays of an adapter."""
 
 Adapters = dict[str, dict[str, jax.Array]]
@@ -107,7 +107,7 @@ def merge_lora(params: Tree, adapters: Adapters, *, alpha: float | None = None) 
     leaves = [leaf for leaf in leaves_of(params) if leaf.value is not None]
     known = {leaf.path: np.shape(leaf.value) for leaf in leaves if leaf.path in adapters}
     for path, adapter in adapters.items():
-        shape = (*adapter[A].shape[:-1], adapter[B].shape[-1])
+        shape = (*adapter[LORA_A].shape[:-1], adapter[LORA_B].shape[-1])
         if path not in known or _flax_shape(path, known[path]) != shape:
             found = f"one of shape {list(known[path])}" if path in known else "none"
             raise LabelError(
@@ -127,14 +127,14 @@ def merge_lora(params: Tree, adapters: Adapters, *, alpha: float | None = None) 
 
 def is_adapter(path: str) -> bool:
     """Returns whether a path leads to an array of an adapter."""
-    return path.rpartition(".")[2] in (A, B)
+    return path.rpartition(".")[2] in (LORA_A, LORA_B)
 
 
 class MergedAdapter:
     """Stands for an array of an adapter that is merged, so that no pattern trains it."""
 
 
-def with_merged_adapters(params: Tree) -> Tree:
+def hide_adapters(params: Tree) -> Tree:
     """Replaces each array of an adapter by a `MergedAdapter`.
 
     Raises:
@@ -154,13 +154,13 @@ def _new_adapter(leaf: Leaf, rank: int, key: jax.Array) -> dict[str, jax.Array]:
     dtype = leaf.value.dtype
     drawn = jnp.promote_types(dtype, jnp.float32)
     a = jax.random.uniform(key, (*inputs, rank), drawn, -bound, bound)
-    return {A: a.astype(dtype), B: jnp.zeros((rank, out), dtype)}
+    return {LORA_A: a.astype(dtype), LORA_B: jnp.zeros((rank, out), dtype)}
 
 
 def _merged(
     path: str, kernel: jax.Array, adapter: Mapping[str, jax.Array], alpha: float | None
 ) -> jax.Array:
-    a, b = adapter[A], adapter[B]
+    a, b = adapter[LORA_A], adapter[LORA_B]
     # Small products, which accelerators would otherwise round to TF32 or bfloat16.
     change = jnp.tensordot(a, b, 1, precision="highest")
     if alpha is not None:
@@ -181,7 +181,10 @@ def _rank_error(path: str, shape: tuple[int, ...], rank: int) -> str:
     most = min(math.prod(inputs), out)
     if 1 <= rank <= most:
         return ""
-    return f"the rank of {path} {list(shape)} is {rank}; it must be from 1 to {most}."
+    return (
+        f"the rank of {path} {list(shape)} is {rank}; it must be from 1 to {most}. An earlier "
+        "pattern can give this kernel a smaller rank."
+    )
 
 
 def _flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import data, models, weights
-from jaxft.data import Cached, Preprocessing, Source, Splits
+from jaxft.data import Cached, Source, Splits
 from jaxft.data.arrays import ArraySource
 from jaxft.data.augment import VIEWS
 from jaxft.data.process_source import ProcessSource, in_processes
@@ -19,7 +19,7 @@ from jaxft.errors import DataError, ModelError, RecipeError, WeightsError, first
 from jaxft.labels import Tree, paths
 from jaxft.models import Model, user_factory
 from jaxft.models.lora_model import LoraModel, with_lora, without_lora
-from jaxft.models.nnx_adapter import NNXModel, init_shapes
+from jaxft.models.nnx_adapter import expected_preprocessing, init_shapes
 from jaxft.multi_label_check import check_multi_label
 from jaxft.recipe import Recipe
 from jaxft.weights import Weights
@@ -82,7 +82,7 @@ def check_augment(recipe: Recipe) -> None:
 
 
 def check_image_size(recipe: Recipe, model: Model) -> None:
-    """Checks that a user's network takes images of the recipe's size.
+    """Checks that the network takes images of the recipe's size.
 
     Raises:
       ModelError: it does not.
@@ -93,6 +93,12 @@ def check_image_size(recipe: Recipe, model: Model) -> None:
             f"{model.name} takes images of shape {model.shape}, and the recipe's are "
             f"{(side, side, 3)}: set the recipe's image_size to the network's, or build the "
             "network with the recipe's shape."
+        )
+    size = getattr(model, "image_size", None)
+    if size not in (None, side):
+        raise ModelError(
+            f"{model.name} was built for images of {size} pixels, and the recipe's have {side}: "
+            "set the recipe's image_size, or build the network for it."
         )
 
 
@@ -166,17 +172,10 @@ def read_weights(
     """
     model = without_lora(model)
     if recipe.weights is None:
-        return None, recipe.expecting(_preprocessing(model, None))
+        return None, recipe.expecting(expected_preprocessing(model, None))
     source = weights.read(recipe.weights, own_names=not model.key_map)
     source = fitted(source, model, recipe.head, wanted_classes(recipe, classes))
-    return source, recipe.expecting(_preprocessing(model, source.preprocessing))
-
-
-def _preprocessing(model: Model, stated: Preprocessing | None) -> Preprocessing:
-    """Returns the preprocessing that the weights state, or the network's, at the network's size."""
-    if not isinstance(model, NNXModel):
-        return stated or Preprocessing()
-    return (stated or model.preprocessing).at_size(model.image_size)
+    return source, recipe.expecting(expected_preprocessing(model, source.preprocessing))
 
 
 def wanted_classes(recipe: Recipe, classes: Sequence[str]) -> Sequence[str] | None:

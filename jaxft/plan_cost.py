@@ -22,7 +22,8 @@ from jaxft.errors import ParallelError, RecipeError
 from jaxft.hlo_cost import HloCost, hlo_cost
 from jaxft.labels import Tree, partition
 from jaxft.models import Model
-from jaxft.models.nnx_adapter import init_shapes
+from jaxft.models.lora_model import without_lora
+from jaxft.models.nnx_adapter import expected_preprocessing, init_shapes
 from jaxft.recipe import Recipe
 from jaxft.recipe_file import resolve
 from jaxft.topology import Chip, Topology
@@ -189,6 +190,7 @@ class RunPlan:
         open_recipe.check_augment(recipe)
         splits = Splits(_images(train_images, classes), _images(val_images, classes))
         model = open_recipe.open_network(recipe, None, splits.train.classes)
+        recipe = recipe.expecting(expected_preprocessing(without_lora(model), None))
         open_recipe.check_image_size(recipe, model)
         if topology == CPU:
             devices, chip = Devices(recipe.sharding).with_cache(recipe.device_cache_mib), None

@@ -232,6 +232,8 @@ class Recipe:
             )
         if self.head == "keep" and self.weights is None:
             raise RecipeError("head='keep' keeps the head of the weights, but weights is None.")
+        if self.lora_alpha is not None and not self.lora:
+            raise RecipeError("lora_alpha scales adapters, but lora has none; leave it out.")
         if not 0 <= self.seed < 2**63:
             raise RecipeError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
         if self.mean is not None and not all(map(math.isfinite, self.mean)):
@@ -330,12 +332,16 @@ class Recipe:
 
     def check_own_network(self) -> None:
         """Raises RecipeError if the recipe sets options of jaxft's networks."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if changed := [name for name in OPTIONS if getattr(self, name) != defaults[name]]:
+        if changed := self._changed_options():
             raise RecipeError(
                 f"{', '.join(changed)} shape jaxft's own networks, and the run has been passed "
                 "another network. Build that network accordingly, and leave them out of the recipe."
             )
+
+    def _changed_options(self) -> dict[str, Any]:
+        """Returns the options of the network that are not at their defaults."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {name: values[name][0] for name in OPTIONS if values[name][0] != values[name][1]}
 
     def network(self, num_classes: int) -> Model:
         """Builds the recipe's network, without arrays.
@@ -346,5 +352,5 @@ class Recipe:
         """
         if user_factory.names_factory(self.model):
             return user_factory.build(self.model, num_classes)
-        options = {name: getattr(self, name) for name in (*OPTIONS, "image_size")}
+        options = self._changed_options() | {"dtype": self.dtype, "image_size": self.image_size}
         return create(self.model, num_classes=num_classes, **options)

@@ -16,7 +16,7 @@ import optax
 
 from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import FROZEN, Tree, leaf_labels, match, paths, unflatten
-from jaxft.lora_adapters import with_merged_adapters
+from jaxft.lora_adapters import hide_adapters
 from jaxft.optim.optimizers import SGD, Rule
 from jaxft.optim.plateau import PlateauState, ReduceLROnPlateau
 from jaxft.optim.schedule_base import Span
@@ -207,7 +207,7 @@ def plan(stages: Stage | Sequence[Stage], params: Tree) -> tuple[StagePlan, ...]
     stages = check_stages(stages)
     matches, errors = [], []
     for stage in stages:
-        trainable = with_merged_adapters(params) if stage.merge_lora else params
+        trainable = hide_adapters(params) if stage.merge_lora else params
         indices, stage_errors = match(trainable, list(stage.train))
         matches.append(indices)
         errors += [f"stage {stage.name!r}: {error}" for error in stage_errors]

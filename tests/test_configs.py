@@ -86,7 +86,7 @@ def test_it_runs_and_what_is_frozen_stays(path, tmp_path):
     for row, stage in zip(rows, plan(recipe.stages, before), strict=True):
         after, _ = read_weights(tmp_path / "checkpoints" / str(row["step"]))
         if stage.stage.merge_lora:
-            before = jax.device_get(model.fold(before))
+            before = jax.device_get(model.merge_and_reset(before))
         leaves = zip(*map(jax.tree.leaves, (before, after)), strict=True)
         moved = [not np.array_equal(*pair) for pair in leaves]
         trains = [label != FROZEN for label in leaf_labels(before, stage.labels)]

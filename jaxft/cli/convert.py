@@ -42,7 +42,7 @@ _Options: Any = dataclasses.make_dataclass(
     [
         (field.name, _HINTS[field.name], dataclasses.field(default=field.default))
         for field in dataclasses.fields(Recipe)
-        if field.name in OPTIONS
+        if field.name in (*OPTIONS, "image_size")
     ],
     frozen=True,
 )

@@ -1,7 +1,7 @@
 """Cuts a user's module into blocks at the inputs of some of its submodules.
 
-A cut is right if all that the rest of the module needs passes through the input of the submodule.
-The jaxpr of a call shows it, without running the module.
+A cut is valid if later layers depend on earlier ones only through the input of the submodule. The
+jaxpr of a call shows this without running the module.
 """
 
 import difflib
@@ -113,9 +113,9 @@ class Cutter:
           ModelError: the module cannot be cut there. Without paths, it is one block instead.
         """
         begins = list(given)
-        if begins[:1] in (["stem"], ["network"]) and begins[0] not in self.submodules:
+        if begins[:1] in (["stem"], ["network"]):  # the first block begins at the images
             del begins[0]
-        if begins[-1:] in (["head"], [head]):
+        if begins[-1:] == [head] or (begins[-1:] == ["head"] and "head" not in self.submodules):
             del begins[-1]
         try:
             dropout = self._dropout_before(head, [path for path in dropouts if path not in begins])

@@ -29,8 +29,9 @@ class Rename:
       pattern: regular expression of a whole name in the file.
       name: the network's name for the tensor, in torch's terms; `{0}` is the pattern's first group,
         and `{after0}` that number plus 1.
-      parts: values of the pattern's group `part`. Tensors with the same `name` and different parts
-        are concatenated along their first axis in this order, such as query, key and value.
+      parts: values of the pattern's group `part`, which counts in the numbering of the groups.
+        Tensors with the same `name` and different parts are concatenated along their first axis in
+        this order, such as query, key and value.
     """
 
     pattern: str
@@ -49,7 +50,7 @@ class KeyMap:
       renames: rules for other names; the first pattern that matches a name counts. Names that match
         no pattern stay as they are.
       ignored: regular expressions of tensors in the files that the network does not use.
-      convert: conversion of tensors that other libraries split in another way; None has none.
+      convert: conversion of tensors that other libraries split in another way; None: no conversion.
       resized: functions that resize tensors that depend on the image size, by name.
 
     Example:

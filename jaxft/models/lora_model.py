@@ -1,7 +1,7 @@
 """A network with LoRA adapters as a `Model`, so that stages select them like other parameters.
 
 `params` holds `lora_a` and `lora_b` beside the `kernel` of each module with an adapter, at paths
-such as `layer4.0.conv1.lora_a`. `apply` merges them and applies the network, which does not know
+such as `layer4.0.conv1.lora_a`. `apply` merges them and applies the network, which never sees
 them. The head has no adapter, because a new head trains as a whole.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxft.errors import PatternError, RecipeError
 from jaxft.labels import paths
-from jaxft.lora_adapters import A, Adapters, B, is_adapter, lora, merge_lora
+from jaxft.lora_adapters import LORA_A, LORA_B, Adapters, is_adapter, lora, merge_lora
 from jaxft.models.key_map import KeyMap
 from jaxft.models.model import Model, Norms, Replicas, Tree
 from jaxft.models.nnx_adapter import init_shapes
@@ -47,8 +47,8 @@ class LoraModel:
         params, _ = init_shapes(self.network)
         if taken := [path for path in paths(params) if is_adapter(path)]:
             raise RecipeError(
-                f"{self.name} has parameters called {A} or {B} already, such as {taken[0]}: give "
-                "its own adapters a learning rate and leave lora out, or rename them."
+                f"{self.name} has parameters called {LORA_A} or {LORA_B} already, such as "
+                f"{taken[0]}: give them a learning rate and leave lora out, or rename them."
             )
         jax.eval_shape(self._adapters, params, jax.random.key(0))
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -96,17 +96,17 @@ class LoraModel:
 
     def with_adapters(self, params: Tree, key: PRNGKeyArray) -> Tree:
         """Returns parameters of the network with fresh adapters, which change no output."""
-        return _attach(params, self._adapters(params, jax.random.fold_in(key, 1)))
+        return _join_adapters(params, self._adapters(params, jax.random.fold_in(key, 1)))
 
     def merge(self, params: Tree) -> Tree:
         """Returns the parameters of the network with the adapters merged into the kernels."""
-        return merge_lora(*detach(params), alpha=self.alpha)
+        return merge_lora(*split_adapters(params), alpha=self.alpha)
 
-    def fold(self, params: Tree) -> Tree:
+    def merge_and_reset(self, params: Tree) -> Tree:
         """Merges the adapters into the kernels and sets their `lora_b` to zero."""
-        _, adapters = detach(params)
-        zeros = {k: {A: x[A], B: jnp.zeros_like(x[B])} for k, x in adapters.items()}
-        return _attach(self.merge(params), zeros)
+        _, adapters = split_adapters(params)
+        zeros = {path: x | {LORA_B: jnp.zeros_like(x[LORA_B])} for path, x in adapters.items()}
+        return _join_adapters(self.merge(params), zeros)
 
     def apply(
         self,
@@ -169,32 +169,32 @@ def merged_params(params: Tree, recipe: Mapping[str, Any]) -> Tree:
     """
     if not recipe.get("lora"):
         return params
-    return jax.device_get(merge_lora(*detach(params), alpha=recipe["lora_alpha"]))
+    return jax.device_get(merge_lora(*split_adapters(params), alpha=recipe["lora_alpha"]))
 
 
-def detach(params: Tree) -> tuple[Tree, Adapters]:
+def split_adapters(params: Tree) -> tuple[Tree, Adapters]:
     """Splits the parameters of a `LoraModel` into its network's and the adapters.
 
     Example:
-      >>> detach({"fc": {"kernel": 1, "lora_a": 2, "lora_b": 3}})
+      >>> split_adapters({"fc": {"kernel": 1, "lora_a": 2, "lora_b": 3}})
       ({'fc': {'kernel': 1}}, {'fc.kernel': {'lora_a': 2, 'lora_b': 3}})
     """
     adapters: Adapters = {}
 
     def split(tree: Tree, prefix: str) -> Tree:
-        if A in tree:
-            adapters[f"{prefix}{_KERNEL}"] = {A: tree[A], B: tree[B]}
+        if LORA_A in tree:
+            adapters[f"{prefix}{_KERNEL}"] = {LORA_A: tree[LORA_A], LORA_B: tree[LORA_B]}
         return {
             name: split(child, f"{prefix}{name}.") if isinstance(child, dict) else child
             for name, child in tree.items()
-            if name not in (A, B)
+            if name not in (LORA_A, LORA_B)
         }
 
     return split(params, ""), adapters
 
 
-def _attach(params: Tree, adapters: Adapters) -> Tree:
-    """Puts each adapter beside its kernel; inverts `detach`."""
+def _join_adapters(params: Tree, adapters: Adapters) -> Tree:
+    """Puts each adapter beside its kernel; inverts `split_adapters`."""
 
     def join(tree: Tree, prefix: str) -> Tree:
         children = {

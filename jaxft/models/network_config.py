@@ -45,6 +45,7 @@ class NetworkConfig:
         for option in ("dropout", "drop_path"):
             if not 0 <= (rate := getattr(self, option)) < 1:
                 raise RecipeError(f"{option} is {rate}; it must be at least 0 and below 1")
+        object.__setattr__(self, "head_layers", tuple(self.head_layers))  # a list in JSON
         widths = [x for x in self.head_layers if x != "relu"]
         if invalid := [x for x in widths if not (isinstance(x, int) and x >= 1)]:
             raise RecipeError(

@@ -102,7 +102,7 @@ class NNXModel:
     @property
     def preprocessing(self) -> Preprocessing:
         """Preprocessing of the images, for weights that do not state theirs."""
-        return self.default_preprocessing or Preprocessing()
+        return (self.default_preprocessing or Preprocessing()).at_size(self.image_size)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -165,6 +165,18 @@ class NNXModel:
                 f"its blocks are, in order: {', '.join(self.blocks)}"
             )
         return self.blocks[start:end]
+
+
+def expected_preprocessing(model: Model, stated: Preprocessing | None) -> Preprocessing:
+    """Returns the preprocessing that weights state, or the network's, at the network's image size.
+
+    Args:
+      model: the network.
+      stated: preprocessing that the weights state; None: they state none.
+    """
+    if isinstance(model, NNXModel):
+        return stated.at_size(model.image_size) if stated else model.preprocessing
+    return stated or Preprocessing()
 
 
 @lru_cache(maxsize=16)

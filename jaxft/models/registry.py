@@ -48,11 +48,15 @@ def register(
     Raises:
       RecipeError: if another network has this name.
     """
-    model = NNXModel(name, module, config, key_map or KeyMap(), preprocessing, torch_library)
-    present = _NETWORKS.setdefault(name, model)
-    if present.module.__qualname__ != module.__qualname__:  # a reloaded module is no conflict
+    if not _is_ours(module):
+        _import_networks()  # so that the names of jaxft's networks are known
+    registered = _NETWORKS.get(name)
+    # A reloaded module registers its networks again.
+    if registered is not None and _origin(registered.module) != _origin(module):
         raise RecipeError(f"a network called {name!r} exists already: choose another name.")
-    _NETWORKS[name] = model
+    _NETWORKS[name] = NNXModel(
+        name, module, config, key_map or KeyMap(), preprocessing, torch_library
+    )
 
 
 def names() -> tuple[str, ...]:
@@ -64,14 +68,18 @@ def names() -> tuple[str, ...]:
 def is_registered(name: str) -> bool:
     """Returns whether `create` accepts a name, after importing the module of `MODULE:NAME`.
 
+    A function of that name in the module goes before a registered network.
+
     Raises:
       RecipeError: if there is no such module, or importing it fails.
     """
     _import_networks()
     module, _, short = name.rpartition(":")
-    if module:
-        user_function.import_module(module, name)
-    return short in _NETWORKS
+    if not module:
+        return short in _NETWORKS
+    imported = user_function.import_module(module, name)
+    is_registered = short in _NETWORKS and not _is_ours(_NETWORKS[short].module)
+    return is_registered and not hasattr(imported, short)
 
 
 def create(name: str, *, num_classes: int = 1000, **options: Any) -> Model:
@@ -117,20 +125,26 @@ def create(name: str, *, num_classes: int = 1000, **options: Any) -> Model:
         )
     model = _NETWORKS[name.rpartition(":")[2]]
     known = {field.name for field in fields(model.config)}
-    if options.get("image_size") is None or "image_size" not in known:
-        options.pop("image_size", None)
-    others = options.keys() - known
-    if unknown := sorted(option for option in others if options[option]):
+    if unknown := sorted(options.keys() - known - {"image_size"}):
         raise RecipeError(
             f"{name} has no option {', '.join(unknown)}; its options are "
-            f"{', '.join(sorted(known & {*model.options, 'num_classes'}))}."
+            f"{', '.join(sorted({*model.options, 'num_classes'}))}."
         )
-    options = {option: value for option, value in options.items() if option in known}
+    if options.get("image_size") is None or "image_size" not in known:
+        options.pop("image_size", None)
     try:
         config = replace(model.config, num_classes=num_classes, **options)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error
     return replace(model, name=name, config=config)
+
+
+def _is_ours(module: type[nnx.Module]) -> bool:
+    return module.__module__.startswith(f"{networks.__name__}.")
+
+
+def _origin(module: type[nnx.Module]) -> tuple[str, str]:
+    return module.__module__, module.__qualname__
 
 
 @cache

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxft.models.context import Context
 from jaxft.models.layer_norm import LayerNorm
-from jaxft.models.layers import Linear, Rngs
+from jaxft.models.layers import Linear, Rngs, gelu
 
 STD = 0.02
 """Standard deviation of the initial kernels."""
@@ -23,7 +23,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """`gelu`: exact. `gelu_tanh`: its approximation by tanh. `quick_gelu`: x sigmoid(1.702 x)."""
 
 _ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
@@ -62,8 +62,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps `[... c]` to `[... c]`."""
-        hidden = _ACTIVATIONS[self.activation](self.fc1(x, context))
-        return self.fc2(hidden, context)
+        hidden = _ACTIVATIONS[self.activation](self.fc1(x, context.child("fc1")))
+        return self.fc2(hidden, context.child("fc2"))
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -95,9 +95,9 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps tokens `[b n c]` to `[b n c]`."""
         b, n, c = x.shape
-        qkv = self.qkv(x, context).reshape(b, n, 3, self.num_heads, -1)
+        qkv = self.qkv(x, context.child("qkv")).reshape(b, n, 3, self.num_heads, -1)
         y = attend(*(qkv[:, :, i] for i in range(3)))
-        return self.proj(y.reshape(b, n, c), context)
+        return self.proj(y.reshape(b, n, c), context.child("proj"))
 
 
 class AttentionPool(nnx.Module):
@@ -128,8 +128,9 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps tokens `[b n c]` to `[b c]`."""
         b, n, c = x.shape
-        query = jnp.broadcast_to(self.q(self.latent[...].astype(x.dtype), context), (b, 1, c))
+        query = self.q(self.latent[...].astype(x.dtype), context.child("q"))
+        query = jnp.broadcast_to(query, (b, 1, c))
         query = query.reshape(b, 1, self.num_heads, -1)
-        kv = self.kv(x, context).reshape(b, n, 2, self.num_heads, -1)
+        kv = self.kv(x, context.child("kv")).reshape(b, n, 2, self.num_heads, -1)
         y = self.proj(attend(query, kv[:, :, 0], kv[:, :, 1]).reshape(b, c), context)
-        return y + self.mlp(self.norm(y, context), context)
+        return y + self.mlp(self.norm(y, context.child("norm")), context.child("mlp"))

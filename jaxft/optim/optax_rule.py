@@ -108,9 +108,12 @@ def _is_lr(argument: str) -> bool:
     return argument.endswith("learning_rate")  # such as muon's `adam_learning_rate`
 
 
-@lru_cache(maxsize=64)  # `is_complete` remembers transforms by identity
 def _build(name: str, arguments: str) -> optax.GradientTransformation:
-    function = _find(name)
+    return _call(_find(name), name, arguments)
+
+
+@lru_cache(maxsize=64)  # `is_complete` remembers transforms by identity
+def _call(function: Callable[..., Any], name: str, arguments: str) -> optax.GradientTransformation:
     takes_lr = "learning_rate" in _parameters(function)
     lr = {"learning_rate": 0.1} if takes_lr else {}
     try:

@@ -40,7 +40,7 @@ def gradient_params(opt_state: optax.OptState, params: Tree) -> Tree:
 
 
 def _map(move: _Move, opt_state: optax.OptState, params: Tree) -> Tree:
-    """Moves the parameters of schedule-free groups; no bit where they equal z, as at the start."""
+    """Moves the parameters of schedule-free groups, except where they equal z, as at the start."""
 
     def moved(z: Any, p: jax.Array, b1: jax.Array) -> jax.Array:
         if isinstance(z, optax.MaskedNode):  # of another group

@@ -1,4 +1,4 @@
-"""Checks that the features of a user's network can be cached: each image's must be its own."""
+"""Checks that the features of an image depend on that image alone, so that they can be cached."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,8 @@ def check_features(
     if change > tolerance * largest:
         raise ModelError(
             f"stage {program.plan.stage.name!r}: features of {model.name} cannot be cached. After "
-            f"block {prefix.blocks[-1]}, those of an image change by {change:.2g} (the largest is "
-            f"{largest:.2g}) {'in training mode or ' * in_training}among other images. Set "
-            "cache_mib=0, and device_cache_mib=0 on accelerators, to compute them in each step."
+            f"block {prefix.blocks[-1]}, the features of an image change by {change:.2g} (the "
+            f"largest is {largest:.2g}) {'in training mode, or ' * in_training}with the other "
+            "images. Set cache_mib=0, and device_cache_mib=0 on accelerators, to compute them in "
+            "each step."
         )

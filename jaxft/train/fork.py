@@ -129,6 +129,11 @@ def with_head_order(fork: Fork, recipe: Recipe, model: Model, classes: Sequence[
     """
     options = {name: getattr(fork.recipe, name) for name in OPTIONS}
     check_options(options, model, str(fork.workdir), keep=True)
+    if fork.recipe.lora and fork.recipe.lora_alpha != recipe.lora_alpha:
+        raise RecipeError(
+            f"the adapters of {fork.workdir} were trained with lora_alpha "
+            f"{fork.recipe.lora_alpha}, and the recipe has {recipe.lora_alpha}: set it to the same."
+        )
     if recipe.head_classes == "ignore":
         return fork
     source, head_classes = str(fork.workdir), fork.header.data["classes"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxft.data import Preprocessing
 from jaxft.devices import Devices
+from jaxft.errors import ModelError
 from jaxft.jaxpr_dependence import dependence
 from jaxft.labels import FROZEN, Tree, label, leaf_labels, paths
 from jaxft.matmul_precision import MatmulPrecision, with_precision
@@ -250,7 +251,14 @@ def block_labels(model: Model, params: Tree) -> Tree:
     """Returns the label tree in which each parameter has the name of its block."""
     named = zip(model.blocks, model.block_patterns, strict=True)
     rules: dict[Pattern, str] = {p: block for block, patterns in named for p in patterns}
-    return label(params, rules)
+    labels = label(params, rules)
+    pairs = zip(paths(params), jax.tree.leaves(labels), strict=True)
+    if uncovered := [path for path, block in pairs if block == FROZEN]:
+        raise ModelError(
+            f"block_patterns of {model.name} select no block for {', '.join(uncovered[:8])}: add "
+            "patterns, so that each parameter belongs to a block."
+        )
+    return labels
 
 
 def layer_blocks(model: Model, params: Tree, stats: Tree) -> dict[str, str]:

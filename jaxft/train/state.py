@@ -274,13 +274,13 @@ def opt_state_shapes(programs: Sequence[StageProgram], stage: int, params: Tree)
     return abstract_state(plans, stage, shapes, programs[stage].recipe.optimizer)
 
 
-def merged_if_asked(program: StageProgram, snapshot: Snapshot) -> Snapshot:
+def with_stage_merge(program: StageProgram, snapshot: Snapshot) -> Snapshot:
     """Returns the arrays at the end of the stage before, with adapters merged for `merge_lora`."""
     model, devices = program.model, program.devices
     if not program.plan.stage.merge_lora:
         return snapshot
     assert isinstance(model, LoraModel)  # as the plan has found adapters
-    fold = jax.jit(lambda params: devices.constrain(model.fold(params)))
+    fold = jax.jit(lambda params: devices.constrain(model.merge_and_reset(params)))
     return snapshot._replace(params=fold(snapshot.params))
 
 

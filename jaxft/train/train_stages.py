@@ -24,9 +24,9 @@ from jaxft.train.state import (
     Progress,
     StageState,
     item_shapes,
-    merged_if_asked,
     next_opt_state,
     opt_state_shapes,
+    with_stage_merge,
 )
 from jaxft.train.trainer import Trainer
 
@@ -203,7 +203,7 @@ def _enter(
     trainer: Trainer, program: StageProgram, compiled: CompiledStage, before: Progress, at: Snapshot
 ) -> StageState:
     """Returns a stage's start from the end of the stage before, or from the start of the run."""
-    at = merged_if_asked(program, at)
+    at = with_stage_merge(program, at)
     state, progress = compiled.fresh(at.params), before
     if program.index:
         state, remarks = next_opt_state(program, at.opt_state, state)

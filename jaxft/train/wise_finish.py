@@ -19,7 +19,7 @@ from jaxft.train.feature_cache import StageFeatures
 from jaxft.train.metrics import Score
 from jaxft.train.norm_statistics import statistics_step
 from jaxft.train.stage_program import StageProgram
-from jaxft.train.state import Averaged, Progress, StageState, merged_if_asked
+from jaxft.train.state import Averaged, Progress, StageState, with_stage_merge
 from jaxft.train.trainer import Trainer
 from jaxft.weight_averaging import interpolate
 
@@ -51,7 +51,7 @@ def average_with_start(
     # Saves now, so that a restart repeats no step, and the checkpoint of the start is complete.
     trainer.save_step(program, current)
     before = trainer.devices.put(_start_weights(trainer, program))
-    start = merged_if_asked(program, Snapshot(*before, end.opt_state))
+    start = with_stage_merge(program, Snapshot(*before, end.opt_state))
     start_trained, _ = partition(start.params, program.plan.labels)
     end_trained, frozen = partition(end.params, program.plan.labels)
     reestimate = _reestimation(trainer, program)

@@ -215,11 +215,11 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
             inside |= {target: outside.pop(name) for target, name in names.items()}
             remarks.append(f"Loaded the head from {', '.join(sorted(names.values()))} in {source}.")
 
-    modules = {name.partition(".")[0] for name in body}
+    modules = {name.rpartition(".")[0] for name in body}
     candidates = {n: x for n, x in inside.items() if keep or not n.startswith(head_prefix)}
 
     def is_ignored(name: str) -> bool:
-        is_in_network = "." in name if keep else name.partition(".")[0] in modules
+        is_in_network = "." in name if keep else _is_below(name, modules)
         return name not in expected and not is_in_network
 
     selected = {name: x for name, x in candidates.items() if not is_ignored(name)}
@@ -237,6 +237,12 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
         )
     network = replace(weights.network, options=options)
     return replace(weights, tensors=selected, remarks=tuple(remarks), network=network)
+
+
+def _is_below(name: str, modules: set[str]) -> bool:
+    """Returns whether a tensor belongs to one of the modules, or is below the same first module."""
+    first = {module.partition(".")[0] for module in modules if "." not in module}
+    return name.rpartition(".")[0] in modules or name.partition(".")[0] in first
 
 
 def _shapes(tensors: Mapping[str, TorchTensor]) -> dict[str, tuple[int, ...]]:

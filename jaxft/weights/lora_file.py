@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 from jaxft.checkpoint import atomic
 from jaxft.errors import WeightsError, first_of
 from jaxft.labels import Tree
-from jaxft.lora_adapters import TORCH_AXES, A, Adapters, B
+from jaxft.lora_adapters import LORA_A, LORA_B, TORCH_AXES, Adapters
 from jaxft.tree_paths import leaves_of
 from jaxft.weights.key_maps import torch_tensors
 
@@ -40,7 +40,7 @@ def save_lora(
     adapters: Adapters,
     *,
     alpha: float | None = None,
-    trained: Tree | None = None,
+    trained: Mapping[str, Tree] | None = None,
 ) -> None:
     """Saves adapters as PEFT does, for `PeftModel.from_pretrained(torch_network, folder)`.
 
@@ -51,8 +51,8 @@ def save_lora(
       folder: folder of the two files; it is created if it does not exist.
       adapters: the adapters.
       alpha: see `jaxft.merge_lora`.
-      trained: nested dict of modules that trained as a whole, such as `{"fc": params["fc"]}`. The
-        file has all of their arrays with torch's names; PEFT replaces the modules by them.
+      trained: modules that trained as a whole, by path, such as `{"fc": params["fc"]}`. The file
+        has all of their arrays with torch's names; PEFT replaces the modules by them.
 
     Raises:
       WeightsError: there are no adapters, or `trained` has an array that has no torch name.
@@ -62,19 +62,19 @@ def save_lora(
     modules = {_module(path): adapter for path, adapter in adapters.items()}
     tensors = {}
     for module, adapter in modules.items():
-        a, b = (np.asarray(jax.device_get(adapter[name])) for name in (A, B))
+        a, b = (np.asarray(jax.device_get(adapter[name])) for name in (LORA_A, LORA_B))
         b = b.T if a.ndim == 2 else b.T[..., None, None]
         a = np.transpose(a, TORCH_AXES[a.ndim])
         for name, array in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_PREFIX}{module}.{name}.weight"] = np.ascontiguousarray(array)
-    if trained:
-        names = jax.tree.leaves(torch_tensors(trained, {})[0])
-        arrays = jax.device_get(jax.tree.leaves(trained))
-        tensors |= {f"{_PREFIX}{t.name}": t.to_torch(x) for t, x in zip(names, arrays, strict=True)}
+    for module, tree in (trained or {}).items():
+        names = jax.tree.leaves(torch_tensors(tree, {})[0])
+        arrays = zip(names, jax.device_get(jax.tree.leaves(tree)), strict=True)
+        tensors |= {f"{_PREFIX}{module}.{t.name}": t.to_torch(x) for t, x in arrays}
     folder = atomic.anywhere(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write(folder / TENSORS, safetensors.save(tensors, {"format": "pt"}))
-    ranks = {module: len(adapter[B]) for module, adapter in modules.items()}
+    ranks = {module: len(adapter[LORA_B]) for module, adapter in modules.items()}
     atomic.write(folder / CONFIG, json.dumps(_config(ranks, alpha, trained), indent=2) + "\n")
 
 
@@ -114,17 +114,24 @@ def load_lora(folder: str | PathLike[str], params: Tree) -> LoadedLora:
                 f"they have kernels at {', '.join(first_of(kernels, 8))}."
             )
         a, b = pair["lora_A"], pair["lora_B"]
+        if a.ndim not in TORCH_AXES:
+            raise WeightsError(
+                f"{folder}: the adapter of {module!r} has {a.ndim} axes, and is neither a dense "
+                "layer's nor a two-dimensional convolution's."
+            )
         a = np.transpose(a, np.argsort(TORCH_AXES[a.ndim]))
-        adapters[found[0]] = {A: jnp.asarray(a), B: jnp.asarray(b.reshape(len(b), -1).T)}
+        adapters[found[0]] = {LORA_A: jnp.asarray(a), LORA_B: jnp.asarray(b.reshape(len(b), -1).T)}
         alphas[found[0]] = _of_module(config.get("alpha_pattern"), module, config["lora_alpha"])
-    if all(alpha == len(adapters[path][B]) for path, alpha in alphas.items()):
+    if all(alpha == len(adapters[path][LORA_B]) for path, alpha in alphas.items()):
         return LoadedLora(adapters, None)
     if len({*alphas.values()}) > 1:
         raise WeightsError(f"{folder} has several values of alpha: {config['alpha_pattern']}.")
     return LoadedLora(adapters, next(iter(alphas.values())))
 
 
-def _config(ranks: Mapping[str, int], alpha: float | None, trained: Tree | None) -> dict[str, Any]:
+def _config(
+    ranks: Mapping[str, int], alpha: float | None, trained: Mapping[str, Tree] | None
+) -> dict[str, Any]:
     """Returns PEFT's configuration; its patterns are regular expressions for whole paths."""
     rank = max(ranks.values())
     others = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
@@ -150,6 +157,8 @@ def _check_plain(config: Mapping[str, Any], source: str) -> None:
     """Raises WeightsError for adapters that `merge_lora` would merge wrongly."""
     if config.get("peft_type") != "LORA":
         raise WeightsError(f"{source} has adapters of type {config.get('peft_type')}, not LORA.")
+    if missing := {"lora_alpha"} - config.keys():
+        raise WeightsError(f"{source} states no {', '.join(missing)} in {CONFIG}.")
     for name, value in _PLAIN.items():
         if config.get(name, value) != value:
             raise WeightsError(f"{source} has {name}={config[name]!r}, and must have {value!r}.")

@@ -9,7 +9,13 @@ from user_modules import Attention, Compact, TrainingArgument
 import jaxft
 from jaxft import RecipeError
 from jaxft.models import NNX, Linen, Model, create
-from jaxft.models.lora_model import LoraModel, detach, merged_params, with_lora, without_lora
+from jaxft.models.lora_model import (
+    LoraModel,
+    merged_params,
+    split_adapters,
+    with_lora,
+    without_lora,
+)
 from jaxft.train.frozen_prefix import block_labels, inert_blocks
 
 RESNET = create("cifar_resnet8", num_classes=5)
@@ -47,7 +53,7 @@ def test_fresh_adapters_keep_params_and_outputs_of_the_network(name):
     model = with_lora(network, ranks, None)
     assert isinstance(model, Model)
     params, stats = init(model)
-    before, adapters = detach(params)
+    before, adapters = split_adapters(params)
     jax.tree.map(np.testing.assert_array_equal, (before, stats), init(network))
     assert len(adapters) == count
     assert not any(path.startswith(f"{network.head}.") for path in adapters)
@@ -59,10 +65,10 @@ def test_apply_merges_the_adapters(name):
     network, ranks, _ = NETWORKS[name]
     model = with_lora(network, ranks, 4.0)
     params, stats = trained(model)
-    merged = jaxft.merge_lora(*detach(params), alpha=4.0)
+    merged = jaxft.merge_lora(*split_adapters(params), alpha=4.0)
     adapted = logits(model, params, stats)
     np.testing.assert_array_equal(adapted, logits(network, merged, stats))
-    assert np.abs(adapted - logits(network, detach(params)[0], stats)).max() > 1e-3
+    assert np.abs(adapted - logits(network, split_adapters(params)[0], stats)).max() > 1e-3
     recipe = {"lora": ranks, "lora_alpha": 4.0}
     jax.tree.map(np.testing.assert_array_equal, merged, merged_params(params, recipe))
 
@@ -72,12 +78,12 @@ def test_fold_keeps_the_outputs_and_zeroes_lora_b(name):
     network, ranks, _ = NETWORKS[name]
     model = with_lora(network, ranks, None)
     params, stats = trained(model)
-    folded = model.fold(params)
+    folded = model.merge_and_reset(params)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
     np.testing.assert_array_equal(logits(model, folded, stats), logits(model, params, stats))
-    for path, adapter in detach(folded)[1].items():
+    for path, adapter in split_adapters(folded)[1].items():
         assert not adapter["lora_b"].any(), path
-        assert np.array_equal(adapter["lora_a"], detach(params)[1][path]["lora_a"])
+        assert np.array_equal(adapter["lora_a"], split_adapters(params)[1][path]["lora_a"])
 
 
 def test_adapters_belong_to_the_block_of_their_kernel():
@@ -134,6 +140,6 @@ def test_lora_model_rejects_a_network_with_adapters():
 @pytest.mark.slow
 def test_adapters_do_not_depend_on_other_patterns():
     one, two = (with_lora(RESNET, r, None) for r in ({"layer1": 2}, {"layer3": 1, "layer1": 2}))
-    adapters = [detach(init(model)[0])[1] for model in (one, two)]
+    adapters = [split_adapters(init(model)[0])[1] for model in (one, two)]
     for path, adapter in adapters[0].items():
         assert jnp.array_equal(adapter["lora_a"], adapters[1][path]["lora_a"])

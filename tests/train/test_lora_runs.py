@@ -18,7 +18,7 @@ from jaxft.data import Preprocessing, Splits
 from jaxft.devices import Devices
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Linen
-from jaxft.models.lora_model import detach, with_lora
+from jaxft.models.lora_model import split_adapters, with_lora
 from jaxft.models.nnx_adapter import init_shapes
 from jaxft.open_recipe import open_network
 from jaxft.recipe_file import save
@@ -73,7 +73,8 @@ def test_only_labelled_adapters_train_and_the_merged_stage_freezes_them(unbroken
     head, adapters, merged = (params_at(unbroken, step) for step in (4, 12, 20))
     moved = changed(head, adapters)
     assert moved == {"fc.bias", "fc.kernel"} | {p for p in flat(head) if "lora_" in p}
-    folded = with_lora(ADAPTED.network(5), ADAPTED.lora, ADAPTED.lora_alpha).fold(adapters)
+    model = with_lora(ADAPTED.network(5), ADAPTED.lora, ADAPTED.lora_alpha)
+    folded = model.merge_and_reset(adapters)
     assert changed(folded, merged) == {path for path in flat(head) if "lora_" not in path}
 
 
@@ -84,7 +85,7 @@ def test_export_is_the_merged_network_under_its_names(unbroken):
     network = ADAPTED.network(5)
     exported, _ = weights.load(unbroken / "model.safetensors", network)
     from_checkpoint, _ = weights.load(unbroken / "checkpoints", network)
-    end, adapters = detach(params_at(unbroken, 20))
+    end, adapters = split_adapters(params_at(unbroken, 20))
     assert changed(exported, from_checkpoint) == changed(exported, end) == set()
     assert not any(adapter["lora_b"].any() for adapter in adapters.values())
     assert not (unbroken / "adapter").exists()  # it would change other kernels than these
@@ -158,7 +159,7 @@ def test_wise_averages_the_merged_network_with_the_trained_one(tmp_path):
     train_to_end(tmp_path, recipe)
     *_, before, end = (params_at(tmp_path, step) for step in steps(tmp_path)[-2:])
     model = with_lora(ADAPTED.network(5), ADAPTED.lora, ADAPTED.lora_alpha)
-    assert changed(jax.device_get(model.fold(before)), end) == set()
+    assert changed(jax.device_get(model.merge_and_reset(before)), end) == set()
 
 
 @pytest.mark.slow

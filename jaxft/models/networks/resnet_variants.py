@@ -101,6 +101,6 @@ _TORCHVISION = {
 }  # fmt: skip
 
 for _name, _config in CONFIGS.items():
-    is_cifar, is_torchvision = _config.layout == "cifar", _name in _TORCHVISION
-    library: Library = None if is_cifar else "torchvision" if is_torchvision else "timm"
-    register(_name, ResNet, _config, key_map=KEY_MAP, torch_library=library)
+    _library: Library = "torchvision" if _name in _TORCHVISION else "timm"
+    _library = None if _config.layout == "cifar" else _library
+    register(_name, ResNet, _config, key_map=KEY_MAP, torch_library=_library)

@@ -62,7 +62,7 @@ class ViTConfig(NetworkConfig):
     qkv_bias: bool = True
     """Have a bias in the layers that compute query, key and value."""
     layer_scale: float | None = None
-    """Initial value of the layer scale; None has none."""
+    """Initial value of the layer scale; None: no layer scale."""
     fc_norm: bool = False
     """Normalise after pooling instead of before it."""
     eps: float = 1e-6
@@ -120,7 +120,7 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps images `[b h w 3]` to patches `[b n c]`, row by row."""
-        y = self.proj(x, context)
+        y = self.proj(x, context.child("proj"))
         return y.reshape(len(y), -1, y.shape[-1])
 
 
@@ -139,10 +139,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps tokens `[b n c]` to `[b n c]`."""
-        y = self.attn(self.norm1(x, context), context)
-        x = x + self.drop_path(self.ls1(y, context), context.child("drop_path1"))
-        y = self.mlp(self.norm2(x, context), context)
-        return x + self.drop_path(self.ls2(y, context), context.child("drop_path2"))
+        child = context.child
+        y = self.attn(self.norm1(x, child("norm1")), child("attn"))
+        x = x + self.drop_path(self.ls1(y, child("ls1")), child("drop_path1"))
+        y = self.mlp(self.norm2(x, child("norm2")), child("mlp"))
+        return x + self.drop_path(self.ls2(y, child("ls2")), child("drop_path2"))
 
 
 class ViT(nnx.Module):
@@ -196,7 +197,7 @@ class ViT(nnx.Module):
     def _stem(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps images `[b h w 3]` to tokens `[b n c]`: class token, registers and patches."""
         config = self.config
-        x = self.patch_embed(x, context)
+        x = self.patch_embed(x, context.child("patch_embed"))
         positions = self.pos_embed[...].astype(x.dtype)
         x = x if config.embed_prefix else x + positions
         for name in ("reg_token", "cls_token"):
@@ -205,19 +206,19 @@ class ViT(nnx.Module):
                 tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
                 x = jnp.concatenate([tokens, x], 1)
         x = x + positions if config.embed_prefix else x
-        return self.norm_pre(x, context) if config.pre_norm else x
+        return self.norm_pre(x, context.child("norm_pre")) if config.pre_norm else x
 
     def _pool(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps tokens `[b n c]` to features `[b c]`."""
         config = self.config
-        # Layer norm treats each token alone, so that the others need none.
+        # Layer norm acts on each token separately, so only the tokens in use are normalised.
         x = x[:, 0] if config.pool == "token" else x[:, config.num_prefix_tokens :]
-        x = self.norm(x, context)
+        x = self.norm(x, context.child("norm"))
         if config.pool == "map":
-            x = self.attn_pool(x, context)
+            x = self.attn_pool(x, context.child("attn_pool"))
         elif config.pool == "avg":
             x = x.mean(1)
-        return self.fc_norm(x, context)
+        return self.fc_norm(x, context.child("fc_norm"))
 
     def _head(self, features: jax.Array, context: Context) -> jax.Array:
         dropped = self.dropout(features, context.child("dropout"))
