@@ -434,6 +434,7 @@ def test_expecting_without_resize_size_uses_the_image_size():
     [
         ({"image_size": 8, "resize_size": 4}, "resize_size 4 is below image_size 8"),
         ({"weights": None, "head": "keep"}, "keeps the head of the weights"),
+        ({"lora_alpha": 8.0}, "lora_alpha scales adapters, but lora has none"),
     ],
 )
 def test_recipe_rejects_contradictory_fields(fields, message):

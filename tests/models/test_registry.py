@@ -1,10 +1,14 @@
 """Creating networks by name."""
 
+import zlib
+
 import pytest
 from flax import nnx
 
+from jaxft.data import Preprocessing
 from jaxft.errors import RecipeError
 from jaxft.models import NetworkConfig, create, names, register, registry
+from jaxft.models.nnx_adapter import expected_preprocessing
 
 
 @pytest.mark.parametrize("name", names())
@@ -44,6 +48,51 @@ ERRORS = {
 def test_create_errors(name, options, message):
     with pytest.raises(RecipeError, match=message):
         create(name, **options)
+
+
+FUNCTION = "def resnet18(num_classes): ..."
+REGISTERED = """
+from flax import nnx
+from jaxft.models import NetworkConfig, register
+class Mine(nnx.Module): ...
+register("my_net", Mine, NetworkConfig())
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "registered"),
+    [(FUNCTION, "resnet18", False), ("", "resnet18", False), (REGISTERED, "my_net", True)],
+    ids=["a function goes first", "a network of jaxft", "its own network"],
+)
+def test_name_with_module_is_that_modules(content, name, registered, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_NETWORKS", registry._NETWORKS.copy())
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"module_{zlib.crc32((content + name).encode())}"
+    (tmp_path / f"{module}.py").write_text(content)
+    assert registry.is_registered(f"{module}:{name}") is registered
+
+
+SIZES = {
+    "a CNN keeps what the weights state": ("resnet18", {}, Preprocessing(image_size=64), 64, 256),
+    "a ViT has its own size": (
+        "vit_tiny_patch16_224", {"image_size": 64},
+        Preprocessing(image_size=32, resize_size=40), 64, 80,
+    ),
+    "nothing is stated": ("efficientnet_b3", {}, None, 288, 329),
+    "nothing is stated, another size": ("vit_tiny_patch16_224", {"image_size": 64}, None, 64, 71),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "stated", "size", "resize"), SIZES.values(), ids=SIZES)
+def test_expected_preprocessing_has_the_networks_size(name, options, stated, size, resize):
+    preprocessing = expected_preprocessing(create(name, **options), stated)
+    assert (preprocessing.image_size, preprocessing.resize_size) == (size, resize)
+
+
+def test_head_layers_may_be_a_list():
+    assert create("resnet18", head_layers=[8, "relu"]) == create(
+        "resnet18", head_layers=(8, "relu")
+    )
 
 
 def test_image_size_is_ignored_by_networks_without_position_embeddings():

@@ -23,8 +23,9 @@ from jaxft import SGD, InterruptedRunError, LinearProbe, RecipeError, Stage, dat
 from jaxft.checkpoint.contents import Snapshot
 from jaxft.data import Splits
 from jaxft.devices import Devices
+from jaxft.errors import ModelError
 from jaxft.train.compiled_stage import compile_stage
-from jaxft.train.frozen_prefix import inert_blocks
+from jaxft.train.frozen_prefix import block_labels, inert_blocks
 from jaxft.train.stage_program import build_programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -291,6 +292,15 @@ def test_prefix_depends_on_norm_layers_without_parameters(modes, blocks, reason)
     inert, why = inert_blocks(TwoBlocks(), SHAPES, labels, modes)
     assert inert == blocks
     assert why.startswith(reason)
+
+
+def test_block_patterns_must_cover_each_parameter():
+    class Uncovered(TwoBlocks):
+        name, block_patterns = "mine", (("stem.conv",), ("fc",))
+
+    params = {"stem": {"conv": np.ones(2), "norm": np.ones(2)}, "fc": np.ones(2)}
+    with pytest.raises(ModelError, match=r"block_patterns of mine select no block for stem\.norm"):
+        block_labels(Uncovered(), params)
 
 
 def compiled(recipe, index):

@@ -16,6 +16,7 @@ from jaxft.checkpoint.contents import Snapshot
 from jaxft.checkpoint.weights_only import read_weights
 from jaxft.data import Preprocessing, Splits
 from jaxft.devices import Devices
+from jaxft.export import _write_adapters
 from jaxft.labels import FROZEN, leaf_labels
 from jaxft.models import Linen
 from jaxft.models.lora_model import split_adapters, with_lora
@@ -89,6 +90,14 @@ def test_export_is_the_merged_network_under_its_names(unbroken):
     assert changed(exported, from_checkpoint) == changed(exported, end) == set()
     assert not any(adapter["lora_b"].any() for adapter in adapters.values())
     assert not (unbroken / "adapter").exists()  # it would change other kernels than these
+
+
+def test_merged_export_deletes_the_adapters_of_an_earlier_export(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    model = with_lora(ADAPTED.network(5), ADAPTED.lora, ADAPTED.lora_alpha)
+    _write_adapters(tmp_path, ADAPTED, model, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -185,7 +194,11 @@ def test_run_of_user_module_with_adapters(tmp_path):
     ("fields", "error", "message"),
     [
         ({"lora": {"layer9": 2}}, RecipeError, "lora: pattern 'layer9' matches no parameter"),
-        ({"lora": {}}, RecipeError, "merge_lora has no adapters to merge: set the recipe's lora"),
+        (
+            {"lora": {}, "lora_alpha": None},
+            RecipeError,
+            "merge_lora has no adapters to merge: set the recipe's lora",
+        ),
         ({"lora": {"layer3": 1.5}}, RecipeError, r"lora.layer3: Input should be a valid integer"),
         ({"lora_alpha": -1.0}, RecipeError, "lora_alpha is -1.0; it must be positive"),
         (

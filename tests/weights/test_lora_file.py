@@ -177,3 +177,20 @@ def test_load_lora_names_a_module_without_kernel(tmp_path):
         load_lora(tmp_path, {"fc": SMALL["fc"]})
     with pytest.raises(WeightsError, match="holds no readable adapters of PEFT"):
         load_lora(tmp_path / "missing", SMALL)
+
+
+def test_saved_head_keeps_its_nested_path(tmp_path):
+    """PEFT replaces `head.fc` alone; `head.norm` of a ConvNeXt is beside it."""
+    adapters = jaxft.lora({"stem": {"kernel": jnp.ones((4, 3))}}, {"*": 1}, key=jax.random.key(0))
+    save_lora(tmp_path, adapters, trained={"head.fc": {"kernel": jnp.ones((3, 2))}})
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["head.fc"]
+    assert "base_model.model.head.fc.weight" in load_file(tmp_path / TENSORS)
+
+
+def test_load_lora_refuses_one_dimensional_convolutions(tmp_path):
+    adapters = jaxft.lora({"stem": {"kernel": jnp.ones((4, 3))}}, {"*": 1}, key=jax.random.key(0))
+    save_lora(tmp_path, adapters)
+    tensors = {name: x[..., None] for name, x in load_file(tmp_path / TENSORS).items()}
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(WeightsError, match="the adapter of 'stem' has 3 axes"):
+        load_lora(tmp_path, {"stem": {"kernel": jnp.ones((4, 3))}})
