@@ -121,7 +121,7 @@ class PatchEmbed(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps images `[b h w 3]` to patches `[b n c]`, row by row."""
         y = self.proj(x, context.child("proj"))
-        return y.reshape(len(y), -1, y.shape[-1])
+        return y.reshape(y.shape[0], -1, y.shape[-1])
 
 
 class Block(nnx.Module):
