@@ -268,12 +268,15 @@ def _network(source: str, description: Description, model: Model | str | None) -
             f"{source} does not state its network: name it with model= (--model), such as "
             "resnet50. jaxft.models.names() lists all."
         )
-    options: dict[str, Any] = dict(description.options)
+    options: dict[str, Any] = {}
     try:
         is_factory = user_factory.names_factory(name)
         count = len(description.classes or ())
+        if not is_factory:
+            like = models.create(name, num_classes=2)
+            known = like.options  # a recipe also has options of other networks
+            options = {n: value for n, value in description.options.items() if n in known}
         if not count and not is_factory:
-            like = models.create(name, num_classes=2, **options)
             count = 2 if options.get("binary") else weights.read(source).num_classes(like) or 0
         if not count:
             raise WeightsError(f"{source} states neither its classes nor their number.")

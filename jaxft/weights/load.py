@@ -215,12 +215,14 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
             inside |= {target: outside.pop(name) for target, name in names.items()}
             remarks.append(f"Loaded the head from {', '.join(sorted(names.values()))} in {source}.")
 
-    modules = {name.rpartition(".")[0] for name in body}
+    first_parts = {name.partition(".")[0] for name in body}
+    head_part = f"{model.head.partition('.')[0]}."  # `head.` also if the head is `head.fc`
     candidates = {n: x for n, x in inside.items() if keep or not n.startswith(head_prefix)}
 
     def is_ignored(name: str) -> bool:
-        is_in_network = "." in name if keep else _is_below(name, modules)
-        return name not in expected and not is_in_network
+        is_in_network = "." in name if keep else name.partition(".")[0] in first_parts
+        is_old_head = not keep and name.startswith(head_part)
+        return name not in expected and (is_old_head or not is_in_network)
 
     selected = {name: x for name, x in candidates.items() if not is_ignored(name)}
     if mismatch(expected, selected, model.head):
@@ -237,12 +239,6 @@ def fitted(weights: Weights, model: Model, head: Head, classes: Sequence[str] | 
         )
     network = replace(weights.network, options=options)
     return replace(weights, tensors=selected, remarks=tuple(remarks), network=network)
-
-
-def _is_below(name: str, modules: set[str]) -> bool:
-    """Returns whether a tensor belongs to one of the modules, or is below the same first module."""
-    first = {module.partition(".")[0] for module in modules if "." not in module}
-    return name.rpartition(".")[0] in modules or name.partition(".")[0] in first
 
 
 def _shapes(tensors: Mapping[str, TorchTensor]) -> dict[str, tuple[int, ...]]:
