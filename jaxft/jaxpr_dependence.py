@@ -82,10 +82,19 @@ def _equation_outputs(equation: Any, values: list[int]) -> list[int]:
 
 def _scan_outputs(equation: Any, body: Jaxpr, values: list[int]) -> list[int]:
     """Runs the body until the dependences of its carry no longer grow."""
-    start, count = equation.params["num_consts"], equation.params["num_carry"]
+    # Constants and the carry have no axis of steps. Names of the parameters that count them differ
+    # between versions of jax.
+    num_xs = _num_stacked(equation.invars, body.invars)
+    count = len(equation.outvars) - _num_stacked(equation.outvars, body.outvars)
+    start = len(values) - num_xs - count
     while True:
         results = _outputs(body, values)
         carry = [a | b for a, b in zip(values[start : start + count], results, strict=False)]
         if carry == values[start : start + count]:
             return [*carry, *results[count:]]
         values = [*values[:start], *carry, *values[start + count :]]
+
+
+def _num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """Returns the number of values that have one axis more outside of a scan's body."""
+    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))

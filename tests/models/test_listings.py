@@ -14,7 +14,12 @@ from jaxft.weights.preprocessing_config import find_preprocessing
 RECORDED = json.loads(LISTINGS.read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("seresnet18", "ecaresnet26t", "regnety_002", "efficientnet_b0", "mobilenetv3_small_050")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NAMES]
+)
 def test_cnn_tensors_and_preprocessing_are_timms(name, tmp_path):
     model = create(name, num_classes=record_timm.NUM_CLASSES)
     tensors = jax.tree.leaves(torch_tensors(*jax.eval_shape(model.init, jax.random.key(0))))

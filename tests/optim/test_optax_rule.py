@@ -100,7 +100,16 @@ def plans_of(rule, *trains, schedule=SCHEDULE):
     return jaxft.plan(stages, params())
 
 
-@each_optimizer
+QUICK = ("optax.lion", "optax.contrib.muon", "optax.contrib.schedule_free_adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(*item, marks=[pytest.mark.slow] * (item[0] not in QUICK), id=item[0])
+        for item in OPTIMIZERS.items()
+    ],
+)
 def test_trajectory_is_that_of_optax(name, arguments):
     start = params()
     (plan,) = plans_of(Optax(name, arguments), LRS)
