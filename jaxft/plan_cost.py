@@ -190,7 +190,8 @@ class RunPlan:
         open_recipe.check_augment(recipe)
         splits = Splits(_images(train_images, classes), _images(val_images, classes))
         model = open_recipe.open_network(recipe, None, splits.train.classes)
-        recipe = recipe.expecting(expected_preprocessing(without_lora(model), None))
+        expected = expected_preprocessing(without_lora(model), None)
+        recipe = dataclasses.replace(recipe, image_size=recipe.image_size or expected.image_size)
         open_recipe.check_image_size(recipe, model)
         if topology == CPU:
             devices, chip = Devices(recipe.sharding).with_cache(recipe.device_cache_mib), None

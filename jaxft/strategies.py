@@ -282,7 +282,7 @@ def gradual_unfreeze(
     for end in range(len(order), 0, -at_once):
         start = max(end - at_once, 0)
         unfrozen = [pattern for block in order[start:end] for pattern in block]
-        name = "+".join(map(pattern_text, unfrozen))
+        name = "+".join("all" if p == "*" else pattern_text(p) for p in unfrozen)
         stages.append(Stage(name, decayed_lrs(order[start:], lr, 1 / factor), epochs, **fields))
     return tuple(stages)
 
