@@ -215,6 +215,7 @@ def test_run_on_two_slices_starts_all_nodes(cloud):
     assert lines(cloud / "calls", " create ", "--node-count=2 --node-prefix=ants", "v5litepod-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first_start",
     [

@@ -60,6 +60,7 @@ def test_fresh_adapters_keep_params_and_outputs_of_the_network(name):
     np.testing.assert_array_equal(logits(model, params, stats), logits(network, before, stats))
 
 
+@pytest.mark.slow
 @networks
 def test_apply_merges_the_adapters(name):
     network, ranks, _ = NETWORKS[name]

@@ -94,7 +94,6 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.smoke
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_wise_averages_start_and_end_of_the_stage(alpha, plain, tmp_path):
     """With running statistics; the frozen parameters are bit-identical."""
