@@ -106,6 +106,7 @@ def test_wrong_stacks_are_refused(module, path, message):
         Linen(module, shape=SHAPE, head="head", stacked=stacked)
 
 
+@pytest.mark.slow
 def test_two_stacks_of_different_depths():
     model = Linen(TwoStacks(), shape=SHAPE, head="head", stacked=("both.by2", "both.by3"))
     params, stats = model.init(KEY)
