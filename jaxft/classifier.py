@@ -268,20 +268,20 @@ def _network(source: str, description: Description, model: Model | str | None) -
             f"{source} does not state its network: name it with model= (--model), such as "
             "resnet50. jaxft.models.names() lists all."
         )
-    options: dict[str, Any] = {}
+    count = len(description.classes or ())
+    unknown = WeightsError(f"{source} states neither its classes nor their number.")
     try:
-        is_factory = user_factory.names_factory(name)
-        count = len(description.classes or ())
-        if not is_factory:
-            like = models.create(name, num_classes=2)
-            known = like.options  # a recipe also has options of other networks
-            options = {n: value for n, value in description.options.items() if n in known}
-        if not count and not is_factory:
+        if user_factory.names_factory(name):
+            if not count:
+                raise unknown
+            return user_factory.build(name, count)
+        like = models.create(name, num_classes=2)
+        # A recipe also has options of other networks.
+        options = {n: value for n, value in description.options.items() if n in like.options}
+        if not count:
             count = 2 if options.get("binary") else weights.read(source).num_classes(like) or 0
         if not count:
-            raise WeightsError(f"{source} states neither its classes nor their number.")
-        if is_factory:
-            return user_factory.build(name, count)
+            raise unknown
         return models.create(name, num_classes=count, **options)
     except RecipeError as error:
         raise WeightsError(

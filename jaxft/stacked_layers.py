@@ -4,7 +4,7 @@ The inverse functions `unstack` and `stack` split an array of layers into one le
 join it again, in the containers of any framework.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxft.errors import LabelError, ModelError, PatternError, first_of
 from jaxft.labels import Tree, paths
 from jaxft.patterns import matcher, unmatched_message
-from jaxft.tree_paths import LayerIndex, dotted, is_none, leaves_of
+from jaxft.tree_paths import LayerIndex, dotted, is_none, leaves_of, replace_subtree
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def split_layers(name: str, params: Tree, path: str) -> Tree:
         layers = zip(*(_split(leaf, 0) for leaf in leaves), strict=True)
         return {str(i): jax.tree.unflatten(structure, layer) for i, layer in enumerate(layers)}
 
-    return _replace(params, path.split("."), split)
+    return replace_subtree(params, path.split("."), split)
 
 
 def join_layers(params: Tree, path: str) -> Tree:
@@ -167,13 +167,7 @@ def join_layers(params: Tree, path: str) -> Tree:
         trees = (layers[str(i)] for i in range(len(layers)))
         return jax.tree.map(lambda *arrays: _join([*arrays], 0), *trees)
 
-    return _replace(params, path.split("."), join)
-
-
-def _replace(tree: Tree, keys: list[str], function: Callable[[Tree], Tree]) -> Tree:
-    if not keys:
-        return function(tree)
-    return {**tree, keys[0]: _replace(tree[keys[0]], keys[1:], function)}
+    return replace_subtree(params, path.split("."), join)
 
 
 def _is_stack(node: Any) -> bool:

@@ -1,6 +1,6 @@
 """Leaves of a pytree with their dotted paths: which of them can train, and which are tied."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,3 +115,13 @@ def is_flax(node: Any, *names: str) -> bool:
 def is_none(node: Any) -> bool:
     """Returns True for None; `is_leaf` of trees with holes."""
     return node is None
+
+
+def replace_subtree(tree: Any, keys: Sequence[str], function: Callable[[Any], Any]) -> Any:
+    """Returns nested dicts in which a function has replaced the subtree at a sequence of keys.
+
+    The other arrays are shared.
+    """
+    if not keys:
+        return function(tree)
+    return {**tree, keys[0]: replace_subtree(tree[keys[0]], keys[1:], function)}

@@ -27,7 +27,7 @@ from jaxft.checkpoint.atomic import anywhere
 from jaxft.checkpoint.weights_only import save_weights
 from jaxft.cli.command_setup import check_writable, command_parser, run_until_signal
 from jaxft.errors import WeightsError
-from jaxft.models.model import OPTIONS
+from jaxft.models.model import STORED_OPTIONS
 from jaxft.recipe import Recipe
 from jaxft.report.console import Console
 from jaxft.weights.description import MARK, STRIDES, fields
@@ -42,7 +42,7 @@ _Options: Any = dataclasses.make_dataclass(
     [
         (field.name, _HINTS[field.name], dataclasses.field(default=field.default))
         for field in dataclasses.fields(Recipe)
-        if field.name in (*OPTIONS, "image_size")
+        if field.name in STORED_OPTIONS
     ],
     frozen=True,
 )

@@ -41,6 +41,9 @@ OPTIONS = (
 )  # fmt: skip
 """Keyword arguments of `jaxft.models.create` that define a network, besides `num_classes`."""
 
+STORED_OPTIONS = (*OPTIONS, "image_size")
+"""Options that weights files record; the image size is also the recipe's, for any network."""
+
 Norms = NormMode | Mapping[str, NormMode]
 """One mode for all norm layers, or a mode per norm layer by its path (`layer4.0.bn1`)."""
 

@@ -1,5 +1,6 @@
 """Options that all networks of the registry share, and the classifier that these define."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,11 +15,11 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Options of all networks; the configuration of a network adds its own.
 
-    A subclass defines `blocks` and `block_patterns`, see `jaxft.models.model.Architecture`, and a
-    field `image_size` if the shapes of parameters depend on the size of the images.
+    A subclass defines `blocks`; `block_patterns`, if they are not the names of the blocks; and a
+    field `image_size`, if the shapes of parameters depend on the size of the images.
 
     Raises:
       RecipeError: if an option is wrong.
@@ -64,14 +65,14 @@ class NetworkConfig:
             )
 
     @property
+    @abstractmethod
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks, from input to output; the last one is the head."""
-        raise NotImplementedError
 
     @property
     def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """Patterns that select the parameters of each block, in the order of `blocks`."""
-        raise NotImplementedError
+        """Patterns that select the parameters of each block: its name, and the path of the head."""
+        return (*((block,) for block in self.blocks[:-1]), (self.head,))
 
     @property
     def head(self) -> str:
@@ -82,6 +83,11 @@ class NetworkConfig:
     def param_dtype(self) -> str:
         """Dtype of parameters and statistics, never half precision."""
         return "float64" if self.dtype == "float64" else "float32"
+
+
+def drop_path_rates(config: NetworkConfig, count: int) -> list[float]:
+    """Returns the stochastic depth rates of `count` residual blocks, from input to output."""
+    return [config.drop_path * i / max(1, count - 1) for i in range(count)]
 
 
 def build_head(

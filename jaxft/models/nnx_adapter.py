@@ -18,7 +18,7 @@ from jaxft.data.preprocessing import Preprocessing
 from jaxft.models.context import Context
 from jaxft.models.key_map import KeyMap
 from jaxft.models.layers import Rngs
-from jaxft.models.model import OPTIONS, UPDATING, Model, Norms, Replicas, Tree
+from jaxft.models.model import STORED_OPTIONS, UPDATING, Model, Norms, Replicas, Tree
 from jaxft.models.network_config import NetworkConfig
 from jaxft.models.norm_modes import layer_modes, norm_layers
 
@@ -107,8 +107,8 @@ class NNXModel:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `jaxft.models.create` that the configuration has."""
-        names = (*OPTIONS, "image_size")
-        return {name: getattr(self.config, name) for name in names if hasattr(self.config, name)}
+        names = (name for name in STORED_OPTIONS if hasattr(self.config, name))
+        return {name: getattr(self.config, name) for name in names}
 
     def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
         """Returns fresh `(params, stats)`, drawn in float32 and cast to `config.param_dtype`."""

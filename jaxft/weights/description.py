@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxft.errors import WeightsError
-from jaxft.models.model import OPTIONS, Model
+from jaxft.models.model import STORED_OPTIONS, Model
 
 MARK = "stride_in_1x1"
 """Name of the marker tensor in weights files of networks with this option.
@@ -81,7 +81,7 @@ def parse(content: Any) -> Description:
     """Parses the JSON of jaxft's `model.json`, or timm's or transformers' `config.json`."""
     if not isinstance(content, Mapping):
         return Description()
-    options = {name: content[name] for name in (*OPTIONS, "image_size") if name in content}
+    options = {name: content[name] for name in STORED_OPTIONS if name in content}
     if content.get("layer_type") == "bottleneck" and "downsample_in_bottleneck" in content:
         options[MARK] = bool(content["downsample_in_bottleneck"])  # in transformers
     model = content.get("model", content.get("architecture"))  # in jaxft, in timm

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft.errors import WeightsError
 from jaxft.models.model import Model, Tree
+from jaxft.tree_paths import replace_subtree
 
 Start = Literal["fresh", "zeros", "xavier"]
 """Initialisation of a new head.
@@ -24,13 +25,7 @@ def with_head(
     model: Model, params: Tree, start: Start | Mapping[str, Tree], key: jax.Array
 ) -> Tree:
     """Returns `params` with the head replaced by `new_head`. The other arrays are shared."""
-
-    def replace(tree: Tree, path: list[str]) -> Tree:
-        if not path:
-            return new_head(model, start, key)
-        return {**tree, path[0]: replace(tree[path[0]], path[1:])}
-
-    return replace(params, model.head.split("."))
+    return replace_subtree(params, model.head.split("."), lambda _: new_head(model, start, key))
 
 
 def new_head(model: Model, start: Start | Mapping[str, Tree], key: jax.Array) -> Tree:

@@ -19,7 +19,6 @@ from jaxft.models.networks.convnext import (
     ConvNeXt,
     ConvNeXtConfig,
     GlobalResponseNorm,
-    drop_path_rates,
 )
 from jaxft.models.nnx_adapter import NNXModel, init_shapes
 from jaxft.weights.key_maps import torch_tensors
@@ -45,7 +44,8 @@ def start(config):
 
 def test_drop_path_rates_grow_linearly_over_all_blocks():
     config = ConvNeXtConfig((1, 3, 1), (8, 16, 32), drop_path=0.4)
-    rates = drop_path_rates(config)
+    stages = ConvNeXt(config, rngs=Rngs(jax.random.key(0))).stages
+    rates = [[block.drop_path.rate for block in stage.blocks] for stage in stages]
     assert [len(stage) for stage in rates] == [1, 3, 1]
     np.testing.assert_allclose([rate for stage in rates for rate in stage], [0, 0.1, 0.2, 0.3, 0.4])
 

@@ -55,7 +55,9 @@ REGISTERED = """
 from flax import nnx
 from jaxft.models import NetworkConfig, register
 class Mine(nnx.Module): ...
-register("my_net", Mine, NetworkConfig())
+class Config(NetworkConfig):
+    blocks = ("stem", "head")
+register("my_net", Mine, Config())
 """
 
 
@@ -103,13 +105,19 @@ class Network(nnx.Module):
     """A network of a user."""
 
 
+class Config(NetworkConfig):
+    """Its configuration."""
+
+    blocks = ("stem", "head")
+
+
 class OtherNetwork(nnx.Module):
     """Another one."""
 
 
 def test_register_refuses_the_name_of_another_network(monkeypatch):
     monkeypatch.setattr(registry, "_NETWORKS", {})
-    register("mine", Network, NetworkConfig())
-    register("mine", Network, NetworkConfig(dropout=0.1))  # as a reloaded module does
+    register("mine", Network, Config())
+    register("mine", Network, Config(dropout=0.1))  # as a reloaded module does
     with pytest.raises(RecipeError, match="called 'mine' exists already: choose another name"):
-        register("mine", OtherNetwork, NetworkConfig())
+        register("mine", OtherNetwork, Config())

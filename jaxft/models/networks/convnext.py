@@ -15,7 +15,7 @@ from jaxft.models.context import Context
 from jaxft.models.convolution import pointwise_conv
 from jaxft.models.layer_norm import LayerNorm
 from jaxft.models.layers import Conv, Dropout, PatchConv, Rngs, Sequential, gelu
-from jaxft.models.network_config import NetworkConfig, build_head
+from jaxft.models.network_config import NetworkConfig, build_head, drop_path_rates
 
 _STD = 0.02
 """Standard deviation of all kernels. timm truncates at 2, which is 100 deviations away."""
@@ -48,11 +48,6 @@ class ConvNeXtConfig(NetworkConfig):
         """Names of the blocks: `stem`, `stages.0`, ..., the last norm layer and `head`."""
         stages = (f"stages.{i}" for i in range(len(self.depths)))
         return ("stem", *stages, self.norm, "head")
-
-    @property
-    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """Patterns that select the parameters of each block, in the order of `blocks`."""
-        return (*((block,) for block in self.blocks[:-1]), (self.head,))
 
     @property
     def head(self) -> str:
@@ -177,9 +172,9 @@ class ConvNeXt(nnx.Module):
     def __init__(self, config: ConvNeXtConfig, *, rngs: Rngs):
         self.last_stage = config.blocks[-3]
         self.stem = Sequential(build_stem(config, rngs))
-        rates, stages, c_in = drop_path_rates(config), [], None
-        for rate, c in zip(rates, config.widths, strict=True):
-            stages.append(Stage(c_in, c, rate, config, rngs))
+        rates, stages, c_in = iter(drop_path_rates(config, sum(config.depths))), [], None
+        for depth, c in zip(config.depths, config.widths, strict=True):
+            stages.append(Stage(c_in, c, [next(rates) for _ in range(depth)], config, rngs))
             c_in = c
         self.stages = Sequential(stages)
         if config.norm_before_pool:
@@ -225,10 +220,3 @@ def build_stem(config: ConvNeXtConfig, rngs: Rngs) -> list[nnx.Module]:
         Conv(inner, c, 3, 2, bias=True, std=_STD, rngs=rngs),
         LayerNorm(c),
     ]
-
-
-def drop_path_rates(config: ConvNeXtConfig) -> list[list[float]]:
-    """Returns the stochastic depth rate of each block of each stage."""
-    last = max(1, sum(config.depths) - 1)
-    indices = iter(range(sum(config.depths)))
-    return [[config.drop_path * next(indices) / last for _ in range(n)] for n in config.depths]

@@ -16,7 +16,7 @@ from jaxft.models.batch_norm import BatchNorm
 from jaxft.models.channel_attention import SqueezeExcite
 from jaxft.models.context import Context
 from jaxft.models.layers import Conv, Dropout, Identity, Rngs, make_divisible, relu
-from jaxft.models.network_config import NetworkConfig, build_head
+from jaxft.models.network_config import NetworkConfig, build_head, drop_path_rates
 
 _STEM_WIDTH = 32
 
@@ -59,11 +59,6 @@ class RegNetConfig(NetworkConfig):
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks: `stem`, `s1`, ..., `s4`, `head`."""
         return ("stem", *(f"s{i + 1}" for i in range(len(self.stages))), "head")
-
-    @property
-    def block_patterns(self) -> tuple[tuple[str, ...], ...]:
-        """Patterns that select the parameters of each block, in the order of `blocks`."""
-        return (*((name,) for name in self.blocks[:-1]), (self.head,))
 
     @property
     def head(self) -> str:
@@ -163,7 +158,7 @@ class RegNet(nnx.Module):
         self.last_stage = config.blocks[-2]
         self.stem = ConvNorm(3, _STEM_WIDTH, 3, 2, rngs=rngs)
         c = _STEM_WIDTH
-        rates = iter(np.linspace(0, config.drop_path, config.depth).tolist())
+        rates = iter(drop_path_rates(config, config.depth))
         for name, (width, depth) in zip(config.blocks[1:-1], config.stages, strict=True):
             setattr(self, name, Stage(c, width, [next(rates) for _ in range(depth)], config, rngs))
             c = width

@@ -31,7 +31,12 @@ from jaxft.models.layers import (
     Sequential,
     relu,
 )
-from jaxft.models.network_config import NetworkConfig, build_head, build_last_layer
+from jaxft.models.network_config import (
+    NetworkConfig,
+    build_head,
+    build_last_layer,
+    drop_path_rates,
+)
 
 
 @dataclass(frozen=True)
@@ -189,14 +194,13 @@ class ResNet(nnx.Module):
         self.bn1 = BatchNorm(c)
         self.maxpool = MaxPool()
         block = Bottleneck if config.bottleneck else BasicBlock
-        index, last_index = 0, max(1, sum(config.depths) - 1)
+        rates = iter(drop_path_rates(config, sum(config.depths)))
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             layer = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                drop_path = config.drop_path * index / last_index
-                layer.append(block(c, width, stride, drop_path, config, rngs))
-                c, index = block.expansion * width, index + 1
+                layer.append(block(c, width, stride, next(rates), config, rngs))
+                c = block.expansion * width
             setattr(self, f"layer{i + 1}", Sequential(layer))
         self.dropout = Dropout(0.0 if config.concat_pool else config.dropout)
         self.fc = (fastai_head if config.concat_pool else build_head)(c, config, rngs)

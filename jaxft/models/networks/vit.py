@@ -16,7 +16,7 @@ from jaxft.errors import RecipeError
 from jaxft.models.context import Context
 from jaxft.models.layer_norm import LayerNorm
 from jaxft.models.layers import Dropout, Identity, PatchConv, Rngs, Sequential
-from jaxft.models.network_config import NetworkConfig, build_head
+from jaxft.models.network_config import NetworkConfig, build_head, drop_path_rates
 from jaxft.models.transformer_layers import (
     STD,
     Activation,
@@ -150,7 +150,7 @@ class ViT(nnx.Module):
     """Vision transformer whose blocks can be applied separately."""
 
     def __init__(self, config: ViTConfig, *, rngs: Rngs):
-        c, depth = config.width, config.depth
+        c = config.width
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, c, bias=not config.pre_norm, rngs=rngs)
 
@@ -164,7 +164,7 @@ class ViT(nnx.Module):
         self.pos_embed = embeddings(config.num_positions, STD)
         if config.pre_norm:
             self.norm_pre = LayerNorm(c, config.eps)
-        rates = (config.drop_path * i / max(1, depth - 1) for i in range(depth))
+        rates = drop_path_rates(config, config.depth)
         self.blocks = Sequential([Block(rate, config, rngs) for rate in rates])
         self.norm = Identity() if config.fc_norm else LayerNorm(c, config.eps)
         self.fc_norm = LayerNorm(c, config.eps) if config.fc_norm else Identity()
